@@ -1,0 +1,270 @@
+"""A recipe: everything that decides the numbers of a run, in frozen dataclasses that check themselves.
+
+What a run merely does on the side (folders, logging, how often to save) is in `mvssl.options` and may change between
+a run and its resumption; a recipe may not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipelines.errors import InputError, invalid
+from pipelines.views.spec import ViewSpec, check_views, tasks
+
+
+def _positive(owner: object, *names: str) -> None:
+    """Raise InputError unless each named field is a finite number above 0."""
+    for name in names:
+        value = getattr(owner, name)
+        if not (math.isfinite(value) and value > 0):
+            raise invalid(f"{type(owner).__name__}.{name}", value, "a number above 0", "give a positive value")
+
+
+def _at_least_zero(owner: object, *names: str) -> None:
+    """Raise InputError unless each named field is a finite number, 0 or more."""
+    for name in names:
+        value = getattr(owner, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise invalid(f"{type(owner).__name__}.{name}", value, "0 or more", "give a value that is not negative")
+
+
+def _fraction(owner: object, *names: str) -> None:
+    """Raise InputError unless each named field lies in [0, 1]."""
+    for name in names:
+        value = getattr(owner, name)
+        if not 0.0 <= value <= 1.0:
+            raise invalid(f"{type(owner).__name__}.{name}", value, "between 0 and 1", "give a fraction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """The shared encoder, any timm model that gives pooled features.
+
+    Attributes:
+        name: timm's name of the architecture, e.g. resnet50.
+        drop_path: stochastic depth rate of the online network (the target has none).
+    """
+
+    name: str = "resnet50"
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.drop_path < 1.0:
+            raise invalid("Backbone.drop_path", self.drop_path, "at least 0 and below 1", "the paper's ViTs use 0.1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """An MLP head: hidden layers are Linear (no bias), BatchNorm, ReLU; the last is Linear with bias.
+
+    Attributes:
+        hidden: width of each hidden layer.
+        out: width of the output.
+        output_norm: whether a BatchNorm without affine parameters follows the last layer.
+    """
+
+    hidden: tuple[int, ...] = (4096,)
+    out: int = 256
+    output_norm: bool = False
+
+    def __post_init__(self) -> None:
+        for name, widths in (("hidden", self.hidden), ("out", (self.out,))):
+            if any(width < 1 for width in widths):
+                raise invalid(f"Head.{name}", getattr(self, name), "at least 1 wide", "the paper uses 4096 and 256")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """The optimiser and its learning rate.
+
+    Attributes:
+        kind: lars, sgd or adamw.
+        base_lr: learning rate for a batch of 256; the effective one is base_lr * batch_size / 256.
+        weight_decay: not applied to parameters with one dimension, except by sgd (SPEC section 5).
+        momentum: of lars and sgd.
+        betas: of adamw.
+        eta: trust coefficient of lars.
+        clip_grad_norm: largest norm of the whole gradient; None does not clip.
+        warmup_epochs: epochs of linear warm-up from 0.
+        final_lr_factor: last learning rate as a fraction of the effective one.
+    """
+
+    kind: Literal["lars", "sgd", "adamw"] = "lars"
+    base_lr: float = 0.4
+    weight_decay: float = 1.5e-6
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.98)
+    eta: float = 0.001
+    clip_grad_norm: float | None = None
+    warmup_epochs: float = 10.0
+    final_lr_factor: float = 0.001
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("lars", "sgd", "adamw"):
+            raise invalid("Optimizer.kind", self.kind, "one of lars, sgd, adamw", "choose one of these")
+        _positive(self, "base_lr", "eta")
+        _at_least_zero(self, "weight_decay", "warmup_epochs")
+        _fraction(self, "momentum", "final_lr_factor")
+        if not (0.0 <= self.betas[0] < 1.0 and 0.0 <= self.betas[1] < 1.0):
+            raise invalid("Optimizer.betas", self.betas, "two numbers in [0, 1)", "the paper uses (0.9, 0.98)")
+        if self.clip_grad_norm is not None:
+            _positive(self, "clip_grad_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The online kNN evaluation and the views it uses.
+
+    Attributes:
+        every_epochs: epochs between two evaluations; 0 never evaluates.
+        resize: the image's short side is resized to this many pixels,
+        crop: then a central square of this side is cut.
+        k: numbers of neighbours; the first one is the headline.
+        temperature: votes weigh exp(similarity / temperature).
+        max_train: largest number of training images used as the neighbour bank (evenly spaced); None takes all.
+    """
+
+    every_epochs: int = 10
+    resize: int = 256
+    crop: int = 224
+    k: tuple[int, ...] = (20, 10)
+    temperature: float = 0.07
+    max_train: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least_zero(self, "every_epochs")
+        _positive(self, "resize", "crop", "temperature")
+        if self.crop > self.resize:
+            raise invalid("Evaluation.crop", self.crop, f"at most Evaluation.resize ({self.resize})", "lower it")
+        if not self.k or min(self.k) < 1:
+            raise invalid("Evaluation.k", self.k, "one or more numbers of at least 1", "the paper uses 10 and 20")
+        if self.max_train is not None:
+            _positive(self, "max_train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides the numbers of a run. `dataclasses.replace` makes variants.
+
+    Attributes:
+        name: the recipe's name.
+        method: byol (the modules of `mvssl.methods`).
+        views: the views of each image, in order.
+        task_weights: weight of each task's loss; a task that is not named weighs 1.
+        predictors: per-view gives each task its predictor; shared is the paper's control with one for all.
+        backbone: the encoder.
+        projector: the projection head, shared by all views.
+        predictor: the prediction head, one per task.
+        optimizer: optimiser and learning rate.
+        epochs: passes over the data set.
+        batch_size: images per step over all ranks.
+        target_decay: decay of the target network at step 0, rising to 1 along a cosine.
+        seed: of the order, the draws and the initial weights.
+        precision: auto is bf16 on CUDA and fp32 on the CPU.
+        channels_last: memory format of convolutional networks.
+        step_mode: joint runs all views and one backward; per-view goes view by view with the least memory.
+        compile: torch.compile the step; auto compiles on CUDA only.
+        evaluation: online kNN.
+    """
+
+    name: str
+    method: str = "byol"
+    views: tuple[ViewSpec, ...]
+    task_weights: dict[str, float] = field(default_factory=dict)
+    predictors: Literal["per-view", "shared"] = "per-view"
+    backbone: Backbone = field(default_factory=Backbone)
+    projector: Head = field(default_factory=Head)
+    predictor: Head = field(default_factory=Head)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    epochs: int = 200
+    batch_size: int = 1024
+    target_decay: float = 0.996
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    channels_last: bool = True
+    step_mode: Literal["joint", "per-view"] = "joint"
+    compile: Literal["auto", "on", "off"] = "auto"
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def __post_init__(self) -> None:
+        check_views(self.views)
+        known = tasks(self.views)
+        for task, weight in self.task_weights.items():
+            if task not in known:
+                raise invalid("Recipe.task_weights", task, f"a task of the views {known}", "correct the name")
+            if not (math.isfinite(weight) and weight >= 0):
+                raise invalid(f"Recipe.task_weights[{task!r}]", weight, "0 or more", "give a weight")
+        for name, allowed in (
+            ("predictors", ("per-view", "shared")),
+            ("precision", ("auto", "fp32", "bf16", "fp16")),
+            ("step_mode", ("joint", "per-view")),
+            ("compile", ("auto", "on", "off")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise invalid(f"Recipe.{name}", getattr(self, name), f"one of {', '.join(allowed)}", "choose one")
+        _fraction(self, "target_decay")
+        if self.batch_size < 2:
+            raise invalid("Recipe.batch_size", self.batch_size, "at least 2", "BatchNorm needs two images or more")
+        if self.epochs < 1:
+            raise invalid("Recipe.epochs", self.epochs, "at least 1", "give the number of passes over the data")
+        if not 0 <= self.seed < 2**63:
+            raise invalid("Recipe.seed", self.seed, "between 0 and 2**63 - 1", "give another seed")
+        if self.optimizer.warmup_epochs > self.epochs:
+            raise InputError(
+                f"Optimizer.warmup_epochs is {self.optimizer.warmup_epochs:g} but must be at most the {self.epochs} "
+                "epochs of the run: lower it or train longer."
+            )
+        if self.predictor.out != self.projector.out:
+            raise InputError(
+                f"Head.out is {self.projector.out} for the projector and {self.predictor.out} for the predictor but "
+                "must be the same, since predictions are compared with projections: set both alike."
+            )
+
+    @property
+    def learning_rate(self) -> float:
+        """Effective peak learning rate: base_lr * batch_size / 256 (SPEC section 5)."""
+        return self.optimizer.base_lr * self.batch_size / 256
+
+    def weight(self, task: str) -> float:
+        """Weight of a task's loss."""
+        return self.task_weights.get(task, 1.0)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON values (tuples become lists)."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return plain
+
+
+def flatten(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted field, value) for every leaf of a recipe's plain form; list items are numbered."""
+    for key, value in plain.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            yield from flatten({str(i): item for i, item in enumerate(value)}, f"{name}.")
+        else:
+            yield name, value
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Say in words which fields differ between two plain recipes, e.g. ``epochs: 10 -> 20``."""
+    was, now = dict(flatten(old)), dict(flatten(new))
+    absent = "(absent)"
+    return [
+        f"{name}: {was.get(name, absent)!r} -> {now.get(name, absent)!r}"
+        for name in dict.fromkeys([*was, *now])
+        if was.get(name, absent) != now.get(name, absent)
+    ]
+
+
+def digest(recipe: Recipe) -> str:
+    """A short hash of everything in the recipe."""
+    return hashlib.sha256(json.dumps(to_dict(recipe), sort_keys=True).encode()).hexdigest()[:12]

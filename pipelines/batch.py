@@ -1,0 +1,139 @@
+"""The two contracts of the data path: decoded images in, views out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedBatch:
+    """N decoded RGB images of different sizes in one flat buffer, without padding.
+
+    Attributes:
+        pixels: uint8 [bytes], the buffer all images lie in (row-major, height x width x RGB each).
+        offset: int64 [N], byte offset of each image's first pixel.
+        sizes: int64 [N, 2], (height, width) of each image in pixels. Always on the CPU: draws are made there.
+        row_stride: int64 [N], bytes from one row to the next (3 * width unless the image lies on a wider canvas).
+        index: int64 [N], dataset index of each image. Always on the CPU.
+        labels: int64 [N], class of each image, -1 where there is none. Always on the CPU.
+    """
+
+    pixels: Tensor
+    offset: Tensor
+    sizes: Tensor
+    row_stride: Tensor
+    index: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return int(self.sizes.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Device the pixels are on."""
+        return self.pixels.device
+
+    def image(self, n: int) -> Tensor:
+        """Image `n` as a uint8 [H, W, 3] view into the buffer (no copy)."""
+        height, width = self.sizes[n].tolist()
+        return self.pixels.as_strided((height, width, 3), (int(self.row_stride[n]), 3, 1), int(self.offset[n]))
+
+    @classmethod
+    def packed(cls, pixels: Tensor, *, sizes: Tensor, index: Tensor, labels: Tensor | None = None) -> DecodedBatch:
+        """Wrap a buffer in which the images lie one behind the other without gaps.
+
+        Args:
+            pixels: uint8 [sum of 3 * height * width], on any device.
+            sizes: int64 [N, 2], (height, width).
+            index: int64 [N].
+            labels: int64 [N]; None means unlabelled (-1).
+
+        Raises:
+            InputError: the buffer's length is not that of the images.
+        """
+        sizes = sizes.to(dtype=torch.int64, device="cpu").reshape(-1, 2)
+        nbytes = sizes.prod(dim=1) * 3  # [N]
+        if pixels.dtype != torch.uint8 or pixels.dim() != 1 or pixels.numel() != int(nbytes.sum()):
+            raise InputError(
+                f"DecodedBatch.pixels is {pixels.dtype} {tuple(pixels.shape)} but must be uint8 [{int(nbytes.sum())}], "
+                "3 bytes a pixel of the given sizes: pass the buffer that belongs to these sizes."
+            )
+        return cls(
+            pixels=pixels,
+            offset=nbytes.cumsum(0) - nbytes,
+            sizes=sizes,
+            row_stride=sizes[:, 1] * 3,
+            index=index,
+            labels=torch.full_like(index, -1) if labels is None else labels,
+        )
+
+    @classmethod
+    def from_images(
+        cls,
+        images: Sequence[np.ndarray | Tensor],
+        *,
+        index: Sequence[int],
+        labels: Sequence[int] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> DecodedBatch:
+        """Pack images (uint8 [H, W, 3] each) into one batch; copies each image once.
+
+        Raises:
+            InputError: an image is not uint8 [H, W, 3], or `index` or `labels` has another length.
+        """
+        flat: list[Tensor] = []
+        sizes: list[tuple[int, int]] = []
+        for n, image in enumerate(images):
+            tensor = torch.as_tensor(image)
+            if tensor.dtype != torch.uint8 or tensor.dim() != 3 or tensor.shape[2] != 3 or tensor.numel() == 0:
+                raise InputError(
+                    f"images[{n}] is {tensor.dtype} {tuple(tensor.shape)} but must be uint8 [height, width, 3] with at "
+                    "least one pixel: convert it to RGB first."
+                )
+            flat.append(tensor.reshape(-1))
+            sizes.append((int(tensor.shape[0]), int(tensor.shape[1])))
+        for name, values in (("index", index), ("labels", labels)):
+            if values is not None and len(values) != len(sizes):
+                raise InputError(f"{name} has {len(values)} entries for {len(sizes)} images: give one for each image.")
+        return cls.packed(
+            (torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)).to(device),
+            sizes=torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
+            index=torch.as_tensor(index, dtype=torch.int64),
+            labels=None if labels is None else torch.as_tensor(labels, dtype=torch.int64),
+        )
+
+    def to(self, device: str | torch.device, *, non_blocking: bool = False) -> DecodedBatch:
+        """The same batch with its pixels on another device; sizes, index and labels stay on the CPU."""
+        return DecodedBatch(
+            pixels=self.pixels.to(device, non_blocking=non_blocking),
+            offset=self.offset,
+            sizes=self.sizes,
+            row_stride=self.row_stride,
+            index=self.index,
+            labels=self.labels,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewBatch:
+    """What the training step gets: all views of N images.
+
+    Attributes:
+        views: one tensor [N, 3, S, S] per view, in the order of the specs; channels-last, normalised, on the device.
+        index: int64 [N] on the CPU, dataset index of each image.
+        labels: int64 [N] on the CPU, -1 where there is none.
+    """
+
+    views: list[Tensor]
+    index: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return int(self.index.shape[0])

@@ -1,0 +1,161 @@
+"""What a view is: one frozen spec per view, and the paper's presets (arXiv 2602.05845)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipelines.errors import InputError, invalid
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSpec:
+    """How one view of an image is made. A new view type is a new ViewSpec in a recipe and nothing else.
+
+    The operations run in this order: random resized crop, horizontal flip, cutout, colour jitter, grayscale, blur,
+    solarize, normalise; each has the semantics of torchvision.transforms.v2.
+
+    Attributes:
+        name: name of the view, for logs and pictures.
+        task: key of the predictor this view goes through; None makes the view a target only.
+        size: side of the square view in pixels, a multiple of 8.
+        area: range of the crop's share of the image's area; None resizes the whole image (no crop).
+        ratio: range of the crop's width / height, drawn log-uniformly.
+        flip: probability of a horizontal flip.
+        jitter: strengths of brightness, contrast, saturation and hue (0 leaves one out).
+        jitter_p: probability that the colour jitter is applied at all.
+        grayscale: probability of grayscale.
+        blur: probability of a Gaussian blur.
+        blur_kernel: taps of the blur, odd, less than twice the size.
+        blur_sigma: range of the blur's standard deviation in pixels, drawn uniformly.
+        solarize: probability of solarize (after the blur).
+        solarize_threshold: values at or above it are inverted, in [0, 1].
+        cutout: range of the box's share of the view's area; None makes no box. Filled with the ImageNet mean.
+        cutout_ratio: range of the box's width / height, drawn log-uniformly.
+        is_target: whether the target network embeds this view for the other views to predict.
+    """
+
+    name: str
+    task: str | None
+    size: int = 224
+    area: tuple[float, float] | None = (0.25, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter_p: float = 0.8
+    grayscale: float = 0.2
+    blur: float = 0.5
+    blur_kernel: int = 23
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize: float = 0.0
+    solarize_threshold: float = 0.5
+    cutout: tuple[float, float] | None = None
+    cutout_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    is_target: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise invalid("ViewSpec.name", self.name, "a word", 'name the view, e.g. "local"')
+        if self.task is None and not self.is_target:
+            raise InputError(
+                f"View {self.name!r} has neither a task nor is it a target, so nothing would use it: "
+                "set ViewSpec.task to a predictor's key or ViewSpec.is_target to True."
+            )
+        field = f"ViewSpec({self.name!r})."
+        if not isinstance(self.size, int) or self.size < 8 or self.size % 8:
+            raise invalid(f"{field}size", self.size, "a multiple of 8, at least 8", "round it, e.g. 224, 96 or 32")
+        for name in ("flip", "jitter_p", "grayscale", "blur", "solarize", "solarize_threshold"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise invalid(field + name, getattr(self, name), "between 0 and 1", "give a probability or fraction")
+        for name in ("area", "cutout"):
+            bounds = getattr(self, name)
+            if bounds is not None and not 0.0 < bounds[0] <= bounds[1] <= 1.0:
+                raise invalid(field + name, bounds, "two fractions with 0 < low <= high <= 1", "swap or correct them")
+        for name in ("ratio", "cutout_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not (0.0 < low <= high and math.isfinite(high)):
+                raise invalid(field + name, (low, high), "two finite numbers with 0 < low <= high", "correct them")
+        if len(self.jitter) != 4 or min(self.jitter) < 0.0 or max(self.jitter[:3]) > 1.0 or self.jitter[3] > 0.5:
+            raise invalid(
+                f"{field}jitter",
+                self.jitter,
+                "brightness, contrast and saturation in [0, 1] and hue in [0, 0.5]",
+                "use the paper's (0.4, 0.4, 0.2, 0.1)",
+            )
+        if self.blur > 0 and (self.blur_kernel < 1 or self.blur_kernel % 2 == 0 or self.blur_kernel // 2 >= self.size):
+            raise invalid(
+                f"{field}blur_kernel",
+                self.blur_kernel,
+                f"odd and at most {2 * self.size - 1} for a view of {self.size} pixels (reflect border)",
+                "take a smaller odd number or set blur to 0",
+            )
+
+
+def tasks(specs: Sequence[ViewSpec]) -> tuple[str, ...]:
+    """The distinct tasks of the views, in order of first appearance: one predictor each."""
+    return tuple(dict.fromkeys(spec.task for spec in specs if spec.task is not None))
+
+
+def check_views(specs: Sequence[ViewSpec]) -> None:
+    """Check that a set of views can be trained on.
+
+    Raises:
+        InputError: no view, no target, a name given twice, or a view that has no target of another view to predict.
+    """
+    if not specs:
+        raise InputError("views is empty but must hold at least two views: use paper_views().")
+    names = [spec.name for spec in specs]
+    if len(set(names)) != len(names):
+        raise InputError(f"views has names {names} but each name must be unique: rename the repeated views.")
+    targets = [spec.name for spec in specs if spec.is_target]
+    for spec in specs:
+        if spec.task is not None and not [name for name in targets if name != spec.name]:
+            raise InputError(
+                f"View {spec.name!r} has no target to predict (targets: {targets}): set is_target=True on another view."
+            )
+
+
+def paper_views(
+    *,
+    num_local: int = 2,
+    num_cutout: int = 1,
+    num_global_more: int = 0,
+    size: int = 224,
+    local_size: int = 96,
+    blur_kernel: int = 23,
+) -> tuple[ViewSpec, ...]:
+    """The views of the paper's multi-task recipes: two global, then local, then cutout views.
+
+    Source: SPEC section 2 (arXiv 2602.05845 and its release). `size`, `local_size` and `blur_kernel` differ from the
+    paper's 224, 96 and 23 in the small recipes only.
+
+    Raises:
+        InputError: a count is negative, or a size does not fit ViewSpec.
+    """
+    for field, count in (("num_local", num_local), ("num_cutout", num_cutout), ("num_global_more", num_global_more)):
+        if count < 0:
+            raise invalid(field, count, "0 or more", "give the number of such views per image")
+
+    views = [
+        ViewSpec(name="global_1", task="global", size=size, blur=1.0, blur_kernel=blur_kernel, is_target=True),
+        ViewSpec(
+            name="global_2", task="global", size=size, blur=0.1, solarize=0.2, blur_kernel=blur_kernel, is_target=True
+        ),
+    ]
+    views += [
+        ViewSpec(name=f"local_{i + 1}", task="local", size=local_size, area=(0.08, 0.25), blur_kernel=blur_kernel)
+        for i in range(num_local)
+    ]
+    views += [
+        ViewSpec(name=f"cutout_{i + 1}", task="cutout", size=size, cutout=(0.2, 0.4), blur_kernel=blur_kernel)
+        for i in range(num_cutout)
+    ]
+    views += [
+        ViewSpec(name=f"global_more_{i + 1}", task="global_more", size=size, blur_kernel=blur_kernel)
+        for i in range(num_global_more)
+    ]
+    return tuple(views)
