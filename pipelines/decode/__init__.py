@@ -1,0 +1,79 @@
+"""Encoded bytes to uint8 RGB pixels: DALI where it works, Pillow elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+
+import torch
+
+from pipelines.decode.decoder import MAX_PIXELS, Decoded, Decoder
+from pipelines.decode.pillow import PillowDecoder
+from pipelines.errors import InputError, invalid
+
+__all__ = ["DECODERS", "MAX_PIXELS", "Decoded", "Decoder", "default_threads", "make_decoder"]
+
+DECODERS = ("auto", "dali", "pillow")
+_log = logging.getLogger("mvssl.data")
+
+
+def make_decoder(kind: str = "auto", *, device: str | torch.device, batch_size: int, threads: int) -> Decoder:
+    """Make a decoder.
+
+    Args:
+        kind: "dali", "pillow", or "auto": DALI where it can be imported, else Pillow (said once, as a log warning).
+        device: where DALI leaves the pixels: "cuda" decodes with nvJPEG. Pillow's pixels are always on the CPU.
+        batch_size: most images of one call.
+        threads: CPU threads that decode.
+
+    Raises:
+        InputError: unknown kind, `batch_size` or `threads` below 1, or DALI asked for where it is missing.
+    """
+    if kind not in DECODERS:
+        raise invalid("decoder", kind, f"one of {', '.join(DECODERS)}", "take auto if in doubt")
+    for field, value in (("batch_size", batch_size), ("threads", threads)):
+        if value < 1:
+            raise invalid(f"make_decoder.{field}", value, "1 or more", "give a positive number")
+    if kind == "auto":
+        kind = "pillow" if _announce_missing_dali() else "dali"
+    if kind == "pillow":
+        return PillowDecoder(threads=threads)
+    reason = missing_dali()
+    if reason is not None:
+        raise InputError(
+            f"decoder is 'dali' but DALI cannot be used ({reason}): "
+            "install nvidia-dali-cuda120 or take decoder 'pillow'."
+        )
+    from pipelines.decode.dali import DaliDecoder  # here, because DALI may be missing
+
+    return DaliDecoder(device=torch.device(device), batch_size=batch_size, threads=threads)
+
+
+def default_threads(device: str | torch.device) -> int:
+    """CPU threads for decoding: with a GPU all cores this process may use (at most 16), else a quarter of them.
+
+    Without a GPU, views and training need the cores. Processes that torchrun started on this machine share them.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, min(16, share if torch.device(device).type == "cuda" else share // 4))
+
+
+def missing_dali() -> str | None:
+    """Why DALI cannot be imported, or None."""
+    try:
+        importlib.import_module("nvidia.dali.fn")
+    except (ImportError, OSError, RuntimeError) as error:  # also a shared library that does not load
+        return str(error) or type(error).__name__
+    return None
+
+
+@functools.cache
+def _announce_missing_dali() -> bool:
+    """Whether DALI is missing; a cached answer says so once per process."""
+    reason = missing_dali()
+    if reason is not None:
+        _log.warning("DALI cannot be used (%s): decoding with Pillow, about half as fast or less.", reason)
+    return reason is not None

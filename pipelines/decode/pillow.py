@@ -1,0 +1,116 @@
+"""Decoding with Pillow in threads: the fallback, and the reference for every odd encoding."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from pipelines.decode.decoder import MAX_PIXELS, Decoded
+from pipelines.decode.sniff import sniff
+
+Image.init()
+# Named, because Pillow would otherwise try them all, among them EPS, which starts another program.
+_FORMATS = tuple(
+    name
+    for name in ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
+    if name in Image.OPEN
+)
+_ORIENTATION_TAG = 0x0112  # EXIF 2.32, section 4.6.4
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class PillowDecoder:
+    """Decodes on the CPU with a pool of threads (Pillow releases the interpreter lock while it decodes)."""
+
+    name = "pillow"
+
+    def __init__(self, *, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mvssl-pillow")
+
+    def __call__(self, encoded: Sequence[np.ndarray]) -> Decoded:
+        """Decode N images, uint8 [bytes] each, to pixels on the CPU."""
+        results = list(self._pool.map(decode_one, encoded))
+        images = [image for image in results if not isinstance(image, str)]
+        flat = np.concatenate([image.reshape(-1) for image in images]) if images else np.empty(0, np.uint8)
+        return Decoded(
+            pixels=torch.from_numpy(flat),
+            sizes=torch.tensor([image.shape[:2] for image in images], dtype=torch.int64).reshape(-1, 2),
+            failures={n: reason for n, reason in enumerate(results) if isinstance(reason, str)},
+        )
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+
+def decode_one(data: np.ndarray) -> np.ndarray | str:
+    """Decode one image, uint8 [bytes], to uint8 [H, W, 3], or say in a few words why it cannot be."""
+    if data.size == 0:
+        return "the file is empty (0 bytes)"
+    header = sniff(data)
+    if header is not None and header.height * header.width > MAX_PIXELS:
+        return _too_large(header.width, header.height)
+    try:
+        with Image.open(io.BytesIO(data.data), formats=_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return _too_large(image.width, image.height)
+            return _rgb(image)
+    except UnidentifiedImageError:
+        return f"not an image file of a known format ({data.size} bytes)"
+    except Image.DecompressionBombError:
+        return f"it has more than the allowed {MAX_PIXELS} pixels"
+    except Exception as error:  # Pillow's readers raise any type on a broken file: OSError, SyntaxError, struct.error..
+        return str(error) or type(error).__name__
+
+
+def _too_large(width: int, height: int) -> str:
+    return f"{width} x {height} pixels are more than the allowed {MAX_PIXELS}"
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """Upright 8-bit RGB pixels, uint8 [H, W, 3]."""
+    orientation = _orientation(image)
+    image.load()
+    upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+    if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
+        return _deep_gray(upright)
+    upright.info.pop("transparency", None)  # transparency is dropped like an alpha channel
+    return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """The EXIF orientation. Not the XMP one, which DALI does not read; TIFF's own is applied by Pillow."""
+    raw = image.info.get("exif")
+    if not raw or image.format == "TIFF":
+        return None
+    exif = Image.Exif()
+    try:
+        exif.load(raw)
+        value = exif.get(_ORIENTATION_TAG)
+    except Exception:  # broken EXIF data (any exception type) is no reason to lose the image
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _deep_gray(image: Image.Image) -> np.ndarray:
+    """Gray of more than 8 bits to RGB: the high byte of 16, as Pillow itself does for 16-bit colour."""
+    values = np.asarray(image)  # [H, W]
+    if values.dtype.kind == "f":
+        raise ValueError("floating-point pixels have no defined range: convert the file to 8 or 16 bits")
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError("32-bit pixels have no defined range: convert the file to 8 or 16 bits")
+    gray = (values >> 8).astype(np.uint8)
+    return np.repeat(gray[:, :, None], 3, axis=2)  # [H, W, 3]
