@@ -1,0 +1,102 @@
+"""The on-disk form of converted data: names, versions, the index's layout and manifest.json.
+
+A converted folder holds ``shard-NNNNNN.tar`` (standard tar files: ``<key>.jpg`` and, where there are labels,
+``<key>.cls``), ``index.npy`` (one `INDEX_DTYPE` row per image), ``keys.npy`` (uint8, the UTF-8 of all keys),
+``quarantine.jsonl``, ``warnings.jsonl`` and ``manifest.json``, which is written last: without it the conversion is not
+finished. While it runs, ``.convert`` holds its plan and the finished shards' parts of the index.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.errors import InputError
+
+FORMAT = "mvssl-shards"
+VERSION = 1
+MANIFEST = "manifest.json"
+INDEX = "index.npy"
+KEYS = "keys.npy"
+QUARANTINE = "quarantine.jsonl"
+WARNINGS = "warnings.jsonl"
+WORK = ".convert"
+HEAD_BYTES = 4096  # of each shard, hashed on its own: tells two shards of the same size apart at open, at one read each
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("offset", "<i8"),  # first byte of the image in its shard
+        ("size", "<i8"),  # bytes
+        ("key_end", "<i8"),  # end of this image's key in keys.npy; it starts where the one before ends
+        ("shard", "<i4"),  # position in the manifest's list of shards
+        ("height", "<i4"),  # pixels, EXIF orientation applied
+        ("width", "<i4"),
+        ("label", "<i4"),  # -1 = none
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar file of a converted data set; `head` is the SHA-256 of its first `HEAD_BYTES` bytes."""
+
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+    head: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What manifest.json says; the file has more for the human reader (counts, versions, options)."""
+
+    count: int
+    classes: tuple[str, ...]
+    fingerprint: str
+    shards: tuple[Shard, ...]
+    sha256: Mapping[str, str]  # of index.npy and keys.npy
+    plan: Mapping[str, Any]  # source and options that made this data
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read manifest.json.
+
+        Raises:
+            InputError: it is missing (unfinished conversion), damaged, or of another format version.
+        """
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise InputError(f"{path} is of the format {content['format']!r}, not {FORMAT!r}: check the path.")
+            if content["version"] != VERSION:
+                raise InputError(
+                    f"{path} is of format version {content['version']} but this release reads version {VERSION}: "
+                    "convert the data again with this release's mvssl-convert, or use the release that made it."
+                )
+            return cls(
+                count=int(content["count"]),
+                classes=tuple(content["classes"]),
+                fingerprint=str(content["fingerprint"]),
+                shards=tuple(Shard(**shard) for shard in content["shards"]),
+                sha256=dict(content["sha256"]),
+                plan=dict(content["plan"]),
+            )
+        except FileNotFoundError:
+            raise InputError(
+                f"{folder}: the conversion is not finished (no {MANIFEST}): run the same mvssl-convert command again; "
+                "finished shards are kept."
+            ) from None
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{path} is damaged ({type(error).__name__}: {error}): restore it or convert the data again with "
+                "--overwrite."
+            ) from error

@@ -1,0 +1,156 @@
+"""Tar shards with an index as a source: memory-mapped, any image at any time, no copy."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.errors import InputError
+from pipelines.storage.keys import KeyTable
+from pipelines.storage.manifest import HEAD_BYTES, INDEX, INDEX_DTYPE, KEYS, MANIFEST, WORK, Manifest, Shard
+
+_CHUNK = 1 << 22  # bytes hashed at a time
+
+
+class ShardSource:
+    """Images in tar shards. Meets the `Source` contract.
+
+    What is checked: at open, the format version, the checksums of the index, and of every shard that it is there, its
+    size and its first 4 KiB; at `read`, that the mapped shard has not become shorter. `verify` reads everything. What
+    is guaranteed: replacing a shard by renaming is safe (the old file stays mapped). A shard cut short in place is
+    named by the next `read`; only bytes cut off between a `read` and their decoding kill the process (SIGBUS), which
+    no reader of mapped files can prevent.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open the converted data in `folder`.
+
+        Raises:
+            InputError: unfinished, another version, or a file missing, cut short, swapped or damaged.
+            OSError: a file cannot be read.
+        """
+        self.location = folder
+        self.manifest = Manifest.load(folder)
+        self.classes = self.manifest.classes
+        self.fingerprint = self.manifest.fingerprint
+        rows = self._load_checked(INDEX)  # [len]
+        blob: npt.NDArray[np.uint8] = self._load_checked(KEYS)
+        if rows.dtype != INDEX_DTYPE or rows.shape != (self.manifest.count,):
+            raise _damaged(folder / INDEX, f"has {rows.dtype} {rows.shape} for {self.manifest.count} images")
+        for shard in self.manifest.shards:
+            _check_quickly(folder / shard.name, shard)
+        self._shard = rows["shard"]  # views into the mapped index
+        self._offset = rows["offset"]
+        self._keys = KeyTable(blob=blob, ends=rows["key_end"])
+        self._maps: list[mmap.mmap | None] = [None] * len(self.manifest.shards)
+        self.nbytes: npt.NDArray[np.int64] = rows["size"]
+        self.labels: npt.NDArray[np.int64] = rows["label"].astype(np.int64)
+        self.sizes: npt.NDArray[np.int64] = np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
+        """int64 [len, 2]: (height, width) of each image in pixels, EXIF orientation applied."""
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def read(self, index: int) -> npt.NDArray[np.uint8]:
+        """Encoded image: read-only uint8 [bytes], a view into the mapped shard.
+
+        Raises:
+            InputError: the shard has become shorter since it was opened.
+        """
+        number, offset, size = int(self._shard[index]), int(self._offset[index]), int(self.nbytes[index])
+        # No lock: two threads that map the same shard at once do no harm, and a lock would not survive a fork.
+        mapped = self._maps[number] or self._map(number)
+        if mapped.size() < offset + size:
+            shard = self.manifest.shards[number]
+            raise _damaged(self.location / shard.name, f"was cut short to {mapped.size()} of {shard.bytes} bytes")
+        start = offset - offset % mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_WILLNEED, start, offset + size - start)  # a batch's disk reads go out together
+        return np.frombuffer(mapped, dtype=np.uint8, count=size, offset=offset)
+
+    def key(self, index: int) -> str:
+        """Stem of the tar member, e.g. ``n01440764/n01440764_10026``."""
+        return self._keys[index]
+
+    def close(self) -> None:
+        """Let go of the mapped shards; arrays given by `read` keep theirs alive. Reading maps them again."""
+        self._maps = [None] * len(self._maps)
+
+    def verify(self, *, progress: Callable[[int], None] | None = None) -> None:
+        """Read every shard and compare checksums.
+
+        Args:
+            progress: called with the number of bytes read so far.
+
+        Raises:
+            InputError: a shard's bytes are not those that were converted; it is named.
+        """
+        done = 0
+        for shard in self.manifest.shards:
+            digest = hashlib.sha256()
+            with (self.location / shard.name).open("rb") as file:
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+                    done += len(chunk)
+                    if progress is not None:
+                        progress(done)
+            if digest.hexdigest() != shard.sha256:
+                raise _damaged(self.location / shard.name, "does not have the checksum in the manifest")
+
+    def _map(self, number: int) -> mmap.mmap:
+        shard = self.manifest.shards[number]
+        path = self.location / shard.name
+        with path.open("rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
+                raise _damaged(path, f"has {size} bytes but must have {shard.bytes}")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._maps[number] = mapped
+        return mapped
+
+    def _load_checked(self, name: str) -> npt.NDArray[Any]:
+        path = self.location / name
+        try:
+            array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # still mapped, without memmap's cost
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise _damaged(path, "is missing") from None
+        except (ValueError, EOFError):
+            raise _damaged(path, "cannot be read as an array") from None
+        if digest != self.manifest.sha256.get(name):
+            raise _damaged(path, f"does not have the checksum in {MANIFEST}")
+        return array
+
+
+def _check_quickly(path: Path, shard: Shard) -> None:
+    try:
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise _damaged(path, f"has {size} bytes but must have {shard.bytes}")
+        with path.open("rb") as file:
+            head = hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
+    except FileNotFoundError:
+        raise _damaged(path, "is missing") from None
+    if head != shard.head:
+        raise _damaged(path, "has other contents than the manifest says (swapped with another shard?)")
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(f"{path} {what}: restore it from where it was copied, or convert again with --overwrite.")
+
+
+def claims(path: Path) -> bool:
+    """A folder with a manifest, or with a conversion in progress."""
+    return path.is_dir() and ((path / MANIFEST).is_file() or (path / WORK).is_dir())
+
+
+def open(path: Path, *, progress: Callable[[int], None] | None = None) -> ShardSource:
+    """Open converted data; see `ShardSource`. `progress` is not used: opening reads the index only."""
+    del progress
+    return ShardSource(path)

@@ -1,0 +1,67 @@
+"""The contract of a storage: encoded images by index."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.storage.keys import KeyTable
+
+
+class Source(Protocol):
+    """Encoded images (JPEG, PNG, ... as they lie on disk) by index, in an order that never changes for the same data.
+
+    Reading is safe from several threads at once and after a fork.
+    """
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """int64 [len]: class of each image, -1 where there is none."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by label; () if the data set is unlabelled."""
+
+    @property
+    def nbytes(self) -> npt.NDArray[np.int64]:
+        """int64 [len]: size of each encoded image in bytes, as it was when the data was indexed."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the data set: a hash of keys, labels and sizes. The same wherever the data lies."""
+
+    @property
+    def location(self) -> Path:
+        """Where the data lies, for messages."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> npt.NDArray[np.uint8]:
+        """Encoded bytes of one image: uint8 [bytes], to be read only (shards give a view into the mapped file).
+
+        Raises:
+            OSError: this image cannot be read (gone, disk error); the others may well be.
+            InputError: the storage is damaged; the message names the file.
+        """
+
+    def key(self, index: int) -> str:
+        """Name of one image for messages: the path relative to the folder, or the stem of the tar member."""
+
+    def close(self) -> None:
+        """Let go of open files. Arrays given by `read` stay valid."""
+
+
+def fingerprint(
+    keys: KeyTable, *, labels: npt.NDArray[np.int64], nbytes: npt.NDArray[np.int64], classes: tuple[str, ...]
+) -> str:
+    """SHA-256 (64 hex digits) over keys, labels, sizes and class names."""
+    digest = hashlib.sha256(f"{len(keys)}\0{len(classes)}\0".encode())
+    digest.update("\0".join(classes).encode("utf-8", "surrogateescape"))
+    for array in (keys.ends, labels, nbytes):
+        digest.update(np.ascontiguousarray(array, dtype="<i8").data)
+    digest.update(np.ascontiguousarray(keys.blob).data)
+    return digest.hexdigest()
