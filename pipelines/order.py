@@ -1,0 +1,120 @@
+"""Which image comes when: a pure function of (seed, epoch, step, rank, world size)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipelines.errors import InputError, invalid
+from pipelines.views import rng
+
+_CHUNK = 1 << 15  # images whose keys are made at once: what fits in a core's cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """The order of the images of every epoch.
+
+    An epoch is one permutation of the data set; global batch k is its k-th slice and each rank takes a contiguous share
+    of that slice, so that the same seed gives the same global batches on any number of ranks. The short last batch is
+    dropped.
+
+    Attributes:
+        num_images: images in the data set.
+        batch_size: images per step over all ranks.
+        seed: in [0, 2**64).
+    """
+
+    num_images: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise invalid("num_images", self.num_images, "at least 1", "give a data set with images")
+        if self.batch_size < 1:
+            raise invalid("batch_size", self.batch_size, "at least 1", "give the images per step over all ranks")
+        if self.batch_size > self.num_images:
+            raise InputError(
+                f"batch_size is {self.batch_size} but the data set has only {self.num_images} images: lower batch_size "
+                f"to at most {self.num_images} or give more images."
+            )
+        if not 0 <= self.seed < 2**64:
+            raise invalid("seed", self.seed, "between 0 and 2**64 - 1", "give another seed")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole global batches in an epoch."""
+        return self.num_images // self.batch_size
+
+    def permutation(self, epoch: int) -> NDArray[np.int64]:
+        """All images in the order of the epoch: int64 [num_images]. Takes one or two seconds per million images.
+
+        Raises:
+            InputError: the epoch is negative.
+        """
+        view, block = torch.tensor(rng.ORDER_VIEW), torch.tensor(0)
+        keys = []
+        for start in range(0, self.num_images, _CHUNK):
+            index = torch.arange(start, min(start + _CHUNK, self.num_images))
+            high, low, _, _ = rng.words(seed=self.seed, epoch=epoch, index=index, view=view, block=block)
+            keys.append(high << 32 | low)  # one random 64-bit key per image
+        # Stable, so that even equal keys have one order.
+        order: NDArray[np.int64] = torch.argsort(torch.cat(keys), stable=True).numpy()
+        return order
+
+    def positions(self, step: int, *, rank: int = 0, world_size: int = 1) -> slice:
+        """Where in the epoch's permutation a rank's share of a step's batch lies.
+
+        Raises:
+            InputError: the step or the rank does not exist, or the batch does not divide among the ranks.
+        """
+        if self.batch_size % world_size:
+            raise invalid(
+                "batch_size", self.batch_size, f"a multiple of the {world_size} ranks", "give each rank as many images"
+            )
+        if not 0 <= rank < world_size:
+            raise invalid("rank", rank, f"between 0 and {world_size - 1}", "give the rank of this process")
+        if not 0 <= step < self.steps_per_epoch:
+            raise invalid("step", step, f"between 0 and {self.steps_per_epoch - 1}", "count steps within the epoch")
+        share = self.batch_size // world_size
+        start = step * self.batch_size + rank * share
+        return slice(start, start + share)
+
+    def batch(self, epoch: int, step: int, *, rank: int = 0, world_size: int = 1) -> NDArray[np.int64]:
+        """The images of a rank's share of a step: int64 [batch_size // world_size].
+
+        Sorts the whole epoch for one batch; a loop takes `permutation` once and slices it by `positions`.
+
+        Raises:
+            InputError: as `permutation` and `positions`.
+        """
+        return self.permutation(epoch)[self.positions(step, rank=rank, world_size=world_size)]
+
+
+def replacement(permutation: NDArray[np.int64], position: int, bad: Collection[int]) -> tuple[int, int]:
+    """The image to take instead of the one at `position`: the next of the epoch's order, wrapping, that is not bad.
+
+    Args:
+        permutation: int64 [num_images], the epoch's order.
+        position: place of the image to be replaced.
+        bad: dataset indices that cannot be used; a set is fastest.
+
+    Returns:
+        (dataset index, its place in the permutation).
+
+    Raises:
+        InputError: every other image is bad.
+    """
+    for step in range(1, len(permutation)):
+        candidate = (position + step) % len(permutation)
+        if int(permutation[candidate]) not in bad:
+            return int(permutation[candidate]), candidate
+    raise InputError(
+        f"None of the {len(permutation)} images of the data set can be used: check the first reasons in the log and "
+        "convert the data set again."
+    )

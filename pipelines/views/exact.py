@@ -1,0 +1,43 @@
+"""Exponential and logarithm with the same bits on every platform.
+
+The libm and vector versions may differ in the last bit between machines, and even between the body and the tail of one
+tensor. These are built from IEEE additions and multiplications only, and from decimal arithmetic in software.
+"""
+
+from __future__ import annotations
+
+import math
+from decimal import Context, Decimal
+
+import torch
+from torch import Tensor
+
+_DECIMAL = Context(prec=40)
+_LN2 = _DECIMAL.ln(Decimal(2))
+_LN2_HIGH = math.ldexp(round(math.ldexp(float(_LN2), 32)), -32)  # 32 bits, so that its multiples are exact
+_LN2_LOW = float(_LN2 - Decimal(_LN2_HIGH))
+_TAYLOR = tuple(1.0 / math.factorial(k) for k in range(13, -1, -1))  # |r| <= ln(2) / 2 leaves 2e-18
+
+
+def exp(x: Tensor) -> Tensor:
+    """e**x to 1e-15, relative.
+
+    Args:
+        x: float64 [...] at most 700; what lies below -700 gives exp(-700).
+
+    Returns:
+        float64 [...].
+    """
+    x = x.clamp(min=-700.0)
+    k = torch.round(x * 1.4426950408889634)  # x = k ln 2 + r
+    r = (x - k * _LN2_HIGH) - k * _LN2_LOW
+    result = torch.full_like(r, _TAYLOR[0])
+    for coefficient in _TAYLOR[1:]:
+        result = result * r + coefficient
+    power = ((k.to(torch.int64) + 1023) << 52).view(torch.float64)  # 2**k, written into the exponent bits
+    return result * power
+
+
+def log(x: float) -> float:
+    """Natural logarithm, correctly rounded."""
+    return float(_DECIMAL.ln(Decimal(x)))

@@ -1,0 +1,30 @@
+"""Apply a function to those images of a batch that were chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def update(images: Tensor, chosen: Tensor, function: Callable[..., Tensor], *per_image: Tensor) -> Tensor:
+    """Replace the chosen images by `function(images, *per_image)`.
+
+    Args:
+        images: [N, 3, S, S]; may be overwritten.
+        chosen: bool [N] on the CPU.
+        function: gets the chosen images [n, 3, S, S] and the rows of `per_image` that belong to them, as
+            [n, 1, 1, 1] on the images' device; must return as many images.
+        per_image: one number per image each, [N] on the CPU.
+
+    Returns:
+        [N, 3, S, S].
+    """
+    where = chosen.nonzero().squeeze(1)  # [n]
+    if len(where) == 0:
+        return images
+    numbers = [values[where].to(images.device, images.dtype)[:, None, None, None] for values in per_image]
+    if len(where) == len(images):
+        return function(images, *numbers)
+    where = where.to(images.device)
+    return images.index_copy_(0, where, function(images.index_select(0, where), *numbers))

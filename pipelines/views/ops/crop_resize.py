@@ -1,0 +1,67 @@
+"""Random resized crop with horizontal flip: from decoded images of any size to square uint8 views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipelines.views.box import ATTEMPTS, random_box
+from pipelines.views.rng import Slot
+from pipelines.views.spec import ViewSpec
+
+
+def draw(spec: ViewSpec, sizes: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw the crops and flips of one view.
+
+    Args:
+        spec: the view.
+        sizes: int64 [N, 2], (height, width) of the images.
+        u: float64 [blocks, 4, N] uniform in [0, 1).
+
+    Returns:
+        crop int64 [N, 4] (top, left, height, width), the whole image if the spec has no area; flip bool [N].
+    """
+    flip = u[Slot.FLIP, 0] < spec.flip
+    if spec.area is None:
+        return torch.cat((torch.zeros_like(sizes), sizes), dim=1), flip
+    return random_box(sizes, u[Slot.CROP : Slot.CROP + ATTEMPTS], area=spec.area, ratio=spec.ratio), flip
+
+
+def apply(images: Sequence[Tensor], crop: Tensor, flip: Tensor, size: int) -> Tensor:
+    """Crop, resize (bicubic, antialiased, rounded to uint8) and flip.
+
+    Args:
+        images: N images uint8 [H, W, 3].
+        crop: int64 [N, 4] on the CPU.
+        flip: bool [N] on the CPU.
+        size: S.
+
+    Returns:
+        uint8 [N, 3, S, S], channels-last.
+    """
+    views = torch.empty(
+        (len(images), 3, size, size),
+        dtype=torch.uint8,
+        device=images[0].device,
+        memory_format=torch.channels_last,
+    )
+    for view, image, (top, left, height, width), mirror in zip(
+        views, images, crop.tolist(), flip.tolist(), strict=True
+    ):
+        window = image[top : top + height, left : left + width].permute(2, 0, 1)  # [3, h, w]
+        resized = resize(window, size, size)
+        view.copy_(resized.flip(2) if mirror else resized)
+    return views
+
+
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic antialiased resize of one uint8 image [3, h, w], as torchvision: uint8 [3, height, width]."""
+    native = image.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    source = image[None] if native else image[None].to(torch.float32)  # [1, 3, h, w]
+    resized = F.interpolate(source, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
+    if not native:  # cubic weights overshoot
+        resized = resized.clamp_(0, 255).round_().to(torch.uint8)
+    return resized[0]

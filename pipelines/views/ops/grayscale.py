@@ -1,0 +1,25 @@
+"""Grayscale: luma in all three channels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pipelines.views.ops._update import update
+from pipelines.views.rng import Slot
+from pipelines.views.spec import ViewSpec
+
+
+def draw(spec: ViewSpec, u: Tensor) -> Tensor:
+    """Which images of one view become gray, from u float64 [blocks, 4, N]: bool [N]."""
+    return u[Slot.GRAYSCALE, 0] < spec.grayscale
+
+
+def apply(images: Tensor, gray: Tensor) -> Tensor:
+    """Make the images gray where gray (bool [N] on the CPU): float32 [N, 3, S, S] to the same; may overwrite."""
+    return update(images, gray, lambda chosen: luma(chosen).expand_as(chosen))
+
+
+def luma(images: Tensor) -> Tensor:
+    """Brightness as torchvision weighs it (ITU-R BT.601): [N, 3, S, S] to [N, 1, S, S]."""
+    red, green, blue = images.unbind(dim=1)  # [N, S, S]
+    return (red * 0.2989).add_(green * 0.587).add_(blue * 0.114)[:, None]

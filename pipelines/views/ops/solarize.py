@@ -1,0 +1,20 @@
+"""Solarize: values at or above the threshold are inverted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipelines.views.ops._update import update
+from pipelines.views.rng import Slot
+from pipelines.views.spec import ViewSpec
+
+
+def draw(spec: ViewSpec, u: Tensor) -> Tensor:
+    """Which images of one view are solarized, from u float64 [blocks, 4, N]: bool [N]."""
+    return u[Slot.SOLARIZE, 0] < spec.solarize
+
+
+def apply(images: Tensor, solarize: Tensor, threshold: float) -> Tensor:
+    """Solarize where solarize (bool [N] on the CPU): float32 [N, 3, S, S] in [0, 1] to the same; may overwrite."""
+    return update(images, solarize, lambda chosen: torch.where(chosen >= threshold, 1.0 - chosen, chosen))
