@@ -12,6 +12,7 @@ import torch
 from pipelines.decode.decoder import MAX_PIXELS, Decoded, Decoder
 from pipelines.decode.pillow import PillowDecoder
 from pipelines.errors import InputError, invalid
+from pipelines.side_stream import with_index
 
 __all__ = ["DECODERS", "MAX_PIXELS", "Decoded", "Decoder", "default_threads", "make_decoder"]
 
@@ -24,7 +25,7 @@ def make_decoder(kind: str = "auto", *, device: str | torch.device, batch_size: 
 
     Args:
         kind: "dali", "pillow", or "auto": DALI where it can be imported, else Pillow (said once, as a log warning).
-        device: where DALI leaves the pixels: "cuda" decodes with nvJPEG. Pillow's pixels are always on the CPU.
+        device: where DALI leaves the pixels: "cuda" (without a number: the current one) decodes with nvJPEG. Pillow's pixels are always on the CPU.
         batch_size: most images of one call.
         threads: CPU threads that decode.
 
@@ -48,7 +49,7 @@ def make_decoder(kind: str = "auto", *, device: str | torch.device, batch_size: 
         )
     from pipelines.decode.dali import DaliDecoder  # here, because DALI may be missing
 
-    return DaliDecoder(device=torch.device(device), batch_size=batch_size, threads=threads)
+    return DaliDecoder(device=with_index(device), batch_size=batch_size, threads=threads)
 
 
 def default_threads(device: str | torch.device) -> int:

@@ -73,7 +73,7 @@ class DaliDecoder:
         pipeline = dali.Pipeline(
             batch_size=self._batch_size,
             num_threads=self._threads,
-            device_id=(self._device.index or 0) if on_gpu else None,
+            device_id=self._device.index if on_gpu else None,
             prefetch_queue_depth=1,  # one call, one batch: the loader's own thread is what works ahead
         )
         with pipeline:

@@ -1,0 +1,120 @@
+"""Evaluation views: every image once, in order, center crop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.decode import default_threads, make_decoder
+from pipelines.errors import InputError, invalid
+from pipelines.fetch import Fetcher
+from pipelines.prefetch import Prefetcher
+from pipelines.side_stream import SideStream, receive, with_index
+from pipelines.storage.source import Source
+from pipelines.views.center import center_views
+
+_log = logging.getLogger("mvssl.data")
+_EXAMPLES = 3
+
+CenterBatch = tuple[Tensor, Tensor, Tensor]
+"""Views [N, 3, crop, crop] on the device; index int64 [N] and labels int64 [N] (-1 = none) on the CPU."""
+
+
+def iterate_center(
+    source: Source,
+    *,
+    resize: int,
+    crop: int,
+    batch_size: int,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    decoder: str = "auto",
+    threads: int | None = None,
+    indices: Sequence[int] | np.ndarray | None = None,
+    prefetch: int = 2,
+) -> Iterator[CenterBatch]:
+    """Iterate over images in order, prepared in a thread; the last short batch is kept.
+
+    An image that cannot be decoded is named in a log warning and left out, so a batch may be smaller than asked for.
+
+    Args:
+        source: the encoded images.
+        resize: the short side's length before the crop, in pixels.
+        crop: side of the square in the middle, in pixels.
+        batch_size: images of a batch.
+        device: where the views are made and handed over.
+        dtype: of the views.
+        decoder: "auto", "dali" or "pillow".
+        threads: CPU threads that decode; None takes `default_threads(device)`.
+        indices: dataset indices to take, in this order; None takes all.
+        prefetch: finished batches that may wait.
+
+    Raises:
+        InputError: a number is below 1, `resize` or `crop` does not suit `center_views`, an index does not exist; while
+            iterating: not one image could be decoded, or the storage is damaged.
+    """
+    for field, value in (("batch_size", batch_size), ("prefetch", prefetch)):
+        if value < 1:
+            raise invalid(field, value, "1 or more", "give a positive number")
+    wanted = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
+    if wanted.size and not 0 <= int(wanted.min()) <= int(wanted.max()) < len(source):
+        outside = wanted[(wanted < 0) | (wanted >= len(source))]
+        raise invalid("indices", int(outside[0]), f"in [0, {len(source)})", "give indices of this data set")
+    place = with_index(device)
+    threads = default_threads(place) if threads is None else threads
+    fetch = Fetcher(source, make_decoder(decoder, device=place, batch_size=batch_size, threads=threads))
+    batches = [wanted[at : at + batch_size].tolist() for at in range(0, len(wanted), batch_size)]
+    side = SideStream(place)
+    return _consume(_produce(source, fetch, batches, side, resize, crop, dtype), fetch, prefetch)
+
+
+def _consume(
+    items: Generator[tuple[CenterBatch, torch.cuda.Event | None], None, None], fetch: Fetcher, prefetch: int
+) -> Generator[CenterBatch, None, None]:
+    try:
+        producer = Prefetcher(items, depth=prefetch, name="mvssl-center")
+        try:
+            for batch, event in producer:
+                receive(batch[:1], event)
+                yield batch
+        finally:
+            producer.close()
+    finally:
+        fetch.close()
+
+
+def _produce(
+    source: Source,
+    fetch: Fetcher,
+    batches: Sequence[Sequence[int]],
+    side: SideStream,
+    resize: int,
+    crop: int,
+    dtype: torch.dtype,
+) -> Generator[tuple[CenterBatch, torch.cuda.Event | None], None, None]:
+    """Runs in the producer's thread."""
+    reasons: list[str] = []
+    found = 0
+    for indices in batches:
+        with side.use(), torch.no_grad():
+            fetched = fetch(indices)
+            for n, reason in fetched.failures.items():
+                key = source.key(indices[n])
+                reasons.append(f"{key} ({reason})")
+                _log.warning("Image %s cannot be decoded (%s): it is left out of the evaluation.", key, reason)
+            if not len(fetched.batch):
+                continue
+            found += len(fetched.batch)
+            batch = side.upload(fetched.batch)
+            views = center_views(batch, resize=resize, crop=crop, dtype=dtype)  # [N, 3, crop, crop]
+            event = side.mark(fetched.encoded, fetched.batch, batch)
+        yield (views, batch.index, batch.labels), event
+    if batches and not found:
+        raise InputError(
+            f"None of the {len(reasons)} images of {source.location} can be decoded, for example "
+            f"{'; '.join(reasons[:_EXAMPLES])}: check the data, or run mvssl-convert on it."
+        )

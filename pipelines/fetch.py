@@ -1,0 +1,77 @@
+"""From dataset indices to decoded images: read in threads, decode, and tell what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipelines.batch import DecodedBatch
+from pipelines.decode import Decoder
+from pipelines.storage.source import Source
+
+_READERS = 8  # reading waits for disks and networks, not for cores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """What came of a list of indices.
+
+    Attributes:
+        batch: the images that could be read and decoded, in the order asked for.
+        failures: position in the list -> reason, of the others.
+        encoded: the bytes, which must live as long as a decoder on the GPU may read them.
+    """
+
+    batch: DecodedBatch
+    failures: Mapping[int, str]
+    encoded: Sequence[np.ndarray]
+
+
+class Fetcher:
+    """Reads and decodes; to be called from one thread at a time."""
+
+    def __init__(self, source: Source, decoder: Decoder) -> None:
+        self._source = source
+        self._decoder = decoder
+        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="mvssl-read")
+
+    def __call__(self, indices: Sequence[int]) -> Fetched:
+        """Read and decode the images of these dataset indices.
+
+        Raises:
+            InputError: the storage itself is damaged. A file that cannot be read is a failure and no exception.
+        """
+        share = -(-len(indices) // _READERS) or 1
+        parts = self._pool.map(self._read, [indices[at : at + share] for at in range(0, len(indices), share)])
+        read = [item for part in parts for item in part]
+        failures = {n: item for n, item in enumerate(read) if isinstance(item, str)}
+        positions = [n for n in range(len(read)) if n not in failures]
+        encoded = [item for item in read if not isinstance(item, str)]
+        decoded = self._decoder(encoded)
+        failures.update((positions[n], reason) for n, reason in decoded.failures.items())
+        index = np.array([i for n, i in enumerate(indices) if n not in failures], dtype=np.int64)
+        batch = DecodedBatch.packed(
+            decoded.pixels,
+            sizes=decoded.sizes,
+            index=torch.from_numpy(index),
+            labels=torch.from_numpy(np.asarray(self._source.labels, dtype=np.int64)[index]),
+        )
+        return Fetched(batch=batch, failures=failures, encoded=encoded)
+
+    def close(self) -> None:
+        """End the reading threads and close the decoder."""
+        self._pool.shutdown()
+        self._decoder.close()
+
+    def _read(self, indices: Sequence[int]) -> list[np.ndarray | str]:
+        read: list[np.ndarray | str] = []
+        for index in indices:
+            try:
+                read.append(self._source.read(index))
+            except OSError as error:
+                read.append(f"it cannot be read: {error.strerror or error}")
+        return read

@@ -1,0 +1,242 @@
+"""The loader: batches of views, prepared in a thread while the model trains.
+
+Threads. One producer thread reads, decodes, draws and makes views; reading and decoding use small pools of their own
+(`threads` for decoding, see `pipelines.decode.default_threads`). On a GPU the producer's torch work is the draws only.
+On the CPU the views take torch's intra-op threads, as the training step does: both teams share the cores through the
+operating system. The producer does not call `torch.set_num_threads`, which would change the training step too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipelines.batch import ViewBatch
+from pipelines.decode import default_threads, make_decoder
+from pipelines.errors import InputError, invalid
+from pipelines.fetch import Fetcher
+from pipelines.order import Order
+from pipelines.prefetch import Prefetcher
+from pipelines.side_stream import SideStream, receive, with_index
+from pipelines.storage.source import Source
+from pipelines.substitute import FailureGuard, fetch_complete
+from pipelines.views.draw import draw
+from pipelines.views.engine import ViewEngine
+from pipelines.views.spec import ViewSpec
+
+_log = logging.getLogger("mvssl.data")
+
+_Prepared = tuple[ViewBatch, torch.cuda.Event | None]
+
+
+@dataclass(kw_only=True)
+class LoaderStats:
+    """What happened so far.
+
+    Attributes:
+        wait_seconds: time the consumer waited for batches (monotonic clock): the data stall.
+        batches: batches handed to the consumer.
+        bad: key -> reason of the images that cannot be decoded, as found by the producer.
+        replaced: places in batches that were given to another image, as prepared by the producer.
+    """
+
+    wait_seconds: float = 0.0
+    batches: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    replaced: int = 0
+
+
+class Loader:
+    """Batches of views of a data set.
+
+    The batch of (epoch, step) is a function of the data, the order's seed, epoch, step and rank alone: it does not
+    matter where a run was resumed, how far ahead batches are prepared or what was decoded before. A bad image is named
+    in a warning once and replaced by the next image of the epoch's order that decodes.
+
+    One epoch runs at a time: starting another ends the one before.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        specs: Sequence[ViewSpec],
+        order: Order,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        decoder: str = "auto",
+        backend: str = "auto",
+        threads: int | None = None,
+        prefetch: int = 2,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Make a loader; nothing is read before an epoch is iterated.
+
+        Args:
+            source: the encoded images.
+            specs: the views to make of each image.
+            order: which image comes when; for `len(source)` images.
+            device: where the views are made and handed over.
+            dtype: of the views.
+            decoder: "auto", "dali" or "pillow".
+            backend: of the view engine.
+            threads: CPU threads that decode; None takes `default_threads(device)`.
+            prefetch: finished batches that may wait.
+            rank: of this process among `world_size`.
+
+        Raises:
+            InputError: `order` is for another number of images, a number is below 1, or an argument is unknown.
+        """
+        if order.num_images != len(source):
+            raise invalid("Order.num_images", order.num_images, f"the {len(source)} images of the source", "rebuild it")
+        if prefetch < 1:
+            raise invalid("prefetch", prefetch, "1 or more", "give the number of finished batches that may wait")
+        share = order.positions(0, rank=rank, world_size=world_size)
+        self.stats = LoaderStats()
+        self._source = source
+        self._specs = tuple(specs)
+        self._order = order
+        self._rank = rank
+        self._world_size = world_size
+        self._prefetch = prefetch
+        self._device = with_index(device)
+        self._engine = ViewEngine(self._specs, device=self._device, backend=backend, dtype=dtype)
+        self._side = SideStream(self._device)
+        threads = default_threads(self._device) if threads is None else threads
+        kind = make_decoder(decoder, device=self._device, batch_size=share.stop - share.start, threads=threads)
+        self._fetch = Fetcher(source, kind)
+        self._bad: dict[int, str] = {}
+        self._guard = FailureGuard()
+        self._producer: Prefetcher[_Prepared] | None = None
+        self._ahead: int | None = None  # the epoch whose first batch the running producer gives next
+        self._next = (0, 0)
+        self._closed = False
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch."""
+        return self._order.steps_per_epoch
+
+    def epoch(self, epoch: int, *, first_step: int = 0, read_ahead: bool = False) -> Iterator[ViewBatch]:
+        """Iterate over the batches of an epoch.
+
+        Leaving the loop early ends the producer's thread, and so does the end of the epoch unless `read_ahead` is set:
+        then the next epoch's first batches are prepared meanwhile, for an `epoch(epoch + 1)` that starts at once.
+
+        Args:
+            epoch: 0 or more.
+            first_step: step to begin with, up to `steps_per_epoch` (then there is no batch).
+            read_ahead: go on with the next epoch's batches; the thread then ends with that epoch or with `close`.
+
+        Raises:
+            InputError: `epoch` or `first_step` does not exist; while iterating, too many images are bad or the storage
+                is damaged. Anything that goes wrong in the producer is raised to the consumer.
+        """
+        if epoch < 0:
+            raise invalid("epoch", epoch, "0 or more", "count epochs from 0")
+        if not 0 <= first_step <= self.steps_per_epoch:
+            raise invalid("first_step", first_step, f"in [0, {self.steps_per_epoch}]", "count steps within the epoch")
+        if self._closed:
+            raise RuntimeError("The loader is closed.")
+        return self._consume(epoch, first_step, read_ahead)
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and step of the batch that comes next."""
+        return {"epoch": self._next[0], "step": self._next[1]}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Take over a position; go on with `epoch(state["epoch"], first_step=state["step"])`.
+
+        Raises:
+            InputError: the position does not exist in this loader's order.
+        """
+        epoch, step = state["epoch"], state["step"]
+        if epoch < 0 or not 0 <= step < self.steps_per_epoch:
+            raise invalid("loader state", dict(state), f"a step below {self.steps_per_epoch}", "resume the same data")
+        self._next = (epoch, step)
+
+    def close(self) -> None:
+        """End all threads and free the decoder; may be called twice."""
+        self._stop()
+        if not self._closed:
+            self._closed = True
+            self._fetch.close()
+
+    def _stop(self) -> None:
+        producer, self._producer, self._ahead = self._producer, None, None
+        if producer is not None:
+            producer.close()
+
+    def _start(self, epoch: int, first_step: int, read_ahead: bool) -> Prefetcher[_Prepared]:
+        if self._producer is not None and self._ahead == epoch and first_step == 0:
+            return self._producer
+        self._stop()
+        epochs = itertools.count(epoch) if read_ahead else iter((epoch,))
+        self._producer = Prefetcher(self._produce(epochs, first_step), depth=self._prefetch, name="mvssl-loader")
+        return self._producer
+
+    def _consume(self, epoch: int, first_step: int, read_ahead: bool) -> Generator[ViewBatch, None, None]:
+        producer = self._start(epoch, first_step, read_ahead)
+        self._ahead = None
+        complete = False
+        try:
+            for step in range(first_step, self.steps_per_epoch):
+                waited = producer.wait_seconds
+                prepared = next(producer, None)
+                self.stats.wait_seconds += producer.wait_seconds - waited
+                if prepared is None:
+                    raise RuntimeError("This epoch was ended: the loader was closed or another epoch was started.")
+                batch, event = prepared
+                del prepared  # or its views would live until the next batch is there
+                receive(batch.views, event)
+                self.stats.batches += 1
+                self._next = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
+                yield batch
+                del batch
+            complete = True
+        finally:
+            if self._producer is producer:
+                if complete and read_ahead:
+                    self._ahead = epoch + 1
+                else:
+                    self._stop()
+
+    def _produce(self, epochs: Iterator[int], first_step: int) -> Generator[_Prepared, None, None]:
+        """Runs in the producer's thread."""
+        for epoch in epochs:
+            permutation = self._order.permutation(epoch)
+            for step in range(first_step, self.steps_per_epoch):
+                try:
+                    yield self._prepare(permutation, epoch, step)
+                except InputError:
+                    raise
+                except Exception as error:
+                    error.add_note(f"while batch {step} of epoch {epoch} of {self._source.location} was prepared")
+                    raise
+            first_step = 0
+
+    @torch.no_grad()
+    def _prepare(self, permutation: NDArray[np.int64], epoch: int, step: int) -> _Prepared:
+        positions = self._order.positions(step, rank=self._rank, world_size=self._world_size)
+        with self._side.use():
+            complete = fetch_complete(self._fetch, permutation, positions, bad=self._bad, found_bad=self._found_bad)
+            self.stats.replaced += complete.replaced
+            reasons = [f"{key} ({reason})" for key, reason in itertools.islice(self.stats.bad.items(), 3)]
+            self._guard(decoded=len(complete.batch), replaced=complete.replaced, reasons=reasons)
+            batch = self._side.upload(complete.batch)
+            params = draw(self._specs, batch.sizes, seed=self._order.seed, epoch=epoch, index=batch.index)
+            views = self._engine(batch, params)
+            event = self._side.mark(complete.held, batch, params)
+        return ViewBatch(views=views, index=batch.index, labels=batch.labels), event
+
+    def _found_bad(self, index: int, reason: str) -> None:
+        key = self._source.key(index)
+        self.stats.bad[key] = reason
+        _log.warning("Image %s cannot be decoded (%s): the next image of the order takes its place.", key, reason)

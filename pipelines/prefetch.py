@@ -1,0 +1,116 @@
+"""Running a generator ahead of its consumer, in a thread, with a bounded queue."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Generator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class _Queue(Generic[T]):
+    """What the two threads share: finished items, the end, and the wish to stop."""
+
+    def __init__(self, depth: int) -> None:
+        self.changed = threading.Condition()
+        self.depth = depth
+        self.items: deque[T] = deque()
+        self.stopped = False
+        self.ended = False
+        self.error: BaseException | None = None
+
+    def put(self, item: T) -> bool:
+        """Wait for a free place; False if the consumer has stopped."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.stopped or len(self.items) < self.depth)
+            if not self.stopped:
+                self.items.append(item)
+                self.changed.notify_all()
+            return not self.stopped
+
+    def end(self, error: BaseException | None) -> None:
+        with self.changed:
+            self.ended = True
+            self.error = error
+            self.changed.notify_all()
+
+    def get(self) -> T:
+        """Wait for the next item.
+
+        Raises:
+            StopIteration: there is none.
+            BaseException: what the producer raised, after the items it had made before.
+        """
+        with self.changed:
+            self.changed.wait_for(lambda: self.items or self.ended or self.stopped)
+            if self.items:
+                item = self.items.popleft()
+                self.changed.notify_all()
+                return item
+            error, self.error = self.error, None
+        if error is not None:
+            raise error
+        raise StopIteration
+
+    def stop(self) -> None:
+        with self.changed:
+            self.stopped = True
+            self.items.clear()
+            self.changed.notify_all()
+
+
+class Prefetcher(Generic[T]):
+    """An iterator over a generator that runs in a thread of its own, at most `depth` items ahead.
+
+    What the generator raises is raised to the consumer, at its place among the items. `close`, garbage collection and
+    the interpreter's exit all stop the thread: it finishes the item it is at, closes the generator and ends.
+
+    Attributes:
+        wait_seconds: time the consumer has waited for items so far (monotonic clock).
+    """
+
+    def __init__(self, items: Generator[T, None, None], *, depth: int, name: str) -> None:
+        self.wait_seconds = 0.0
+        self._queue: _Queue[T] = _Queue(depth)
+        # A daemon, so that a full queue never keeps the interpreter alive; the finalizer ends it before exit.
+        self._thread = threading.Thread(target=_produce, args=(items, self._queue), name=name, daemon=True)
+        self._finalizer = weakref.finalize(self, _stop, self._queue, self._thread)
+        self._thread.start()
+
+    def __iter__(self) -> Prefetcher[T]:
+        return self
+
+    def __next__(self) -> T:
+        start = time.monotonic()
+        try:
+            return self._queue.get()
+        finally:
+            self.wait_seconds += time.monotonic() - start
+
+    def close(self) -> None:
+        """Stop the thread and wait for its end; may be called twice."""
+        self._finalizer()
+
+
+def _produce(items: Generator[T, None, None], queue: _Queue[T]) -> None:
+    error: BaseException | None = None
+    try:
+        while queue.put(next(items)):
+            pass
+    except StopIteration:
+        pass
+    except BaseException as caught:  # everything goes to the consumer, which decides
+        error = caught
+    finally:
+        items.close()
+        queue.end(error)
+
+
+def _stop(queue: _Queue[T], thread: threading.Thread) -> None:
+    queue.stop()
+    if thread is not threading.current_thread():  # a collection may run in the thread itself
+        thread.join()
