@@ -18,7 +18,7 @@ _MOST_HELD = 8  # batches in flight; a GPU further behind makes the producer's t
 
 
 def with_index(device: str | torch.device) -> torch.device:
-    """The device, "cuda" with the number of this thread's current one: another thread has a current device of its own."""
+    """The device; "cuda" gets the number of this thread's current one, because every thread has its own."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())

@@ -25,7 +25,8 @@ def make_decoder(kind: str = "auto", *, device: str | torch.device, batch_size: 
 
     Args:
         kind: "dali", "pillow", or "auto": DALI where it can be imported, else Pillow (said once, as a log warning).
-        device: where DALI leaves the pixels: "cuda" (without a number: the current one) decodes with nvJPEG. Pillow's pixels are always on the CPU.
+        device: where DALI leaves the pixels; "cuda" (without a number: the current one) decodes with nvJPEG. Pillow
+            leaves them on the CPU.
         batch_size: most images of one call.
         threads: CPU threads that decode.
 
