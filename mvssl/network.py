@@ -1,0 +1,46 @@
+"""The networks: an encoder (backbone and projector), and the online network that adds the predictors."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mvssl.backbones import build_backbone, feature_width
+from mvssl.heads import MLP, PredictorBank
+from mvssl.recipe import Recipe
+from pipelines.views.spec import tasks
+
+
+class Encoder(nn.Module):
+    """Backbone and projector. One forward per view: every BatchNorm normalises over one view (SPEC section 3).
+
+    Attributes:
+        backbone: [B, 3, S, S] -> [B, D].
+        projector: [B, D] -> [B, out].
+        feature_width: D.
+    """
+
+    def __init__(self, recipe: Recipe, *, drop_path: bool) -> None:
+        super().__init__()
+        self.backbone = build_backbone(recipe.backbone, drop_path=drop_path)
+        sizes = {view.size for view in recipe.views} | {recipe.evaluation.crop}
+        self.feature_width = feature_width(self.backbone, sizes, name=recipe.backbone.name)
+        self.projector = MLP(self.feature_width, recipe.projector)
+
+    def forward(self, view: Tensor) -> Tensor:
+        """Embed one view: [B, 3, S, S] -> [B, out]."""
+        embedding: Tensor = self.projector(self.backbone(view))
+        return embedding
+
+
+class OnlineNetwork(Encoder):
+    """The network that is trained: an encoder and one predictor per task (or one shared by all).
+
+    Attributes:
+        predictors: the bank; its keys are the tasks, or "shared" alone.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe, drop_path=True)
+        # Drawn last, so that the encoder's initial weights do not depend on how many predictors there are.
+        keys = tasks(recipe.views) if recipe.predictors == "per-view" else ("shared",)
+        self.predictors = PredictorBank(keys, recipe.projector.out, recipe.predictor)
