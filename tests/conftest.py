@@ -1,0 +1,26 @@
+"""What all tests share: how property tests run, and which tests this machine cannot run."""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+mpl.use("Agg")
+
+# The same examples in every run, and no deadline: the cores are shared with the tests beside it.
+settings.register_profile(
+    "mvssl", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("mvssl")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)

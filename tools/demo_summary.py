@@ -1,0 +1,56 @@
+"""The closing words of demo.sh: what came out, where it lies, and whether training has helped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from pipelines.console import run_cli
+from pipelines.errors import InputError
+
+# What the demo leaves in its folder, and what each is.
+FILES = (
+    ("images", "the drawn JPEGs, train/ and val/, one folder a class"),
+    ("shards", "the same as tar shards with an index"),
+    ("run/views.png", "contact sheet: the five views of some images"),
+    ("run/losses.png", "loss of each task over the steps"),
+    ("run/metrics.jsonl", "every logged number"),
+    ("backbone.safetensors", "the backbone; timm.create_model(..., checkpoint_path=...) loads it"),
+)
+
+
+def summary(out: Path) -> str:
+    """Describe the finished demo in `out`.
+
+    Raises:
+        InputError: a result is missing, or the trained backbone is not better than the untrained one.
+    """
+    missing = [name for name, _ in FILES if not (out / name).exists()]
+    if missing:
+        raise InputError(f"{out} lacks {', '.join(missing)}: run tools/demo.sh again.")
+    results = json.loads((out / "run" / "eval-knn.json").read_text())
+    k, untrained = next(iter(results["untrained"]["top1"].items()))
+    trained = results["trained"]["top1"][k]
+    chance = 1 / sum(entry.is_dir() for entry in (out / "images" / "train").iterdir())
+    width = max(len(name) for name, _ in FILES)
+    lines = [f"Everything is in {out}:"]
+    lines += [f"  {name:<{width}}  {about}" for name, about in FILES]
+    lines += [
+        "",
+        f"kNN top-1 (k = {k}; chance {100 * chance:.1f} %)",
+        f"  untrained  {100 * untrained:5.1f} %",
+        f"  trained    {100 * trained:5.1f} %",
+    ]
+    if trained <= untrained:
+        raise InputError("\n".join([*lines, "", "Training has not helped: try another --seed, and please report it."]))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the summary of the folder in argv[1]."""
+    run_cli(lambda: print(summary(Path(sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()

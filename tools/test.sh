@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The whole suite with one command: installs, then lint, format, types, tests.
+#
+#   tools/test.sh                        # everything
+#   tools/test.sh tests/tools -k demo    # arguments go to pytest
+#
+# Needs python3 (3.11 or newer) only; see setup_env.sh. Tests that need CUDA skip themselves without it, and say so.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+setup_env test
+ensure_compiler
+cd "$ROOT"
+
+failed=()
+section() {
+    local name="$1" start=$SECONDS
+    shift
+    printf '\n=== %s\n' "$name"
+    if ! "$@" </dev/null; then
+        failed+=("$name")
+    fi
+    times="${times:+$times, }$name $((SECONDS - start)) s"
+}
+
+# One process a core and one thread each: small tensors gain nothing from more threads. A file stays in one process, so
+# its module fixtures are made once.
+run_tests() {
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MPLBACKEND=Agg \
+        "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+}
+
+section "lint" "$PYTHON" -m ruff check .
+section "format" "$PYTHON" -m ruff format --check .
+section "types" "$PYTHON" -m mypy
+section "tests" run_tests "$@"
+
+printf '\n'
+if [ ${#failed[@]} -gt 0 ]; then
+    joined="$(printf ', %s' "${failed[@]}")"
+    say "FAILED: ${joined:2} (total $SECONDS s: $times)"
+    exit 1
+fi
+say "All passed in $SECONDS s ($times)."
