@@ -16,7 +16,7 @@ def draw(spec: ViewSpec, u: Tensor) -> Tensor:
 
 def apply(images: Tensor, gray: Tensor) -> Tensor:
     """Make the images gray where gray (bool [N] on the CPU): float32 [N, 3, S, S] to the same; may overwrite."""
-    return update(images, gray, lambda chosen: luma(chosen).expand_as(chosen))
+    return update(images, gray, lambda chosen: luma(chosen).repeat(1, 3, 1, 1))
 
 
 def luma(images: Tensor) -> Tensor:

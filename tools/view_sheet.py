@@ -1,0 +1,84 @@
+"""Draw a contact sheet of views: `python -m tools.view_sheet DATA OUT.png`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from pipelines import DecodedBatch, InputError, ViewEngine, draw, paper_views
+from pipelines.console import run_cli
+from pipelines.decode import make_decoder
+from pipelines.order import Order
+from pipelines.storage import open_source
+from pipelines.views.sheet import view_sheet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Draw each source image with its crops, and all its views, as one PNG."""
+
+    data: Annotated[Path, tyro.conf.Positional]
+    """Folder of images, list of files or converted data."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """The picture to write."""
+    num_images: int = 6
+    """Rows of the sheet."""
+    seed: int = 0
+    """Chooses the images and everything drawn for them."""
+    epoch: int = 0
+    """Epoch whose views are drawn."""
+    size: int = 224
+    """Side of the global and cutout views in pixels."""
+    local_size: int = 96
+    """Side of the local views in pixels."""
+    num_local: int = 2
+    """Local views per image."""
+    num_cutout: int = 1
+    """Cutout views per image."""
+    blur_kernel: int = 23
+    """Taps of the blur."""
+
+
+def run(options: Options) -> None:
+    """Write the sheet.
+
+    Raises:
+        InputError: the data cannot be used, there are fewer images than rows, or none of the chosen can be decoded.
+        OSError: the picture cannot be written.
+    """
+    specs = paper_views(
+        num_local=options.num_local,
+        num_cutout=options.num_cutout,
+        size=options.size,
+        local_size=options.local_size,
+        blur_kernel=options.blur_kernel,
+    )
+    source = open_source(options.data)
+    order = Order(num_images=len(source), batch_size=options.num_images, seed=options.seed)
+    index = order.batch(options.epoch, 0)  # int64 [num_images]
+    decoder = make_decoder("pillow", device="cpu", batch_size=options.num_images, threads=1)
+    decoded = decoder([source.read(int(i)) for i in index])
+    for position, reason in decoded.failures.items():
+        print(f"left out {source.key(int(index[position]))}: {reason}", file=sys.stderr)
+    good = [int(i) for position, i in enumerate(index) if position not in decoded.failures]
+    if not good:
+        raise InputError(f"None of the {len(index)} chosen images of {options.data} can be decoded: try another seed.")
+    batch = DecodedBatch.packed(decoded.pixels, sizes=decoded.sizes, index=torch.tensor(good))
+    params = draw(specs, batch.sizes, seed=options.seed, epoch=options.epoch, index=batch.index)
+    view_sheet(batch, specs, params, ViewEngine(specs)(batch, params)).save(options.out, format="PNG")
+    decoder.close()
+    source.close()
+
+
+def main() -> None:
+    """Command line."""
+    run_cli(lambda: run(tyro.cli(Options)))
+
+
+if __name__ == "__main__":
+    main()
