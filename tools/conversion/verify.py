@@ -1,0 +1,129 @@
+"""Check one image by decoding it completely, and make it smaller where that is asked for."""
+
+from __future__ import annotations
+
+import io
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from pipelines.decode.pillow import decode_one
+
+_QUALITY = 95  # of re-encoded JPEGs: differences below what the views' resize leaves of them
+_MAGIC = (
+    (b"\xff\xd8", "jpg"),
+    (b"\x89PNG", "png"),
+    (b"BM", "bmp"),
+    (b"II", "tif"),
+    (b"MM", "tif"),
+    (b"P", "ppm"),
+    (b"GIF8", "gif"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """The outcome for one image.
+
+    Attributes:
+        data: bytes to store, uint8 [bytes]; empty if the image is bad.
+        height, width: pixels, EXIF orientation applied.
+        extension: by content, not by name (ImageNet has a PNG called .JPEG).
+        bad: why the image cannot be used, or "".
+        warned: what the decoder complained about although it decoded every pixel, or "".
+    """
+
+    data: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
+    height: int = 0
+    width: int = 0
+    extension: str = ""
+    bad: str = ""
+    warned: str = ""
+
+
+class WarningLog:
+    """Collects Python warnings per thread, because ``warnings.catch_warnings`` is for one thread only."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Take every warning of every thread while the context lasts."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+
+            def keep(message: Warning | str, *_: object, **__: object) -> None:
+                self._messages().append(str(message))
+
+            warnings.showwarning = keep
+            yield
+
+    def take(self) -> str:
+        """What this thread was warned of since the last call."""
+        messages = self._messages()
+        text = "; ".join(dict.fromkeys(messages))
+        messages.clear()
+        return text
+
+    def _messages(self) -> list[str]:
+        if not hasattr(self._local, "messages"):
+            self._local.messages = []
+        messages: list[str] = self._local.messages
+        return messages
+
+
+def check(data: npt.NDArray[np.uint8], *, max_size: int | None, log: WarningLog) -> Checked:
+    """Decode `data` completely, as training would, and say what to store.
+
+    Args:
+        data: an encoded image, uint8 [bytes].
+        max_size: longest side in pixels; a larger image is turned upright, scaled down (Lanczos) and encoded again
+            (JPEG, quality 95). None: bytes pass through.
+        log: where this thread's warnings arrive.
+    """
+    log.take()
+    pixels = decode_one(data)  # [H, W, 3]
+    warned = log.take()
+    if isinstance(pixels, str):
+        return Checked(bad=pixels)
+    content = data.tobytes()
+    if content.startswith(b"\xff\xd8") and not has_end_marker(content):
+        return Checked(bad="truncated JPEG: the end-of-image marker is missing")
+    height, width = pixels.shape[:2]
+    if max_size is None or max(height, width) <= max_size:
+        return Checked(data=data, height=height, width=width, extension=_extension(content), warned=warned)
+    scale = max_size / max(height, width)
+    small = Image.fromarray(pixels).resize(
+        (max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.LANCZOS
+    )
+    encoded = io.BytesIO()
+    small.save(encoded, "JPEG", quality=_QUALITY)
+    stored = np.frombuffer(encoded.getvalue(), dtype=np.uint8)
+    return Checked(data=stored, height=small.height, width=small.width, extension="jpg", warned=warned)
+
+
+def has_end_marker(jpeg: bytes) -> bool:
+    """Whether an end-of-image marker follows the first scan of a JPEG (one in an EXIF thumbnail does not count)."""
+    at = 2
+    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF:
+        marker = jpeg[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if marker == 0xDA:
+            break
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return jpeg.rfind(b"\xff\xd9", at) > 0
+
+
+def _extension(content: bytes) -> str:
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "webp"
+    return next((extension for magic, extension in _MAGIC if content.startswith(magic)), "img")

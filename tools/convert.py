@@ -1,0 +1,90 @@
+"""`mvssl-convert`: turn a folder of images, a list or ImageNet's archives into tar shards with an index."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from pipelines.console import run_cli
+from pipelines.errors import InputError, invalid
+from tools.conversion.inputs import find_jobs
+from tools.conversion.progress import IndexProgress
+from tools.conversion.shards import Options, ShardConversion
+
+_MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Convert images to tar shards with an index: any image at any time, few large files, readable by tar.
+
+    Every image is decoded once; those that cannot be are left out and listed with the reason in quarantine.jsonl.
+    A conversion that was stopped goes on where it was when the same command is run again.
+    """
+
+    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """A folder of images (labels are its first level of folders), a folder with train/ and val/, a text list of files,
+    ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, or a folder with these two archives."""
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """New or empty folder to write to; DST/train and DST/val if SRC has both."""
+    format: Literal["shards"] = "shards"
+    """What to write."""
+    max_size: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
+    """Longest side in pixels: larger images are scaled down and encoded again (JPEG, quality 95). Without it every
+    file's bytes pass through unchanged."""
+    shard_size: Annotated[float, tyro.conf.arg(metavar="MB")] = 512.0
+    """Images in one shard, in MB; a kill loses at most one shard's work."""
+    workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one per core)")] = None
+    """Threads that read and check images."""
+    val_labels: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """For ILSVRC2012_img_val.tar: one wnid a line in the order of the file names, or lines of NAME WNID (also
+    LOC_val_solution.csv); whole numbers in place of wnids need --classes."""
+    classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """All classes, one a line: labels are numbered by their sorted order, and whole numbers in --val-labels count by
+    their order in this file."""
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Remove converted data that is in DST and start afresh."""
+
+
+def convert(config: Convert) -> None:
+    """Do what the command line asks; prints one summary line per split.
+
+    Raises:
+        InputError: a value, SRC or DST cannot be used.
+        OSError: reading or writing failed; finished shards are kept.
+    """
+    if config.max_size is not None and config.max_size < 1:
+        raise invalid("--max-size", config.max_size, "1 or more pixels", "give the longest side, e.g. 512")
+    if not config.shard_size > 0:
+        raise invalid("--shard-size", config.shard_size, "above 0 MB", "give megabytes, e.g. 512")
+    if config.workers is not None and config.workers < 1:
+        raise invalid("--workers", config.workers, "1 or more", "give a number of threads or leave it out")
+    if config.dst.resolve().is_relative_to(config.src.resolve()):
+        raise InputError(f"DST {config.dst} lies in SRC {config.src}: give a DST outside of it.")
+    options = Options(max_size=config.max_size, shard_bytes=max(1, round(config.shard_size * _MEGABYTE)))
+    jobs = find_jobs(config.src, val_labels=config.val_labels, classes_file=config.classes, progress=IndexProgress())
+    conversions = [ShardConversion(job, config.dst / job.name, options) for job in jobs]
+    for conversion in conversions:  # all before the first runs: no surprise after hours, and DST/val is seen as begun
+        conversion.prepare(overwrite=config.overwrite)
+    for conversion in conversions:
+        print(conversion.run(workers=config.workers or _cores()), flush=True)
+
+
+def _cores() -> int:
+    # Cores this process may use, where the system tells (Linux): a container often has fewer than the machine.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `mvssl-convert`; leaves the process with its exit code."""
+    config = tyro.cli(Convert, args=arguments, prog="mvssl-convert")
+    run_cli(lambda: convert(config))
+
+
+if __name__ == "__main__":
+    main()
