@@ -1,0 +1,25 @@
+"""mvssl: self-supervised pre-training with many views per image.
+
+``mvssl.train(mvssl.recipes.byol_resnet50_200ep(), data="...", out="...")`` trains; README documents the rest.
+"""
+
+from __future__ import annotations
+
+from mvssl import recipes
+from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.trainer import Diverged, Interrupted, TrainResult, train
+from pipelines.errors import InputError
+
+__all__ = [
+    "Backbone",
+    "Diverged",
+    "Evaluation",
+    "Head",
+    "InputError",
+    "Interrupted",
+    "Optimizer",
+    "Recipe",
+    "TrainResult",
+    "recipes",
+    "train",
+]

@@ -6,13 +6,9 @@ a run and its resumption; a recipe may not.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from pipelines.errors import InputError, invalid
 from pipelines.views.spec import ViewSpec, check_views, tasks
@@ -153,7 +149,7 @@ class Recipe:
     """Everything that decides the numbers of a run. `dataclasses.replace` makes variants.
 
     Attributes:
-        name: the recipe's name.
+        name: name of the recipe this one is, or was made from.
         method: byol (the modules of `mvssl.methods`).
         views: the views of each image, in order.
         task_weights: weight of each task's loss; a task that is not named weighs 1.
@@ -234,37 +230,3 @@ class Recipe:
     def weight(self, task: str) -> float:
         """Weight of a task's loss."""
         return self.task_weights.get(task, 1.0)
-
-
-def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain JSON values (tuples become lists)."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    return plain
-
-
-def flatten(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted field, value) for every leaf of a recipe's plain form; list items are numbered."""
-    for key, value in plain.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{name}.")
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            yield from flatten({str(i): item for i, item in enumerate(value)}, f"{name}.")
-        else:
-            yield name, value
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Say in words which fields differ between two plain recipes, e.g. ``epochs: 10 -> 20``."""
-    was, now = dict(flatten(old)), dict(flatten(new))
-    absent = "(absent)"
-    return [
-        f"{name}: {was.get(name, absent)!r} -> {now.get(name, absent)!r}"
-        for name in dict.fromkeys([*was, *now])
-        if was.get(name, absent) != now.get(name, absent)
-    ]
-
-
-def digest(recipe: Recipe) -> str:
-    """A short hash of everything in the recipe."""
-    return hashlib.sha256(json.dumps(to_dict(recipe), sort_keys=True).encode()).hexdigest()[:12]

@@ -39,6 +39,11 @@ class Fetcher:
         self._decoder = decoder
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="mvssl-read")
 
+    @property
+    def decoder_name(self) -> str:
+        """Which decoder is in use."""
+        return self._decoder.name
+
     def __call__(self, indices: Sequence[int]) -> Fetched:
         """Read and decode the images of these dataset indices.
 

@@ -124,6 +124,11 @@ class Loader:
         """Batches of an epoch."""
         return self._order.steps_per_epoch
 
+    @property
+    def decoder_name(self) -> str:
+        """Which decoder is in use: "dali-cpu", "dali-mixed" or "pillow"."""
+        return self._fetch.decoder_name
+
     def epoch(self, epoch: int, *, first_step: int = 0, read_ahead: bool = False) -> Iterator[ViewBatch]:
         """Iterate over the batches of an epoch.
 

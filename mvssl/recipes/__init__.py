@@ -1,0 +1,52 @@
+"""The recipes: every public function of this package's modules that returns a Recipe.
+
+A new recipe is one function in any module of this package; it is found by itself. `mvssl.recipes.NAME()` makes it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+
+from mvssl.recipe import Recipe
+from pipelines.errors import InputError
+
+
+@cache
+def all_recipes() -> dict[str, Callable[[], Recipe]]:
+    """Name and function of every recipe, sorted by name."""
+    found: dict[str, Callable[[], Recipe]] = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and not name.startswith("_"):
+                found[name] = function
+    return dict(sorted(found.items()))
+
+
+def get_recipe(name: str) -> Recipe:
+    """Make the recipe of this name.
+
+    Raises:
+        InputError: there is no such recipe; the message offers the nearest name.
+    """
+    recipes = all_recipes()
+    if name not in recipes:
+        near = difflib.get_close_matches(name.replace("-", "_"), recipes, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(recipes)}"
+        raise InputError(f"recipe is {name!r} but there is no recipe of that name: {hint}")
+    return recipes[name]()
+
+
+def __getattr__(name: str) -> Callable[[], Recipe]:
+    if name.startswith("__") or name not in all_recipes():
+        raise AttributeError(f"mvssl.recipes has no recipe {name!r}; it has {', '.join(all_recipes())}")
+    return all_recipes()[name]
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *all_recipes()]

@@ -1,0 +1,117 @@
+"""mvssl-train: pre-train a backbone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from mvssl.dry_run import dry_run
+from mvssl.options import RunOptions
+from mvssl.recipe import Recipe
+from mvssl.recipes import all_recipes, get_recipe
+from mvssl.serialize import to_dict
+from mvssl.signals import EXIT_INTERRUPTED
+from mvssl.trainer import Interrupted, run
+from pipelines.console import run_cli
+
+USAGE = """usage: mvssl-train RECIPE --data PATH --out RUN [overrides]
+
+  mvssl-train --list             the recipes
+  mvssl-train RECIPE --help      every field that can be overridden, with its value in this recipe
+
+exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 75 stopped by SIGINT or SIGTERM after saving
+(run the same command with --resume)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """Pre-train a backbone.
+
+    Attributes:
+        recipe: what decides the numbers.
+        options: where to read and write, and how to report.
+        print_config: print the resolved recipe as JSON and stop.
+        dry_run: build everything, run two steps, report memory and images/s, leave nothing.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    options: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
+    print_config: bool = False
+    dry_run: bool = False
+
+
+def parse(arguments: Sequence[str]) -> TrainArguments:
+    """Parse ``RECIPE [overrides]``.
+
+    Raises:
+        InputError: there is no such recipe, or a value cannot be used.
+        SystemExit: with code 2 for wrong usage, 0 after printing help.
+    """
+    recipe = get_recipe(arguments[0])
+    return tyro.cli(
+        TrainArguments,
+        prog=f"mvssl-train {arguments[0]}",
+        description=all_recipes()[recipe.name].__doc__,
+        args=list(arguments[1:]),
+        default=TrainArguments(recipe=recipe),
+    )
+
+
+def print_recipes(console: Console) -> None:
+    """Show all recipes as a table."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("recipe", "method", "backbone", "views", "batch", "epochs", "what it is"):
+        table.add_column(column, no_wrap=column != "what it is")
+    for name, make in all_recipes().items():
+        recipe = make()
+        about = (make.__doc__ or "").strip().splitlines()[0]
+        table.add_row(
+            name,
+            recipe.method,
+            recipe.backbone.name,
+            str(len(recipe.views)),
+            str(recipe.batch_size),
+            str(recipe.epochs),
+            about,
+        )
+    console.print(table)
+
+
+def body(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    console = Console()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        console.print(USAGE, highlight=False, markup=False)
+        print_recipes(console)
+        return 0 if arguments else 2
+    if arguments[0] == "--list":
+        print_recipes(console)
+        return 0
+    parsed = parse(arguments)
+    if parsed.print_config:
+        print(json.dumps(to_dict(parsed.recipe), indent=2))
+    elif parsed.dry_run:
+        dry_run(parsed.recipe, parsed.options, console)
+    else:
+        try:
+            run(parsed.recipe, parsed.options, console=console)
+        except Interrupted as stopped:
+            console.print(str(stopped), highlight=False, markup=False, soft_wrap=True)
+            return EXIT_INTERRUPTED
+    return 0
+
+
+def main() -> None:
+    """Console script."""
+    sys.exit(run_cli(lambda: body(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    main()

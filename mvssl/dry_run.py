@@ -1,0 +1,54 @@
+"""--dry-run: everything a run needs, two steps of it, and nothing left behind."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from rich.console import Console
+
+from mvssl.environment import peak_memory_gib
+from mvssl.experiment import open_experiment
+from mvssl.options import RunOptions
+from mvssl.recipe import Recipe
+from pipelines.errors import InputError
+
+STEPS = 2
+
+
+def dry_run(recipe: Recipe, options: RunOptions, console: Console) -> None:
+    """Build the whole run, take two steps, report memory and speed; writes no file.
+
+    Raises:
+        InputError: as a real run would, and where the run is shorter than two steps.
+    """
+    if options.out is not None and options.out.exists() and not (options.resume or options.overwrite):
+        console.print(f"note: {options.out} exists; the real run will need --resume or --overwrite", highlight=False)
+    with open_experiment(recipe, options) as experiment:
+        if experiment.order.steps_per_epoch < STEPS:
+            raise InputError(
+                f"The data set gives {experiment.order.steps_per_epoch} step an epoch but a dry run takes {STEPS}: "
+                "lower --batch-size or add images."
+            )
+        times: list[float] = []
+        losses: list[float] = []
+        for step, batch in zip(range(STEPS), experiment.loader.epoch(0), strict=False):
+            began = time.perf_counter()
+            output = experiment.step(batch.views, step)
+            losses.append(float(output.loss))  # waits for the device
+            times.append(time.perf_counter() - began)
+        parameters = sum(p.numel() for p in experiment.step.online.parameters())
+        images = recipe.batch_size / times[-1]
+        loss = ", ".join(f"{value:.4f}" for value in losses)
+        finite = all(torch.isfinite(torch.tensor(losses)))
+        console.print(
+            f"dry run of {recipe.name} on {experiment.device}: {len(experiment.source):,} images, "
+            f"{experiment.total_steps:,} steps in all\n"
+            f"  online network  {parameters / 1e6:.1f} M parameters\n"
+            f"  loss            {loss}{'' if finite else '  (not finite: lower --optimizer.base-lr)'}\n"
+            f"  step            {times[-1]:.3f} s, {images:,.0f} source images/s, {images * len(recipe.views):,.0f} "
+            "views/s (the step alone, without loading)\n"
+            f"  memory          {peak_memory_gib(experiment.device):.2f} GiB at peak\n"
+            "nothing was written",
+            highlight=False,
+        )

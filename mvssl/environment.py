@@ -1,0 +1,53 @@
+"""What a run ran on: versions, machine, command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "mvssl",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "pillow",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
+    "ffcv",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and command line as plain JSON values."""
+    versions: dict[str, str] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "packages": versions,
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "command": sys.argv,
+    }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory in GiB: of the CUDA device's allocator, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere

@@ -1,0 +1,93 @@
+"""Features of a data set: the frozen backbone's output for the centre crop of every image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mvssl.recipe import Evaluation
+from pipelines.evaluation import iterate_center
+from pipelines.storage.source import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Features of N images.
+
+    Attributes:
+        values: float32 [N, D] on the device.
+        labels: int64 [N] on the device, -1 where there is none.
+        index: int64 [N] on the CPU, dataset indices.
+    """
+
+    values: Tensor
+    labels: Tensor
+    index: Tensor
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: nn.Module,
+    source: Source,
+    evaluation: Evaluation,
+    *,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+    decoder: Literal["auto", "dali", "pillow"] = "auto",
+    threads: int | None = None,
+    batch_size: int = 256,
+    max_images: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Features:
+    """Embed the centre crop of each image (SPEC section 6) with the backbone in eval mode.
+
+    The backbone's training mode is put back afterwards. Undecodable images are left out and named in the log.
+
+    Args:
+        backbone: maps [B, 3, S, S] to [B, D].
+        source: the images.
+        evaluation: resize and crop.
+        device: where the backbone is.
+        autocast: dtype to compute in; None computes in the weights' own.
+        decoder: which decoder.
+        threads: threads that decode.
+        batch_size: images at a time.
+        max_images: take at most this many, evenly spaced; None takes all.
+        progress: called with the number of images done.
+    """
+    indices = None
+    if max_images is not None and max_images < len(source):
+        indices = np.linspace(0, len(source) - 1, max_images).round().astype(np.int64)
+    was_training = backbone.training
+    backbone.eval()
+    values: list[Tensor] = []
+    labels: list[Tensor] = []
+    index: list[Tensor] = []
+    done = 0
+    try:
+        for view, batch_index, batch_labels in iterate_center(
+            source,
+            resize=evaluation.resize,
+            crop=evaluation.crop,
+            batch_size=batch_size,
+            device=device,
+            decoder=decoder,
+            threads=threads,
+            indices=indices,
+        ):
+            with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+                feature = backbone(view)  # [B, D]
+            values.append(feature.float())
+            labels.append(batch_labels)
+            index.append(batch_index)
+            done += len(batch_index)
+            if progress is not None:
+                progress(done)
+    finally:
+        backbone.train(was_training)
+    return Features(values=torch.cat(values), labels=torch.cat(labels).to(device), index=torch.cat(index))

@@ -1,0 +1,81 @@
+"""kNN accuracy of a backbone on a data set, as the training run and mvssl-eval report it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import nn
+
+from mvssl.evaluate.features import extract_features
+from mvssl.evaluate.knn import knn_accuracy
+from mvssl.recipe import Evaluation
+from pipelines.errors import InputError, invalid
+from pipelines.storage.source import Source
+
+
+def check_knn_data(train: Source, val: Source | None, evaluation: Evaluation) -> None:
+    """Check that kNN accuracy can be computed, before anything is embedded.
+
+    Raises:
+        InputError: images have no labels, train and val have other classes, or there are fewer images than neighbours.
+    """
+    for what, source in (("training", train), ("validation", val)):
+        if source is not None and bool((source.labels < 0).any()):
+            raise InputError(
+                f"kNN needs labels but the {what} data ({source.location}) has images without one: put the "
+                "images into one folder per class, or leave the kNN out (--evaluation.every-epochs 0)."
+            )
+    if val is not None and train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise InputError(
+            f"The training and validation data have other classes ({', '.join(odd[:5]) or 'in another order'}): make "
+            "both from folders with the same class names."
+        )
+    bank = min(len(train), evaluation.max_train or len(train)) - (val is None)
+    if max(evaluation.k) > bank:
+        raise invalid(
+            "Evaluation.k", evaluation.k, f"at most {bank}, the images to compare with", "lower --evaluation.k"
+        )
+
+
+def evaluate_knn(
+    backbone: nn.Module,
+    train: Source,
+    val: Source | None,
+    evaluation: Evaluation,
+    *,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+    decoder: Literal["auto", "dali", "pillow"] = "auto",
+    threads: int | None = None,
+) -> dict[int, float]:
+    """Top-1 accuracy in [0, 1] for each k of the evaluation.
+
+    With `val`, its images are classified by the training images; without, each training image is by all the others
+    (leave one out).
+
+    Raises:
+        InputError: as `check_knn_data`.
+    """
+    check_knn_data(train, val, evaluation)
+    extract = partial(
+        extract_features,
+        backbone,
+        evaluation=evaluation,
+        device=device,
+        autocast=autocast,
+        decoder=decoder,
+        threads=threads,
+    )
+    bank = extract(train, max_images=evaluation.max_train)
+    queries = None if val is None else extract(val)
+    return knn_accuracy(
+        bank.values,
+        bank.labels,
+        None if queries is None else queries.values,
+        None if queries is None else queries.labels,
+        k=evaluation.k,
+        temperature=evaluation.temperature,
+    )

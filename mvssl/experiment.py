@@ -1,0 +1,117 @@
+"""Everything a run is made of, built from a recipe and options: data, order, loader and training step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from mvssl.evaluate.online import check_knn_data
+from mvssl.options import RunOptions, resolve_device
+from mvssl.recipe import Recipe
+from mvssl.step import TrainStep
+from pipelines.errors import InputError
+from pipelines.loader import Loader
+from pipelines.order import Order
+from pipelines.storage import open_source, split_paths
+from pipelines.storage.source import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """The parts of a run.
+
+    Attributes:
+        recipe: what decides the numbers.
+        options: where to read and how to report.
+        device: where the step runs.
+        source: the training images.
+        val: the validation images, if any.
+        order: which image comes when.
+        loader: batches of views in that order.
+        step: one optimiser update.
+    """
+
+    recipe: Recipe
+    options: RunOptions
+    device: torch.device
+    source: Source
+    val: Source | None
+    order: Order
+    loader: Loader
+    step: TrainStep
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.recipe.epochs * self.order.steps_per_epoch
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run computes kNN: it is asked for and there are labels."""
+        return self.recipe.evaluation.every_epochs > 0 and labelled(self.source, self.val)
+
+
+def labelled(*sources: Source | None) -> bool:
+    """Whether every image of every source has a label."""
+    return all(bool((source.labels >= 0).all()) for source in sources if source is not None)
+
+
+@contextmanager
+def open_experiment(recipe: Recipe, options: RunOptions) -> Iterator[Experiment]:
+    """Build the parts of a run and close them at the end. Reseeds torch's generator from the recipe.
+
+    Raises:
+        InputError: a path, a size or a combination cannot be used; the message says which and what to do.
+    """
+    if options.data is None:
+        raise InputError("data is missing: give the folder of images, or a converted data set, with --data PATH.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but this version trains in one process: start "
+            "mvssl-train without torchrun."
+        )
+    device = resolve_device(options.device)
+    with ExitStack() as stack:
+        train_path, val_path = split_paths(options.data)
+        source = open_source(train_path)
+        stack.callback(source.close)
+        val = None
+        val_path = options.val or val_path
+        if val_path is not None:
+            val = open_source(val_path)
+            stack.callback(val.close)
+        if recipe.evaluation.every_epochs and labelled(source, val):
+            check_knn_data(source, val, recipe.evaluation)
+        order = Order(num_images=len(source), batch_size=recipe.batch_size, seed=recipe.seed)
+        torch.manual_seed(recipe.seed)  # drop path draws from it
+        step = TrainStep(
+            recipe,
+            device=device,
+            total_steps=recipe.epochs * order.steps_per_epoch,
+            steps_per_epoch=order.steps_per_epoch,
+        )
+        loader = Loader(
+            source,
+            recipe.views,
+            order,
+            device=device,
+            dtype=step.input_dtype,
+            decoder=options.decoder,
+            threads=options.threads,
+            prefetch=options.prefetch,
+        )
+        stack.callback(loader.close)
+        yield Experiment(
+            recipe=recipe,
+            options=options,
+            device=device,
+            source=source,
+            val=val,
+            order=order,
+            loader=loader,
+            step=step,
+        )

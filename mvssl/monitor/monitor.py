@@ -1,0 +1,166 @@
+"""Takes a run's numbers at its log points and puts them everywhere they are wanted."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+
+from mvssl.diagnostics import collapse_warning, effective_rank, embedding_std
+from mvssl.environment import peak_memory_gib
+from mvssl.experiment import Experiment
+from mvssl.monitor.jsonl import JsonLines
+from mvssl.monitor.plots import plot_losses
+from mvssl.monitor.progress import Status, make_display
+from mvssl.monitor.tensorboard import make_scalar_writer
+from mvssl.monitor.window import Window
+from mvssl.run_folder import RunFolder
+from mvssl.step import StepOutput
+from pipelines.views.spec import tasks
+
+logger = logging.getLogger("mvssl")
+
+
+@dataclass(kw_only=True)
+class _Clock:
+    """Wall time and waiting time, since the last log point and in all."""
+
+    began: float = field(default_factory=time.perf_counter)
+    mark: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    paused: float = 0.0
+
+
+class Monitor:
+    """Metrics, throughput, TensorBoard, display and log of one run. A context manager."""
+
+    def __init__(
+        self, experiment: Experiment, folder: RunFolder, console: Console, *, step: int, metrics_bytes: int
+    ) -> None:
+        self._experiment = experiment
+        self._folder = folder
+        self._first_step = step
+        self._metrics = JsonLines(folder.metrics, keep_bytes=metrics_bytes)
+        size = folder.throughput.stat().st_size if step and folder.throughput.exists() else 0
+        self._throughput = JsonLines(folder.throughput, keep_bytes=size)
+        self._scalars = make_scalar_writer(folder.tensorboard, first_step=step)
+        self._display = make_display(console, steps=experiment.total_steps, done=step)
+        self._clock = _Clock()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._display.close()
+        self._metrics.close()
+        self._throughput.close()
+        self._scalars.close()
+
+    def log_train(self, window: Window, output: StepOutput, *, step: int) -> None:
+        """Report the steps of a window, of which `output` is the last one's, and begin a new window."""
+        mean = window.rows().mean(dim=0).tolist()  # [1 + T]
+        losses = dict(zip(tasks(self._experiment.recipe.views), mean[1:], strict=True))
+        embedding = output.embedding.float()  # [B, D]
+        std, rank = embedding_std(embedding), effective_rank(embedding)
+        row = {
+            "loss": mean[0],
+            **{f"loss/{task}": loss for task, loss in losses.items()},
+            "lr": output.lr,
+            "target_decay": output.decay,
+            "embedding_std": float(std),
+            "effective_rank": float(rank),
+            "grad_norm": float(output.grad_norm),
+        }
+        epoch = (step - 1) // self._experiment.order.steps_per_epoch
+        self._metrics.write({"kind": "train", "step": step, "epoch": epoch, **row})
+        speed = self._speed(len(window), step)
+        status = self._status(step, epoch, losses, output, speed)
+        self._throughput.write({"step": step, **speed})
+        self._scalars.write(
+            step, {**{f"train/{k}": v for k, v in row.items()}, **{f"speed/{k}": v for k, v in speed.items()}}
+        )
+        self._display.show(status)
+        logger.debug(status.line())
+        warning = collapse_warning(std=float(std), rank=float(rank), batch_size=len(embedding), dim=embedding.shape[1])
+        if warning is not None:
+            logger.warning("step %d: %s", step, warning)
+        window.clear()
+
+    def _speed(self, steps: int, step: int) -> dict[str, float]:
+        """What the machine did since the last log point."""
+        now, waited = time.perf_counter(), self._experiment.loader.stats.wait_seconds
+        seconds = now - self._clock.mark
+        images = steps * self._experiment.recipe.batch_size
+        wait = (waited - self._clock.waited) / seconds
+        self._clock.mark, self._clock.waited = now, waited
+        return {
+            "seconds": seconds,
+            "images_per_second": images / seconds,
+            "views_per_second": images * len(self._experiment.recipe.views) / seconds,
+            "data_wait": min(wait, 1.0),
+            "memory_gib": peak_memory_gib(self._experiment.device),
+        }
+
+    def _status(
+        self, step: int, epoch: int, losses: dict[str, float], output: StepOutput, speed: dict[str, float]
+    ) -> Status:
+        """The log point as the display shows it."""
+        total = self._experiment.total_steps
+        per_step = (time.perf_counter() - self._clock.began - self._clock.paused) / (step - self._first_step)
+        return Status(
+            step=step,
+            steps=total,
+            epoch=epoch + 1,
+            epochs=self._experiment.recipe.epochs,
+            losses=losses,
+            learning_rate=output.lr,
+            target_decay=output.decay,
+            images_per_second=speed["images_per_second"],
+            views_per_image=len(self._experiment.recipe.views),
+            wait_fraction=speed["data_wait"],
+            memory_gib=speed["memory_gib"],
+            seconds_left=per_step * (total - step),
+        )
+
+    def log_knn(self, accuracy: dict[int, float], *, step: int) -> None:
+        """Report a kNN evaluation; the first k is the headline."""
+        headline = next(iter(accuracy.values()))
+        epochs = step // self._experiment.order.steps_per_epoch
+        row = {"top1": headline, **{f"top1_k{k}": value for k, value in accuracy.items()}}
+        self._metrics.write({"kind": "knn", "step": step, "epoch": epochs - 1, **row})
+        self._scalars.write(step, {f"knn/{name}": value for name, value in row.items()})
+        logger.info(
+            "kNN after epoch %d: %s",
+            epochs,
+            ", ".join(f"top-1 {100 * value:.2f} % (k={k})" for k, value in accuracy.items()),
+        )
+
+    def resume_clock(self, since: float) -> None:
+        """Leave the time since `since` (an evaluation, a save) out of the training speed."""
+        pause = time.perf_counter() - since
+        self._clock.paused += pause
+        self._clock.mark += pause
+
+    def sync(self) -> int:
+        """Bring all metrics to the disk and return the size of metrics.jsonl in bytes."""
+        return self._metrics.sync()
+
+    def plot(self) -> None:
+        """Draw losses.png anew."""
+        plot_losses(self._folder.metrics, self._folder.losses)
+
+    def summary(self, *, step: int) -> dict[str, Any]:
+        """Images per second and the share of time waited for data since the run was begun or resumed."""
+        seconds = time.perf_counter() - self._clock.began - self._clock.paused
+        images = (step - self._first_step) * self._experiment.recipe.batch_size
+        return {
+            "seconds": seconds,
+            "images_per_second": images / max(seconds, 1e-9),
+            "data_wait": min(self._experiment.loader.stats.wait_seconds / max(seconds, 1e-9), 1.0),
+        }

@@ -1,0 +1,128 @@
+"""The progress display: a live panel on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """What one log point shows.
+
+    Attributes:
+        step: optimiser steps done, of `steps`.
+        epoch: epochs done or begun, of `epochs`.
+        losses: loss of each task, averaged since the last log point.
+        learning_rate: of the last step.
+        target_decay: of the last step.
+        images_per_second: source images per second since the last log point.
+        views_per_image: views cut from each image.
+        wait_fraction: share of the time the step waited for a batch.
+        memory_gib: peak memory of the device (CUDA) or of the process (CPU).
+        seconds_left: estimated time to the end.
+    """
+
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+    losses: dict[str, float]
+    learning_rate: float
+    target_decay: float
+    images_per_second: float
+    views_per_image: int
+    wait_fraction: float
+    memory_gib: float
+    seconds_left: float
+
+    def line(self) -> str:
+        """Everything in one line."""
+        losses = "  ".join(f"{task} {loss:.4f}" for task, loss in self.losses.items())
+        return (
+            f"epoch {self.epoch}/{self.epochs}  step {self.step}/{self.steps}  ETA {duration(self.seconds_left)}  |  "
+            f"loss {losses}  |  {self.images_per_second:,.0f} images/s  "
+            f"{self.images_per_second * self.views_per_image:,.0f} views/s  "
+            f"data-wait {100 * self.wait_fraction:.1f} %  |  "
+            f"lr {self.learning_rate:.3g}  decay {self.target_decay:.5f}  memory {self.memory_gib:.2f} GiB"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Display(Protocol):
+    """Shows a run's progress."""
+
+    def show(self, status: Status) -> None:
+        """Show a log point."""
+
+    def close(self) -> None:
+        """End the display."""
+
+
+class LiveDisplay:
+    """A bar and a table that are drawn anew in place, for a terminal."""
+
+    def __init__(self, console: Console, *, steps: int, done: int) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._bar = self._progress.add_task("training", total=steps, completed=done)
+        self._live = Live(self._progress, console=console, refresh_per_second=4)
+        self._live.start()
+
+    def show(self, status: Status) -> None:
+        """Draw the log point."""
+        description = f"epoch {status.epoch}/{status.epochs}  step {status.step}/{status.steps}"
+        self._progress.update(self._bar, completed=status.step, description=description)
+        table = Table.grid(padding=(0, 3))
+        table.add_row(
+            "loss  " + "  ".join(f"[cyan]{task}[/] {loss:.4f}" for task, loss in status.losses.items()),
+            f"lr {status.learning_rate:.3g}   target decay {status.target_decay:.5f}",
+        )
+        wait = 100 * status.wait_fraction
+        table.add_row(
+            f"[bold]{status.images_per_second:,.0f}[/] images/s   "
+            f"{status.images_per_second * status.views_per_image:,.0f} views/s",
+            f"data-wait [{'green' if wait <= 1 else 'yellow'}]{wait:.1f} %[/]   memory {status.memory_gib:.2f} GiB",
+        )
+        self._live.update(Group(self._progress, table))
+
+    def close(self) -> None:
+        """Leave the last picture on the terminal."""
+        self._live.stop()
+
+
+class PlainDisplay:
+    """One line a log point, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def show(self, status: Status) -> None:
+        """Print the log point."""
+        self._console.print(status.line(), soft_wrap=True, highlight=False)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def make_display(console: Console, *, steps: int, done: int) -> Display:
+    """The display that suits the console."""
+    return LiveDisplay(console, steps=steps, done=done) if console.is_terminal else PlainDisplay(console)

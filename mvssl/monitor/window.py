@@ -1,0 +1,67 @@
+"""What happened since the last log point, kept on the device until then so that no step waits for the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class NonFinite:
+    """The first step whose loss was not finite: what led there."""
+
+    step: int
+    losses: list[float]
+    index: list[int]
+
+
+class Window:
+    """Losses and image indices of the steps since the last log point."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []  # each [1 + T]: the total loss and the loss of each task
+        self._index: list[Tensor] = []  # each int64 [B]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, loss: Tensor, losses: Tensor, index: Tensor) -> None:
+        """Note one step: its total loss [], its losses per task [T] and the dataset index of its images [B]."""
+        self._rows.append(torch.cat([loss.detach().reshape(1), losses.detach()]))  # [1 + T]
+        self._index.append(index)
+
+    def rows(self) -> Tensor:
+        """The losses as a float64 [steps, 1 + T] tensor on the CPU. Waits for the device."""
+        return torch.stack(self._rows).double().cpu()
+
+    def non_finite(self, *, last_step: int) -> NonFinite | None:
+        """The first step with a loss that is NaN or infinite, if any. Waits for the device."""
+        if not self._rows:
+            return None
+        rows = self.rows()
+        bad = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()  # steps within the window
+        if not bad:
+            return None
+        first = bad[0]
+        return NonFinite(
+            step=last_step - len(self._rows) + 1 + first,
+            losses=rows[first].tolist(),
+            index=self._index[first].tolist(),
+        )
+
+    def clear(self) -> None:
+        """Begin a new window."""
+        self._rows.clear()
+        self._index.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for a checkpoint made between two log points."""
+        return {"rows": [row.cpu() for row in self._rows], "index": list(self._index)}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore `state_dict`."""
+        self._rows = [row.to(device) for row in state["rows"]]
+        self._index = list(state["index"])

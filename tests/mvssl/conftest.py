@@ -1,0 +1,51 @@
+"""A tiny data set and a tiny recipe for whole runs in a second or two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from pipelines.views.spec import paper_views
+
+
+def write_images(root: Path, *, classes: int, per_class: int, seed: int) -> None:
+    """Write noisy JPEGs of varied sizes into one folder per class."""
+    generator = np.random.default_rng(seed)
+    for c in range(classes):
+        folder = root / f"class_{c}"
+        folder.mkdir(parents=True)
+        for i in range(per_class):
+            height, width = generator.integers(33, 60, size=2)
+            base = np.full((height, width, 3), 40 + 50 * c, dtype=np.int64)
+            noise = generator.integers(-40, 40, size=(height, width, 3))
+            pixels = np.clip(base + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i:03d}.jpg", quality=90)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A labelled data set with train/ (3 classes, 36 images) and val/ (12 images)."""
+    root = tmp_path_factory.mktemp("data")
+    write_images(root / "train", classes=3, per_class=12, seed=1)
+    write_images(root / "val", classes=3, per_class=4, seed=2)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe() -> Recipe:
+    """Multi-task BYOL with a small convolutional network: 4 steps an epoch on `images`, 3 epochs."""
+    return Recipe(
+        name="demo",
+        views=paper_views(num_local=1, num_cutout=1, size=32, local_size=16, blur_kernel=5),
+        backbone=Backbone(name="test_resnet"),
+        projector=Head(hidden=(32,), out=16),
+        predictor=Head(hidden=(32,), out=16),
+        optimizer=Optimizer(kind="lars", base_lr=3.0, warmup_epochs=1),
+        epochs=3,
+        batch_size=8,
+        evaluation=Evaluation(every_epochs=1, resize=32, crop=32, k=(5, 1)),
+    )

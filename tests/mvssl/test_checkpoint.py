@@ -1,0 +1,116 @@
+"""Checkpoints: atomic, verified, and the last good one survives everything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mvssl import checkpoint
+from pipelines.errors import InputError
+
+STATE = {"weights": torch.arange(1000.0), "nested": {"list": [1, 2.5, "three"]}}
+
+
+def save(root: Path, step: int, **more: Any) -> Path:
+    return checkpoint.save(root, step=step, state=STATE, meta={"data": "abc"}, keep=more.pop("keep", 2))
+
+
+def test_round_trip_and_last_link(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    save(tmp_path, 7)
+    loaded = checkpoint.load(tmp_path / "last")
+    assert loaded.meta["step"] == 7
+    assert loaded.meta["data"] == "abc"
+    assert torch.equal(loaded.state["weights"], STATE["weights"])  # type: ignore[arg-type]
+    assert loaded.state["nested"] == STATE["nested"]
+    plain = torch.load(tmp_path / "last" / "state.pt", weights_only=True)
+    assert torch.equal(plain["weights"], loaded.state["weights"])
+
+
+def test_keeps_the_newest_only(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 10):
+        save(tmp_path, step, keep=2)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000003", "step-00000010"]
+
+
+def test_a_flipped_bit_is_noticed_and_the_earlier_one_offered(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    data = bytearray((path / "state.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / "state.pt").write_bytes(data)
+    with pytest.raises(InputError, match=r"damaged.*ln -sfn step-00000001 .*last"):
+        checkpoint.load(tmp_path / "last")
+    (tmp_path / "last").unlink()
+    (tmp_path / "last").symlink_to("step-00000001")
+    assert checkpoint.load(tmp_path / "last").meta["step"] == 1
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete", "no-json", "bad-json"])
+def test_every_damage_is_a_sentence(tmp_path: Path, damage: str) -> None:
+    path = save(tmp_path, 2)
+    state, meta = path / "state.pt", path / "checkpoint.json"
+    match damage:
+        case "truncate":
+            state.write_bytes(state.read_bytes()[:100])
+        case "delete":
+            state.unlink()
+        case "no-json":
+            meta.unlink()
+        case "bad-json":
+            meta.write_text("{")
+    with pytest.raises(InputError, match=r"damaged.*no earlier one.*--overwrite"):
+        checkpoint.load(tmp_path / "last")
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    meta = save(tmp_path, 2) / "checkpoint.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "format": 99}))
+    with pytest.raises(InputError, match="format 99 but this version of mvssl reads format 1"):
+        checkpoint.load(tmp_path / "last")
+
+
+def test_no_checkpoint_yet(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no checkpoint"):
+        checkpoint.load(tmp_path / "last")
+
+
+def test_a_failed_write_keeps_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def full(state: object, file: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        InputError, match=r"step 2 could not be written.*No space left.*intact \(step-00000001\).*--resume"
+    ):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "last").meta["step"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step-00000001"]
+
+
+def test_what_a_kill_left_half_written_is_swept(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    aside = tmp_path / ".writing-00000002"
+    aside.mkdir()
+    (aside / "state.pt").write_bytes(b"half")
+    assert checkpoint.load(tmp_path / "last").meta["step"] == 1
+    save(tmp_path, 2)
+    assert not aside.exists()
+    assert checkpoint.load(tmp_path / "last").meta["step"] == 2
+
+
+def test_rng_state_restores_the_stream() -> None:
+    torch.manual_seed(5)
+    state = checkpoint.rng_state()
+    first = torch.rand(4)
+    torch.rand(100)
+    checkpoint.restore_rng_state(state)
+    assert torch.equal(torch.rand(4), first)

@@ -1,0 +1,183 @@
+"""The three commands: usage, overrides, exit codes, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+
+from mvssl.cli import eval as eval_cli
+from mvssl.cli import export as export_cli
+from mvssl.cli import train as train_cli
+from mvssl.monitor.jsonl import read_jsonl
+from pipelines.console import run_cli
+
+TINY = [
+    "--backbone.name",
+    "test_resnet",
+    "--batch-size",
+    "8",
+    "--epochs",
+    "2",
+    "--device",
+    "cpu",
+    "--log-every",
+    "3",
+    "--evaluation.resize",
+    "32",
+    "--evaluation.crop",
+    "32",
+    "--evaluation.k",
+    "5",
+    "1",
+    "--evaluation.every-epochs",
+    "1",
+    "--projector.hidden",
+    "32",
+    "--projector.out",
+    "16",
+    "--predictor.hidden",
+    "32",
+    "--predictor.out",
+    "16",
+]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit code and stderr of mvssl-train."""
+    with pytest.raises(SystemExit) as exit_info:
+        run_cli(lambda: train_cli.body(arguments))
+    return int(exit_info.value.code or 0), capsys.readouterr().err
+
+
+def test_list_and_usage_name_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_cli.body(["--list"]) == 0
+    assert "byol_resnet50_200ep" in capsys.readouterr().out
+    assert train_cli.body([]) == 2
+    assert "usage: mvssl-train RECIPE" in capsys.readouterr().out
+
+
+def test_print_config_shows_the_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "demo",
+        "--print-config",
+        "--optimizer.base-lr",
+        "0.125",
+        "--views.2.flip",
+        "0",
+        "--predictors",
+        "shared",
+    ]
+    assert train_cli.body(arguments) == 0
+    config = json.loads(capsys.readouterr().out)
+    assert config["optimizer"]["base_lr"] == 0.125
+    assert config["views"][2]["flip"] == 0
+    assert config["predictors"] == "shared"
+
+
+def test_unknown_field_offers_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    code, err = fails(capsys, "demo", "--batch-sise", "8")
+    assert code == 2
+    assert "--batch-size" in err
+
+
+def test_unknown_recipe_and_bad_value_are_sentences(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, err = fails(capsys, "dmeo")
+    assert (code, err) == (1, "error: recipe is 'dmeo' but there is no recipe of that name: did you mean 'demo'?\n")
+    code, err = fails(capsys, "demo", "--batch-size", "1")
+    assert code != 0
+    assert "batch_size is 1 but must be at least 2" in " ".join(err.replace("│", " ").split())
+    code, err = fails(capsys, "demo", "--out", str(tmp_path / "run"))
+    assert (code, err.startswith("error: data is missing")) == (1, True)
+    code, err = fails(capsys, "demo", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "run"))
+    assert code == 1
+    assert str(tmp_path / "none") in err
+    (tmp_path / "empty").mkdir()
+    code, err = fails(capsys, "demo", "--data", str(tmp_path / "empty"), "--out", str(tmp_path / "run"))
+    assert code == 1
+    assert "empty" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_shows_fields_with_their_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        train_cli.body(["demo", "--help"])
+    assert exit_info.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for words in ("--optimizer.base-lr", "--views.0.blur-sigma", "trust coefficient of lars", "--resume", "run folder"):
+        assert words in text
+
+
+def test_dry_run_reports_and_leaves_nothing(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert train_cli.body(["demo", "--data", str(images), "--out", str(out), "--dry-run", *TINY]) == 0
+    text = capsys.readouterr().out
+    assert "source images/s" in text
+    assert "GiB at peak" in text
+    assert not out.exists()
+    assert train_cli.body(["demo", "--data", str(images), "--dry-run", *TINY]) == 0
+
+
+def test_train_evaluate_export(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert train_cli.body(["demo", "--data", str(images), "--out", str(out), *TINY]) == 0
+    assert eval_cli.body(["knn", "--run", str(out)]) == 0
+    assert eval_cli.body(["knn", "--run", str(out), "--untrained"]) == 0
+    results = json.loads((out / "eval-knn.json").read_text())
+    online = [row for row in read_jsonl(out / "metrics.jsonl") if row["kind"] == "knn"][-1]
+    assert results["trained"]["top1"] == {"5": online["top1_k5"], "1": online["top1_k1"]}
+    assert set(results) == {"trained", "untrained"}
+    exported = tmp_path / "backbone.safetensors"
+    for network in ("online", "target"):
+        assert export_cli.body(["--run", str(out), "--out", str(exported), "--network", network]) == 0
+        timm.create_model("test_resnet", num_classes=0, checkpoint_path=str(exported))
+
+
+def test_knn_without_labels_is_a_sentence(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    flat = images / "train" / "class_0"
+    arguments = ["demo", "--data", str(images), "--out", str(out), *TINY, "--epochs", "1"]
+    assert train_cli.body(arguments) == 0
+    with pytest.raises(SystemExit) as exit_info:
+        run_cli(lambda: eval_cli.body(["knn", "--run", str(out), "--data", str(flat)]))
+    assert exit_info.value.code == 1
+    assert "kNN needs labels" in capsys.readouterr().err
+
+
+def command(images: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "mvssl.cli.train", "demo", "--data", str(images), "--out", str(out), *TINY, *more]
+
+
+def wait_for_steps(process: subprocess.Popen[bytes], metrics: Path, lines: int) -> None:
+    """Wait until a run has logged `lines` lines."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= lines:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"the run ended ({process.poll()}) or did not get there in time")
+
+
+@pytest.mark.slow
+def test_kill_and_sigterm_in_mid_epoch_then_resume_give_the_same_metrics(images: Path, tmp_path: Path) -> None:
+    """A run killed, resumed, stopped with SIGTERM (exit code 75) and resumed equals one that never was."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    long = ("--epochs", "14", "--evaluation.every-epochs", "7", "--save-every-steps", "5", "--save-every-epochs", "0")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(images, whole, *long), env=environment, check=True, capture_output=True)
+    for number, lines, code in ((signal.SIGKILL, 5, -signal.SIGKILL), (signal.SIGTERM, 14, 75)):
+        more = ("--resume",) if broken.exists() else ()
+        process = subprocess.Popen(command(images, broken, *long, *more), env=environment, stdout=subprocess.DEVNULL)
+        wait_for_steps(process, broken / "metrics.jsonl", lines)
+        process.send_signal(number)
+        assert process.wait(60) == code
+    assert (broken / "metrics.jsonl").read_bytes() != (whole / "metrics.jsonl").read_bytes()
+    subprocess.run(command(images, broken, *long, "--resume"), env=environment, check=True, capture_output=True)
+    assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
