@@ -49,6 +49,7 @@ class DaliDecoder:
             raise invalid("encoded", len(encoded), f"at most {self._batch_size} images", "make a larger decoder")
         plain = [n for n, data in enumerate(encoded) if _for_dali(data)]
         fast = self._run([encoded[n] for n in plain]) if plain else None
+        plain_refused = bool(plain) and fast is None
         if fast is None:
             plain = []
         elif len(plain) == len(encoded):
@@ -57,6 +58,8 @@ class DaliDecoder:
         odd = [n for n in range(len(encoded)) if n not in chosen]
         slow = self._pillow([encoded[n] for n in odd])
         failures = {odd[n]: reason for n, reason in slow.failures.items()}
+        if plain_refused and not failures:
+            _log.warning("Pillow decoded a batch of %d images that DALI refused, which is slow.", len(encoded))
         slow_pixels = self._upload(slow.pixels)
         if fast is None:
             return Decoded(pixels=slow_pixels, sizes=slow.sizes, failures=failures)
@@ -94,7 +97,7 @@ class DaliDecoder:
         try:
             (output,) = self._pipeline.run(stream, encoded=encoded)
         except RuntimeError as error:
-            _log.info("DALI refused an image, Pillow decodes the %d of its batch: %s", len(encoded), _last_line(error))
+            _log.info("DALI refused an image among %d: %s", len(encoded), _last_line(error))
             self._pipeline = self._build()  # DALI does not promise that a pipeline works on after an error
             return None
         shapes = torch.tensor(output.shape(), dtype=torch.int64)  # [N, 3]

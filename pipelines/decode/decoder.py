@@ -33,7 +33,8 @@ class Decoder(Protocol):
 
     Gray and palette images become RGB, CMYK is converted, alpha is dropped, 16-bit values keep their high byte, the
     EXIF orientation is applied, of several frames the first is taken. Empty, truncated, undecodable and gigantic
-    (`MAX_PIXELS`) files are failures with a reason; none is an exception.
+    (`MAX_PIXELS`) files are failures with a reason; none is an exception. A JPEG that is damaged inside but complete
+    decodes with its damage, as with libjpeg; a few of those pass with DALI and fail with Pillow.
     """
 
     @property
