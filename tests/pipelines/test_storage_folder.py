@@ -1,0 +1,282 @@
+"""Folders and lists as sources."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.errors import InputError
+from pipelines.storage import align_labels, folder, open_source, split_paths
+from pipelines.storage.cache import cache_file
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "mvssl"
+
+
+def image(path: Path, color: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 6), (color, 10, 20)).save(path, {".jpe": "JPEG"}.get(path.suffix.lower()))
+    return path
+
+
+def settle(root: Path) -> None:
+    """Make every folder look an hour old, so that its index is cached."""
+    for path in [root, *root.rglob("*")]:
+        os.utime(path, (time.time() - 3600,) * 2)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    for number, name in enumerate(["dog/b.jpg", "dog/deep/er/a.PNG", "cat/z.JPEG", "cat/a.webp", "bird/x.tiff"]):
+        image(root / name, number)
+    (root / "cat" / "notes.txt").write_text("no image")
+    (root / "cat" / ".hidden.jpg").write_bytes(b"x")
+    (root / ".git").mkdir()
+    image(root / ".git" / "y.jpg")
+    (root / "empty").mkdir()
+    return root
+
+
+def test_nested_folder(tree: Path) -> None:
+    found: list[int] = []
+    source = open_source(tree, progress=found.append)
+    keys = ["bird/x.tiff", "cat/a.webp", "cat/z.JPEG", "dog/b.jpg", "dog/deep/er/a.PNG"]
+    assert [source.key(i) for i in range(len(source))] == keys
+    assert source.classes == ("bird", "cat", "dog")
+    assert source.labels.tolist() == [0, 1, 1, 2, 2]
+    assert source.labels.dtype == np.int64
+    assert found[-1] == 5
+    for i, key in enumerate(keys):
+        assert source.read(i).dtype == np.uint8
+        assert source.read(i).tobytes() == (tree / key).read_bytes()
+        assert source.nbytes[i] == (tree / key).stat().st_size
+
+
+@pytest.mark.parametrize("extension", ["jpg", "JPEG", "jpe", "Png", "webp", "bmp", "tif", "TIFF", "ppm"])
+def test_extensions(tmp_path: Path, extension: str) -> None:
+    image(tmp_path / "d" / f"a.{extension}")
+    assert len(open_source(tmp_path / "d")) == 1
+
+
+def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    for name in ("b.jpg", "a.jpg"):
+        image(tmp_path / "d" / name)
+    source = open_source(tmp_path / "d")
+    assert [source.key(0), source.key(1)] == ["a.jpg", "b.jpg"]
+    assert source.classes == ()
+    assert source.labels.tolist() == [-1, -1]
+
+
+def test_images_above_the_class_folders_have_no_label(tree: Path) -> None:
+    image(tree / "aaa.jpg")
+    assert open_source(tree).labels.tolist() == [-1, 0, 1, 1, 2, 2]
+
+
+def test_links_are_followed_but_not_in_circles(tree: Path, tmp_path: Path) -> None:
+    image(tmp_path / "elsewhere" / "q.jpg")
+    (tree / "link").symlink_to(tmp_path / "elsewhere")
+    (tree / "dog" / "up").symlink_to(tree)
+    (tree / "dog" / "gone.jpg").symlink_to(tmp_path / "nothing.jpg")
+    source = open_source(tree)
+    keys = [source.key(i) for i in range(len(source))]
+    assert "link/q.jpg" in keys
+    assert not any(key.startswith("dog/up") for key in keys)
+    gone = keys.index("dog/gone.jpg")  # kept, so that it is named
+    with pytest.raises(FileNotFoundError, match="gone"):
+        source.read(gone)
+
+
+def test_empty_files_and_odd_names_stay(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    root.mkdir()
+    (root / "zero.jpg").touch()
+    with open(os.fsencode(root) + b"/\xff\xfe.jpg", "wb") as file:  # not UTF-8
+        file.write(b"abc")
+    source = open_source(root)
+    sizes = {source.key(i): len(source.read(i)) for i in range(2)}
+    assert sizes == {"zero.jpg": 0, os.fsdecode(b"\xff\xfe.jpg"): 3}
+
+
+def test_fingerprint_follows_the_data_not_the_place(tree: Path, tmp_path: Path) -> None:
+    before = open_source(tree).fingerprint
+    moved = tree.rename(tmp_path / "moved")
+    assert open_source(moved).fingerprint == before
+    image(moved / "cat" / "new.jpg")
+    with_new = open_source(moved).fingerprint
+    assert with_new != before
+    (moved / "cat" / "new.jpg").rename(moved / "dog" / "new.jpg")
+    assert open_source(moved).fingerprint not in (before, with_new)
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise AssertionError("indexed again although the cache is fresh")
+
+
+def add(tree: Path) -> None:
+    image(tree / "cat" / "new.jpg")
+
+
+def rename(tree: Path) -> None:
+    (tree / "dog" / "deep" / "er" / "a.PNG").rename(tree / "dog" / "deep" / "er" / "c.PNG")
+
+
+def delete(tree: Path) -> None:
+    (tree / "bird" / "x.tiff").unlink()
+
+
+@pytest.mark.parametrize("change", [add, rename, delete])
+def test_cache_is_used_and_stale_one_noticed(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+) -> None:
+    settle(tree)
+    first = open_source(tree)
+    assert cache_file(tree).is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "scan_folder", refuse)
+        cached = open_source(tree)
+    assert cached.fingerprint == first.fingerprint
+    assert cached.classes == first.classes
+    assert [cached.key(i) for i in range(5)] == [first.key(i) for i in range(5)]
+    assert cached.read(4).tobytes() == first.read(4).tobytes()
+    change(tree)
+    fresh = open_source(tree)
+    assert fresh.fingerprint == folder.open(tree, use_cache=False).fingerprint != first.fingerprint
+
+
+def test_data_in_the_making_is_not_cached(tree: Path) -> None:
+    open_source(tree)
+    assert not cache_file(tree).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04cut"])
+def test_damaged_cache_is_rebuilt(tree: Path, content: bytes) -> None:
+    settle(tree)
+    first = open_source(tree)
+    cache_file(tree).write_bytes(content)
+    assert open_source(tree).fingerprint == first.fingerprint
+    assert cache_file(tree).stat().st_size > len(content)
+
+
+def test_unwritable_cache_is_no_error(tree: Path, tmp_path: Path) -> None:
+    settle(tree)
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert len(open_source(tree)) == 5
+
+
+def test_cached_list_notices_a_changed_list_and_a_deleted_image(tree: Path) -> None:
+    listing = tree / "list.txt"
+    listing.write_text("cat/z.JPEG\ndog/b.jpg\n")
+    settle(tree)
+    assert len(open_source(listing)) == 2
+    assert cache_file(listing).is_file()
+    listing.write_text("cat/z.JPEG\n")
+    assert len(open_source(listing)) == 1
+    settle(tree)
+    assert len(open_source(listing)) == 1
+    (tree / "cat" / "z.JPEG").unlink()
+    with pytest.raises(InputError, match="does not exist"):
+        open_source(listing)
+
+
+def test_list_without_labels_keeps_its_order(tree: Path) -> None:
+    listing = tree / "list.txt"
+    listing.write_text(f"dog/b.jpg\n\n{tree}/cat/z.JPEG\n")
+    source = open_source(listing)
+    assert [source.key(0), source.key(1)] == ["dog/b.jpg", f"{tree}/cat/z.JPEG"]
+    assert source.classes == ()
+    assert source.read(1).tobytes() == (tree / "cat" / "z.JPEG").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("lines", "classes", "labels"),
+    [
+        ("dog/b.jpg 3\ncat/z.JPEG 0\n", ("0", "1", "2", "3"), [3, 0]),
+        ("dog/b.jpg\t1\ncat/z.JPEG\t-1\n", ("0", "1"), [1, -1]),
+        ("dog/b.jpg hound\ncat/z.JPEG cat\n", ("cat", "hound"), [1, 0]),
+        ("dog/b.jpg\ta hound\ncat/z.JPEG\tcat\n", ("a hound", "cat"), [0, 1]),
+    ],
+)
+def test_list_with_labels(tree: Path, lines: str, classes: tuple[str, ...], labels: list[int]) -> None:
+    listing = tree / "list.txt"
+    listing.write_text(lines)
+    source = open_source(listing)
+    assert source.classes == classes
+    assert source.labels.tolist() == labels
+    assert source.key(0) == "dog/b.jpg"
+
+
+def test_list_of_names_with_spaces(tmp_path: Path) -> None:
+    image(tmp_path / "my photo 1.jpg")
+    (tmp_path / "list.txt").write_text("my photo 1.jpg\n")
+    assert open_source(tmp_path / "list.txt").key(0) == "my photo 1.jpg"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("dog/b.jpg\nnot/there.jpg\n", r"line 2: the file 'not/there.jpg' does not exist \(1 of 2"),
+        ("dog/b.jpg 1\n\ncat/z.JPEG\n", "line 3 has no label"),
+        ("dog/b.jpg -2\n", "label -2 is not between"),
+        ("dog/b.jpg 99999999\n", "label 99999999 is not between"),
+        ("\n", "holds no images"),
+    ],
+)
+def test_wrong_lists(tree: Path, lines: str, message: str) -> None:
+    (tree / "list.txt").write_text(lines)
+    with pytest.raises(InputError, match=message):
+        open_source(tree / "list.txt")
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist: give a folder"):
+        open_source(tmp_path / "nowhere")
+    (tmp_path / "d").mkdir()
+    with pytest.raises(InputError, match="holds no images: give"):
+        open_source(tmp_path / "d")
+    (tmp_path / "d" / "a.gif").write_bytes(b"GIF89a")
+    with pytest.raises(InputError, match="holds no images: give"):
+        open_source(tmp_path / "d")
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    with pytest.raises(InputError, match="neither a folder of images, nor"):
+        open_source(tmp_path / "binary")
+
+
+def test_split_paths(tmp_path: Path) -> None:
+    assert split_paths(tmp_path) == (tmp_path, None)
+    (tmp_path / "val").mkdir()
+    assert split_paths(tmp_path) == (tmp_path, None)
+    (tmp_path / "train").mkdir()
+    assert split_paths(str(tmp_path)) == (tmp_path / "train", tmp_path / "val")
+    (tmp_path / "val").rmdir()
+    assert split_paths(tmp_path) == (tmp_path / "train", None)
+    (tmp_path / "bus").mkdir()  # "train" is a class here
+    assert split_paths(tmp_path) == (tmp_path, None)
+
+
+def test_labels_of_a_val_split_that_lacks_a_class(tree: Path, tmp_path: Path) -> None:
+    train = open_source(tree)
+    for name in ("dog/1.jpg", "bird/2.jpg", "3.jpg"):
+        image(tmp_path / "val" / name)
+    val = open_source(tmp_path / "val")
+    assert val.labels.tolist() == [-1, 0, 1]
+    assert align_labels(val, train.classes).tolist() == [-1, 0, 2]
+    with pytest.raises(InputError, match="the class 'cat'"):
+        align_labels(train, val.classes)
+
+
+def test_index_is_the_same_in_another_process(tree: Path) -> None:
+    code = f"from pipelines.storage import open_source; print(open_source({str(tree)!r}).fingerprint)"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == open_source(tree).fingerprint

@@ -1,0 +1,247 @@
+"""Shards as a source: the right bytes, and no wrong ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from pipelines.errors import InputError
+from pipelines.storage import open_source
+from pipelines.storage.shards import ShardSource
+from tools.convert import Convert, convert
+
+COUNT = 30
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("source")
+    rng = np.random.default_rng(0)
+    for number in range(COUNT):
+        path = root / f"class{number % 3}" / f"im.{number:02d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (20 + number, 60 - number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path, exif=_orientation(6) if number == 7 else b"")
+    return root
+
+
+def _orientation(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+@pytest.fixture(scope="module")
+def converted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("converted") / "d"
+    convert(Convert(src=folder, dst=path, shard_size=0.01))
+    return path
+
+
+@pytest.fixture
+def shards(converted: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(converted, tmp_path / "shards"))
+
+
+def test_same_images_as_the_folder(folder: Path, converted: Path) -> None:
+    source, plain = open_source(converted), open_source(folder)
+    assert isinstance(source, ShardSource)
+    assert len(source.manifest.shards) >= 3
+    assert len(source) == len(plain) == COUNT
+    assert source.classes == plain.classes == ("class0", "class1", "class2")
+    assert source.labels.tolist() == plain.labels.tolist()
+    assert source.nbytes.tolist() == plain.nbytes.tolist()
+    for i in np.random.default_rng(1).permutation(COUNT).tolist():
+        assert source.key(i) == plain.key(i).removesuffix(".jpg").replace("im.", "im_")
+        assert source.read(i).tobytes() == plain.read(i).tobytes()
+
+
+def test_sizes_are_those_of_the_upright_image(folder: Path, converted: Path) -> None:
+    source = open_source(converted)
+    assert isinstance(source, ShardSource)
+    by_key = {source.key(i): tuple(source.sizes[i]) for i in range(COUNT)}
+    for number in range(COUNT):
+        height, width = 20 + number, 60 - number
+        expected = (width, height) if number == 7 else (height, width)
+        assert by_key[f"class{number % 3}/im_{number:02d}"] == expected
+
+
+def test_read_is_a_view_that_outlives_close(converted: Path, folder: Path) -> None:
+    source = open_source(converted)
+    data = source.read(3)
+    assert not data.flags.owndata
+    assert not data.flags.writeable
+    source.close()
+    expected = open_source(folder).read(3).tobytes()
+    assert data.tobytes() == expected
+    assert source.read(3).tobytes() == expected  # opens again
+
+
+def test_threads_and_forks_read_the_same(converted: Path) -> None:
+    source = open_source(converted)
+    expected = [source.read(i).tobytes() for i in range(COUNT)]
+    source.close()
+    wrong: list[int] = []
+
+    def reader(start: int) -> None:
+        wrong.extend(
+            i % COUNT for i in range(start, start + 300) if source.read(i % COUNT).tobytes() != expected[i % COUNT]
+        )
+
+    threads = [threading.Thread(target=reader, args=(7 * n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if all(source.read(i).tobytes() == expected[i] for i in range(COUNT)) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_tar_reads_the_shards(converted: Path, folder: Path) -> None:
+    files, labels = {}, {}
+    for path in sorted(converted.glob("*.tar")):
+        assert path.stat().st_size % tarfile.RECORDSIZE == 0
+        with tarfile.open(path) as archive:
+            for info in archive:
+                stem, _, extension = info.name.rpartition(".")
+                member = archive.extractfile(info)
+                assert member is not None
+                (files if extension == "jpg" else labels)[stem] = member.read()
+    plain = open_source(folder)
+    assert files == {
+        plain.key(i).removesuffix(".jpg").replace("im.", "im_"): plain.read(i).tobytes() for i in range(COUNT)
+    }
+    assert labels == {stem: stem[len("class")].encode() for stem in files}
+
+
+@pytest.mark.filterwarnings("ignore")  # of webdataset's own
+def test_webdataset_reads_the_shards(converted: Path) -> None:
+    source = open_source(converted)
+    urls = [str(path) for path in sorted(converted.glob("*.tar"))]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+    assert [sample["__key__"] for sample in samples] == [source.key(i) for i in range(COUNT)]
+    assert [sample["cls"] for sample in samples] == source.labels.tolist()
+    assert [sample["jpg"].shape[2] for sample in samples] == [3] * COUNT
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 512)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def swap(path: Path) -> None:
+    """Other contents, same size."""
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+@pytest.mark.parametrize("name", ["shard-000001.tar", "index.npy", "keys.npy"])
+@pytest.mark.parametrize("damage", [cut, remove, swap])
+def test_damage_is_named_at_open(shards: Path, name: str, damage: object) -> None:
+    assert callable(damage)
+    if damage is cut and name != "shard-000001.tar":
+        os.truncate(shards / name, 100)
+    else:
+        damage(shards / name)
+    with pytest.raises(InputError, match=rf"{name} .*: restore it .* or convert again"):
+        open_source(shards)
+
+
+def test_shards_of_the_same_size_swapped(shards: Path) -> None:
+    """Two real shards, padded to one size, exchanged."""
+    first, second = shards / "shard-000000.tar", shards / "shard-000001.tar"
+    manifest = json.loads((shards / "manifest.json").read_text())
+    largest = max(first.stat().st_size, second.stat().st_size)
+    for number, path in enumerate((first, second)):
+        os.truncate(path, largest)
+        manifest["shards"][number]["bytes"] = largest
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+    open_source(shards)
+    first.rename(shards / "x")
+    second.rename(first)
+    (shards / "x").rename(second)
+    with pytest.raises(InputError, match=r"shard-000000.tar has other contents .*swapped"):
+        open_source(shards)
+
+
+def test_verify_finds_one_wrong_byte(shards: Path) -> None:
+    source = open_source(shards)
+    assert isinstance(source, ShardSource)
+    done: list[int] = []
+    source.verify(progress=done.append)
+    assert done[-1] == sum(shard.bytes for shard in source.manifest.shards)
+    with (shards / "shard-000002.tar").open("r+b") as file:
+        file.seek(6000)
+        byte = file.read(1)[0]
+        file.seek(6000)
+        file.write(bytes([byte ^ 1]))
+    open_source(shards)  # not seen by a look at the head
+    with pytest.raises(InputError, match=r"shard-000002.tar does not have the checksum"):
+        source.verify()
+
+
+def test_shard_cut_or_replaced_while_in_use(shards: Path) -> None:
+    source = open_source(shards)
+    expected = source.read(0).tobytes()
+    last = COUNT - 1
+    source.read(last)
+    path = sorted(shards.glob("*.tar"))[-1]
+    os.truncate(path, 512)
+    with pytest.raises(InputError, match=rf"{path.name} was cut short"):
+        source.read(last)
+    path.unlink()
+    source.close()
+    with pytest.raises(OSError, match=r"No such file"):
+        source.read(last)
+    first = shards / "shard-000000.tar"
+    source.read(0)
+    (shards / "new").write_bytes(b"other")
+    (shards / "new").replace(first)  # the mapped file is still the old one
+    assert source.read(0).tobytes() == expected
+    source.close()
+    with pytest.raises(InputError, match=r"shard-000000.tar has 5 bytes"):
+        source.read(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "format version 2 but this release reads version 1: convert"),
+        ({"format": "other"}, "of the format 'other'"),
+        ({"shards": [{"name": "x"}]}, "is damaged"),
+        ({"count": "many"}, "is damaged"),
+    ],
+)
+def test_other_manifests(shards: Path, change: dict[str, object], message: str) -> None:
+    path = shards / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=message):
+        open_source(shards)
+
+
+def test_manifest_that_is_no_json(shards: Path) -> None:
+    (shards / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match=r"manifest.json is damaged .* --overwrite"):
+        open_source(shards)
+
+
+def test_unfinished_conversion(shards: Path) -> None:
+    (shards / "manifest.json").unlink()
+    (shards / ".convert").mkdir()
+    with pytest.raises(InputError, match=r"not finished .*run the same mvssl-convert command again"):
+        open_source(shards)
