@@ -77,7 +77,7 @@ def run(options: Options) -> None:
 
 def main() -> None:
     """Command line."""
-    run_cli(lambda: run(tyro.cli(Options)))
+    run_cli(lambda: run(tyro.cli(Options, prog="python -m tools.view_sheet")))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""The order of the images: a fair permutation per epoch, shared out the same way on any number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines import InputError
+from pipelines.order import Order, replacement
+
+
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(1, 3000), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**32 - 1))
+def test_an_epoch_is_a_permutation(n: int, seed: int, epoch: int) -> None:
+    permutation = Order(num_images=n, batch_size=1, seed=seed).permutation(epoch)
+    assert permutation.dtype == np.int64
+    assert np.array_equal(np.sort(permutation), np.arange(n))
+
+
+def test_permutations_beyond_one_chunk_of_keys() -> None:
+    long = Order(num_images=40_000, batch_size=1, seed=0).permutation(0)
+    assert np.array_equal(np.sort(long), np.arange(40_000))
+    short = Order(num_images=100, batch_size=1, seed=0).permutation(0)
+    assert np.array_equal(long[long < 100], short)  # an image's key does not depend on how many others there are
+
+
+def test_changes_with_seed_and_epoch_only() -> None:
+    def first(seed: int, epoch: int) -> list[int]:
+        return Order(num_images=50, batch_size=10, seed=seed).permutation(epoch).tolist()
+
+    assert first(0, 0) == first(0, 0)
+    assert len({tuple(first(seed, epoch)) for seed in (0, 1, 2**32) for epoch in range(4)}) == 12
+
+
+def test_every_arrangement_is_equally_likely() -> None:
+    order, epochs = Order(num_images=4, batch_size=1, seed=3), 4800
+    counts = Counter(tuple(order.permutation(epoch).tolist()) for epoch in range(epochs))
+    expected = epochs / 24
+    chi_square = sum((counts[arrangement] - expected) ** 2 / expected for arrangement in counts)
+    assert len(counts) == 24
+    assert chi_square < 23 + 5 * math.sqrt(2 * 23)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_share_the_same_global_batches(world_size: int) -> None:
+    order = Order(num_images=103, batch_size=20, seed=5)
+    assert order.steps_per_epoch == 5
+    permutation = order.permutation(2)
+    for step in range(order.steps_per_epoch):
+        shares = [order.batch(2, step, rank=rank, world_size=world_size) for rank in range(world_size)]
+        assert all(len(share) == 20 // world_size for share in shares)
+        assert np.array_equal(np.concatenate(shares), permutation[20 * step : 20 * step + 20])
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(InputError, match="batch_size is 11 but the data set has only 10 images"):
+        Order(num_images=10, batch_size=11, seed=0)
+    for field, values in (("num_images", {"num_images": 0}), ("batch_size", {"batch_size": 0}), ("seed", {"seed": -1})):
+        with pytest.raises(InputError, match=field):
+            Order(**{"num_images": 10, "batch_size": 2, "seed": 0, **values})
+    order = Order(num_images=10, batch_size=4, seed=0)
+    with pytest.raises(InputError, match="a multiple of the 3 ranks"):
+        order.batch(0, 0, world_size=3)
+    with pytest.raises(InputError, match="rank is 2"):
+        order.batch(0, 0, rank=2, world_size=2)
+    with pytest.raises(InputError, match="step is 2 but must be between 0 and 1"):
+        order.batch(0, 2)
+    with pytest.raises(InputError, match="epoch"):
+        order.batch(-1, 0)
+
+
+def test_replacement_takes_the_next_good_image_and_wraps() -> None:
+    permutation = np.array([4, 2, 0, 3, 1])
+    assert replacement(permutation, 0, {4}) == (2, 1)
+    assert replacement(permutation, 0, {4, 2, 0}) == (3, 3)
+    assert replacement(permutation, 4, {1, 4}) == (2, 1)
+    assert replacement(permutation, 3, {3, 1, 4, 2}) == (0, 2)
+    with pytest.raises(InputError, match="None of the 5 images"):
+        replacement(permutation, 1, {0, 1, 2, 3, 4})
