@@ -73,7 +73,8 @@ def decode_one(data: np.ndarray) -> np.ndarray | str:
     except Image.DecompressionBombError:
         return f"it has more than the allowed {MAX_PIXELS} pixels"
     except Exception as error:  # Pillow's readers raise any type on a broken file: OSError, SyntaxError, struct.error..
-        return str(error) or type(error).__name__
+        message = str(error) or type(error).__name__
+        return f"the file is truncated ({data.size} bytes)" if "truncated" in message.lower() else message
 
 
 def _too_large(width: int, height: int) -> str:
