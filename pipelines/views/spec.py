@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,13 +73,18 @@ class ViewSpec:
                 raise invalid(field + name, getattr(self, name), "between 0 and 1", "give a probability or fraction")
         for name in ("area", "cutout"):
             bounds = getattr(self, name)
-            if bounds is not None and not 0.0 < bounds[0] <= bounds[1] <= 1.0:
+            if bounds is not None and not _is_range(bounds, most=1.0):
                 raise invalid(field + name, bounds, "two fractions with 0 < low <= high <= 1", "swap or correct them")
         for name in ("ratio", "cutout_ratio", "blur_sigma"):
-            low, high = getattr(self, name)
-            if not (0.0 < low <= high and math.isfinite(high)):
-                raise invalid(field + name, (low, high), "two finite numbers with 0 < low <= high", "correct them")
-        if len(self.jitter) != 4 or min(self.jitter) < 0.0 or max(self.jitter[:3]) > 1.0 or self.jitter[3] > 0.5:
+            bounds = getattr(self, name)
+            if not _is_range(bounds, most=sys.float_info.max):
+                raise invalid(field + name, bounds, "two finite numbers with 0 < low <= high", "correct them")
+        largest = (1.0, 1.0, 1.0, 0.5)
+        if not (
+            isinstance(self.jitter, Sequence)
+            and len(self.jitter) == len(largest)
+            and all(0.0 <= strength <= most for strength, most in zip(self.jitter, largest, strict=True))
+        ):
             raise invalid(
                 f"{field}jitter",
                 self.jitter,
@@ -93,6 +98,11 @@ class ViewSpec:
                 f"odd and at most {2 * self.size - 1} for a view of {self.size} pixels (reflect border)",
                 "take a smaller odd number or set blur to 0",
             )
+
+
+def _is_range(bounds: object, *, most: float) -> bool:
+    """Whether `bounds` is a pair of numbers with 0 < low <= high <= most."""
+    return isinstance(bounds, Sequence) and len(bounds) == 2 and 0.0 < bounds[0] <= bounds[1] <= most
 
 
 def tasks(specs: Sequence[ViewSpec]) -> tuple[str, ...]:
