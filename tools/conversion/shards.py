@@ -100,7 +100,7 @@ class ShardConversion:
         )
         return (
             f"{folder}: {manifest['count']} images ({manifest['image_bytes'] / 1e6:.1f} MB) in "
-            f"{len(manifest['shards'])} shards{quarantined}, {manifest['warnings']} with warnings; "
+            f"{len(manifest['shards'])} shard(s){quarantined}, {manifest['warnings']} with warnings; "
             f"{progress.this_run} images in {progress.seconds:.1f} s, {progress.rate:.0f} images/s"
         )
 
