@@ -28,10 +28,6 @@ while [ $# -gt 0 ]; do
 done
 [[ "$SEED" =~ ^[0-9]{1,9}$ ]] || fail "--seed is $SEED but must be a whole number from 0 to 999999999: give another one."
 
-setup_env
-if command -v nvidia-smi >/dev/null 2>&1; then
-    ensure_compiler
-fi
 mkdir -p "$OUT" || fail "the folder $OUT cannot be made: choose another one with --out."
 OUT="$(cd "$OUT" && pwd -P)"
 # What an earlier demo left may go; a folder of somebody else's may not.
@@ -39,6 +35,11 @@ if [ ! -e "$OUT/.mvssl-demo" ] && [ -n "$(ls -A "$OUT")" ]; then
     fail "--out is $OUT, which holds files that are not the demo's: choose a new or empty folder."
 fi
 touch "$OUT/.mvssl-demo" || fail "the folder $OUT cannot be written: choose another one with --out."
+
+setup_env
+if command -v nvidia-smi >/dev/null 2>&1; then
+    ensure_compiler
+fi
 rm -rf "$OUT/images" "$OUT/shards" "$OUT/run" "$OUT/backbone.safetensors"
 cd "$ROOT"
 

@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-SHAPES = ("disc", "cross", "triangle")
+SHAPES = ("disc", "cross", "star")
 TEXTURES = ("striped", "dotted", "ringed")
 
 # A Latin square's order: the first classes already differ in both shape and texture.
@@ -51,9 +51,14 @@ def gauge(shape: str, u: Array, v: Array) -> Array:
         arm = np.float32(0.36)  # half width over half length of the two bars
         a, b = np.abs(u), np.abs(v)
         distance, area = np.minimum(np.maximum(a, b / arm), np.maximum(b, a / arm)), float(8 * arm - 4 * arm * arm)
-    else:  # a regular triangle around a circle of radius 1
-        half = np.float32(np.sqrt(3) / 2)
-        distance, area = np.maximum(np.maximum(-v, half * u + v / 2), v / 2 - half * u), 3 * np.sqrt(3)
+    else:  # eight spikes with tips at radius 1; folded onto half a spike, the outline is one straight line
+        half, inner = np.float32(np.pi / 8), 0.55  # angle from tip to notch, radius of the notch
+        angle = np.arctan2(v, u) % (2 * half)
+        angle = np.minimum(angle, 2 * half - angle)
+        # The line through (1, 0) and the notch at `half`, in polar form.
+        slope = (1 - inner * np.cos(half)) / (inner * np.sin(half))
+        distance = np.sqrt(u * u + v * v) * (np.cos(angle) + np.float32(slope) * np.sin(angle))
+        area = float(8 * inner * np.sin(half))
     return distance * np.float32(np.sqrt(area / np.pi))
 
 

@@ -98,7 +98,7 @@ run_with_signs_of_life() {
     job=$!
     trap 'kill "$job" 2>/dev/null; exit 130' INT TERM
     while kill -0 "$job" 2>/dev/null; do
-        sleep 1
+        sleep 0.5
         if [ $((SECONDS - start)) -ge $next ]; then
             say "  ... $((SECONDS - start)) s: $(tail -n 1 "$log" | cut -c 1-100)"
             next=$((next + 20))
