@@ -66,7 +66,7 @@ def default_threads(device: str | torch.device) -> int:
 def missing_dali() -> str | None:
     """Why DALI cannot be imported, or None."""
     try:
-        importlib.import_module("nvidia.dali.fn")
+        importlib.import_module("pipelines.decode.dali")
     except (ImportError, OSError, RuntimeError) as error:  # also a shared library that does not load
         return str(error) or type(error).__name__
     return None

@@ -8,7 +8,13 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from pipelines.decode import missing_dali
+
+needs_dali = pytest.mark.skipif(missing_dali() is not None, reason=f"DALI cannot be imported: {missing_dali()}")
+"""DALI is installed on Linux; elsewhere Pillow alone is tested."""
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from decode_samples import encode, picture, png16, with_orientation
+from decode_samples import encode, needs_dali, picture, png16, with_orientation
 from PIL import Image
 
 from pipelines.decode import Decoder, make_decoder
@@ -17,7 +17,7 @@ from pipelines.decode.sniff import sniff
 SIZE = (61, 83)
 
 
-@pytest.fixture(scope="module", params=["dali", "pillow"])
+@pytest.fixture(scope="module", params=[pytest.param("dali", marks=needs_dali), "pillow"])
 def decoder(request: pytest.FixtureRequest) -> Iterator[Decoder]:
     made = make_decoder(request.param, device="cpu", batch_size=64, threads=2)
     yield made
@@ -117,6 +117,7 @@ def test_broken_or_foreign_metadata_does_not_matter(decoder: Decoder) -> None:
         np.testing.assert_array_equal(other, first)
 
 
+@needs_dali
 def test_a_damaged_but_complete_jpeg_has_the_same_pixels_where_both_take_it() -> None:
     jpeg = encode(picture(*SIZE))
     rng = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decode_samples import MemorySource, jpegs
+from decode_samples import MemorySource, jpegs, needs_dali
 from PIL import Image
 
 from pipelines.errors import InputError
@@ -22,7 +22,7 @@ def options(**others: Any) -> dict[str, Any]:
     return {"resize": 20, "crop": 16, "batch_size": 8, "threads": 1, **others}
 
 
-@pytest.mark.parametrize("decoder", ["pillow", "dali"])
+@pytest.mark.parametrize("decoder", ["pillow", pytest.param("dali", marks=needs_dali)])
 def test_every_image_once_in_order_and_the_pixels_are_torchvisions(decoder: str) -> None:
     v2 = pytest.importorskip("torchvision.transforms.v2")
     transform = v2.Compose(

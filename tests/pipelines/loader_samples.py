@@ -1,0 +1,31 @@
+"""A small loader over images in memory, six of them bad, for the tests of the loader."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from decode_samples import MemorySource, encode, jpegs, picture
+
+from pipelines.loader import Loader
+from pipelines.order import Order
+from pipelines.views.spec import ViewSpec
+
+SPECS = (
+    ViewSpec(name="a", task="global", size=16, blur_kernel=3, is_target=True),
+    ViewSpec(name="b", task="local", size=8, area=(0.1, 0.4), blur_kernel=3),
+)
+BATCH, COUNT, SEED = 8, 45, 5
+BAD = (3, 4, 17, 30, 31, 32)
+
+
+def source_with(bad: tuple[int, ...] = BAD, count: int = COUNT) -> MemorySource:
+    files = jpegs(count)
+    files[1], files[2] = encode(picture(20, 30), "PNG"), encode(picture(22, 18)[..., 0])
+    for n in bad:
+        files[n] = files[n][: n % 3 * 100]
+    return MemorySource(files)
+
+
+def loader_of(source: MemorySource, *, batch_size: int = BATCH, **options: Any) -> Loader:
+    order = Order(num_images=len(source), batch_size=batch_size, seed=SEED)
+    return Loader(source, SPECS, order, **{"threads": 1, "decoder": "pillow", **options})

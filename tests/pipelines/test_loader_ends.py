@@ -1,0 +1,80 @@
+"""However an epoch ends, no thread, file handle or tensor is left; the consumer's wait is counted."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from decode_samples import MemorySource, jpegs
+from loader_samples import loader_of, source_with
+
+pytestmark = pytest.mark.usefixtures("no_thread_left")
+
+
+def test_leaving_early_ends_the_threads_many_times_over() -> None:
+    source = source_with()
+    loader = loader_of(source, decoder="auto")
+    handles = 0
+    for start in range(30):
+        for step, _ in enumerate(loader.epoch(start)):
+            if step == start % 4:
+                break
+        assert not [thread for thread in threading.enumerate() if thread.name == "mvssl-loader"]
+        if sys.platform == "linux":
+            handles = handles or len(os.listdir("/proc/self/fd"))
+            assert len(os.listdir("/proc/self/fd")) == handles
+    loader.close()
+    loader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        loader.epoch(0)
+
+
+def test_epochs_leave_no_tensors_behind() -> None:
+    loader = loader_of(source_with(), decoder="auto")
+    alive = []
+    for epoch in range(5):
+        for _ in loader.epoch(epoch):
+            pass
+        del _
+        gc.collect()
+        alive.append(sum(type(thing) is torch.Tensor for thing in gc.get_objects()))
+    assert len(set(alive[2:])) == 1
+    loader.close()
+
+
+def test_an_exception_in_the_loop_ends_the_thread() -> None:
+    loader = loader_of(source_with())
+    with pytest.raises(ZeroDivisionError):
+        sum(len(batch) / 0 for batch in loader.epoch(0))
+    gc.collect()
+    assert not [thread for thread in threading.enumerate() if thread.name == "mvssl-loader"]
+    loader.close()
+
+
+def test_another_epoch_ends_the_one_before() -> None:
+    loader = loader_of(source_with())
+    first, second = loader.epoch(0), loader.epoch(1)
+    next(first)
+    next(second)
+    with pytest.raises(RuntimeError, match="another epoch was started"):
+        list(first)
+    assert len(list(second)) == loader.steps_per_epoch - 1
+    loader.close()
+
+
+def test_the_wait_for_a_slow_source_is_counted() -> None:
+    class Slow(MemorySource):
+        def read(self, index: int) -> np.ndarray:
+            time.sleep(0.05)
+            return super().read(index)
+
+    loader = loader_of(Slow(jpegs(16)))
+    list(loader.epoch(0))
+    assert 0.05 < loader.stats.wait_seconds < 10
+    loader.close()
