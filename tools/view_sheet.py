@@ -59,6 +59,10 @@ def run(options: Options) -> None:
         blur_kernel=options.blur_kernel,
     )
     source = open_source(options.data)
+    if options.num_images > len(source):
+        raise InputError(
+            f"num_images is {options.num_images} but {options.data} has only {len(source)} images: lower --num-images."
+        )
     order = Order(num_images=len(source), batch_size=options.num_images, seed=options.seed)
     index = order.batch(options.epoch, 0)  # int64 [num_images]
     decoder = make_decoder("pillow", device="cpu", batch_size=options.num_images, threads=1)

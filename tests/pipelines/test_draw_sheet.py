@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from pipelines import DecodedBatch, ViewEngine, ViewSpec, draw
+from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw
 from pipelines.views.sheet import view_sheet
+from tools.view_sheet import Options, run
 
 
 def test_sheet_shows_views_and_boxes() -> None:
@@ -48,11 +49,12 @@ def test_command_writes_a_picture_or_says_why_not(tmp_path: Path) -> None:
     with Image.open(out) as picture:
         assert picture.width > 900
 
-    done = subprocess.run([*command, "--num-images", "4"], cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert "4" in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(InputError, match=r"num_images is 4 but .* has only 3 images"):
+        run(Options(data=data, out=out, num_images=4))
+    for path in data.iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(InputError, match="None of the 3 chosen images"):
+        run(Options(data=data, out=out, num_images=3))
 
 
 @pytest.mark.parametrize("count", [1, 9])

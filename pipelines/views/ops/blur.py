@@ -33,8 +33,11 @@ def apply(images: Tensor, sigma: Tensor, kernel: int) -> Tensor:
     Returns:
         float32 [N, 3, S, S].
     """
+    if not bool((sigma > 0).any()):
+        return images
     taps = kernel_half(sigma.clamp(min=1e-3), kernel)  # [N, kernel // 2 + 1]
-    return update(images, sigma > 0, _blur, *taps.unbind(dim=1))
+    used = int((taps > 0).any(dim=0).sum())  # weights only fall with the distance
+    return update(images, sigma > 0, _blur, *taps[:, :used].unbind(dim=1))
 
 
 def kernel_half(sigma: Tensor, kernel: int) -> Tensor:
@@ -53,9 +56,8 @@ def kernel_half(sigma: Tensor, kernel: int) -> Tensor:
 
 def _blur(images: Tensor, *taps: Tensor) -> Tensor:
     """Blur with taps [n, 1, 1, 1] each, the middle one first."""
-    reach = [k for k, tap in enumerate(taps) if bool(tap.any())][-1]
     for _ in range(2):
-        images = _down(images, taps[: reach + 1]).transpose(2, 3)
+        images = _down(images, taps).transpose(2, 3)
     return images
 
 
