@@ -162,6 +162,15 @@ def test_damage_is_named_at_open(shards: Path, name: str, damage: object) -> Non
         open_source(shards)
 
 
+def test_index_of_other_shards(shards: Path) -> None:
+    """A whole index with right types that is not the one of these shards."""
+    rows = np.load(shards / "index.npy")
+    rows["offset"][3] += 1
+    np.save(shards / "index.npy", rows)
+    with pytest.raises(InputError, match=r"index.npy does not have the checksum"):
+        open_source(shards)
+
+
 def test_shards_of_the_same_size_swapped(shards: Path) -> None:
     """Two real shards, padded to one size, exchanged."""
     first, second = shards / "shard-000000.tar", shards / "shard-000001.tar"

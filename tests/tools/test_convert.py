@@ -19,6 +19,7 @@ from convert_runs import COUNT, Run, digests
 from PIL import Image
 
 from pipelines.storage import open_source
+from pipelines.storage.folder import FolderSource
 from pipelines.storage.shards import ShardSource
 
 
@@ -117,6 +118,27 @@ def test_full_disk_keeps_what_is_finished(run: Run, folder: Path, tmp_path: Path
     assert outcome.code == 0
     assert run(src, tmp_path / "whole", "--shard-size", 0.1).code == 0
     assert digests(dst) == digests(tmp_path / "whole")
+
+
+def test_source_that_goes_away(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unmounted disk stops the conversion; it does not quarantine the rest of the data."""
+    src = Path(shutil.copytree(folder, tmp_path / "src"))
+    read = FolderSource.read
+
+    def unmounting(source: FolderSource, index: int) -> np.ndarray:
+        if index == COUNT // 2 and src.exists():
+            src.rename(tmp_path / "away")
+        return read(source, index)
+
+    monkeypatch.setattr(FolderSource, "read", unmounting)
+    outcome = run(src, tmp_path / "d", "--shard-size", 0.1, "--workers", 1)
+    assert outcome.code == 1
+    assert outcome.err.startswith("error: No such file or directory (")
+    assert not (tmp_path / "d" / "manifest.json").exists()
+    monkeypatch.setattr(FolderSource, "read", read)
+    (tmp_path / "away").rename(src)
+    assert run(src, tmp_path / "d", "--shard-size", 0.1).code == 0
+    assert len(open_source(tmp_path / "d")) == COUNT
 
 
 def test_train_and_val(run: Run, tmp_path: Path) -> None:
