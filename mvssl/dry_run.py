@@ -51,4 +51,5 @@ def dry_run(recipe: Recipe, options: RunOptions, console: Console) -> None:
             f"  memory          {peak_memory_gib(experiment.device):.2f} GiB at peak\n"
             "nothing was written",
             highlight=False,
+            soft_wrap=True,
         )

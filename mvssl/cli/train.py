@@ -67,20 +67,12 @@ def parse(arguments: Sequence[str]) -> TrainArguments:
 def print_recipes(console: Console) -> None:
     """Show all recipes as a table."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("recipe", "method", "backbone", "views", "batch", "epochs", "what it is"):
-        table.add_column(column, no_wrap=column != "what it is")
+    for column in ("recipe", "method", "backbone", "views", "batch", "epochs"):
+        table.add_column(column, no_wrap=True)
     for name, make in all_recipes().items():
         recipe = make()
-        about = (make.__doc__ or "").strip().splitlines()[0]
-        table.add_row(
-            name,
-            recipe.method,
-            recipe.backbone.name,
-            str(len(recipe.views)),
-            str(recipe.batch_size),
-            str(recipe.epochs),
-            about,
-        )
+        sizes = [len(recipe.views), recipe.batch_size, recipe.epochs]
+        table.add_row(name, recipe.method, recipe.backbone.name, *map(str, sizes))
     console.print(table)
 
 

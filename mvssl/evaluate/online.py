@@ -12,6 +12,7 @@ from mvssl.evaluate.features import extract_features
 from mvssl.evaluate.knn import knn_accuracy
 from mvssl.recipe import Evaluation
 from pipelines.errors import InputError, invalid
+from pipelines.storage import align_labels
 from pipelines.storage.source import Source
 
 
@@ -19,7 +20,7 @@ def check_knn_data(train: Source, val: Source | None, evaluation: Evaluation) ->
     """Check that kNN accuracy can be computed, before anything is embedded.
 
     Raises:
-        InputError: images have no labels, train and val have other classes, or there are fewer images than neighbours.
+        InputError: images have no labels, val has a class that train lacks, or there are fewer images than neighbours.
     """
     for what, source in (("training", train), ("validation", val)):
         if source is not None and bool((source.labels < 0).any()):
@@ -27,12 +28,8 @@ def check_knn_data(train: Source, val: Source | None, evaluation: Evaluation) ->
                 f"kNN needs labels but the {what} data ({source.location}) has images without one: put the "
                 "images into one folder per class, or leave the kNN out (--evaluation.every-epochs 0)."
             )
-    if val is not None and train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise InputError(
-            f"The training and validation data have other classes ({', '.join(odd[:5]) or 'in another order'}): make "
-            "both from folders with the same class names."
-        )
+    if val is not None:
+        align_labels(val, train.classes)
     bank = min(len(train), evaluation.max_train or len(train)) - (val is None)
     if max(evaluation.k) > bank:
         raise invalid(
@@ -70,12 +67,10 @@ def evaluate_knn(
         threads=threads,
     )
     bank = extract(train, max_images=evaluation.max_train)
-    queries = None if val is None else extract(val)
+    if val is None:
+        return knn_accuracy(bank.values, bank.labels, k=evaluation.k, temperature=evaluation.temperature)
+    queries = extract(val)
+    labels = torch.from_numpy(align_labels(val, train.classes))[queries.index].to(device)  # [M]
     return knn_accuracy(
-        bank.values,
-        bank.labels,
-        None if queries is None else queries.values,
-        None if queries is None else queries.labels,
-        k=evaluation.k,
-        temperature=evaluation.temperature,
+        bank.values, bank.labels, queries.values, labels, k=evaluation.k, temperature=evaluation.temperature
     )
