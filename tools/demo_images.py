@@ -12,12 +12,12 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-SHAPES = ("disc", "cross", "star")
-TEXTURES = ("striped", "dotted", "ringed")
+SHAPES = ("disc", "star")
+TEXTURES = ("striped", "dotted", "ringed", "rayed")
 
-# A Latin square's order: the first classes already differ in both shape and texture.
+# In this order the first classes already need both shape and texture.
 CLASSES: tuple[tuple[str, str], ...] = tuple(
-    (SHAPES[i], TEXTURES[(i + shift) % len(TEXTURES)]) for shift, i in product(range(len(TEXTURES)), range(len(SHAPES)))
+    (SHAPES[(i + shift) % len(SHAPES)], TEXTURES[i]) for shift, i in product(range(len(SHAPES)), range(len(TEXTURES)))
 )
 
 Array = NDArray[np.float32]
@@ -47,10 +47,6 @@ def gauge(shape: str, u: Array, v: Array) -> Array:
     area: float
     if shape == "disc":
         distance, area = np.sqrt(u * u + v * v), np.pi
-    elif shape == "cross":
-        arm = np.float32(0.36)  # half width over half length of the two bars
-        a, b = np.abs(u), np.abs(v)
-        distance, area = np.minimum(np.maximum(a, b / arm), np.maximum(b, a / arm)), float(8 * arm - 4 * arm * arm)
     else:  # eight spikes with tips at radius 1; folded onto half a spike, the outline is one straight line
         half, inner = np.float32(np.pi / 8), 0.55  # angle from tip to notch, radius of the notch
         angle = np.arctan2(v, u) % (2 * half)
@@ -63,7 +59,7 @@ def gauge(shape: str, u: Array, v: Array) -> Array:
 
 
 def wave(texture: str, u: Array, v: Array) -> Array:
-    """Field [H, W] whose upper level sets are the texture; the period is 1.
+    """Field [H, W] whose upper level sets are the texture; its period is 1, but for the rays, which are eight.
 
     Args:
         texture: one of `TEXTURES`.
@@ -76,6 +72,8 @@ def wave(texture: str, u: Array, v: Array) -> Array:
         field = np.cos(turn * u)
     elif texture == "ringed":
         field = np.cos(turn * np.sqrt(u * u + v * v))
+    elif texture == "rayed":
+        field = np.cos(8 * np.arctan2(v, u))
     else:  # three plane waves 60 degrees apart peak on a hexagonal lattice
         half, high = np.float32(0.5), np.float32(np.sqrt(3) / 2)
         field = np.cos(turn * u) + np.cos(turn * (half * u + high * v)) + np.cos(turn * (half * u - high * v))
