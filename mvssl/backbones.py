@@ -41,9 +41,13 @@ def build_backbone(config: Backbone, *, drop_path: bool = True) -> nn.Module:
             refusal = error
             continue
         return model
+    if wanted:
+        raise InputError(
+            f"Backbone.drop_path is {config.drop_path:g} but {config.name} cannot be built with it ({refusal}): "
+            "set it to 0 or choose another backbone."
+        ) from refusal
     raise InputError(
-        f"Backbone.drop_path is {config.drop_path:g} but {config.name} cannot be built with it ({refusal}): "
-        "set it to 0 or choose another backbone."
+        f"Backbone.name is {config.name!r} but timm cannot build it without classifier ({refusal}): choose another one."
     ) from refusal
 
 

@@ -52,7 +52,7 @@ class Encoders:
         try:
             result = work()
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])
             logger.warning(
                 "torch.compile FAILED and the step runs uncompiled, which is slower: %s: %s. Set Recipe.compile to "
                 "'off' to train so on purpose; a C++ compiler (CPU) or Triton (CUDA) is what usually is missing.",

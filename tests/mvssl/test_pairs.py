@@ -1,0 +1,59 @@
+"""Pairs, slots and methods against lists written by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mvssl.methods import get_method, methods
+from mvssl.pairs import online_views, predictor_slots, target_views, task_pairs
+from pipelines.errors import InputError
+from pipelines.views.spec import ViewSpec, paper_views
+
+
+def test_paper_views() -> None:
+    specs = paper_views(num_local=2, num_cutout=1)
+    assert task_pairs(specs, {"local": 0.5}) == (
+        ("global", 1.0, ((0, 1), (1, 0))),
+        ("local", 0.5, ((2, 0), (2, 1), (3, 0), (3, 1))),
+        ("cutout", 1.0, ((4, 0), (4, 1))),
+    )
+    assert online_views(specs) == (0, 1, 2, 3, 4)
+    assert target_views(specs) == (0, 1)
+    assert predictor_slots(specs, "per-view") == (0, 0, 1, 1, 2)
+    assert predictor_slots(specs, "shared") == (0, 0, 0, 0, 0)
+
+
+def test_two_views() -> None:
+    specs = paper_views(num_local=0, num_cutout=0)
+    assert task_pairs(specs, {}) == (("global", 1.0, ((0, 1), (1, 0))),)
+
+
+def test_target_only_view_has_no_prediction() -> None:
+    clean = ViewSpec(name="clean", task=None, is_target=True)
+    specs = (clean, *(replace(spec, is_target=False) for spec in paper_views(num_local=1, num_cutout=0)))
+    assert task_pairs(specs, {}) == (("global", 1.0, ((1, 0), (2, 0))), ("local", 1.0, ((3, 0),)))
+    assert online_views(specs) == (1, 2, 3)
+    assert predictor_slots(specs, "per-view") == (0, 0, 1)
+
+
+def test_methods_are_found_by_name() -> None:
+    assert get_method("byol").name == "byol"
+    assert "byol" in methods()
+    with pytest.raises(InputError, match=r"Recipe.method is 'boyl' .* did you mean byol\?"):
+        get_method("boyl")
+
+
+def test_byol_loss_on_known_angles() -> None:
+    prediction = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
+    target = torch.tensor([[5.0, 0.0], [0.0, -1.0], [1.0, 0.0]])
+    expected = (0.0 + 4.0 + 2 - 2**0.5) / 3  # the same way, opposite, 45 degrees
+    loss = get_method("byol").pair_loss
+    assert loss(prediction, target).item() == pytest.approx(expected, rel=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = loss(prediction.bfloat16(), target.bfloat16())
+    assert low.dtype == torch.float32
+    assert low.item() == pytest.approx(expected, rel=1e-6)  # these numbers are exact in bfloat16
+    assert loss(torch.zeros(1, 2), target[:1]).item() == 2.0  # a zero vector gives no NaN
