@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import copy
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from pipelines.errors import InputError
 
@@ -23,3 +26,32 @@ def autocast_dtype(precision: Literal["auto", "fp32", "bf16", "fp16"], device: t
             "has no gradient scaler: set precision to fp32, or train on a GPU."
         )
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def check_bf16_on_cpu(backbone: nn.Module, sizes: Iterable[int]) -> None:
+    """Refuse bf16 training on the CPU where a convolution with a kernel above 1 meets a map of a single pixel.
+
+    The weight gradient of such a convolution is uninitialised memory there (seen with torch 2.15 and oneDNN on AMX;
+    float32 and larger maps are right), so training would fail at random.
+
+    Raises:
+        InputError: a view size leads to such a map.
+    """
+    shadow = copy.deepcopy(backbone).to("meta").eval()
+    met: list[str] = []
+
+    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) and tuple(inputs[0].shape[2:]) == (1, 1):
+            met.append(f"{module.kernel_size[0]} x {module.kernel_size[1]}")
+
+    for module in shadow.modules():
+        module.register_forward_pre_hook(look)
+    for size in sorted(set(sizes)):
+        with torch.no_grad():
+            shadow(torch.zeros(2, 3, size, size, device="meta"))
+        if met:
+            raise InputError(
+                f"Recipe.precision is 'bf16' but must be fp32 on the CPU for views of {size} pixels, which shrink to "
+                f"one pixel before a {met[0]} convolution, where torch's bf16 gradients are wrong: set precision to "
+                "fp32 or enlarge the view."
+            )

@@ -16,7 +16,7 @@ from mvssl.methods import get_method
 from mvssl.network import OnlineNetwork
 from mvssl.optim import build_optimizer, learning_rate, target_decay
 from mvssl.pairs import online_views, predictor_slots, target_views, task_pairs
-from mvssl.precision import autocast_dtype
+from mvssl.precision import autocast_dtype, check_bf16_on_cpu
 from mvssl.recipe import Recipe
 from mvssl.target import TargetNetwork, ema_update, paired_parameters
 from pipelines.errors import InputError
@@ -108,6 +108,8 @@ class TrainStep:
         self._slots = predictor_slots(recipe.views, recipe.predictors)
 
         online, target = build_networks(recipe)
+        if self.device.type == "cpu" and self.autocast_dtype is torch.bfloat16:
+            check_bf16_on_cpu(online.backbone, (view.size for view in recipe.views))
         channels_last = recipe.channels_last and is_convolutional(online.backbone)
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.online = online.to(self.device).to(memory_format=self._memory_format)

@@ -121,12 +121,16 @@ def test_clipping_limits_the_gradient() -> None:
 
 
 def test_bf16_is_near_fp32() -> None:
-    exact, low = make()(batch(0), 1), make(precision="bf16")
+    views = paper_views(size=64, local_size=64, blur_kernel=5)  # no map of a single pixel (check_bf16_on_cpu)
+    exact, low = make(views=views), make(views=views, precision="bf16")
+    images = batch(0)
+    images[2:4] = batch(1)[:2]
     assert low.input_dtype == low.autocast_dtype == torch.bfloat16
-    output = low(batch(0), 1)
+    output = low(images, 1)
     assert output.losses.dtype == torch.float32
     # Each loss lies in [0, 4]; bfloat16 has 8 bits, a relative error of 2**-9 per operation.
-    torch.testing.assert_close(output.losses, exact.losses, rtol=0, atol=0.05)
+    torch.testing.assert_close(output.losses, exact(images, 1).losses, rtol=0, atol=0.05)
+    assert output.grad_norm.isfinite()
     assert all(p.dtype == torch.float32 for p in low.online.parameters())
 
 
@@ -161,6 +165,8 @@ def test_drop_path_is_for_the_online_network_only() -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(InputError, match=r"Recipe.precision is 'fp16' but must be fp32 or bf16 on a cpu"):
         make(precision="fp16")
+    with pytest.raises(InputError, match=r"must be fp32 on the CPU for views of 16 pixels"):
+        make(precision="bf16", views=paper_views(size=64, local_size=16, blur_kernel=5))
     with pytest.raises(InputError, match="views has 2 tensors but must have 5"):
         make()(batch(0)[:2], 0)
     with pytest.raises(InputError, match="cannot take views of 40 pixels"):
