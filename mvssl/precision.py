@@ -29,10 +29,10 @@ def autocast_dtype(precision: Literal["auto", "fp32", "bf16", "fp16"], device: t
 
 
 def check_bf16_on_cpu(backbone: nn.Module, sizes: Iterable[int]) -> None:
-    """Refuse bf16 training on the CPU where a convolution with a kernel above 1 meets a map of a single pixel.
+    """Refuse bf16 training on the CPU where a strided convolution (kernel above 1) meets a map of a single pixel.
 
     The weight gradient of such a convolution is uninitialised memory there (seen with torch 2.15 and oneDNN on AMX;
-    float32 and larger maps are right), so training would fail at random.
+    float32, stride 1 and larger maps are right), so training would fail at random.
 
     Raises:
         InputError: a view size leads to such a map.
@@ -41,7 +41,9 @@ def check_bf16_on_cpu(backbone: nn.Module, sizes: Iterable[int]) -> None:
     met: list[str] = []
 
     def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) and tuple(inputs[0].shape[2:]) == (1, 1):
+        if not isinstance(module, nn.Conv2d) or tuple(inputs[0].shape[2:]) != (1, 1):
+            return
+        if max(module.kernel_size) > 1 and max(module.stride) > 1:
             met.append(f"{module.kernel_size[0]} x {module.kernel_size[1]}")
 
     for module in shadow.modules():
@@ -52,6 +54,6 @@ def check_bf16_on_cpu(backbone: nn.Module, sizes: Iterable[int]) -> None:
         if met:
             raise InputError(
                 f"Recipe.precision is 'bf16' but must be fp32 on the CPU for views of {size} pixels, which shrink to "
-                f"one pixel before a {met[0]} convolution, where torch's bf16 gradients are wrong: set precision to "
+                f"one pixel before a strided {met[0]} convolution, where torch's bf16 gradients are wrong: set precision to "
                 "fp32 or enlarge the view."
             )
