@@ -54,6 +54,6 @@ def check_bf16_on_cpu(backbone: nn.Module, sizes: Iterable[int]) -> None:
         if met:
             raise InputError(
                 f"Recipe.precision is 'bf16' but must be fp32 on the CPU for views of {size} pixels, which shrink to "
-                f"one pixel before a strided {met[0]} convolution, where torch's bf16 gradients are wrong: set precision to "
-                "fp32 or enlarge the view."
+                f"one pixel before a strided {met[0]} convolution, where torch's bf16 gradients are wrong: set "
+                "precision to fp32 or enlarge the view."
             )
