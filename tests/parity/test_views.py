@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from hard_images import hard_images, unnormalised
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision_views import BICUBIC, MEAN, STD, hard_images, torchvision_view, unnormalised
 
+from benchmarks.baselines.torchvision_views import BICUBIC, MEAN, STD, torchvision_view
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
 from pipelines.views.center import center_views
 

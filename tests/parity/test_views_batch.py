@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torchvision_views import hard_images, unnormalised
+from hard_images import hard_images, unnormalised
 
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
 from pipelines.views.params import ViewParams
