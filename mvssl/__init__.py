@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from mvssl import recipes
+from mvssl.monitor.failure import Diverged
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from mvssl.trainer import Diverged, Interrupted, TrainResult, train
+from mvssl.trainer import Interrupted, TrainResult, train
 from pipelines.errors import InputError
 
 __all__ = [

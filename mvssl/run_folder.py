@@ -79,9 +79,10 @@ class RunFolder:
         Raises:
             InputError: it holds a run and `overwrite` is not set, holds something else, or cannot be written.
         """
+        self.check_free(overwrite=overwrite)
         try:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                self._clear(overwrite)
+            if self.config.is_file():
+                shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.config, {"recipe": to_dict(recipe), "options": dict(options)})
             write_json(self.environment, environment())
@@ -90,8 +91,14 @@ class RunFolder:
                 f"out is {str(self.path)!r} but cannot be written ({error.strerror}): choose another folder with --out."
             ) from error
 
-    def _clear(self, overwrite: bool) -> None:
-        """Delete the run in the folder, or refuse to."""
+    def check_free(self, *, overwrite: bool) -> None:
+        """Check that a new run may begin here, before any work is done for it.
+
+        Raises:
+            InputError: the folder holds a run and `overwrite` is not set, or holds something else.
+        """
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return  # a file in its place, or above it, is told when the folder is made
         if not self.config.is_file():
             raise InputError(
                 f"out is {str(self.path)!r}, which exists and is no run folder, so it is left alone: choose "
@@ -102,7 +109,6 @@ class RunFolder:
                 f"out is {str(self.path)!r}, which already holds a run: add --resume to go on with it, --overwrite to "
                 "delete it and begin anew, or choose another --out."
             )
-        shutil.rmtree(self.path)
 
     def check_same_recipe(self, recipe: Recipe) -> None:
         """Check that a resumed run has the recipe it was begun with.

@@ -24,6 +24,14 @@ class StopRequest:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
+    class Requested(Exception):
+        """Raised by `check`: leave what you are doing."""
+
+    def check(self, done: int = 0) -> None:
+        """Raise `Requested` if a signal came; fits where a progress callback is called with what is `done`."""
+        if self.requested:
+            raise StopRequest.Requested
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -47,11 +48,13 @@ def evaluate_knn(
     autocast: torch.dtype | None = None,
     decoder: Literal["auto", "dali", "pillow"] = "auto",
     threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[int, float]:
     """Top-1 accuracy in [0, 1] for each k of the evaluation.
 
     With `val`, its images are classified by the training images; without, each training image is by all the others
-    (leave one out).
+    (leave one out). `progress` is called with the number of images of a split that are done; what it raises ends the
+    evaluation.
 
     Raises:
         InputError: as `check_knn_data`.
@@ -65,6 +68,7 @@ def evaluate_knn(
         autocast=autocast,
         decoder=decoder,
         threads=threads,
+        progress=progress,
     )
     bank = extract(train, max_images=evaluation.max_train)
     if val is None:

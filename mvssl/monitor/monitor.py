@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -19,6 +21,7 @@ from mvssl.monitor.progress import Status, make_display
 from mvssl.monitor.tensorboard import make_scalar_writer
 from mvssl.monitor.window import Window
 from mvssl.run_folder import RunFolder
+from mvssl.run_state import Position
 from mvssl.step import StepOutput
 from pipelines.views.spec import tasks
 
@@ -38,13 +41,11 @@ class _Clock:
 class Monitor:
     """Metrics, throughput, TensorBoard, display and log of one run. A context manager."""
 
-    def __init__(
-        self, experiment: Experiment, folder: RunFolder, console: Console, *, step: int, metrics_bytes: int
-    ) -> None:
+    def __init__(self, experiment: Experiment, folder: RunFolder, console: Console, position: Position) -> None:
         self._experiment = experiment
         self._folder = folder
-        self._first_step = step
-        self._metrics = JsonLines(folder.metrics, keep_bytes=metrics_bytes)
+        self._first_step = step = position.step
+        self._metrics = JsonLines(folder.metrics, keep_bytes=position.metrics_bytes)
         size = folder.throughput.stat().st_size if step and folder.throughput.exists() else 0
         self._throughput = JsonLines(folder.throughput, keep_bytes=size)
         self._scalars = make_scalar_writer(folder.tensorboard, first_step=step)
@@ -141,9 +142,12 @@ class Monitor:
             ", ".join(f"top-1 {100 * value:.2f} % (k={k})" for k, value in accuracy.items()),
         )
 
-    def resume_clock(self, since: float) -> None:
-        """Leave the time since `since` (an evaluation, a save) out of the training speed."""
-        pause = time.perf_counter() - since
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time of an evaluation or a save out of the training speed."""
+        began = time.perf_counter()
+        yield
+        pause = time.perf_counter() - began
         self._clock.paused += pause
         self._clock.mark += pause
 

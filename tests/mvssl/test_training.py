@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from PIL import Image
 
 import mvssl
-from mvssl import checkpoint
+from mvssl import checkpoint, trainer
+from mvssl.evaluate.online import evaluate_knn
 from mvssl.monitor.jsonl import read_jsonl
 from mvssl.recipe import Optimizer, Recipe
 from mvssl.run_folder import RunFolder
@@ -111,6 +113,24 @@ def test_what_a_killed_run_wrote_beyond_its_checkpoint_is_cut_off(
         with pytest.raises(CrashError):
             train(tiny_recipe, images, out)
     assert [row["step"] for row in read_jsonl(out / "metrics.jsonl")][-1] == 6
+    train(tiny_recipe, images, out, resume=True)
+    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+def test_a_signal_in_mid_evaluation_leaves_it_for_the_resumption(
+    finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> dict[int, float]:
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate_knn(*arguments, **options)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate_knn", interrupted)
+        with pytest.raises(mvssl.Interrupted, match="SIGTERM came after step 4 of 12"):
+            train(tiny_recipe, images, out)
+    assert {row["kind"] for row in read_jsonl(out / "metrics.jsonl")} == {"train"}
+    assert checkpoint.load(out / "checkpoints" / "last").meta["evaluated"] is False
     train(tiny_recipe, images, out, resume=True)
     assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
 
