@@ -37,9 +37,6 @@ fi
 touch "$OUT/.mvssl-demo" || fail "the folder $OUT cannot be written: choose another one with --out."
 
 setup_env
-if command -v nvidia-smi >/dev/null 2>&1; then
-    ensure_compiler
-fi
 rm -rf "$OUT/images" "$OUT/shards" "$OUT/run" "$OUT/backbone.safetensors"
 cd "$ROOT"
 
@@ -54,9 +51,9 @@ step() {
 
 step "1/6 Draw a labelled data set" "$PYTHON" -m tools.make_demo_dataset "$OUT/images" --seed "$SEED"
 step "2/6 Convert it to shards" mvssl-convert "$OUT/images" "$OUT/shards" --format shards
-step "3/6 Pre-train multi-task BYOL" mvssl-train demo --data "$OUT/shards" --out "$OUT/run" --seed "$SEED"
-step "4/6 kNN of the untrained backbone" mvssl-eval knn --run "$OUT/run" --untrained
-step "5/6 kNN of the trained backbone" mvssl-eval knn --run "$OUT/run"
+step "3/6 Pre-train multi-task BYOL" mvssl-train demo --data "$OUT/shards" --out "$OUT/run" --seed "$SEED" --device cpu
+step "4/6 kNN of the untrained backbone" mvssl-eval knn --run "$OUT/run" --untrained --device cpu
+step "5/6 kNN of the trained backbone" mvssl-eval knn --run "$OUT/run" --device cpu
 step "6/6 Export the backbone" mvssl-export --run "$OUT/run" --out "$OUT/backbone.safetensors"
 
 printf '\n--- Done in %s s (the installation not counted)\n\n' $((SECONDS - begun))

@@ -8,6 +8,7 @@
 # The active virtual environment is used where there is one, else .venv in the repository. Needs bash and a Python of
 # 3.11 or newer, nothing else: no git, no compiler. A second call installs nothing unless pyproject.toml has changed.
 
+unset CDPATH # or cd would print where it goes
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 
 say() { printf '%s\n' "$*"; }
@@ -56,7 +57,8 @@ make_env() {
     if "$python" -c 'import ensurepip, venv' >/dev/null 2>&1 </dev/null; then
         "$python" -m venv --clear "$env" </dev/null
     elif command -v uv >/dev/null 2>&1; then
-        uv venv --quiet --seed --clear --python "$python" "$env" </dev/null
+        rm -rf "$env"
+        uv venv --quiet --seed --python "$python" "$env" </dev/null
     elif command -v virtualenv >/dev/null 2>&1; then
         virtualenv --quiet --clear --python "$python" "$env" </dev/null
     else
@@ -143,16 +145,15 @@ setup_env() {
 
 # torch.compile needs a C++ compiler and Python's headers; without them what compiles is skipped with a reason.
 ensure_compiler() {
-    local version
+    local version missing=()
     version="$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
-    "$PYTHON" -c 'import pathlib, shutil, sysconfig, sys
-header = pathlib.Path(sysconfig.get_paths()["include"], "Python.h")
-sys.exit(not ((shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")) and header.is_file()))' && return 0
+    command -v g++ >/dev/null 2>&1 || command -v c++ >/dev/null 2>&1 || command -v clang++ >/dev/null 2>&1 || missing+=(g++)
+    "$PYTHON" -c 'import pathlib, sysconfig, sys
+sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").is_file())' || missing+=("python$version-dev")
+    [ ${#missing[@]} -gt 0 ] || return 0
     APT_LOG="$(mktemp "${TMPDIR:-/tmp}/mvssl-apt.XXXXXX")"
-    if can_apt && apt_install g++ "python$version-dev"; then
-        rm -f "$APT_LOG"
-    else
-        rm -f "$APT_LOG"
-        say "Note: no C++ compiler with Python's headers (Debian: g++ and python$version-dev), so torch.compile is not used."
+    if ! can_apt || ! apt_install "${missing[@]}"; then
+        say "Note: ${missing[*]} (Debian's names) not found: the tests of torch.compile are skipped."
     fi
+    rm -f "$APT_LOG"
 }

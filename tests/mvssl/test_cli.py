@@ -175,9 +175,12 @@ def test_kill_and_sigterm_in_mid_epoch_then_resume_give_the_same_metrics(images:
     for number, lines, code in ((signal.SIGKILL, 5, -signal.SIGKILL), (signal.SIGTERM, 14, 75)):
         more = ("--resume",) if broken.exists() else ()
         process = subprocess.Popen(command(images, broken, *long, *more), env=environment, stdout=subprocess.DEVNULL)
-        wait_for_steps(process, broken / "metrics.jsonl", lines)
-        process.send_signal(number)
-        assert process.wait(60) == code
+        try:
+            wait_for_steps(process, broken / "metrics.jsonl", lines)
+            process.send_signal(number)
+            assert process.wait(120) == code
+        finally:
+            process.kill()
     assert (broken / "metrics.jsonl").read_bytes() != (whole / "metrics.jsonl").read_bytes()
     subprocess.run(command(images, broken, *long, "--resume"), env=environment, check=True, capture_output=True)
     assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
