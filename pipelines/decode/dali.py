@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pipelines.decode.decoder import MAX_PIXELS, Decoded
-from pipelines.decode.pillow import PillowDecoder
+from pipelines.decode.pillow import PillowDecoder, decode_one
 from pipelines.decode.sniff import sniff
-from pipelines.errors import invalid
+from pipelines.errors import InputError, invalid
 
 dali: Any = importlib.import_module("nvidia.dali")  # Any: DALI makes its functions at run time, without types
 _log = logging.getLogger("mvssl.data")
+
+_Part = tuple[list[int], Tensor, Tensor]
+"""Images decoded together: positions in the call, pixels uint8 (packed), sizes int64 [n, 2]."""
 
 
 class DaliDecoder:
     """Plain JPEGs go to DALI, which leaves them in one packed buffer; the odd ones to Pillow, whose rules are ours.
 
-    DALI cannot skip a sample: one that it refuses loses the batch. Such a batch is decoded by Pillow, which names it.
+    DALI cannot skip a sample: one that it refuses loses the batch. Such a batch is halved until the refused image is
+    alone, and only that one goes to Pillow: what becomes of an image never depends on its neighbours.
     """
 
     def __init__(self, *, device: torch.device, batch_size: int, threads: int) -> None:
@@ -43,28 +49,19 @@ class DaliDecoder:
         """Decode at most `batch_size` images, uint8 [bytes] each.
 
         Raises:
-            InputError: more images than `batch_size`.
+            InputError: more images than `batch_size`, or DALI fails on images that are in order.
         """
         if len(encoded) > self._batch_size:
             raise invalid("encoded", len(encoded), f"at most {self._batch_size} images", "make a larger decoder")
-        plain = [n for n, data in enumerate(encoded) if _for_dali(data)]
-        fast = self._run([encoded[n] for n in plain]) if plain else None
-        plain_refused = bool(plain) and fast is None
-        if fast is None:
-            plain = []
-        elif len(plain) == len(encoded):
-            return Decoded(pixels=fast[0], sizes=fast[1], failures={})
-        chosen = set(plain)
-        odd = [n for n in range(len(encoded)) if n not in chosen]
+        parts = self._decode(encoded, [n for n, data in enumerate(encoded) if _for_dali(data)])
+        done = {n for positions, _, _ in parts for n in positions}
+        if len(parts) == 1 and len(done) == len(encoded):
+            return Decoded(pixels=parts[0][1], sizes=parts[0][2], failures={})
+        odd = [n for n in range(len(encoded)) if n not in done]
         slow = self._pillow([encoded[n] for n in odd])
         failures = {odd[n]: reason for n, reason in slow.failures.items()}
-        if plain_refused and not failures:
-            _log.warning("Pillow decoded a batch of %d images that DALI refused, which is slow.", len(encoded))
-        slow_pixels = self._upload(slow.pixels)
-        if fast is None:
-            return Decoded(pixels=slow_pixels, sizes=slow.sizes, failures=failures)
         decoded = [n for n in odd if n not in failures]
-        return _merge([(plain, *fast), (decoded, slow_pixels, slow.sizes)], failures)
+        return _merge([*parts, (decoded, self._upload(slow.pixels), slow.sizes)], failures)
 
     def close(self) -> None:
         """End the threads and give the pipeline's memory back."""
@@ -91,18 +88,61 @@ class DaliDecoder:
         pipeline.build()
         return pipeline
 
-    def _run(self, encoded: list[np.ndarray]) -> tuple[Tensor, Tensor] | None:
-        """Pixels (uint8, packed) and sizes (int64 [N, 2]); None if DALI refuses an image of the batch."""
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+    def _decode(self, encoded: Sequence[np.ndarray], positions: list[int]) -> list[_Part]:
+        """Decode the images at these positions with DALI; those that it refuses even alone are left out."""
+        if not positions:
+            return []
         try:
-            (output,) = self._pipeline.run(stream, encoded=encoded)
+            return [(positions, *self._run([encoded[n] for n in positions]))]
         except RuntimeError as error:
-            _log.info("DALI refused an image among %d: %s", len(encoded), _last_line(error))
-            self._pipeline = self._build()  # DALI does not promise that a pipeline works on after an error
-            return None
+            reason = _reason(error)
+            self._rebuild(error)
+        if len(positions) == 1:
+            self._blame(encoded[positions[0]], reason)
+            return []
+        half = len(positions) // 2
+        parts = self._decode(encoded, positions[:half]) + self._decode(encoded, positions[half:])
+        if sum(len(part[0]) for part in parts) == len(positions):
+            _log.warning("DALI failed on %d images and then decoded them in smaller parts: %s", len(positions), reason)
+        return parts
+
+    def _run(self, encoded: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Pixels (uint8, packed) and sizes (int64 [N, 2]).
+
+        Raises:
+            RuntimeError: DALI refuses an image, or fails for a reason of its own.
+        """
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        (output,) = self._pipeline.run(stream, encoded=encoded)
         shapes = torch.tensor(output.shape(), dtype=torch.int64)  # [N, 3]
         total = int(shapes.prod(dim=1).sum())
         return from_dlpack(output.as_reshaped_tensor([total])), shapes[:, :2]  # no copy: torch holds the buffer
+
+    def _rebuild(self, cause: RuntimeError) -> None:
+        """Replace the pipeline, because DALI does not promise that one works on after an error."""
+        try:
+            self._pipeline = self._build()
+        except RuntimeError as error:  # a device that is lost
+            raise _broken(_reason(cause)) from error
+
+    def _blame(self, data: np.ndarray, reason: str) -> None:
+        """Is it the image that DALI refuses, or DALI that fails, for example without memory? Then raise.
+
+        An image that Pillow decodes is written anew as a plain JPEG: DALI must decode that one.
+        """
+        pixels = decode_one(data)
+        if isinstance(pixels, str):
+            return
+        _log.warning("DALI refuses an image that Pillow decodes, which is slow: %s", reason)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG")
+        copy = np.frombuffer(buffer.getvalue(), np.uint8)
+        try:
+            self._run([copy])
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()  # `copy` must live until it is decoded
+        except RuntimeError as error:
+            raise _broken(_reason(error)) from error
 
     def _upload(self, pixels: Tensor) -> Tensor:
         if self._device.type != "cuda" or pixels.numel() == 0:
@@ -115,17 +155,30 @@ def _for_dali(data: np.ndarray) -> bool:
     return header is not None and header.plain and header.height * header.width <= MAX_PIXELS
 
 
-def _last_line(error: RuntimeError) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if line.startswith("Error")), lines[-1] if lines else "no message")
+def _reason(error: RuntimeError) -> str:
+    """The line of DALI's long message that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    if "encountered:" in lines:
+        lines = lines[lines.index("encountered:") + 1 :]
+        return next((line for line in lines if line), "no message")
+    return next((line for line in reversed(lines) if line), "no message")
 
 
-def _merge(parts: Sequence[tuple[list[int], Tensor, Tensor]], failures: dict[int, str]) -> Decoded:
-    """Put images decoded in two ways back into the order of the call; (positions, pixels, sizes) each."""
+def _broken(reason: str) -> InputError:
+    return InputError(
+        f"DALI fails on images that are in order ({reason}): free memory, check the GPU's driver, or run with "
+        "--decoder pillow."
+    )
+
+
+def _merge(parts: Sequence[_Part], failures: dict[int, str]) -> Decoded:
+    """Put images decoded in several parts back into the order of the call."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for positions, pixels, sizes in parts:
         lengths: list[int] = (sizes.prod(dim=1) * 3).tolist()
         found.update(zip(positions, zip(torch.split(pixels, lengths), sizes, strict=True), strict=True))
+    if not found:
+        return Decoded(pixels=parts[-1][1], sizes=parts[-1][2], failures=failures)
     order = sorted(found)
     return Decoded(
         pixels=torch.cat([found[n][0] for n in order]),

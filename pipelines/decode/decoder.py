@@ -33,8 +33,9 @@ class Decoder(Protocol):
 
     Gray and palette images become RGB, CMYK is converted, alpha is dropped, 16-bit values keep their high byte, the
     EXIF orientation is applied, of several frames the first is taken. Empty, truncated, undecodable and gigantic
-    (`MAX_PIXELS`) files are failures with a reason; none is an exception. A JPEG that is damaged inside but complete
-    decodes with its damage, as with libjpeg; a few of those pass with DALI and fail with Pillow.
+    (`MAX_PIXELS`) files are failures with a reason; none is an exception. What becomes of an image does not depend on
+    the others of the call. A JPEG that is damaged inside but complete decodes with its damage, as with libjpeg; a few
+    of those pass with DALI and fail with Pillow.
     """
 
     @property
@@ -45,6 +46,9 @@ class Decoder(Protocol):
         """Decode N images, each uint8 [bytes]; called from one thread at a time.
 
         With "dali-mixed" the pixels are ready on torch's current CUDA stream, and `encoded` must live until then.
+
+        Raises:
+            InputError: the decoder itself fails, for example without memory, or the call is too large for it.
         """
 
     def close(self) -> None:

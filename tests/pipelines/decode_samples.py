@@ -62,6 +62,26 @@ def with_orientation(jpeg: np.ndarray, orientation: int, order: str = "II") -> n
     return np.frombuffer(data[:2] + segment + data[2:], np.uint8)
 
 
+def refused_jpeg() -> np.ndarray:
+    """A JPEG without its Huffman tables, which looks plain and which neither decoder takes."""
+    data = encode(picture(40, 50)).tobytes()
+    return np.frombuffer(data[: data.index(b"\xff\xc4")] + data[-300:], np.uint8)
+
+
+def only_dalis_jpeg() -> np.ndarray:
+    """A JPEG with a stray marker in the middle of its scan: DALI decodes it, Pillow does not."""
+    data = encode(picture(61, 83)).tobytes()
+    middle = (data.index(b"\xff\xda") + len(data)) // 2
+    return np.frombuffer(data[:middle] + b"\xff\xc4" + data[middle:], np.uint8)
+
+
+def only_pillows_jpeg() -> np.ndarray:
+    """A JPEG with two stray bytes after its frame header: Pillow passes over them, DALI refuses it."""
+    data = encode(picture(61, 83)).tobytes()
+    after = data.index(b"\xff\xc0") + 19
+    return np.frombuffer(data[:after] + b"\0\0" + data[after:], np.uint8)
+
+
 class MemorySource:
     """A source of encoded images in memory that counts how often each is read."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decode_samples import encode, jpegs, needs_dali, picture
+from decode_samples import encode, jpegs, needs_dali, only_dalis_jpeg, only_pillows_jpeg, picture, refused_jpeg
 from PIL import Image
 
 from pipelines import decode
@@ -30,8 +30,6 @@ def decoder(request: pytest.FixtureRequest) -> Iterator[Decoder]:
 def bad_files() -> dict[str, np.ndarray]:
     """Part of the reason -> file."""
     jpeg, png = encode(picture(40, 50)), encode(picture(40, 50), "PNG")
-    tables = jpeg.tobytes().index(b"\xff\xc4")
-    no_tables = np.frombuffer(jpeg.tobytes()[:tables] + jpeg.tobytes()[-300:], np.uint8)
     frame = jpeg.tobytes().index(b"\xff\xc0")
     giant, giant_png = jpeg.copy(), png.copy()
     giant[frame + 5 : frame + 9] = 0xF0
@@ -47,7 +45,7 @@ def bad_files() -> dict[str, np.ndarray]:
         "65536 x 65536": giant_png,
         "floating-point": encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"),
         "32-bit": encode(Image.fromarray(np.full((4, 4), 1 << 20, np.int32)), "TIFF"),
-        "": no_tables,
+        "": refused_jpeg(),
     }
 
 
@@ -124,25 +122,65 @@ def test_read_only_views_of_a_larger_buffer_are_decoded(decoder: Decoder) -> Non
 
 
 @needs_dali
-def test_a_batch_that_dali_refuses_is_decoded_by_pillow_and_said(
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_becomes_of_an_image_does_not_depend_on_its_neighbours(device: str) -> None:
+    dali = make_decoder("dali", device=device, batch_size=16, threads=2)
+    files = [only_dalis_jpeg(), refused_jpeg(), only_pillows_jpeg(), encode(picture(9, 11), "PNG"), *jpegs(5)]
+    alone = [dali([data]) for data in files]
+    if device == "cpu":
+        assert [n for n, decoded in enumerate(alone) if decoded.failures] == [1]
+    for chosen in ([0, 1], [1, 0], [0, 2], [4, 5, 1, 6], [8, 1, 2, 0, 3, 4, 1, 7, 5, 6, 0], [1, 1, 1]):
+        decoded = dali([files[n] for n in chosen])
+        assert decoded.failures == {at: alone[n].failures[0] for at, n in enumerate(chosen) if alone[n].failures}
+        assert torch.equal(decoded.pixels, torch.cat([alone[n].pixels for n in chosen]))
+        assert torch.equal(decoded.sizes, torch.cat([alone[n].sizes for n in chosen]))
+    dali.close()
+
+
+class Failing:
+    """Stands in for DALI's pipeline: fails like one whose device has no memory left."""
+
+    def run(self, *_: object, **__: object) -> None:
+        raise RuntimeError("Critical error\nencountered:\n\nout of memory\nCurrent pipeline object is no longer valid.")
+
+
+@needs_dali
+def test_a_failure_that_no_image_is_to_blame_for_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     dali = make_decoder("dali", device="cpu", batch_size=8, threads=1)
     files = jpegs(5)
     want = dali(files).pixels
-
-    class Refuses:
-        def run(self, *_: object, **__: object) -> None:
-            raise RuntimeError("Critical error\nError in CPU operator: no")
-
-    monkeypatch.setattr(dali, "_pipeline", Refuses())
+    monkeypatch.setattr(dali, "_pipeline", Failing())
     with caplog.at_level(logging.INFO, logger="mvssl.data"):
+        assert torch.equal(dali(files).pixels, want)  # by pipelines built anew
+        assert "DALI failed on 5 images and then decoded them in smaller parts: out of memory" in caplog.text
+        caplog.clear()
         assert torch.equal(dali(files).pixels, want)
-    assert "Error in CPU operator: no" in caplog.text
-    assert "Pillow decoded a batch of 5" in caplog.text
-    caplog.clear()
-    assert torch.equal(dali(files).pixels, want)  # by a pipeline built anew
-    assert not caplog.records
+        dali([*files, refused_jpeg()])  # a bad image is the caller's to name
+        assert not caplog.records
+        dali([*files, only_pillows_jpeg()])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("DALI refuses an image that Pillow decodes, which is slow: nvImageCodec")
+    dali.close()
+
+
+@needs_dali
+@pytest.mark.parametrize("count", [1, 5])
+def test_where_dali_fails_on_every_image_it_is_not_the_images(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    dali = make_decoder("dali", device="cpu", batch_size=8, threads=1)
+    monkeypatch.setattr(dali, "_pipeline", Failing())
+    monkeypatch.setattr(dali, "_build", Failing)
+    with pytest.raises(InputError, match=r"images that are in order \(out of memory\).*--decoder pillow"):
+        dali(jpegs(count))
+    assert dali([refused_jpeg()]).failures  # whoever decodes it, it is bad
+
+    def lost() -> None:
+        raise RuntimeError("no device")
+
+    monkeypatch.setattr(dali, "_build", lost)
+    with pytest.raises(InputError, match=r"out of memory.*--decoder pillow"):
+        dali(jpegs(count))
     dali.close()
 
 
