@@ -39,13 +39,18 @@ class _HashingFile(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
         self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None  # torch.save hides why a write failed
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
         self.sha256.update(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def close(self) -> None:
         if not self.closed:
@@ -67,44 +72,53 @@ def _sync_folder(path: Path) -> None:
 def save(root: Path, *, step: int, state: Mapping[str, Any], meta: Mapping[str, Any], keep: int) -> Path:
     """Write the checkpoint of `step` under `root` and make it the last one; older ones beyond `keep` are deleted.
 
-    Returns the checkpoint's folder. A checkpoint of this step that exists already is left as it is.
+    Returns the checkpoint's folder. A checkpoint of this step that exists already is replaced.
 
     Raises:
         InputError: it could not be written (the disk is full, say); the earlier checkpoints are untouched.
     """
-    final, aside = root / f"step-{step:08d}", root / f".writing-{step:08d}"
+    final, aside, old = (root / f"{prefix}-{step:08d}" for prefix in ("step", ".writing", ".old"))
+    file: _HashingFile | None = None
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(".writing-*"):
+        for leftover in [*root.glob(".writing-*"), *root.glob(".old-*")]:
             shutil.rmtree(leftover)
-        if not final.exists():
-            aside.mkdir()
-            with _HashingFile(aside / "state.pt") as file:
-                torch.save(dict(state), cast(IO[bytes], file))
-            described = {"format": FORMAT, "step": step, "sha256": file.sha256.hexdigest(), **meta}
-            with (aside / "checkpoint.json").open("w") as text:
-                json.dump(described, text, indent=1)
-                text.flush()
-                os.fsync(text.fileno())
-            _sync_folder(aside)
-            aside.rename(final)
+        aside.mkdir()
+        with _HashingFile(aside / "state.pt") as file:
+            torch.save(dict(state), cast(IO[bytes], file))
+        described = {"format": FORMAT, "step": step, "sha256": file.sha256.hexdigest(), **meta}
+        with (aside / "checkpoint.json").open("w") as text:
+            json.dump(described, text, indent=1)
+            text.flush()
+            os.fsync(text.fileno())
+        _sync_folder(aside)
+        if final.exists():
+            final.rename(old)
+        aside.rename(final)
         link = root / f".{LAST}"
         link.unlink(missing_ok=True)
         link.symlink_to(final.name)
         link.replace(root / LAST)
         _sync_folder(root)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
         shutil.rmtree(aside, ignore_errors=True)
         kept = (root / LAST).resolve().name if (root / LAST).exists() else "none yet"
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        cause = (file.error if file is not None else None) or error
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise InputError(
             f"The checkpoint of step {step} could not be written to {root} ({reason}); the last good one is intact "
             f"({kept}): free space or mend the folder, then go on with --resume."
         ) from error
-    for old in sorted(root.glob("step-*"))[:-keep]:
-        if old != final:
-            shutil.rmtree(old)
+    # Those of later steps, which a run that went back to an earlier one left, are not counted and not touched.
+    for outdated in [path for path in sorted(root.glob("step-*")) if path.name <= final.name][:-keep]:
+        shutil.rmtree(outdated)
     return final
+
+
+def _link(name: str, path: Path) -> str:
+    """The shell command that makes checkpoint `name` the last one."""
+    return f"ln -sfn {name} {path.parent / LAST}"
 
 
 def load(path: Path, *, map_location: str | torch.device = "cpu") -> Checkpoint:
@@ -114,14 +128,17 @@ def load(path: Path, *, map_location: str | torch.device = "cpu") -> Checkpoint:
         InputError: there is none, it is damaged, or it is of another format; the message names one that could be used.
     """
     if not path.is_dir():
+        newest = [candidate.name for candidate in sorted(path.parent.glob("step-*"))][-1:]
         raise InputError(
-            f"{path} is no checkpoint: the run saved none yet (start it again with --overwrite), or the path is wrong."
+            f"{path} is no checkpoint: "
+            + (f"to use the newest one, run: {_link(newest[0], path)}." if newest else "check the path.")
         )
-    others = [p.name for p in sorted(path.parent.glob("step-*"), reverse=True) if p != path.resolve()]
+    name = path.resolve().name
+    earlier = [candidate.name for candidate in sorted(path.parent.glob("step-*")) if candidate.name < name][-1:]
     remedy = (
-        f"to use the one before it, run: ln -sfn {others[0]} {path.parent / LAST}"
-        if others
-        else "there is no earlier one, so start the run again with --overwrite"
+        f"to use the one before it, run: {_link(earlier[0], path)}"
+        if earlier
+        else "there is no earlier one, so the training has to start again"
     )
     try:
         meta = json.loads((path / "checkpoint.json").read_text())

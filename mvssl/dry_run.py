@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from itertools import chain
 
 import torch
 from rich.console import Console
 
 from mvssl.environment import peak_memory_gib
 from mvssl.experiment import open_experiment
+from mvssl.init_from import init_from
+from mvssl.memory import explain_out_of_memory
 from mvssl.options import RunOptions
 from mvssl.recipe import Recipe
+from mvssl.run_folder import RunFolder
 from pipelines.errors import InputError
 
 STEPS = 2
@@ -24,15 +28,20 @@ def dry_run(recipe: Recipe, options: RunOptions, console: Console) -> None:
     """
     if options.out is not None and options.out.exists() and not (options.resume or options.overwrite):
         console.print(f"note: {options.out} exists; the real run will need --resume or --overwrite", highlight=False)
-    with open_experiment(recipe, options) as experiment:
-        if experiment.order.steps_per_epoch < STEPS:
+    if options.resume and options.out is not None:
+        RunFolder(options.out).check_same_recipe(recipe)
+    with open_experiment(recipe, options) as experiment, explain_out_of_memory():
+        init_from(experiment.step, recipe, options.init_from)
+        if experiment.total_steps < STEPS:
             raise InputError(
-                f"The data set gives {experiment.order.steps_per_epoch} step an epoch but a dry run takes {STEPS}: "
-                "lower --batch-size or add images."
+                f"The whole run is {experiment.total_steps} step but a dry run takes {STEPS}: lower --batch-size or "
+                "train for more epochs."
             )
         times: list[float] = []
         losses: list[float] = []
-        for step, batch in zip(range(STEPS), experiment.loader.epoch(0), strict=False):
+        for step, batch in zip(
+            range(STEPS), chain.from_iterable(map(experiment.loader.epoch, range(recipe.epochs))), strict=False
+        ):
             began = time.perf_counter()
             output = experiment.step(batch.views, step)
             losses.append(float(output.loss))  # waits for the device

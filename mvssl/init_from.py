@@ -7,6 +7,7 @@ from pathlib import Path
 from mvssl import checkpoint
 from mvssl.export import load_backbone
 from mvssl.recipe import Recipe
+from mvssl.run_folder import RunFolder
 from mvssl.step import TrainStep
 from pipelines.errors import InputError
 
@@ -17,18 +18,21 @@ def init_from(step: TrainStep, recipe: Recipe, path: Path | None) -> None:
     Args:
         step: freshly built training step.
         recipe: its recipe.
-        path: an exported backbone (.safetensors: the backbone only), or a checkpoint folder such as
-            RUN/checkpoints/last (backbone, projector and predictors).
+        path: an exported backbone (.safetensors: the backbone only), or a run folder or one of its checkpoints
+            (backbone, projector and predictors).
 
     Raises:
         InputError: it is missing, damaged, or does not fit the recipe's networks.
     """
     if path is None:
         return
+    if not path.exists():
+        raise InputError(f"init_from is {str(path)!r} but there is nothing of that name: give a run folder or a file.")
     if path.suffix == ".safetensors":
         load_backbone(step.online.backbone, path, architecture=recipe.backbone.name)
     else:
-        saved = checkpoint.load(path)
+        last = RunFolder(path).last
+        saved = checkpoint.load(last if last.exists() else path)
         try:
             step.online.load_state_dict(saved.state["step"]["online"])
         except RuntimeError as error:

@@ -80,4 +80,6 @@ def resolve_device(name: str) -> torch.device:
         raise InputError(
             f"device is {name!r} but PyTorch sees no CUDA device here: use --device cpu or mend the driver."
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise invalid("device", name, f"one of the {torch.cuda.device_count()} CUDA devices", "they count from cuda:0")
     return device

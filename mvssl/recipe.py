@@ -226,7 +226,3 @@ class Recipe:
     def learning_rate(self) -> float:
         """Effective peak learning rate: base_lr * batch_size / 256 (SPEC section 5)."""
         return self.optimizer.base_lr * self.batch_size / 256
-
-    def weight(self, task: str) -> float:
-        """Weight of a task's loss."""
-        return self.task_weights.get(task, 1.0)

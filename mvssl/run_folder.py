@@ -27,7 +27,7 @@ class RunFolder:
 
     config.json, environment.json, metrics.jsonl (what the recipe decides: the same bytes on every repetition),
     throughput.jsonl (what the machine decides), train.log, tensorboard/, checkpoints/, backbone.safetensors,
-    views.png, losses.png, and failure.json where a run diverged.
+    views.png, losses.png, failure.json where a run diverged, and eval-knn.json from mvssl-eval.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,6 +44,7 @@ class RunFolder:
         self.views = path / "views.png"
         self.losses = path / "losses.png"
         self.failure = path / "failure.json"
+        self.knn = path / "eval-knn.json"
 
     def recipe(self) -> Recipe:
         """The recipe the run was begun with.
@@ -53,13 +54,14 @@ class RunFolder:
         """
         return from_dict(self._config()["recipe"])
 
-    def data(self) -> Path:
-        """The data set the run was begun with, as given then.
+    def option(self, name: str) -> Path | None:
+        """A path among the options the run was begun with: data, val or init_from; None where it was not given.
 
         Raises:
             InputError: as `recipe`.
         """
-        return Path(self._config()["options"]["data"])
+        value = self._config()["options"][name]
+        return None if value is None else Path(value)
 
     def _config(self) -> dict[str, Any]:
         """The contents of config.json."""
@@ -73,6 +75,10 @@ class RunFolder:
             raise InputError(f"{self.config} cannot be read ({error}): restore it or start the run again.") from error
         return plain
 
+    def has_checkpoint(self) -> bool:
+        """Whether the run has saved anything yet, be it damaged."""
+        return self.last.is_symlink() or any(self.checkpoints.glob("step-*"))
+
     def begin(self, recipe: Recipe, options: Mapping[str, Any], *, overwrite: bool) -> None:
         """Make the folder for a new run.
 
@@ -81,14 +87,14 @@ class RunFolder:
         """
         self.check_free(overwrite=overwrite)
         try:
-            if self.config.is_file():
-                shutil.rmtree(self.path)
+            self._delete()
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.config, {"recipe": to_dict(recipe), "options": dict(options)})
             write_json(self.environment, environment())
         except OSError as error:
             raise InputError(
-                f"out is {str(self.path)!r} but cannot be written ({error.strerror}): choose another folder with --out."
+                f"out is {str(self.path)!r} but cannot be written ({error.strerror or error}): choose another "
+                "folder with --out."
             ) from error
 
     def check_free(self, *, overwrite: bool) -> None:
@@ -99,7 +105,7 @@ class RunFolder:
         """
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return  # a file in its place, or above it, is told when the folder is made
-        if not self.config.is_file():
+        if not self._is_run():
             raise InputError(
                 f"out is {str(self.path)!r}, which exists and is no run folder, so it is left alone: choose "
                 "another --out."
@@ -109,6 +115,21 @@ class RunFolder:
                 f"out is {str(self.path)!r}, which already holds a run: add --resume to go on with it, --overwrite to "
                 "delete it and begin anew, or choose another --out."
             )
+
+    def _is_run(self) -> bool:
+        """Whether config.json is one of ours (other programs write files of that name, too)."""
+        try:
+            return {"recipe", "options"} <= self._config().keys()
+        except InputError:
+            return False
+
+    def _delete(self) -> None:
+        """Delete what a run writes, and nothing else that lies in its folder."""
+        for path in (self.tensorboard, self.checkpoints):
+            if path.exists():
+                shutil.rmtree(path)
+        for path in (value for value in vars(self).values() if value not in (self.path, self.last)):
+            path.unlink(missing_ok=True)
 
     def check_same_recipe(self, recipe: Recipe) -> None:
         """Check that a resumed run has the recipe it was begun with.

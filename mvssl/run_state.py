@@ -53,12 +53,15 @@ def save_state(experiment: Experiment, folder: RunFolder, window: Window, positi
     export_backbone(experiment.step.online.backbone, experiment.recipe.backbone.name, folder.backbone)
 
 
-def restore_state(experiment: Experiment, window: Window, saved: checkpoint.Checkpoint) -> Position:
-    """Put networks, optimiser, window and random state back as they were when the checkpoint was made.
+def restore_state(experiment: Experiment, folder: RunFolder, window: Window) -> Position:
+    """Put networks, optimiser, window and random state back as they were when the last checkpoint was made.
+
+    The exported backbone is written anew: a kill may have come between the two.
 
     Raises:
-        InputError: the run was begun with other images.
+        InputError: the checkpoint is damaged, or the run was begun with other images.
     """
+    saved = checkpoint.load(folder.last)
     if saved.meta["data"] != experiment.source.fingerprint:
         raise InputError(
             f"data is {str(experiment.options.data)!r} but the run was begun with other images (their names, sizes or "
@@ -67,6 +70,7 @@ def restore_state(experiment: Experiment, window: Window, saved: checkpoint.Chec
     experiment.step.load_state_dict(saved.state["step"])
     window.load_state_dict(saved.state["window"], experiment.device)
     checkpoint.restore_rng_state(saved.state["rng"])
+    export_backbone(experiment.step.online.backbone, experiment.recipe.backbone.name, folder.backbone)
     return Position(
         step=int(saved.meta["step"]),
         metrics_bytes=int(saved.meta["metrics_bytes"]),

@@ -1,9 +1,8 @@
-"""A recipe as plain JSON values and back, and what differs between two."""
+"""A recipe as plain JSON values and back; and what differs between two."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import types
 import typing
@@ -43,11 +42,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for name in dict.fromkeys([*was, *now])
         if was.get(name, absent) != now.get(name, absent)
     ]
-
-
-def digest(recipe: Recipe) -> str:
-    """A short hash of everything in the recipe."""
-    return hashlib.sha256(json.dumps(to_dict(recipe), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def from_dict(plain: Mapping[str, Any]) -> Recipe:

@@ -9,11 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from mvssl import checkpoint
 from mvssl.evaluate.online import evaluate_knn
 from mvssl.experiment import Experiment, open_experiment
 from mvssl.init_from import init_from
-from mvssl.monitor.failure import check_finite
+from mvssl.memory import explain_out_of_memory
+from mvssl.monitor.failure import check_finite, check_weights
+from mvssl.monitor.jsonl import last_knn
 from mvssl.monitor.log import run_log
 from mvssl.monitor.monitor import Monitor
 from mvssl.monitor.sheet import write_view_sheet
@@ -39,7 +40,7 @@ class TrainResult:
     Attributes:
         out: the run folder.
         steps: optimiser steps of the whole run.
-        knn: kNN top-1 accuracy in [0, 1] for each k, as last measured in this process; empty where there are no labels.
+        knn: last kNN top-1 accuracy in [0, 1] for each k; empty where there are no labels.
         images_per_second: source images per second of training, evaluations and saves left out.
         data_wait: share of the training time the step waited for a batch.
     """
@@ -73,18 +74,18 @@ def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) 
     else:
         folder.check_free(overwrite=options.overwrite)
     with open_experiment(recipe, options) as experiment:
-        window, position, saved = Window(), Position(), None
-        if options.resume:
-            saved = checkpoint.load(folder.last)
-            position = restore_state(experiment, window, saved)
-        else:
-            init_from(experiment.step, recipe, options.init_from)
+        window, position = Window(), Position()
+        if options.resume and folder.has_checkpoint():
+            position = restore_state(experiment, folder, window)
+        else:  # a run that was stopped before its first checkpoint is resumed at its beginning
+            init_from(experiment.step, recipe, folder.option("init_from") if options.resume else options.init_from)
+        if not options.resume:
             folder.begin(recipe, _plain(options), overwrite=options.overwrite)
         with run_log(folder.log, console), StopRequest() as stop:
             _announce(experiment, folder, position.step)
-            if saved is None:
+            if position.step == 0:
                 write_view_sheet(experiment, folder.views)
-            with Monitor(experiment, folder, console, position) as monitor:
+            with explain_out_of_memory(), Monitor(experiment, folder, console, position) as monitor:
                 return _Loop(experiment, folder, window, position, monitor, stop).run()
 
 
@@ -107,7 +108,7 @@ class _Loop:
         self.stop = stop
         self.step = position.step
         self.evaluated = position.evaluated
-        self.knn: dict[int, float] = {}
+        self.knn = last_knn(folder.metrics)
 
     def run(self) -> TrainResult:
         """Train to the end.
@@ -119,13 +120,15 @@ class _Loop:
         experiment, order, total = self.experiment, self.experiment.order, self.experiment.total_steps
         if not self.evaluated:  # a signal came in the middle of the evaluation
             self.evaluate()
+            self.save()
         while self.step < total and not self.stop.requested:
             epoch, first_step = divmod(self.step, order.steps_per_epoch)
             more = epoch + 1 < experiment.recipe.epochs
             for batch in experiment.loader.epoch(epoch, first_step=first_step, read_ahead=more):
-                output = experiment.step(batch.views, self.step)
+                index, output = batch.index, experiment.step(batch.views, self.step)
+                del batch  # or its views would stay in memory while the next ones are awaited
                 self.step += 1
-                self.window.add(output.loss, output.losses, batch.index)
+                self.window.add(output, index)
                 epoch_ends = self.step % order.steps_per_epoch == 0
                 if epoch_ends or self.step % experiment.options.log_every == 0:
                     check_finite(experiment, self.folder, self.window, self.step)
@@ -154,6 +157,7 @@ class _Loop:
         """Write a checkpoint, the exported backbone and the loss picture."""
         with self.monitor.pause():
             check_finite(self.experiment, self.folder, self.window, self.step)
+            check_weights(self.experiment, self.step)
             position = Position(step=self.step, metrics_bytes=self.monitor.sync(), evaluated=self.evaluated)
             save_state(self.experiment, self.folder, self.window, position)
             self.monitor.plot()
@@ -164,7 +168,10 @@ class _Loop:
         return self.experiment.evaluates and (epochs == recipe.epochs or epochs % recipe.evaluation.every_epochs == 0)
 
     def evaluate(self) -> None:
-        """Measure and report the backbone's kNN accuracy; a signal ends that early and leaves it for the resumption."""
+        """Measure and report the backbone's kNN accuracy; a signal ends that early and leaves it for the resumption.
+
+        Whatever else goes wrong (memory, a damaged file) is raised after a save: the epoch is not lost.
+        """
         experiment = self.experiment
         with self.monitor.pause():
             try:
@@ -181,6 +188,10 @@ class _Loop:
                 )
             except StopRequest.Requested:
                 self.evaluated = False
+            except Exception:
+                self.evaluated = False
+                self.save()
+                raise
             else:
                 self.evaluated = True
                 self.monitor.log_knn(self.knn, step=self.step)
@@ -196,6 +207,9 @@ class _Loop:
             images_per_second=speed["images_per_second"],
             data_wait=speed["data_wait"],
         )
+        if speed["images_per_second"] == 0:
+            logger.info("the run was finished already, at step %d", result.steps)
+            return result
         logger.info(
             "done: %d steps at %.0f source images/s (%.0f views/s); the step waited for data %.1f %% of the time",
             result.steps,
@@ -211,8 +225,8 @@ class _Loop:
 
 
 def _plain(options: RunOptions) -> dict[str, Any]:
-    """Options as JSON values."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    """Options as JSON values; paths are made absolute, so that they hold from any folder."""
+    return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in asdict(options).items()}
 
 
 def _announce(experiment: Experiment, folder: RunFolder, step: int) -> None:

@@ -18,6 +18,7 @@ from mvssl.backbones import build_backbone
 from mvssl.evaluate.online import evaluate_knn
 from mvssl.export import load_backbone
 from mvssl.options import resolve_device
+from mvssl.precision import autocast_dtype
 from mvssl.recipe import Recipe
 from mvssl.run_folder import RunFolder, write_json
 from mvssl.step import initial_backbone
@@ -32,8 +33,8 @@ class KnnArguments:
 
     Attributes:
         run: the run folder; its recipe says how images are resized and which k are used.
-        data: labelled images; by default those of the run. PATH/val is classified by PATH/train where both exist,
-            else each image is by all the others.
+        data: labelled images; by default those the run was given (its --val too). PATH/val is classified by PATH/train
+            where both exist, else each image is by all the others.
         backbone: an exported backbone instead of the run's own.
         untrained: measure the run's initial weights instead, for comparison.
         device: auto takes CUDA where there is one.
@@ -56,8 +57,12 @@ def knn(arguments: KnnArguments) -> None:
     recipe = folder.recipe()
     device = resolve_device(arguments.device)
     which, backbone = _backbone(arguments, recipe, folder)
-    path = arguments.data or folder.data()
+    path = arguments.data or folder.option("data")
+    if path is None:
+        raise InputError(f"{folder.config} names no data set: give one with --data PATH.")
     train_path, val_path = split_paths(path)
+    if arguments.data is None:
+        val_path = folder.option("val") or val_path
     train = open_source(train_path)
     val = None if val_path is None else open_source(val_path)
     accuracy = evaluate_knn(
@@ -66,20 +71,21 @@ def knn(arguments: KnnArguments) -> None:
         val,
         recipe.evaluation,
         device=device,
+        autocast=autocast_dtype(recipe.precision, device),
         decoder=arguments.decoder,
         threads=arguments.threads,
     )
     table = Table(title=f"kNN top-1, {recipe.backbone.name}, {which}", title_justify="left", box=None, pad_edge=False)
     for column in ("k", "top-1 %", "neighbours", "classified"):
         table.add_column(column, justify="right")
+    bank = min(len(train), recipe.evaluation.max_train or len(train))
     for k, value in accuracy.items():
-        queries = f"{len(val):,}" if val is not None else f"{len(train):,} (leave one out)"
-        table.add_row(str(k), f"{100 * value:.2f}", f"{len(train):,}", queries)
+        queries = f"{len(val):,}" if val is not None else f"{bank:,} (leave one out)"
+        table.add_row(str(k), f"{100 * value:.2f}", f"{bank:,}", queries)
     Console().print(table)
-    out = folder.path / "eval-knn.json"
-    results = json.loads(out.read_text()) if out.exists() else {}
+    results = json.loads(folder.knn.read_text()) if folder.knn.exists() else {}
     results[which] = {"data": str(path), "top1": {str(k): value for k, value in accuracy.items()}}
-    write_json(out, results)
+    write_json(folder.knn, results)
 
 
 def _backbone(arguments: KnnArguments, recipe: Recipe, folder: RunFolder) -> tuple[str, nn.Module]:

@@ -27,7 +27,7 @@ USAGE = """usage: mvssl-train RECIPE --data PATH --out RUN [overrides]
   mvssl-train RECIPE --help      every field that can be overridden, with its value in this recipe
 
 exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 75 stopped by SIGINT or SIGTERM after saving
-(run the same command with --resume)."""
+(run the same command with --resume), 130 stopped by Ctrl-C before training or by a second Ctrl-C."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,20 +8,32 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import InputError
+
 
 class JsonLines:
     """A file of one JSON object a line; each line is on its way to the disk when `write` returns."""
 
     def __init__(self, path: Path, *, keep_bytes: int = 0) -> None:
-        """Open `path`, keep its first `keep_bytes` bytes and append behind them."""
+        """Open `path`, keep its first `keep_bytes` bytes and append behind them.
+
+        Raises:
+            InputError: the file is shorter than that.
+        """
         self.path = path
+        size = path.stat().st_size if path.exists() else 0
+        if size < keep_bytes:
+            raise InputError(
+                f"{path} has {size} bytes but had {keep_bytes} when the checkpoint was made: put it back, or begin "
+                "a new run with --init-from."
+            )
         self._file = path.open("r+b" if path.exists() else "w+b")
         self._file.truncate(keep_bytes)
         self._file.seek(0, os.SEEK_END)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one object."""
-        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
     def sync(self) -> int:
@@ -34,9 +46,21 @@ class JsonLines:
         self._file.close()
 
 
+def complete_bytes(path: Path) -> int:
+    """Size of the file up to its last whole line; 0 if there is no file."""
+    return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+
+
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSON lines file; a last line that a kill cut short is left out."""
     with path.open("rb") as file:
         for line in file:
             if line.endswith(b"\n"):
                 yield json.loads(line)
+
+
+def last_knn(metrics: Path) -> dict[int, float]:
+    """Accuracy for each k of the last kNN evaluation in a metrics file; empty if there is none."""
+    rows = [row for row in read_jsonl(metrics) if row["kind"] == "knn"] if metrics.exists() else []
+    prefix = "top1_k"
+    return {int(k.removeprefix(prefix)): value for row in rows[-1:] for k, value in row.items() if k.startswith(prefix)}

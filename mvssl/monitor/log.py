@@ -37,6 +37,9 @@ def run_log(path: Path, console: Console) -> Iterator[None]:
         logger.addHandler(handler)
     try:
         yield
+    except Exception as error:
+        logger.debug("stopped by %s: %s", type(error).__name__, error)
+        raise
     finally:
         for handler in handlers:
             logger.removeHandler(handler)

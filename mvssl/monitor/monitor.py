@@ -15,7 +15,7 @@ from rich.console import Console
 from mvssl.diagnostics import collapse_warning, effective_rank, embedding_std
 from mvssl.environment import peak_memory_gib
 from mvssl.experiment import Experiment
-from mvssl.monitor.jsonl import JsonLines
+from mvssl.monitor.jsonl import JsonLines, complete_bytes
 from mvssl.monitor.plots import plot_losses
 from mvssl.monitor.progress import Status, make_display
 from mvssl.monitor.tensorboard import make_scalar_writer
@@ -30,12 +30,23 @@ logger = logging.getLogger("mvssl")
 
 @dataclass(kw_only=True)
 class _Clock:
-    """Wall time and waiting time, since the last log point and in all."""
+    """Wall time and waiting time, since the last log point and in all.
 
+    Attributes:
+        step: step of the last log point.
+        began: when the run was begun or resumed.
+        mark: when the last log point was.
+        waited: the loader's waiting time then.
+        paused: time spent on evaluations and saves so far.
+        warm: step and time (pauses taken off) of the first log point: what follows is free of start-up and compiling.
+    """
+
+    step: int
     began: float = field(default_factory=time.perf_counter)
     mark: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
     paused: float = 0.0
+    warm: tuple[int, float] | None = None
 
 
 class Monitor:
@@ -46,11 +57,12 @@ class Monitor:
         self._folder = folder
         self._first_step = step = position.step
         self._metrics = JsonLines(folder.metrics, keep_bytes=position.metrics_bytes)
-        size = folder.throughput.stat().st_size if step and folder.throughput.exists() else 0
+        size = complete_bytes(folder.throughput) if step else 0
         self._throughput = JsonLines(folder.throughput, keep_bytes=size)
+        self._collapsed = False
         self._scalars = make_scalar_writer(folder.tensorboard, first_step=step)
         self._display = make_display(console, steps=experiment.total_steps, done=step)
-        self._clock = _Clock()
+        self._clock = _Clock(step=step)
 
     def __enter__(self) -> Monitor:
         return self
@@ -65,41 +77,44 @@ class Monitor:
 
     def log_train(self, window: Window, output: StepOutput, *, step: int) -> None:
         """Report the steps of a window, of which `output` is the last one's, and begin a new window."""
-        mean = window.rows().mean(dim=0).tolist()  # [1 + T]
-        losses = dict(zip(tasks(self._experiment.recipe.views), mean[1:], strict=True))
+        rows = window.rows()  # [steps, 2 + T]
+        _, loss, *task_losses = rows.mean(dim=0).tolist()
+        losses = dict(zip(tasks(self._experiment.recipe.views), task_losses, strict=True))
         embedding = output.embedding.float()  # [B, D]
         std, rank = embedding_std(embedding), effective_rank(embedding)
-        row = {
-            "loss": mean[0],
-            **{f"loss/{task}": loss for task, loss in losses.items()},
+        row: dict[str, float | None] = {
+            "loss": loss,
+            **{f"loss/{task}": value for task, value in losses.items()},
             "lr": output.lr,
             "target_decay": output.decay,
             "embedding_std": float(std),
             "effective_rank": float(rank),
-            "grad_norm": float(output.grad_norm),
+            "grad_norm": float(rows[-1, 0]) if rows[-1, 0].isfinite() else None,  # fp16 gradients may overflow
         }
         epoch = (step - 1) // self._experiment.order.steps_per_epoch
         self._metrics.write({"kind": "train", "step": step, "epoch": epoch, **row})
-        speed = self._speed(len(window), step)
+        speed = self._speed(step)
         status = self._status(step, epoch, losses, output, speed)
         self._throughput.write({"step": step, **speed})
-        self._scalars.write(
-            step, {**{f"train/{k}": v for k, v in row.items()}, **{f"speed/{k}": v for k, v in speed.items()}}
-        )
+        self._scalars.write(step, {f"train/{name}": value for name, value in row.items() if value is not None})
+        self._scalars.write(step, {f"speed/{name}": value for name, value in speed.items()})
         self._display.show(status)
         logger.debug(status.line())
         warning = collapse_warning(std=float(std), rank=float(rank), batch_size=len(embedding), dim=embedding.shape[1])
-        if warning is not None:
+        if warning is not None and not self._collapsed:  # once, not at every log point
             logger.warning("step %d: %s", step, warning)
+        self._collapsed = warning is not None
         window.clear()
 
-    def _speed(self, steps: int, step: int) -> dict[str, float]:
+    def _speed(self, step: int) -> dict[str, float]:
         """What the machine did since the last log point."""
+        steps = step - self._clock.step
         now, waited = time.perf_counter(), self._experiment.loader.stats.wait_seconds
         seconds = now - self._clock.mark
         images = steps * self._experiment.recipe.batch_size
         wait = (waited - self._clock.waited) / seconds
-        self._clock.mark, self._clock.waited = now, waited
+        self._clock.mark, self._clock.waited, self._clock.step = now, waited, step
+        self._clock.warm = self._clock.warm or (step, now - self._clock.paused)
         return {
             "seconds": seconds,
             "images_per_second": images / seconds,
@@ -113,7 +128,11 @@ class Monitor:
     ) -> Status:
         """The log point as the display shows it."""
         total = self._experiment.total_steps
-        per_step = (time.perf_counter() - self._clock.began - self._clock.paused) / (step - self._first_step)
+        now = time.perf_counter() - self._clock.paused
+        begin, began = self._clock.warm or (self._first_step, self._clock.began)
+        if step == begin:  # the first log point, start-up included; later ones leave it out
+            begin, began = self._first_step, self._clock.began
+        per_step = (now - began) / (step - begin)
         return Status(
             step=step,
             steps=total,

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 
@@ -79,8 +79,6 @@ class LiveDisplay:
             BarColumn(bar_width=None),
             TaskProgressColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
             console=console,
         )
         self._bar = self._progress.add_task("training", total=steps, completed=done)
@@ -100,7 +98,8 @@ class LiveDisplay:
         table.add_row(
             f"[bold]{status.images_per_second:,.0f}[/] images/s   "
             f"{status.images_per_second * status.views_per_image:,.0f} views/s",
-            f"data-wait [{'green' if wait <= 1 else 'yellow'}]{wait:.1f} %[/]   memory {status.memory_gib:.2f} GiB",
+            f"data-wait [{'green' if wait <= 1 else 'yellow'}]{wait:.1f} %[/]   memory {status.memory_gib:.2f} GiB   "
+            f"ETA {duration(status.seconds_left)}",
         )
         self._live.update(Group(self._progress, table))
 

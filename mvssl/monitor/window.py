@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvssl.step import StepOutput
+
 
 @dataclass(frozen=True, kw_only=True)
 class NonFinite:
-    """The first step whose loss was not finite: what led there."""
+    """The first step whose loss or gradient was not finite: what led there."""
 
     step: int
+    grad_norm: float
     losses: list[float]
     index: list[int]
 
@@ -22,33 +25,36 @@ class Window:
     """Losses and image indices of the steps since the last log point."""
 
     def __init__(self) -> None:
-        self._rows: list[Tensor] = []  # each [1 + T]: the total loss and the loss of each task
+        self._rows: list[Tensor] = []  # each [2 + T]: gradient norm, total loss, loss of each task
         self._index: list[Tensor] = []  # each int64 [B]
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def add(self, loss: Tensor, losses: Tensor, index: Tensor) -> None:
-        """Note one step: its total loss [], its losses per task [T] and the dataset index of its images [B]."""
-        self._rows.append(torch.cat([loss.detach().reshape(1), losses.detach()]))  # [1 + T]
+    def add(self, output: StepOutput, index: Tensor) -> None:
+        """Note one step and the dataset index of its images, int64 [B]."""
+        scalars = torch.stack([output.grad_norm.float(), output.loss.float()])
+        self._rows.append(torch.cat([scalars, output.losses.float()]))  # [2 + T]
         self._index.append(index)
 
     def rows(self) -> Tensor:
-        """The losses as a float64 [steps, 1 + T] tensor on the CPU. Waits for the device."""
+        """Gradient norm, loss and losses as a float64 [steps, 2 + T] tensor on the CPU. Waits for the device."""
         return torch.stack(self._rows).double().cpu()
 
-    def non_finite(self, *, last_step: int) -> NonFinite | None:
-        """The first step with a loss that is NaN or infinite, if any. Waits for the device."""
+    def non_finite(self, *, last_step: int, gradients: bool = True) -> NonFinite | None:
+        """The first step whose loss (or gradient norm, if `gradients`) is NaN or infinite. Waits for the device."""
         if not self._rows:
             return None
         rows = self.rows()
-        bad = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()  # steps within the window
+        judged = rows if gradients else rows[:, 1:]
+        bad = (~judged.isfinite().all(dim=1)).nonzero().flatten().tolist()  # steps within the window
         if not bad:
             return None
         first = bad[0]
         return NonFinite(
             step=last_step - len(self._rows) + 1 + first,
-            losses=rows[first].tolist(),
+            grad_norm=float(rows[first, 0]),
+            losses=rows[first, 1:].tolist(),
             index=self._index[first].tolist(),
         )
 

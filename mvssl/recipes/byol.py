@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mvssl.recipe import Backbone, Head, Optimizer, Recipe
+from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from pipelines.views.spec import paper_views
 
 
@@ -25,6 +25,7 @@ def byol_resnet50_200ep() -> Recipe:
         epochs=200,
         batch_size=1024,
         target_decay=0.996,
+        evaluation=Evaluation(max_train=128_000),  # about 100 images a class: enough to follow a run
     )
 
 
@@ -47,4 +48,5 @@ def byol_resnet50_800ep() -> Recipe:
         epochs=800,
         batch_size=1024,
         target_decay=0.996,
+        evaluation=Evaluation(max_train=128_000),  # about 100 images a class: enough to follow a run
     )

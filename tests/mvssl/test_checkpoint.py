@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,40 @@ def test_a_flipped_bit_is_noticed_and_the_earlier_one_offered(tmp_path: Path) ->
     assert checkpoint.load(tmp_path / "last").meta["step"] == 1
 
 
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    damaged = save(tmp_path, 2) / "state.pt"
+    damaged.write_bytes(b"")
+    save(tmp_path, 2)
+    assert checkpoint.load(tmp_path / "last").meta["step"] == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step-00000001", "step-00000002"]
+
+
+def test_the_remedy_is_right_for_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2):
+        save(Path("checkpoints"), step)
+    (tmp_path / "checkpoints" / "last" / "state.pt").write_bytes(b"")
+    with pytest.raises(InputError, match=r"ln -sfn step-00000001 checkpoints/last"):
+        checkpoint.load(Path("checkpoints/last"))
+
+
+def test_a_lost_link_is_not_a_lost_run(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    (tmp_path / "last").unlink()
+    with pytest.raises(InputError, match=r"ln -sfn step-00000003"):
+        checkpoint.load(tmp_path / "last")
+
+
+def test_going_back_does_not_count_the_later_ones(tmp_path: Path) -> None:
+    for step in (8, 12):
+        save(tmp_path, step)
+    for step in (9, 10):
+        save(tmp_path, step)
+    kept = sorted(p.name for p in tmp_path.glob("step-*"))
+    assert kept == ["step-00000009", "step-00000010", "step-00000012"]
+
+
 @pytest.mark.parametrize("damage", ["truncate", "delete", "no-json", "bad-json"])
 def test_every_damage_is_a_sentence(tmp_path: Path, damage: str) -> None:
     path = save(tmp_path, 2)
@@ -63,7 +98,7 @@ def test_every_damage_is_a_sentence(tmp_path: Path, damage: str) -> None:
             meta.unlink()
         case "bad-json":
             meta.write_text("{")
-    with pytest.raises(InputError, match=r"damaged.*no earlier one.*--overwrite"):
+    with pytest.raises(InputError, match=r"damaged.*no earlier one"):
         checkpoint.load(tmp_path / "last")
 
 
@@ -79,14 +114,24 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "last")
 
 
-def test_a_failed_write_keeps_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write fails inside the real torch.save, which reports something else."""
     save(tmp_path, 1)
+    written = 0
 
-    def full(state: object, file: Any) -> None:
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
+    class FullDisk(FileIO):
+        def write(self, data: Any) -> int:
+            nonlocal written
+            written += len(data)
+            if written > 1000:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
 
-    monkeypatch.setattr(torch, "save", full)
+    def open_full(path: Path, mode: str = "r") -> Any:
+        return FullDisk(path, mode) if mode == "wb" else real_open(path, mode)
+
+    real_open = Path.open
+    monkeypatch.setattr(Path, "open", open_full)
     with pytest.raises(
         InputError, match=r"step 2 could not be written.*No space left.*intact \(step-00000001\).*--resume"
     ):

@@ -132,6 +132,7 @@ def test_train_evaluate_export(images: Path, tmp_path: Path, capsys: pytest.Capt
     assert eval_cli.body(["knn", "--run", str(out), "--untrained"]) == 0
     results = json.loads((out / "eval-knn.json").read_text())
     online = [row for row in read_jsonl(out / "metrics.jsonl") if row["kind"] == "knn"][-1]
+    assert results["trained"]["data"] == str(images)
     assert results["trained"]["top1"] == {"5": online["top1_k5"], "1": online["top1_k1"]}
     assert set(results) == {"trained", "untrained"}
     exported = tmp_path / "backbone.safetensors"

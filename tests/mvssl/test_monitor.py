@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from mvssl.monitor.jsonl import JsonLines, read_jsonl
+from mvssl.monitor.jsonl import JsonLines, complete_bytes, read_jsonl
 from mvssl.monitor.log import run_log
 from mvssl.monitor.plots import plot_losses
 from mvssl.monitor.progress import LiveDisplay, PlainDisplay, Status, duration, make_display
 from mvssl.monitor.tensorboard import NoWriter, make_scalar_writer
 from mvssl.monitor.window import Window
+from mvssl.step import StepOutput
+from pipelines.errors import InputError
 
 STATUS = Status(
     step=30,
@@ -45,14 +47,25 @@ SHOWN = (
 )
 
 
+def output(loss: float, losses: list[float], grad_norm: float = 0.5) -> StepOutput:
+    return StepOutput(
+        losses=torch.tensor(losses),
+        loss=torch.tensor(loss),
+        embedding=torch.zeros(2, 2),
+        grad_norm=torch.tensor(grad_norm),
+        lr=0.1,
+        decay=0.9,
+    )
+
+
 def test_window_averages_what_it_saw_and_survives_a_checkpoint() -> None:
     window = Window()
     for step in range(3):
-        window.add(torch.tensor(float(step)), torch.tensor([step, 10.0 * step]), torch.arange(4) + step)
+        window.add(output(float(step), [float(step), 10.0 * step]), torch.arange(4) + step)
     again = Window()
     again.load_state_dict(window.state_dict(), torch.device("cpu"))
     for w in (window, again):
-        assert w.rows().tolist() == [[0.0, 0.0, 0.0], [1.0, 1.0, 10.0], [2.0, 2.0, 20.0]]
+        assert w.rows().tolist() == [[0.5, 0.0, 0.0, 0.0], [0.5, 1.0, 1.0, 10.0], [0.5, 2.0, 2.0, 20.0]]
         assert w.non_finite(last_step=7) is None
     window.clear()
     assert len(window) == 0
@@ -64,11 +77,21 @@ def test_window_finds_the_first_step_that_is_not_finite(poison: float) -> None:
     window = Window()
     for step in range(5):
         task = poison if step in (2, 4) else 1.0
-        window.add(torch.tensor(1.0), torch.tensor([1.0, task]), torch.tensor([step, 10 + step]))
+        window.add(output(1.0, [1.0, task]), torch.tensor([step, 10 + step]))
     failure = window.non_finite(last_step=20)  # the window holds steps 16 to 20
     assert failure is not None
     assert failure.step == 18
     assert failure.index == [2, 12]
+
+
+def test_window_finds_a_gradient_that_is_not_finite_where_asked() -> None:
+    window = Window()
+    for step in range(3):
+        window.add(output(1.0, [1.0], grad_norm=float("inf") if step == 1 else 1.0), torch.tensor([step]))
+    failure = window.non_finite(last_step=3)
+    assert failure is not None
+    assert (failure.step, failure.grad_norm, failure.index) == (2, float("inf"), [1])
+    assert window.non_finite(last_step=3, gradients=False) is None
 
 
 def test_json_lines_are_cut_back_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
@@ -85,6 +108,31 @@ def test_json_lines_are_cut_back_and_a_torn_line_is_left_out(tmp_path: Path) -> 
     lines.write({"step": 20})
     lines.close()
     assert [row["step"] for row in read_jsonl(path)] == [1, 20]
+
+
+def test_a_metrics_file_shorter_than_its_checkpoint_says_is_not_padded(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n')
+    with pytest.raises(InputError, match=r"has 12 bytes but had 100"):
+        JsonLines(path, keep_bytes=100)
+    assert path.read_bytes() == b'{"step": 1}\n'
+
+
+def test_a_torn_line_is_not_glued_to_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "throughput.jsonl"
+    assert complete_bytes(path) == 0
+    path.write_bytes(b'{"step": 1}\n{"st')
+    lines = JsonLines(path, keep_bytes=complete_bytes(path))
+    lines.write({"step": 2})
+    lines.close()
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2]
+
+
+def test_what_json_cannot_hold_is_never_written(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        lines.write({"loss": float("nan")})
+    lines.close()
 
 
 def test_plain_line_shows_everything() -> None:
@@ -106,7 +154,7 @@ def test_live_panel_shows_the_same() -> None:
     assert isinstance(display, LiveDisplay)
     display.show(STATUS)
     display.close()
-    for words in (*(w for w in SHOWN if w != "1:02:05"), "lr 0.4", "target decay 0.99600"):
+    for words in (*SHOWN, "lr 0.4", "target decay 0.99600"):
         assert words in text.getvalue()
 
 

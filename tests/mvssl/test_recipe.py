@@ -11,7 +11,7 @@ import pytest
 import mvssl
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.recipes import all_recipes, get_recipe
-from mvssl.serialize import differences, digest, from_dict, to_dict
+from mvssl.serialize import differences, from_dict, to_dict
 from pipelines.errors import InputError
 from pipelines.views.spec import paper_views
 
@@ -22,7 +22,6 @@ def test_every_recipe_builds_and_survives_json(name: str) -> None:
     assert recipe.name == name
     again = from_dict(json.loads(json.dumps(to_dict(recipe))))
     assert again == recipe
-    assert digest(again) == digest(recipe)
     about = all_recipes()[name].__doc__ or ""
     for word in ("Source:", "Cost:", "Command:"):
         assert word in about, f"the docstring of {name} lacks {word}"
@@ -112,4 +111,3 @@ def test_differences_name_every_changed_field_and_no_other() -> None:
     ]
     assert differences(to_dict(old), to_dict(old)) == []
     assert isinstance(old, Recipe)
-    assert digest(old) != digest(new)

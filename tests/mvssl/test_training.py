@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import mvssl
+import mvssl.monitor.jsonl
 from mvssl import checkpoint, trainer
 from mvssl.evaluate.online import evaluate_knn
 from mvssl.monitor.jsonl import read_jsonl
@@ -135,13 +136,85 @@ def test_a_signal_in_mid_evaluation_leaves_it_for_the_resumption(
     assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
 
 
+def test_an_error_in_the_evaluation_does_not_lose_the_epoch(
+    finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: Any, **options: Any) -> dict[int, float]:
+        raise CrashError
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate_knn", failing)
+        with pytest.raises(CrashError):
+            train(tiny_recipe, images, out)
+    assert checkpoint.load(out / "checkpoints" / "last").meta["step"] == 4
+    train(tiny_recipe, images, out, resume=True)
+    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+def test_resume_before_the_first_checkpoint_begins_at_the_beginning(
+    finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        crash_at(patch, 2)
+        with pytest.raises(CrashError):
+            train(tiny_recipe, images, out)
+    train(tiny_recipe, images, out, resume=True)
+    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+def test_resume_is_exact_with_drop_path_and_another_logging_interval(
+    images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drop path draws from torch's generator, whose state must come back with the rest."""
+    backbone = mvssl.Backbone(name="test_vit", drop_path=0.5)
+    recipe = dataclasses.replace(tiny_recipe, backbone=backbone, evaluation=mvssl.Evaluation(every_epochs=0))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(recipe, images, whole, log_every=4)
+    with monkeypatch.context() as patch:
+        crash_at(patch, 6)
+        with pytest.raises(CrashError):
+            train(recipe, images, broken, log_every=1, save_every_steps=5)
+    train(recipe, images, broken, log_every=4, resume=True)
+    ours, theirs = (checkpoint.load(run / "checkpoints" / "last").state["step"]["online"] for run in (broken, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    last_ours, last_theirs = (list(read_jsonl(run / "metrics.jsonl"))[-1] for run in (broken, whole))
+    assert last_ours == last_theirs
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of the step that makes them is still finite."""
+    original = TrainStep.__call__
+
+    def poisoned(self: TrainStep, views: list[torch.Tensor], number: int) -> Any:
+        output = original(self, views, number)
+        if number == 7:
+            with torch.no_grad():
+                next(self.online.parameters()).fill_(float("inf"))
+        return output
+
+    monkeypatch.setattr(TrainStep, "__call__", poisoned)
+    out = tmp_path / "run"
+    with pytest.raises(mvssl.Diverged, match="Step 8 made weights that are not finite"):
+        train(tiny_recipe, images, out)
+    saved = checkpoint.load(out / "checkpoints" / "last")
+    assert saved.meta["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in safetensors.torch.load_file(out / "backbone.safetensors").values())
+
+
 def test_resuming_a_finished_run_changes_nothing(
     finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out, symlinks=True)
+    (out / "backbone.safetensors").unlink()  # a kill between checkpoint and export
     result = train(tiny_recipe, images, out, resume=True)
     assert result.steps == STEPS
+    assert result.knn == mvssl.monitor.jsonl.last_knn(finished / "metrics.jsonl")
+    assert (out / "backbone.safetensors").read_bytes() == (finished / "backbone.safetensors").read_bytes()
     assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
 
 
@@ -170,12 +243,14 @@ def test_resume_with_other_data_is_refused(finished: Path, images: Path, tiny_re
 def test_an_existing_run_is_refused_then_overwritten(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe, out = dataclasses.replace(tiny_recipe, epochs=1), tmp_path / "run"
     train(recipe, images, out)
-    (out / "note.txt").write_text("from the first run")
+    (out / "note.txt").write_text("by hand")
+    (out / "checkpoints" / "last" / "mark").write_text("of the first run")
     with pytest.raises(InputError, match=r"already holds a run: add --resume .* --overwrite"):
         train(recipe, images, out)
-    assert (out / "note.txt").exists()
+    assert (out / "checkpoints" / "last" / "mark").exists()
     train(recipe, images, out, overwrite=True)
-    assert not (out / "note.txt").exists()
+    assert not (out / "checkpoints" / "last" / "mark").exists()
+    assert (out / "note.txt").read_text() == "by hand"  # not ours, so not deleted
 
 
 def test_a_folder_that_is_no_run_is_never_deleted(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
@@ -184,6 +259,14 @@ def test_a_folder_that_is_no_run_is_never_deleted(images: Path, tiny_recipe: Rec
     with pytest.raises(InputError, match="no run folder, so it is left alone"):
         train(tiny_recipe, images, tmp_path, overwrite=True)
     assert precious.read_text() == "five years"
+
+
+def test_another_programs_config_is_no_run(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "weights.bin").write_text("precious")
+    with pytest.raises(InputError, match="no run folder, so it is left alone"):
+        train(tiny_recipe, images, tmp_path, overwrite=True)
+    assert (tmp_path / "weights.bin").exists()
 
 
 def test_an_out_that_cannot_be_written_is_a_sentence(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
@@ -207,7 +290,7 @@ def test_nan_stops_the_run_and_says_what_led_there(
 
     monkeypatch.setattr(TrainStep, "__call__", poisoned)
     out = tmp_path / "run"
-    with pytest.raises(mvssl.Diverged, match=r"loss of step 7 is not finite.*failure\.json.*base-lr"):
+    with pytest.raises(mvssl.Diverged, match=r"loss or gradient of step 7 is not finite.*failure\.json.*base-lr"):
         train(tiny_recipe, images, out, log_every=5)
     report = json.loads((out / "failure.json").read_text())
     assert report["step"] == 7
@@ -248,6 +331,7 @@ def test_a_damaged_checkpoint_is_a_sentence_and_nothing_is_lost(
     (out / "checkpoints" / "last").symlink_to("step-00000008")
     train(tiny_recipe, images, out, resume=True)
     assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert checkpoint.load(out / "checkpoints" / "last").meta["step"] == STEPS
 
 
 def test_init_from_takes_weights_and_begins_at_step_zero(
@@ -264,7 +348,7 @@ def test_init_from_takes_weights_and_begins_at_step_zero(
     monkeypatch.setattr(TrainStep, "__call__", spying)
     recipe = dataclasses.replace(tiny_recipe, epochs=1)
     saved = checkpoint.load(finished / "checkpoints" / "last").state["step"]["online"]
-    train(recipe, images, tmp_path / "a", init_from=finished / "checkpoints" / "last")
+    train(recipe, images, tmp_path / "a", init_from=finished)
     assert all(torch.equal(first[name], saved[name]) for name in saved)
     train(recipe, images, tmp_path / "b", init_from=finished / "backbone.safetensors")
     assert all(torch.equal(first[name], saved[name]) for name in saved if name.startswith("backbone."))
@@ -272,6 +356,8 @@ def test_init_from_takes_weights_and_begins_at_step_zero(
     wider = dataclasses.replace(recipe, projector=dataclasses.replace(recipe.projector, hidden=(48,)))
     with pytest.raises(InputError, match="do not fit the recipe"):
         train(wider, images, tmp_path / "c", init_from=finished / "checkpoints" / "last")
+    with pytest.raises(InputError, match="there is nothing of that name"):
+        train(recipe, images, tmp_path / "c", init_from=tmp_path / "misspelt")
     assert not (tmp_path / "c").exists()
 
 
