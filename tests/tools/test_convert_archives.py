@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipelines.errors import InputError
 from pipelines.storage import open_source
+from tools.conversion.class_files import read_classes
 from tools.convert import Convert, convert
 
 WNIDS = ["n01440764", "n01443537", "n02105855"]
@@ -178,6 +179,12 @@ def test_wrong_label_files(
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.timeout(20)  # one pass takes a tenth of a second, one pass for each line some minutes
+def test_long_classes_file(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("".join(f"class{n}\n" for n in range(100_000)))
+    assert len(read_classes(tmp_path / "classes.txt")) == 100_000
+
+
 @pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"])
 @pytest.mark.parametrize("keep", [0, 100, 3000, "between members"])
 def test_truncated_archive(archives: Path, tmp_path: Path, name: str, keep: int | str) -> None:
@@ -190,6 +197,55 @@ def test_truncated_archive(archives: Path, tmp_path: Path, name: str, keep: int 
     labels = tmp_path / "labels.txt" if "val" in name else None
     with pytest.raises(InputError, match=f"{name} (is truncated or damaged|holds no files): .*download it again"):
         convert(Convert(src=path, dst=tmp_path / "d", val_labels=labels))
+
+
+def headers(path: Path, *, within: str = "") -> list[int]:
+    """Byte of each member's header: of the archive, or of the archive `within` it."""
+    with tarfile.open(path) as archive:
+        if not within:
+            return [info.offset for info in archive.getmembers()]
+        info = archive.getmember(within)
+        with tarfile.open(fileobj=archive.extractfile(info)) as inner:
+            return [info.offset_data + member.offset for member in inner.getmembers()]
+
+
+@pytest.mark.parametrize("member", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("name", "within"), [("train", ""), ("train", WNIDS[0]), ("train", WNIDS[2]), ("val", "")], ids=str
+)
+def test_damaged_header_does_not_drop_what_comes_behind(
+    archives: Path, tmp_path: Path, name: str, within: str, member: int
+) -> None:
+    path = archives / f"ILSVRC2012_img_{name}.tar"
+    at = headers(path, within=within and f"{within}.tar")[member]
+    content = bytearray(path.read_bytes())
+    content[at + 3] ^= 1
+    path.write_bytes(content)
+    (tmp_path / "labels.txt").write_text(LABEL_FILES["wnids"])
+    labels = tmp_path / "labels.txt" if name == "val" else None
+    with pytest.raises(InputError, match=rf"{path.name} is truncated or damaged: .*byte {at}.*download it again"):
+        convert(Convert(src=path, dst=tmp_path / "d", val_labels=labels))
+
+
+def test_header_of_zeros_is_no_end_if_more_comes_behind(archives: Path, tmp_path: Path) -> None:
+    """A piece of a download into a file of the full size that never came."""
+    path = archives / "ILSVRC2012_img_train.tar"
+    at = headers(path)[1]
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes(512))
+    with pytest.raises(InputError, match=f"at byte {at} there is neither a file nor the mark of the end"):
+        convert(Convert(src=path, dst=tmp_path / "d"))
+
+
+def test_archive_filled_up_with_zeros(archives: Path, tmp_path: Path) -> None:
+    """A download into a file of the full size from the start, stopped between two members."""
+    path = archives / "ILSVRC2012_img_train.tar"
+    at = headers(path)[2]
+    os.truncate(path, at)
+    os.truncate(path, at + (2 << 20))
+    with pytest.raises(InputError, match=f"from byte {at} on there are only zeros; download it again"):
+        convert(Convert(src=path, dst=tmp_path / "d"))
 
 
 def test_bad_image_inside_an_archive(archives: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from pipelines.storage.keys import KeyTable
 from pipelines.storage.source import fingerprint
 
 _REPORT_EVERY = 10_000
+_END_BYTES = 1 << 20  # zeros behind the last member, at most: the largest record in use (GNU tar's default: 10 KiB)
 
 Member = tuple[str, int, int]  # file name without extension, offset in the archive, bytes
 
@@ -61,7 +63,7 @@ def is_train_archive(path: Path) -> bool:
     Raises:
         InputError: not a tar file.
     """
-    with _open(path) as archive:
+    with path.open("rb") as file, _open(file, path) as archive:
         for info in archive:
             if info.isfile():
                 return info.name.endswith(".tar")
@@ -76,17 +78,15 @@ def open_train_archive(path: Path, *, progress: Callable[[int], None] | None = N
     """
     members: list[tuple[str, Member]] = []
     classes = set()
-    with _open(path) as archive:
-        for info in _files(archive, path):
-            if not info.name.endswith(".tar"):
+    with path.open("rb") as file, _open(file, path) as archive:
+        for info in _members(archive, file, path):
+            inner = archive.extractfile(info) if info.name.endswith(".tar") else None
+            if inner is None:
                 continue
-            name = PurePosixPath(info.name).stem
-            inner = archive.extractfile(info)
-            try:
-                with tarfile.open(fileobj=inner, mode="r:") as class_archive:
-                    members.extend((name, _moved(member, info.offset_data)) for member in _images(class_archive))
-            except tarfile.TarError as error:
-                raise _damaged(path, f"{info.name} in it cannot be read ({error})") from None
+            name, start = PurePosixPath(info.name).stem, info.offset_data
+            with _open(inner, path, start=start) as class_archive:
+                images = filter(_is_image, _members(class_archive, inner, path, start=start))
+                members.extend((name, _member(image, start=start)) for image in images)
             classes.add(name)
             if progress is not None:
                 progress(len(members))
@@ -102,8 +102,8 @@ def list_val_archive(path: Path, *, progress: Callable[[int], None] | None = Non
         InputError: the archive is truncated, damaged or without images.
     """
     members: list[Member] = []
-    with _open(path) as archive:
-        for info in _files(archive, path):
+    with path.open("rb") as file, _open(file, path) as archive:
+        for info in _members(archive, file, path):
             if _is_image(info):
                 members.append(_member(info))
                 if progress is not None and len(members) % _REPORT_EVERY == 0:
@@ -113,43 +113,49 @@ def list_val_archive(path: Path, *, progress: Callable[[int], None] | None = Non
     return sorted(members)
 
 
-def _open(path: Path) -> tarfile.TarFile:
+def _open(file: IO[bytes], path: Path, *, start: int = 0) -> tarfile.TarFile:
     try:
-        return tarfile.open(path, mode="r:")
+        return tarfile.open(fileobj=file, mode="r:")
     except tarfile.TarError as error:
-        raise _damaged(path, f"it cannot be read as an uncompressed tar file ({error})") from None
+        raise _damaged(path, f"what begins at byte {start} is no uncompressed tar file ({error})") from None
 
 
-def _files(archive: tarfile.TarFile, path: Path) -> Sequence[tarfile.TarInfo]:
+def _members(archive: tarfile.TarFile, file: IO[bytes], path: Path, *, start: int = 0) -> list[tarfile.TarInfo]:
+    """All members of `archive`, which `file` holds and which begins at byte `start` of `path`.
+
+    `tarfile` takes a header that it cannot read for the end, so whatever comes behind it would be lost without a word:
+    the end must be the zeros that every tar program writes.
+
+    Raises:
+        InputError: the members do not end in zeros.
+    """
     try:
         members = archive.getmembers()
     except tarfile.TarError as error:
         raise _damaged(path, str(error)) from None
-    if not members:
-        return members
-    last = members[-1]
-    end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    # A download that stopped just between two members looks whole but for the zero block at the end.
-    if path.stat().st_size < end + tarfile.BLOCKSIZE:
-        raise _damaged(path, f"it ends after {last.name} without the mark of its end")
+    end = 0
+    if members:
+        last = members[-1]
+        end = last.offset_data + (-(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if last.isreg() else 0)
+    file.seek(end)
+    rest = file.read(_END_BYTES + 1)
+    # Behind the first zero block POSIX allows anything up to the end of the record.
+    if len(rest) < tarfile.BLOCKSIZE or any(rest[: tarfile.BLOCKSIZE]) or any(rest[tarfile.RECORDSIZE :]):
+        raise _damaged(path, f"at byte {start + end} there is neither a file nor the mark of the end")
+    if len(rest) > _END_BYTES:
+        raise _damaged(path, f"from byte {start + end} on there are only zeros")
     return members
-
-
-def _images(archive: tarfile.TarFile) -> list[Member]:
-    return [_member(info) for info in archive if _is_image(info)]
 
 
 def _is_image(info: tarfile.TarInfo) -> bool:
     return info.isfile() and is_image_name(PurePosixPath(info.name).name)
 
 
-def _member(info: tarfile.TarInfo) -> Member:
-    return PurePosixPath(info.name).stem, info.offset_data, info.size
-
-
-def _moved(member: Member, by: int) -> Member:
-    return member[0], member[1] + by, member[2]
+def _member(info: tarfile.TarInfo, *, start: int = 0) -> Member:
+    return PurePosixPath(info.name).stem, start + info.offset_data, info.size
 
 
 def _damaged(path: Path, what: str) -> InputError:
-    return InputError(f"the archive {path} is truncated or damaged: {what}; download it again.")
+    return InputError(
+        f"the archive {path} is truncated or damaged: {what}; download it again and compare its checksum."
+    )

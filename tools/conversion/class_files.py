@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -22,7 +23,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
     for line in _lines(path, "--classes"):
         first = line.split()[0].rstrip(",")
         names.append(first if _WNID.fullmatch(first) else line)
-    repeated = next((name for name in names if names.count(name) > 1), None)
+    repeated = next((name for name, count in Counter(names).items() if count > 1), None)
     if repeated is not None:
         raise InputError(f"--classes {path} has the class {repeated!r} twice: give one line for each class.")
     return tuple(names)
