@@ -1,7 +1,8 @@
 """Keep the index of a folder or list between runs, and notice when it is stale.
 
-The cache lies in the user's cache folder (``$XDG_CACHE_HOME/mvssl``, else ``~/.cache/mvssl``) and not beside the data:
-data sets are often shared or read-only, and a file beside the images would change the very folder that is watched.
+The cache lies in the user's cache folder (``$XDG_CACHE_HOME/mvssl``, else ``~/.cache/mvssl``, else ``mvssl-<uid>``
+among the temporary files) and not beside the data: data sets are often shared or read-only, and a file beside the
+images would change the very folder that is watched.
 
 An index is stale when the modification time of any folder in it (or of the list) has changed: that is every image
 added, removed or renamed. A file overwritten in place is not noticed, and need not be: only its size is out of date.
@@ -29,7 +30,12 @@ _SETTLED_NS = 2_000_000_000  # coarsest modification times of common file system
 def cache_folder() -> Path:
     """Folder of the cached indexes; it need not exist."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mvssl"
+    if base:
+        return Path(base) / "mvssl"
+    try:
+        return Path.home() / ".cache" / "mvssl"
+    except RuntimeError:  # no HOME, and a user id without a name: usual in containers
+        return Path(tempfile.gettempdir()) / f"mvssl-{os.getuid()}"
 
 
 def cache_file(path: Path) -> Path:
@@ -74,7 +80,7 @@ def save_index(path: Path, index: FileIndex) -> bool:
     target = cache_file(path)
     temporary = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".tmp", delete=False) as file:
             temporary = Path(file.name)
             np.savez(

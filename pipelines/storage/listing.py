@@ -39,6 +39,9 @@ def index_list(path: Path, *, progress: Callable[[int], None] | None = None) -> 
     root = Path(os.path.abspath(path.parent))
     sizes: list[int] = []
     absolute = [os.path.join(root, name) for name in names]
+    folders = sorted({os.path.dirname(name) for name in absolute})
+    watched = [(folder, _mtime(folder)) for folder in folders]  # before the files: a change meanwhile makes it stale
+    watched.append((os.path.abspath(path), list_mtime))
     with ThreadPoolExecutor(_THREADS) as pool:
         for number, size in enumerate(pool.map(_size, absolute, chunksize=256), start=1):
             sizes.append(size)
@@ -52,9 +55,6 @@ def index_list(path: Path, *, progress: Callable[[int], None] | None = None) -> 
             f"{path}, line {lines[missing[0]]}: the file {names[missing[0]]!r} does not exist ({len(missing)} of "
             f"{len(names)} are missing): write paths relative to {root} or absolute ones."
         )
-    folders = sorted({os.path.dirname(name) for name in absolute})
-    watched = [(folder, os.stat(folder).st_mtime_ns) for folder in folders]
-    watched.append((os.path.abspath(path), list_mtime))
     return FileIndex(
         root=root,
         keys=KeyTable.of(names),
@@ -127,5 +127,12 @@ def _labels(
 def _size(path: str) -> int:
     try:
         return os.stat(path).st_size
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return -1
+
+
+def _mtime(folder: str) -> int:
+    try:
+        return os.stat(folder).st_mtime_ns
+    except (FileNotFoundError, NotADirectoryError):
+        return -1  # its files are reported as missing

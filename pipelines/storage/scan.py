@@ -13,6 +13,7 @@ import numpy as np
 from pipelines.storage.index import FileIndex, is_image_name
 from pipelines.storage.keys import KeyTable
 
+_NO_DATA = ("lost+found", "@eaDir")  # the file system's own, unreadable for users; thumbnails made by NAS devices
 _THREADS = 8  # folders read at once: hides the latency of network file systems
 
 
@@ -32,7 +33,8 @@ class _Listing:
 
 
 def scan_folder(root: Path, *, progress: Callable[[int], None] | None = None) -> FileIndex:
-    """Index every image below `root`, sorted by relative path; links are followed, hidden names left out.
+    """Index every image below `root`, sorted by relative path; links are followed, hidden names and
+    folders of the file system left out (see `is_data_folder`).
 
     Labels are the first folder level: the sorted names of those folders in which images lie. Images directly in
     `root` have no label (-1).
@@ -73,6 +75,16 @@ def scan_folder(root: Path, *, progress: Callable[[int], None] | None = None) ->
     )
 
 
+def is_data_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether `entry` is a folder (or a link to one) that may hold images: not hidden, no ``lost+found``."""
+    if entry.name.startswith(".") or entry.name in _NO_DATA:
+        return False
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def _list_folder(folder: _Folder) -> _Listing:
     status = os.stat(folder.path)  # before the listing: a change while we read makes the index stale
     identity = (status.st_dev, status.st_ino)
@@ -84,7 +96,7 @@ def _list_folder(folder: _Folder) -> _Listing:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if is_data_folder(entry):
                 listing.folders.append(_Folder(entry.path, f"{folder.prefix}{entry.name}/", ancestors))
             elif is_image_name(entry.name):
                 listing.images.append((folder.prefix + entry.name, _size(entry)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pipelines.storage.scan import is_data_folder
+
 _SPLITS = {"train", "val", "test"}
 
 
@@ -21,5 +23,5 @@ def split_paths(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
     if val.is_dir():
         return train, val
     with os.scandir(root) as entries:
-        others = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")} - _SPLITS
+        others = {entry.name for entry in entries if is_data_folder(entry)} - _SPLITS
     return (root, None) if others else (train, None)
