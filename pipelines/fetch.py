@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pipelines.decode import Decoder
 from pipelines.storage.source import Source
 
 _READERS = 8  # reading waits for disks and networks, not for cores
+_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # this process or machine ran out of something: no image's fault
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,9 @@ class Fetcher:
         """Read and decode the images of these dataset indices.
 
         Raises:
-            InputError: the storage itself is damaged. A file that cannot be read is a failure and no exception.
+            InputError: the storage itself is damaged, or the decoder fails. A file that cannot be read is a failure and
+                no exception.
+            OSError: no more files can be opened, or there is no memory.
         """
         share = -(-len(indices) // _READERS) or 1
         parts = self._pool.map(self._read, [indices[at : at + share] for at in range(0, len(indices), share)])
@@ -78,5 +82,7 @@ class Fetcher:
             try:
                 read.append(self._source.read(index))
             except OSError as error:
+                if error.errno in _OURS:
+                    raise
                 read.append(f"it cannot be read: {error.strerror or error}")
         return read
