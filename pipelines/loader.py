@@ -25,7 +25,7 @@ from pipelines.order import Order
 from pipelines.prefetch import Prefetcher
 from pipelines.side_stream import SideStream, receive, with_index
 from pipelines.storage.source import Source
-from pipelines.substitute import FailureGuard, fetch_complete
+from pipelines.substitute import fetch_complete
 from pipelines.views.draw import draw
 from pipelines.views.engine import ViewEngine
 from pipelines.views.spec import ViewSpec
@@ -57,7 +57,8 @@ class Loader:
 
     The batch of (epoch, step) is a function of the data, the order's seed, epoch, step and rank alone: it does not
     matter where a run was resumed, how far ahead batches are prepared or what was decoded before. A bad image is named
-    in a warning once and replaced by the next image of the epoch's order that decodes.
+    in a warning once and replaced by the next image of the epoch's order that decodes; a batch of mostly bad images
+    stops the epoch.
 
     One epoch runs at a time: starting another ends the one before.
     """
@@ -113,7 +114,6 @@ class Loader:
         kind = make_decoder(decoder, device=self._device, batch_size=share.stop - share.start, threads=threads)
         self._fetch = Fetcher(source, kind)
         self._bad: dict[int, str] = {}
-        self._guard = FailureGuard()
         self._producer: Prefetcher[_Prepared] | None = None
         self._ahead: int | None = None  # the epoch whose first batch the running producer gives next
         self._next = (0, 0)
@@ -141,8 +141,9 @@ class Loader:
             read_ahead: go on with the next epoch's batches; the thread then ends with that epoch or with `close`.
 
         Raises:
-            InputError: `epoch` or `first_step` does not exist; while iterating, too many images are bad or the storage
-                is damaged. Anything that goes wrong in the producer is raised to the consumer.
+            InputError: `epoch` or `first_step` does not exist; while iterating, too many images of a batch are bad,
+                the decoder fails or the storage is damaged. Anything that goes wrong in the producer is raised to the
+                consumer.
         """
         if epoch < 0:
             raise invalid("epoch", epoch, "0 or more", "count epochs from 0")
@@ -231,10 +232,15 @@ class Loader:
     def _prepare(self, permutation: NDArray[np.int64], epoch: int, step: int) -> _Prepared:
         positions = self._order.positions(step, rank=self._rank, world_size=self._world_size)
         with self._side.use():
-            complete = fetch_complete(self._fetch, permutation, positions, bad=self._bad, found_bad=self._found_bad)
+            complete = fetch_complete(
+                self._fetch,
+                permutation,
+                positions,
+                bad=self._bad,
+                found_bad=self._found_bad,
+                key=self._source.key,
+            )
             self.stats.replaced += complete.replaced
-            reasons = [f"{key} ({reason})" for key, reason in itertools.islice(self.stats.bad.items(), 3)]
-            self._guard(decoded=len(complete.batch), replaced=complete.replaced, reasons=reasons)
             batch = self._side.upload(complete.batch)
             params = draw(self._specs, batch.sizes, seed=self._order.seed, epoch=epoch, index=batch.index)
             views = self._engine(batch, params)

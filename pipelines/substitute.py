@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,9 @@ from pipelines.errors import InputError
 from pipelines.fetch import Fetched
 from pipelines.order import replacement
 
-_STRIKES = 3
+_TOLERATED = 0.1  # of the data set may be bad
+_DEVIATIONS = 6  # beyond what chance adds to a batch, see the tests for how seldom
+_SMALL = 3  # images; in a batch of so few it may happen that all are bad
 _EXAMPLES = 3
 
 
@@ -40,11 +43,13 @@ def fetch_complete(
     *,
     bad: MutableMapping[int, str],
     found_bad: Callable[[int, str], None],
+    key: Callable[[int], str],
 ) -> Complete:
     """Fetch the images at these places of the epoch's order, and replacements for the bad ones.
 
-    The result depends on the permutation and on which images are bad, not on how many of those are known already: a
-    known one is only replaced without decoding it again. One image may replace two (or stand in the batch itself).
+    The result, and whether there is one, depends on the permutation and on which images are bad, not on how many of
+    those are known already: a known one is only replaced without decoding it again. One image may replace two (or stand
+    in the batch itself).
 
     Args:
         fetch: reads and decodes images by dataset index.
@@ -52,13 +57,16 @@ def fetch_complete(
         positions: places in the permutation.
         bad: dataset index -> reason of the images known to be bad; new ones are added.
         found_bad: called with (dataset index, reason) for each new one.
+        key: name of an image by dataset index, for the message.
 
     Raises:
-        InputError: no image of the data set can be used, or the storage is damaged.
+        InputError: too many of these places hold a bad image (see `too_many_bad`), no image of the data set can be
+            used, or the storage is damaged.
     """
     places = list(range(*positions.indices(len(permutation))))
     wanted = [_usable(permutation, place, bad) for place in places]  # (index, place) of each slot
     slots = list(range(len(places)))  # still without an image
+    lost: list[int] = []  # bad images that the order put here
     parts: list[tuple[list[int], Fetched]] = []
     while slots:
         fetched = fetch([wanted[slot][0] for slot in slots])
@@ -69,41 +77,37 @@ def fetch_complete(
             if index not in bad:
                 bad[index] = reason
                 found_bad(index, reason)
-        if len(failed) == len(places) > _STRIKES:
-            break  # nothing of a whole batch: the guard stops here instead of searching on
+        if len(parts) == 1:  # now it is known of every place whether its own image is bad
+            lost = [index for index in permutation[places].tolist() if index in bad]
+            if too_many_bad(len(lost), len(places)):
+                raise _mostly_bad([f"{key(index)} ({bad[index]})" for index in lost], len(places))
         for slot in failed:
             wanted[slot] = _usable(permutation, wanted[slot][1], bad)
         slots = failed
-    replaced = sum(int(permutation[place]) in bad for place in places)
     batch = parts[0][1].batch if len(parts) == 1 else _merge(parts)
-    return Complete(batch=batch, replaced=replaced, held=[(fetched.encoded, fetched.batch) for _, fetched in parts])
+    return Complete(batch=batch, replaced=len(lost), held=[(fetched.encoded, fetched.batch) for _, fetched in parts])
 
 
-class FailureGuard:
-    """Stops a run whose data is mostly broken, which replacing would only hide.
+def too_many_bad(bad: int, images: int) -> bool:
+    """Whether a batch shows that the data is mostly broken, which replacing would only hide.
 
-    A strike is a batch of which more than a tenth (and more than 8 images, and more than half of a small batch) had to
-    be replaced; three in a row stop, and a batch without a single good image does at once.
+    That is: more of its images are bad than chance would make it if a tenth of the data set were, 11 of 20 or 55 of 256;
+    or all of them, if they are more than 3. The batch alone decides, so a run stops at the same one wherever it began.
+
+    Args:
+        bad: images of the batch that cannot be decoded.
+        images: all of the batch.
     """
+    deviation = math.sqrt(images * _TOLERATED * (1 - _TOLERATED))  # of a binomial distribution
+    return bad > images * _TOLERATED + _DEVIATIONS * deviation or bad == images > _SMALL
 
-    def __init__(self) -> None:
-        self._strikes = 0
 
-    def __call__(self, *, decoded: int, replaced: int, reasons: Sequence[str]) -> None:
-        """Look at a batch of which `decoded` images came out, `replaced` of them as replacements.
-
-        Raises:
-            InputError: too many fail; `reasons` are the examples.
-        """
-        limit = min(max(8, decoded // 10), decoded // 2)
-        self._strikes = self._strikes + 1 if replaced > limit else 0
-        if decoded and self._strikes < _STRIKES:
-            return
-        share = f"{replaced} of {decoded} images in each of {_STRIKES} batches" if decoded else "All images of a batch"
-        raise InputError(
-            f"{share} cannot be decoded, for example {'; '.join(reasons[:_EXAMPLES])}: check the data, or run "
-            "mvssl-convert on it, which puts the bad images into quarantine."
-        )
+def _mostly_bad(reasons: Sequence[str], images: int) -> InputError:
+    return InputError(
+        f"{len(reasons)} of the {images} images of a batch cannot be decoded, for example "
+        f"{'; '.join(reasons[:_EXAMPLES])}: check the data, or run mvssl-convert on it, which puts the bad images into "
+        "quarantine."
+    )
 
 
 def _usable(permutation: NDArray[np.int64], place: int, bad: MutableMapping[int, str]) -> tuple[int, int]:

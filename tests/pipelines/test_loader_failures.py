@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
-import time
+import os
 
 import numpy as np
 import pytest
@@ -47,7 +48,24 @@ def test_a_file_that_cannot_be_read_is_a_bad_image() -> None:
     loader.close()
 
 
-@pytest.mark.parametrize(("good", "message"), [(0, "All images of a batch"), (20, "images in each of 3 batches")])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_what_this_machine_runs_out_of_is_no_bad_image(number: int) -> None:
+    class Exhausted(MemorySource):
+        def read(self, index: int) -> np.ndarray:
+            if index == 6:
+                raise OSError(number, os.strerror(number))
+            return super().read(index)
+
+    loader = loader_of(Exhausted(jpegs(16)))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        list(loader.epoch(0))
+    assert loader.stats.bad == {}
+    loader.close()
+
+
+@pytest.mark.parametrize(
+    ("good", "message"), [(0, "20 of the 20 images of a batch"), (20, "of the 20 images of a batch")]
+)
 def test_data_that_is_mostly_bad_stops_with_the_remedy(good: int, message: str) -> None:
     files = jpegs(100)
     source = MemorySource([data if n < good else data[:50] for n, data in enumerate(files)])
@@ -62,13 +80,13 @@ def test_data_that_is_mostly_bad_stops_with_the_remedy(good: int, message: str) 
 
 def test_without_one_good_image_even_a_small_batch_stops() -> None:
     loader = loader_of(MemorySource([np.empty(0, np.uint8)] * 3), batch_size=2)
-    with pytest.raises(InputError, match=r"None of the 3 images|All images"):
+    with pytest.raises(InputError, match="None of the 3 images"):
         list(loader.epoch(0))
     loader.close()
 
 
 @pytest.mark.parametrize("error", [InputError("shard-000001.tar is truncated: copy it again."), RuntimeError("boom")])
-def test_errors_of_the_producer_reach_the_consumer_at_once(error: Exception) -> None:
+def test_errors_of_the_producer_reach_the_consumer_in_their_place(error: Exception) -> None:
     class Failing(MemorySource):
         def read(self, index: int) -> np.ndarray:
             if sum(self.reads) >= 2 * BATCH:
@@ -79,10 +97,8 @@ def test_errors_of_the_producer_reach_the_consumer_at_once(error: Exception) -> 
     batches = loader.epoch(0)
     for _ in range(2):
         next(batches)
-    start = time.monotonic()
     with pytest.raises(type(error)) as caught:
         next(batches)
-    assert time.monotonic() - start < 1
     assert caught.value is error
     notes = getattr(error, "__notes__", [])
     assert notes == ([] if isinstance(error, InputError) else ["while batch 2 of epoch 0 of memory was prepared"])
