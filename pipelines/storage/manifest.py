@@ -26,6 +26,7 @@ KEYS = "keys.npy"
 QUARANTINE = "quarantine.jsonl"
 WARNINGS = "warnings.jsonl"
 WORK = ".convert"
+PLAN = "plan.json"  # in WORK
 HEAD_BYTES = 4096  # of each shard, hashed on its own: tells two shards of the same size apart at open, at one read each
 
 INDEX_DTYPE = np.dtype(
@@ -100,3 +101,27 @@ class Manifest:
                 f"{path} is damaged ({type(error).__name__}: {error}): restore it or convert the data again with "
                 "--overwrite."
             ) from error
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `folder` holds converted data or an unfinished conversion, and not just files of the same names.
+
+    A manifest with our format says so; else (damaged, missing or of another program) our index or a plan.
+
+    Raises:
+        OSError: the folder or a file that decides it cannot be read.
+    """
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.get("format") == FORMAT:
+            return True
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+        pass
+    return (folder / WORK / PLAN).is_file() or _is_our_index(folder / INDEX)
+
+
+def _is_our_index(path: Path) -> bool:
+    try:
+        return bool(np.load(path, mmap_mode="r", allow_pickle=False).dtype == INDEX_DTYPE)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, EOFError):
+        return False

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pipelines.errors import InputError
 from pipelines.storage.keys import KeyTable
-from pipelines.storage.manifest import HEAD_BYTES, INDEX, INDEX_DTYPE, KEYS, MANIFEST, WORK, Manifest, Shard
+from pipelines.storage.manifest import HEAD_BYTES, INDEX, INDEX_DTYPE, KEYS, MANIFEST, Manifest, Shard, is_ours
 
 _CHUNK = 1 << 22  # bytes hashed at a time
 
@@ -146,8 +146,8 @@ def _damaged(path: Path, what: str) -> InputError:
 
 
 def claims(path: Path) -> bool:
-    """A folder with a manifest, or with a conversion in progress."""
-    return path.is_dir() and ((path / MANIFEST).is_file() or (path / WORK).is_dir())
+    """A folder with converted data, or with a conversion in progress."""
+    return path.is_dir() and is_ours(path)
 
 
 def open(path: Path, *, progress: Callable[[int], None] | None = None) -> ShardSource:

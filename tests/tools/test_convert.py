@@ -64,14 +64,16 @@ def test_kill_and_resume(run: Run, folder: Path, tmp_path: Path) -> None:
         "FolderSource.read = waiting\nmain()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", slow, *map(str, command)], stderr=subprocess.DEVNULL)
-    parts = dst / ".convert"
-    deadline = time.monotonic() + 60
-    while not list(parts.glob("part-*.npz")) or not list(dst.glob("*.tar.tmp")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        parts = dst / ".convert"
+        deadline = time.monotonic() + 60
+        while not list(parts.glob("part-*.npz")) or not list(dst.glob("*.tar.tmp")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     finished = sorted(dst.glob("*.tar"))
     assert finished
     assert not (dst / "manifest.json").exists()

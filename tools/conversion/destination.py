@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
-import shutil
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from pipelines.errors import InputError
-from pipelines.storage.manifest import INDEX, KEYS, MANIFEST, QUARANTINE, WARNINGS, WORK, Manifest
+from pipelines.storage.manifest import INDEX, KEYS, MANIFEST, PLAN, QUARANTINE, WARNINGS, WORK, Manifest, is_ours
 from pipelines.storage.shards import ShardSource
 from tools.conversion.files import write_whole
 
-_PLAN = "plan.json"
+_LOCK = "lock"
+_ATTEMPTS = 100  # to lock a file that other processes keep removing
 
 
 class Destination:
@@ -38,23 +40,25 @@ class Destination:
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"DST {self.folder} is a file: give a folder, new or empty.")
-        ours = (self.folder / MANIFEST).exists() or self.work.exists()
-        if self.folder.exists() and not ours and any(self.folder.iterdir()):
+        if self.folder.exists() and not is_ours(self.folder) and not self._is_as_good_as_empty():
             raise InputError(f"DST {self.folder} holds other files: give a folder that is new or empty.")
-        if (self.folder / MANIFEST).exists() and not overwrite:
-            if dict(Manifest.load(self.folder).plan) != dict(plan):
-                raise self._other("holds the conversion")
-            ShardSource(self.folder).close()  # raises if a shard is missing or damaged
-            shutil.rmtree(self.work, ignore_errors=True)  # left over if the last run was killed right at its end
-            return True
-        self.work.mkdir(parents=True, exist_ok=True)
+        if not overwrite and not self.work.exists() and self._is_finished(plan):
+            return True  # without the lock, so without a write: the folder may be read-only
         self._take_lock()
-        stored = self._stored_plan()
-        if overwrite or stored is None:
-            self._clear()
-        elif stored is not None and stored != dict(plan):
-            raise self._other("holds an unfinished conversion")
-        write_whole(self.work / _PLAN, json.dumps(plan, indent=1, sort_keys=True).encode())
+        try:
+            # Only now: a process that had the lock may have finished its conversion meanwhile.
+            if not overwrite and self._is_finished(plan):
+                self._remove_work()  # left over if the last run was killed right at its end
+                return True
+            stored = self._stored_plan()
+            if overwrite or stored is None:
+                self._clear()
+            elif stored != dict(plan):
+                raise self._other("holds an unfinished conversion")
+            write_whole(self.work / PLAN, json.dumps(plan, indent=1, sort_keys=True).encode())
+        except BaseException:
+            self.release()
+            raise
         return False
 
     def part(self, number: int) -> Path:
@@ -68,8 +72,7 @@ class Destination:
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Write the manifest, which makes the folder converted data, and remove what was needed on the way."""
         write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=True).encode())
-        shutil.rmtree(self.work)
-        self.release()
+        self._remove_work()
 
     def release(self) -> None:
         """Let another process write."""
@@ -77,20 +80,59 @@ class Destination:
             self._lock.close()
             self._lock = None
 
+    def _is_as_good_as_empty(self) -> bool:
+        """Whether there is nothing, or only what a conversion leaves that was killed before it had a plan."""
+        if any(path.name != WORK for path in self.folder.iterdir()):
+            return False
+        return not self.work.exists() or all(path.name in (_LOCK, f"{PLAN}.tmp") for path in self.work.iterdir())
+
+    def _is_finished(self, plan: Mapping[str, Any]) -> bool:
+        if not (self.folder / MANIFEST).exists():
+            return False
+        if dict(Manifest.load(self.folder).plan) != dict(plan):
+            raise self._other("holds the conversion")
+        ShardSource(self.folder).close()  # raises if a shard is missing or damaged
+        return True
+
     def _take_lock(self) -> None:
-        lock = (self.work / "lock").open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except BlockingIOError:
+        for _ in range(_ATTEMPTS):
+            self.work.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = (self.work / _LOCK).open("ab")
+            except FileNotFoundError:  # a process that finished has just removed the folder
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            except BlockingIOError:
+                lock.close()
+                break
+            if self._is_current(lock):
+                self._lock = lock
+                return
             lock.close()
-            raise InputError(
-                f"another mvssl-convert is writing to {self.folder}: wait for it, or give another DST."
-            ) from None
-        self._lock = lock
+        raise InputError(f"another mvssl-convert is writing to {self.folder}: wait for it, or give another DST.")
+
+    def _is_current(self, lock: IO[bytes]) -> bool:
+        """Whether the locked file still has its name: a process that finished may have removed it in between."""
+        try:
+            return os.path.samestat(os.fstat(lock.fileno()), os.stat(self.work / _LOCK))
+        except FileNotFoundError:
+            return False
+
+    def _remove_work(self) -> None:
+        """Remove the work folder and release the lock; the result is whole, so that a failure does no harm."""
+        with contextlib.suppress(OSError):
+            for path in self.work.iterdir():
+                if path.name != _LOCK:
+                    path.unlink()
+            (self.work / _LOCK).unlink()  # last: from here on another process may begin
+        self.release()
+        with contextlib.suppress(OSError):
+            self.work.rmdir()
 
     def _stored_plan(self) -> dict[str, Any] | None:
         try:
-            return dict(json.loads((self.work / _PLAN).read_text()))
+            return dict(json.loads((self.work / PLAN).read_text()))
         except (FileNotFoundError, ValueError):
             return None
 
@@ -101,10 +143,12 @@ class Destination:
         )
 
     def _clear(self) -> None:
-        (self.folder / MANIFEST).unlink(missing_ok=True)  # first: without it nothing here counts as finished
-        for name in (MANIFEST, INDEX, KEYS, QUARANTINE, WARNINGS, "shard-[0-9]*.tar"):
+        """Remove our data: first what makes it finished, last (index, plan) what shows that the rest is ours."""
+        for name in (MANIFEST, "shard-[0-9]*.tar", KEYS, QUARANTINE, WARNINGS):
             for path in (*self.folder.glob(name), *self.folder.glob(f"{name}.tmp")):
                 path.unlink()
         for path in self.work.iterdir():
-            if path.name != "lock":
+            if path.name not in (_LOCK, PLAN):
                 path.unlink()
+        for path in (self.folder / f"{INDEX}.tmp", self.folder / INDEX, self.work / PLAN):
+            path.unlink(missing_ok=True)
