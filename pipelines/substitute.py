@@ -91,7 +91,7 @@ def fetch_complete(
 def too_many_bad(bad: int, images: int) -> bool:
     """Whether a batch shows that the data is mostly broken, which replacing would only hide.
 
-    That is: more of its images are bad than chance would make it if a tenth of the data set were, 11 of 20 or 55 of 256;
+    That is: more of its images are bad than chance would make it if a tenth of the data set were (11 of 20, 55 of 256),
     or all of them, if they are more than 3. The batch alone decides, so a run stops at the same one wherever it began.
 
     Args:
