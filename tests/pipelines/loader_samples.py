@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from decode_samples import MemorySource, encode, jpegs, picture
@@ -29,3 +30,25 @@ def source_with(bad: tuple[int, ...] = BAD, count: int = COUNT) -> MemorySource:
 def loader_of(source: MemorySource, *, batch_size: int = BATCH, **options: Any) -> Loader:
     order = Order(num_images=len(source), batch_size=batch_size, seed=SEED)
     return Loader(source, SPECS, order, **{"threads": 1, "decoder": "pillow", **options})
+
+
+class Clock:
+    """Stands in for the module `time` in `pipelines.prefetch`: time passes only where a test says so."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._readings = 0
+        self._waiting = threading.Semaphore(0)
+
+    def monotonic(self) -> float:
+        """Read by the consumer alone: when it begins to wait for an item and when it has it."""
+        self._readings += 1
+        if self._readings % 2:
+            self._waiting.release()
+        return self._now
+
+    def tick(self, seconds: float, *, awaited: bool) -> None:
+        """In the producer: let time pass, if `awaited` not before the consumer waits for one more item."""
+        if awaited:
+            assert self._waiting.acquire(timeout=30)
+        self._now += seconds

@@ -6,13 +6,12 @@ import gc
 import os
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
 import torch
 from decode_samples import MemorySource, jpegs
-from loader_samples import loader_of, source_with
+from loader_samples import Clock, loader_of, source_with
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -68,13 +67,16 @@ def test_another_epoch_ends_the_one_before() -> None:
     loader.close()
 
 
-def test_the_wait_for_a_slow_source_is_counted() -> None:
+def test_the_wait_for_a_slow_source_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("pipelines.prefetch.time", clock)
+
     class Slow(MemorySource):
         def read(self, index: int) -> np.ndarray:
-            time.sleep(0.05)
+            clock.tick(0.5, awaited=True)
             return super().read(index)
 
-    loader = loader_of(Slow(jpegs(16)))
+    loader = loader_of(Slow(jpegs(16)), batch_size=1)
     list(loader.epoch(0))
-    assert 0.05 < loader.stats.wait_seconds < 10
+    assert loader.stats.wait_seconds == 16 * 0.5
     loader.close()
