@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pipelines.errors import InputError
 from pipelines.storage.keys import KeyTable
 from pipelines.storage.manifest import HEAD_BYTES, INDEX, INDEX_DTYPE, KEYS, MANIFEST, Manifest, Shard, is_ours
+from pipelines.storage.open_files import make_room, most_open_files
 
 _CHUNK = 1 << 22  # bytes hashed at a time
 
@@ -33,7 +34,8 @@ class ShardSource:
         """Open the converted data in `folder`.
 
         Raises:
-            InputError: unfinished, another version, or a file missing, cut short, swapped or damaged.
+            InputError: unfinished, another version, a file missing, cut short, swapped or damaged, or more shards
+                than files may be open.
             OSError: a file cannot be read.
         """
         self.location = folder
@@ -44,6 +46,12 @@ class ShardSource:
         blob: npt.NDArray[np.uint8] = self._load_checked(KEYS)
         if rows.dtype != INDEX_DTYPE or rows.shape != (self.manifest.count,):
             raise _damaged(folder / INDEX, f"has {rows.dtype} {rows.shape} for {self.manifest.count} images")
+        most = most_open_files()
+        if most is not None and len(self.manifest.shards) > most:
+            raise InputError(
+                f"{folder} has {len(self.manifest.shards)} shards but this process may keep only {most} of them open: "
+                "raise the hard limit on open files (ulimit -Hn), or convert again with a larger --shard-size."
+            )
         for shard in self.manifest.shards:
             _check_quickly(folder / shard.name, shard)
         self._shard = rows["shard"]  # views into the mapped index
@@ -109,7 +117,8 @@ class ShardSource:
         with path.open("rb") as file:
             if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
                 raise _damaged(path, f"has {size} bytes but must have {shard.bytes}")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            make_room(file.fileno())
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # keeps a descriptor of its own
         self._maps[number] = mapped
         return mapped
 
