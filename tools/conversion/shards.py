@@ -22,6 +22,7 @@ from tools.conversion.joining import join_parts
 from tools.conversion.member_keys import member_keys
 from tools.conversion.parts import Part, load_part, save_part
 from tools.conversion.progress import ConversionProgress
+from tools.conversion.reading import SourceGoneError, UnreadableRow, read
 from tools.conversion.shard_writer import ShardWriter
 from tools.conversion.verify import Checked, WarningLog, check
 
@@ -69,7 +70,7 @@ class ShardConversion:
         """Convert what is not converted yet and return the summary for the user.
 
         Raises:
-            InputError: every image is bad, or the disk is too small.
+            InputError: every image is bad, the disk is too small, or the source has gone; finished shards are kept.
             OSError: the source cannot be read or the destination not written; finished shards are kept.
         """
         folder = self._destination.folder
@@ -110,9 +111,16 @@ class ShardConversion:
         todo = [number for number, part in enumerate(found) if part is None]
         indices = (i for number in todo for i in range(int(self._bounds[number]), int(self._bounds[number + 1])))
         outcomes = self._in_order(indices, pool, ahead)
+        unreadable = UnreadableRow(str(self.job.source.location))
         try:
             for number in todo:
-                found[number] = self._write_shard(number, outcomes, progress)
+                found[number] = self._write_shard(number, outcomes, unreadable, progress)
+                unreadable.end_shard(number)
+        except SourceGoneError:
+            for number in unreadable.shards:  # their images may well be good: to be converted again
+                self._destination.part(number).unlink()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -131,15 +139,18 @@ class ShardConversion:
             yield first, future.result()
 
     def _check(self, index: int) -> Checked:
-        try:
-            data = self.job.source.read(index)
-        except FileNotFoundError:
-            if not self.job.source.location.exists():
-                raise  # the whole source is gone (an unmounted disk): stop, do not quarantine the rest
-            return Checked(bad="the file does not exist (a broken link?)")
+        data = read(self.job.source, index)
+        if isinstance(data, str):
+            return Checked(bad=data, unread=True)
         return check(data, max_size=self._options.max_size, log=self._log)
 
-    def _write_shard(self, number: int, outcomes: Iterator[tuple[int, Checked]], progress: ConversionProgress) -> Part:
+    def _write_shard(
+        self,
+        number: int,
+        outcomes: Iterator[tuple[int, Checked]],
+        unreadable: UnreadableRow,
+        progress: ConversionProgress,
+    ) -> Part:
         start, stop = int(self._bounds[number]), int(self._bounds[number + 1])
         rows = np.zeros(stop - start, dtype=INDEX_DTYPE)
         keys: list[str] = []
@@ -150,6 +161,7 @@ class ShardConversion:
             for _ in range(start, stop):
                 index, outcome = next(outcomes)
                 progress.advance(bad=bool(outcome.bad))
+                unreadable.add(outcome.bad if outcome.unread else "")
                 if outcome.bad:
                     bad.append((self.job.source.key(index), outcome.bad))
                     continue

@@ -36,6 +36,7 @@ class Checked:
         height, width: pixels, EXIF orientation applied.
         extension: by content, not by name (ImageNet has a PNG called .JPEG).
         bad: why the image cannot be used, or "".
+        unread: whether it is bad because not even its bytes could be read.
         warned: what the decoder complained about although it decoded every pixel, or "".
     """
 
@@ -44,6 +45,7 @@ class Checked:
     width: int = 0
     extension: str = ""
     bad: str = ""
+    unread: bool = False
     warned: str = ""
 
 
