@@ -12,6 +12,9 @@ from pipelines.views.box import ATTEMPTS, random_box
 from pipelines.views.rng import Slot
 from pipelines.views.spec import ViewSpec
 
+_CUDA_FACTOR = 32
+"""Torch's antialiased CUDA kernel runs out of shared memory (48 KiB) when it shrinks by more than about 46."""
+
 
 def draw(spec: ViewSpec, sizes: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Draw the crops and flips of one view.
@@ -58,7 +61,12 @@ def apply(images: Sequence[Tensor], crop: Tensor, flip: Tensor, size: int) -> Te
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic antialiased resize of one uint8 image [3, h, w], as torchvision: uint8 [3, height, width]."""
+    """Bicubic antialiased resize of one uint8 image [3, h, w], as torchvision: uint8 [3, height, width].
+
+    On CUDA, an image that shrinks by more than 32 in a direction is resized on the CPU.
+    """
+    if image.device.type == "cuda" and max(image.shape[1] / height, image.shape[2] / width) > _CUDA_FACTOR:
+        return resize(image.cpu(), height, width).to(image.device)
     native = image.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     source = image[None] if native else image[None].to(torch.float32)  # [1, 3, h, w]
     resized = F.interpolate(source, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
