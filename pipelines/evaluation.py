@@ -55,7 +55,7 @@ def iterate_center(
 
     Raises:
         InputError: a number is below 1, `resize` or `crop` does not suit `center_views`, an index does not exist; while
-            iterating: not one image could be decoded, or the storage is damaged.
+            iterating: not one image could be decoded, the decoder fails, or the storage is damaged.
     """
     for field, value in (("batch_size", batch_size), ("prefetch", prefetch)):
         if value < 1:

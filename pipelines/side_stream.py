@@ -1,4 +1,8 @@
-"""Work on the GPU beside the training stream, without the host ever waiting for it."""
+"""Work on the GPU beside the training stream: the thread that trains never waits for it on the host.
+
+The thread that prepares batches may: for DALI, which hands a batch over when it knows its sizes, where pinned memory is
+made for the first time, for a crop so large that the CPU resizes it, and when the GPU is `_MOST_HELD` batches behind.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +47,7 @@ class SideStream:
             yield
 
     def upload(self, batch: DecodedBatch) -> DecodedBatch:
-        """The batch on the device; through pinned memory, so that the copy does not stop the host."""
+        """The batch on the device; through pinned memory, so that the host does not wait for the copy."""
         if self._stream is None or batch.device.type == "cuda":
             return batch
         return replace(batch, pixels=batch.pixels.pin_memory().to(self._device, non_blocking=True))

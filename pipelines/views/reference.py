@@ -27,7 +27,8 @@ def make_views(
         dtype: type of the views.
 
     Returns:
-        V tensors [N, 3, S, S], channels-last, normalised, on the batch's device.
+        V tensors [N, 3, S, S], channels-last, normalised, on the batch's device. On CUDA the work is queued in the
+        current stream; the host waits for it only where the CPU has to shrink a very large crop.
     """
     images = [batch.image(n) for n in range(len(batch))]  # uint8 [H, W, 3] each, no copy
     return [_make_view(images, spec, params.view(v), batch.device, dtype) for v, spec in enumerate(specs)]

@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 from hard_images import hard_images, unnormalised
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
+from pipelines.views.ops._device import channels
+from pipelines.views.ops.crop_resize import resize
 from pipelines.views.params import ViewParams
+from pipelines.views.spec import IMAGENET_MEAN
 
 IMAGES = hard_images()
 SPECS = (
@@ -75,6 +80,61 @@ def test_cutout_is_filled_with_the_mean() -> None:
     inside[top : top + height, left : left + width] = True
     assert (view[0][:, inside] == 0).all()  # the mean, normalised
     assert (unnormalised(view)[0][:, ~inside] - 1).abs().max() < 1e-6
+
+
+def test_constants_are_made_once_and_serve_autograd_whoever_asked_first() -> None:
+    channels.cache_clear()
+    with torch.inference_mode():
+        mean = channels(IMAGENET_MEAN, torch.device("cpu"), torch.float32)
+    assert channels(IMAGENET_MEAN, torch.device("cpu"), torch.float32) is mean
+    assert channels(IMAGENET_MEAN, torch.device("cpu"), torch.float64).dtype == torch.float64
+    image = torch.rand((1, 3, 4, 4), requires_grad=True)
+    (gradient,) = torch.autograd.grad((image * mean).sum(), image)
+    assert torch.equal(gradient, torch.tensor(IMAGENET_MEAN)[None, :, None, None].expand(1, 3, 4, 4))
+
+
+@pytest.mark.gpu
+def test_once_begun_the_host_does_not_wait_for_the_gpu() -> None:
+    engine = ViewEngine(SPECS, device="cuda:0")
+    images = [image for image in IMAGES if max(image.shape) <= 32 * min(spec.size for spec in SPECS)] * 4
+    batch = DecodedBatch.from_images(images, index=range(len(images)), device="cuda:0")
+    params = draw(SPECS, batch.sizes, seed=1, epoch=2, index=batch.index)
+    before = [view.cpu() for view in engine(batch, params)]  # constants and pinned memory are made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        views = engine(batch, params)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(before, views, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "where"), [(6000, 4000, "cpu"), (30, 1025, "cpu"), (1025, 30, "cpu"), (1024, 1024, "cuda")]
+)
+def test_a_gpu_leaves_extreme_shrinking_to_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, height: int, width: int, where: str
+) -> None:
+    """With tensors that have a device and no values, so that no GPU is needed."""
+    devices, interpolate = [], F.interpolate
+
+    def noted(image: torch.Tensor, **options: Any) -> torch.Tensor:
+        devices.append(image.device.type)
+        return interpolate(image, **options)
+
+    monkeypatch.setattr(F, "interpolate", noted)
+    with FakeTensorMode():
+        shrunk = resize(torch.empty((3, height, width), dtype=torch.uint8, device="cuda:0"), 32, 32)
+    assert devices == [where]
+    assert (shrunk.device.type, shrunk.dtype, tuple(shrunk.shape)) == ("cuda", torch.uint8, (3, 32, 32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("height", "width"), [(6000, 4000), (1024, 1024), (60, 4000)])
+def test_extreme_shrinking_on_a_gpu_gives_the_cpus_pixels(height: int, width: int) -> None:
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ours, theirs = resize(image.cuda(), 32, 32), resize(image, 32, 32)
+    assert ours.is_cuda
+    assert (ours.cpu().int() - theirs.int()).abs().max() <= 1
 
 
 def test_an_empty_batch_gives_empty_views() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
+
+from pipelines.views.ops._device import upload
 
 
 def update(images: Tensor, chosen: Tensor, function: Callable[..., Tensor], *per_image: Tensor) -> Tensor:
@@ -23,8 +26,11 @@ def update(images: Tensor, chosen: Tensor, function: Callable[..., Tensor], *per
     where = chosen.nonzero().squeeze(1)  # [n]
     if len(where) == 0:
         return images
-    numbers = [values[where].to(images.device, images.dtype)[:, None, None, None] for values in per_image]
+    numbers: tuple[Tensor, ...] = ()
+    if per_image:  # [K, n], so that one copy takes them all
+        rows = torch.stack([values[where].to(images.dtype) for values in per_image])
+        numbers = upload(rows, images.device)[..., None, None, None].unbind()  # [n, 1, 1, 1] each
     if len(where) == len(images):
         return function(images, *numbers)
-    where = where.to(images.device)
+    where = upload(where, images.device)
     return images.index_copy_(0, where, function(images.index_select(0, where), *numbers))

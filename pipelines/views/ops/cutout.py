@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pipelines.views.box import ATTEMPTS, random_box
+from pipelines.views.ops._device import channels
 from pipelines.views.ops._update import update
 from pipelines.views.rng import Slot
 from pipelines.views.spec import IMAGENET_MEAN, ViewSpec
@@ -39,5 +40,5 @@ def _fill(images: Tensor, top: Tensor, left: Tensor, bottom: Tensor, right: Tens
     at = torch.arange(images.shape[-1], device=images.device)
     row, column = at[:, None], at  # [S, 1], [S]
     inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)  # [n, 1, S, S]
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]  # [3, 1, 1]
+    mean = channels(IMAGENET_MEAN, images.device, images.dtype)  # [3, 1, 1]
     return torch.where(inside, mean, images)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipelines.views.ops._device import channels
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -15,13 +16,13 @@ def to_float(images: Tensor) -> Tensor:
 
 def apply(images: Tensor) -> Tensor:
     """Normalise float32 [N, 3, S, S] in [0, 1] by the ImageNet mean and standard deviation of each channel."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]  # [3, 1, 1]
-    std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]
+    mean = channels(IMAGENET_MEAN, images.device, images.dtype)  # [3, 1, 1]
+    std = channels(IMAGENET_STD, images.device, images.dtype)
     return (images - mean).div_(std)
 
 
 def undo(images: Tensor) -> Tensor:
     """Back from normalised [N, 3, S, S] in any float type to uint8 [N, 3, S, S], for pictures."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]  # [3, 1, 1]
-    std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]
+    mean = channels(IMAGENET_MEAN, images.device, torch.float32)  # [3, 1, 1]
+    std = channels(IMAGENET_STD, images.device, torch.float32)
     return (images.float() * std + mean).mul_(255.0).round_().clamp_(0, 255).to(torch.uint8)
