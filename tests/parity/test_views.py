@@ -141,7 +141,7 @@ def test_cuda_against_torchvision_on_the_cpu() -> None:
         assert (unnormalised(ours.cpu()) - unnormalised(theirs)).abs().max() < 1 / 255 + 1e-6
     square = [image for image in IMAGES if image.shape[0] == image.shape[1] == 64]
     batch = DecodedBatch.from_images(square * 8, index=range(8 * len(square)))
-    specs = (dataclasses.replace(paper_views()[0], size=64, area=None, solarize=0.5),)
-    params = draw(specs, batch.sizes, seed=0, epoch=0, index=batch.index)
-    ours, theirs = ViewEngine(specs, device="cuda")(batch, params)[0], ViewEngine(specs)(batch, params)[0]
+    whole = (dataclasses.replace(paper_views()[0], size=64, area=None, solarize=0.5),)
+    params = draw(whole, batch.sizes, seed=0, epoch=0, index=batch.index)
+    ours, theirs = ViewEngine(whole, device="cuda")(batch, params)[0], ViewEngine(whole)(batch, params)[0]
     assert (unnormalised(ours.cpu()) - unnormalised(theirs)).abs().max() < FLOAT_BAR

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -116,7 +118,7 @@ def test_reading_ahead_changes_nothing_but_the_wait(expected: list[list[ViewBatc
         ({"world_size": 3}, "multiple of the 3 ranks"),
     ],
 )
-def test_wrong_arguments_are_named(options: dict[str, object], message: str) -> None:
+def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         loader_of(source_with(), **options)
 
