@@ -123,8 +123,7 @@ class _Loop:
             self.save()
         while self.step < total and not self.stop.requested:
             epoch, first_step = divmod(self.step, order.steps_per_epoch)
-            more = epoch + 1 < experiment.recipe.epochs
-            for batch in experiment.loader.epoch(epoch, first_step=first_step, read_ahead=more):
+            for batch in experiment.loader.epoch(epoch, first_step=first_step, until=experiment.recipe.epochs):
                 index, output = batch.index, experiment.step(batch.views, self.step)
                 del batch  # or its views would stay in memory while the next ones are awaited
                 self.step += 1

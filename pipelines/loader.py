@@ -8,9 +8,8 @@ operating system. The producer does not call `torch.set_num_threads`, which woul
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -115,7 +114,7 @@ class Loader:
         self._fetch = Fetcher(source, kind)
         self._bad: dict[int, str] = {}
         self._producer: Prefetcher[_Prepared] | None = None
-        self._ahead: int | None = None  # the epoch whose first batch the running producer gives next
+        self._ahead: tuple[int, int] | None = None  # the epoch that the running producer gives next, and its `until`
         self._next = (0, 0)
         self._closed = False
 
@@ -129,16 +128,17 @@ class Loader:
         """Which decoder is in use: "dali-cpu", "dali-mixed" or "pillow"."""
         return self._fetch.decoder_name
 
-    def epoch(self, epoch: int, *, first_step: int = 0, read_ahead: bool = False) -> Iterator[ViewBatch]:
+    def epoch(self, epoch: int, *, first_step: int = 0, until: int | None = None) -> Iterator[ViewBatch]:
         """Iterate over the batches of an epoch.
 
-        Leaving the loop early ends the producer's thread, and so does the end of the epoch unless `read_ahead` is set:
-        then the next epoch's first batches are prepared meanwhile, for an `epoch(epoch + 1)` that starts at once.
+        Leaving the loop early ends the producer's thread, and so does the end of the epoch, unless more epochs follow up
+        to `until`: then the next one's first batches are prepared meanwhile, for an `epoch(epoch + 1, until=until)` that
+        starts at once.
 
         Args:
             epoch: 0 or more.
             first_step: step to begin with, up to `steps_per_epoch` (then there is no batch).
-            read_ahead: go on with the next epoch's batches; the thread then ends with that epoch or with `close`.
+            until: prepare the epochs up to this one (exclusive) without a pause; None stops behind this epoch.
 
         Raises:
             InputError: `epoch` or `first_step` does not exist; while iterating, too many images of a batch are bad,
@@ -151,7 +151,7 @@ class Loader:
             raise invalid("first_step", first_step, f"in [0, {self.steps_per_epoch}]", "count steps within the epoch")
         if self._closed:
             raise RuntimeError("The loader is closed.")
-        return self._consume(epoch, first_step, read_ahead)
+        return self._consume(epoch, first_step, epoch + 1 if until is None else until)
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and step of the batch that comes next."""
@@ -180,16 +180,17 @@ class Loader:
         if producer is not None:
             producer.close()
 
-    def _start(self, epoch: int, first_step: int, read_ahead: bool) -> Prefetcher[_Prepared]:
-        if self._producer is not None and self._ahead == epoch and first_step == 0:
+    def _start(self, epoch: int, first_step: int, until: int) -> Prefetcher[_Prepared]:
+        if self._producer is not None and self._ahead == (epoch, until) and first_step == 0:
             return self._producer
         self._stop()
-        epochs = itertools.count(epoch) if read_ahead else iter((epoch,))
-        self._producer = Prefetcher(self._produce(epochs, first_step), depth=self._prefetch, name="mvssl-loader")
+        self._producer = Prefetcher(
+            self._produce(range(epoch, until), first_step), depth=self._prefetch, name="mvssl-loader"
+        )
         return self._producer
 
-    def _consume(self, epoch: int, first_step: int, read_ahead: bool) -> Generator[ViewBatch, None, None]:
-        producer = self._start(epoch, first_step, read_ahead)
+    def _consume(self, epoch: int, first_step: int, until: int) -> Generator[ViewBatch, None, None]:
+        producer = self._start(epoch, first_step, until)
         self._ahead = None
         complete = False
         try:
@@ -209,12 +210,12 @@ class Loader:
             complete = True
         finally:
             if self._producer is producer:
-                if complete and read_ahead:
-                    self._ahead = epoch + 1
+                if complete and epoch + 1 < until:
+                    self._ahead = (epoch + 1, until)
                 else:
                     self._stop()
 
-    def _produce(self, epochs: Iterator[int], first_step: int) -> Generator[_Prepared, None, None]:
+    def _produce(self, epochs: Iterable[int], first_step: int) -> Generator[_Prepared, None, None]:
         """Runs in the producer's thread."""
         for epoch in epochs:
             permutation = self._order.permutation(epoch)

@@ -99,12 +99,14 @@ def test_ranks_share_the_global_batch(expected: list[list[ViewBatch]]) -> None:
 
 def test_reading_ahead_changes_nothing_but_the_wait(expected: list[list[ViewBatch]]) -> None:
     loader = loader_of(source_with())
-    assert all(map(same, loader.epoch(0, first_step=2, read_ahead=True), expected[0][2:]))
+    assert all(map(same, loader.epoch(0, first_step=2, until=3), expected[0][2:]))
     producer = loader._producer
     assert producer is not None
-    assert all(map(same, loader.epoch(1, read_ahead=True), expected[1]))  # from its first step
+    assert all(map(same, loader.epoch(1, until=3), expected[1]))  # from its first step
     assert loader._producer is producer  # the same thread went on
-    assert all(map(same, loader.epoch(0, read_ahead=True), expected[0]))  # not the epoch that was read ahead
+    assert all(map(same, loader.epoch(0, until=3), expected[0]))  # not the epoch that was read ahead
+    assert all(map(same, loader.epoch(1, until=2), expected[1]))
+    assert loader._producer is None  # nothing is prepared beyond `until`
     loader.close()
 
 
