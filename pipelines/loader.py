@@ -131,9 +131,9 @@ class Loader:
     def epoch(self, epoch: int, *, first_step: int = 0, until: int | None = None) -> Iterator[ViewBatch]:
         """Iterate over the batches of an epoch.
 
-        Leaving the loop early ends the producer's thread, and so does the end of the epoch, unless more epochs follow up
-        to `until`: then the next one's first batches are prepared meanwhile, for an `epoch(epoch + 1, until=until)` that
-        starts at once.
+        Leaving the loop early ends the producer's thread, and so does the end of the epoch, unless more epochs follow
+        up to `until`: then the next one's first batches are prepared meanwhile, for an `epoch(epoch + 1, until=until)`
+        that starts at once.
 
         Args:
             epoch: 0 or more.
