@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from pipelines.errors import InputError
@@ -30,8 +30,9 @@ def export_backbone(backbone: nn.Module, architecture: str, out: Path) -> None:
     aside = out.with_name(f".{out.name}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside, metadata={"architecture": architecture, "format": "pt", "source": "mvssl"})
-        with aside.open("rb") as file:
+        with aside.open("wb") as file:  # not save_file, which makes files that only their owner can read
+            file.write(save(tensors, metadata={"architecture": architecture, "format": "pt", "source": "mvssl"}))
+            file.flush()
             os.fsync(file.fileno())
         os.replace(aside, out)
     except (OSError, SafetensorError) as error:

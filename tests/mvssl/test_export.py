@@ -26,6 +26,8 @@ def test_timm_loads_the_file_and_gives_the_same_features(tmp_path: Path) -> None
     with torch.no_grad():
         assert torch.equal(loaded(x), backbone(x))
     assert read_backbone(out)[0] == "test_resnet"
+    (tmp_path / "other").touch()
+    assert out.stat().st_mode == (tmp_path / "other").stat().st_mode  # others may read it, as any file
 
 
 def test_wrong_architecture_and_damage_are_sentences(tmp_path: Path) -> None:
