@@ -30,10 +30,11 @@ def plot_losses(metrics: Path, out: Path) -> None:
         right = axes.twinx()
         right.plot([row["step"] for row in knn], [100 * row["top1"] for row in knn], "k.--", label="kNN top-1")
         right.set_ylabel("kNN top-1 (%)")
+        right.set_ylim(0, 100)
         more_handles, more_labels = right.get_legend_handles_labels()
         handles, labels = handles + more_handles, labels + more_labels
     if handles:
-        axes.legend(handles, labels, loc="upper right", framealpha=0.9)
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(handles), frameon=False)
     aside = out.with_name(f".{out.name}")
     figure.savefig(aside, format="png")
     os.replace(aside, out)
