@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from pipelines.views.spec import paper_views
 
@@ -37,16 +39,9 @@ def byol_resnet50_800ep() -> Recipe:
     Cost: 800 epochs of 1.28 M images with 7 views each.
     Command: mvssl-train byol_resnet50_800ep --data IMAGENET --out RUN
     """
-    return Recipe(
+    return dataclasses.replace(
+        byol_resnet50_200ep(),
         name="byol_resnet50_800ep",
-        method="byol",
         views=paper_views(num_local=4, num_cutout=1),
-        backbone=Backbone(name="resnet50"),
-        projector=Head(hidden=(4096,), out=256),
-        predictor=Head(hidden=(4096,), out=256),
-        optimizer=Optimizer(kind="lars", base_lr=0.4, weight_decay=1.5e-6, warmup_epochs=10),
         epochs=800,
-        batch_size=1024,
-        target_decay=0.996,
-        evaluation=Evaluation(max_train=128_000),  # about 100 images a class: enough to follow a run
     )

@@ -54,6 +54,13 @@ def test_byol_resnet50_200ep_is_the_published_one() -> None:
     assert recipe.projector == Head(hidden=(4096,), out=256, output_norm=False)
 
 
+def test_byol_resnet50_800ep_differs_where_the_paper_says() -> None:
+    short, long = mvssl.recipes.byol_resnet50_200ep(), mvssl.recipes.byol_resnet50_800ep()
+    assert long.epochs == 800
+    assert [v.task for v in long.views] == ["global"] * 2 + ["local"] * 4 + ["cutout"]
+    assert dataclasses.replace(long, name=short.name, views=short.views, epochs=200) == short
+
+
 def test_unknown_recipe_offers_the_nearest_name() -> None:
     with pytest.raises(InputError, match=r"byol_resnet50_20ep.*did you mean 'byol_resnet50_200ep'"):
         get_recipe("byol_resnet50_20ep")
