@@ -30,7 +30,7 @@ def dry_run(recipe: Recipe, options: RunOptions, console: Console) -> None:
         console.print(f"note: {options.out} exists; the real run will need --resume or --overwrite", highlight=False)
     if options.resume and options.out is not None:
         RunFolder(options.out).check_same_recipe(recipe)
-    with open_experiment(recipe, options) as experiment, explain_out_of_memory():
+    with open_experiment(recipe, options, console) as experiment, explain_out_of_memory():
         init_from(experiment.step, recipe, options.init_from)
         if experiment.total_steps < STEPS:
             raise InputError(

@@ -8,8 +8,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
 
 from mvssl.evaluate.online import check_knn_data
+from mvssl.monitor.indexing import indexing_progress
 from mvssl.options import RunOptions, resolve_device
 from mvssl.recipe import Recipe
 from mvssl.step import TrainStep
@@ -61,7 +63,7 @@ def labelled(*sources: Source | None) -> bool:
 
 
 @contextmanager
-def open_experiment(recipe: Recipe, options: RunOptions) -> Iterator[Experiment]:
+def open_experiment(recipe: Recipe, options: RunOptions, console: Console) -> Iterator[Experiment]:
     """Build the parts of a run and close them at the end. Reseeds torch's generator from the recipe.
 
     Raises:
@@ -77,12 +79,12 @@ def open_experiment(recipe: Recipe, options: RunOptions) -> Iterator[Experiment]
     device = resolve_device(options.device)
     with ExitStack() as stack:
         train_path, val_path = split_paths(options.data)
-        source = open_source(train_path)
+        source = open_source(train_path, progress=indexing_progress(console, train_path))
         stack.callback(source.close)
         val = None
         val_path = options.val or val_path
         if val_path is not None:
-            val = open_source(val_path)
+            val = open_source(val_path, progress=indexing_progress(console, val_path))
             stack.callback(val.close)
         if recipe.evaluation.every_epochs and labelled(source, val):
             check_knn_data(source, val, recipe.evaluation)

@@ -73,7 +73,7 @@ def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) 
         folder.check_same_recipe(recipe)
     else:
         folder.check_free(overwrite=options.overwrite)
-    with open_experiment(recipe, options) as experiment:
+    with open_experiment(recipe, options, console) as experiment:
         window, position = Window(), Position()
         if options.resume and folder.has_checkpoint():
             position = restore_state(experiment, folder, window)

@@ -17,6 +17,7 @@ from torch import nn
 from mvssl.backbones import build_backbone
 from mvssl.evaluate.online import evaluate_knn
 from mvssl.export import load_backbone
+from mvssl.monitor.indexing import indexing_progress
 from mvssl.options import resolve_device
 from mvssl.precision import autocast_dtype
 from mvssl.recipe import Recipe
@@ -63,8 +64,9 @@ def knn(arguments: KnnArguments) -> None:
     train_path, val_path = split_paths(path)
     if arguments.data is None:
         val_path = folder.option("val") or val_path
-    train = open_source(train_path)
-    val = None if val_path is None else open_source(val_path)
+    console = Console()
+    train = open_source(train_path, progress=indexing_progress(console, train_path))
+    val = None if val_path is None else open_source(val_path, progress=indexing_progress(console, val_path))
     accuracy = evaluate_knn(
         backbone.to(device),
         train,
@@ -82,7 +84,7 @@ def knn(arguments: KnnArguments) -> None:
     for k, value in accuracy.items():
         queries = f"{len(val):,}" if val is not None else f"{bank:,} (leave one out)"
         table.add_row(str(k), f"{100 * value:.2f}", f"{bank:,}", queries)
-    Console().print(table)
+    console.print(table)
     results = json.loads(folder.knn.read_text()) if folder.knn.exists() else {}
     results[which] = {"data": str(path), "top1": {str(k): value for k, value in accuracy.items()}}
     write_json(folder.knn, results)

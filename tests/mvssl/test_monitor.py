@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from mvssl.monitor.indexing import indexing_progress
 from mvssl.monitor.jsonl import JsonLines, complete_bytes, read_jsonl
 from mvssl.monitor.log import run_log
 from mvssl.monitor.plots import plot_losses
@@ -156,6 +158,16 @@ def test_live_panel_shows_the_same() -> None:
     display.close()
     for words in (*SHOWN, "lr 0.4", "target decay 0.99600"):
         assert words in text.getvalue()
+
+
+def test_indexing_speaks_up_only_when_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 2.5, 3.0, 5.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    text = io.StringIO()
+    show = indexing_progress(Console(file=text), Path("photos"))
+    for found in (10, 2000, 3000, 4000):
+        show(found)
+    assert text.getvalue() == "indexing photos: 2,000 images so far\nindexing photos: 4,000 images so far\n"
 
 
 def test_durations() -> None:
