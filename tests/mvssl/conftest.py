@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_runs import train
 
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from pipelines.views.spec import paper_views
@@ -49,3 +50,11 @@ def tiny_recipe() -> Recipe:
         batch_size=8,
         evaluation=Evaluation(every_epochs=1, resize=32, crop=32, k=(5, 1)),
     )
+
+
+@pytest.fixture(scope="session")
+def finished(images: Path, tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One uninterrupted run of the tiny recipe."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(tiny_recipe, images, out)
+    return out

@@ -106,6 +106,15 @@ def test_unknown_recipe_and_bad_value_are_sentences(capsys: pytest.CaptureFixtur
     assert not (tmp_path / "run").exists()
 
 
+def test_an_out_that_cannot_be_written_ends_with_code_1(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    code, err = fails(capsys, "demo", "--data", str(images), "--out", str(tmp_path / "file" / "run"), *TINY)
+    assert code == 1
+    assert "cannot be written (Not a directory): choose another folder" in err
+
+
 def test_help_shows_fields_with_their_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         train_cli.body(["demo", "--help"])
