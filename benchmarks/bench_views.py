@@ -93,6 +93,11 @@ def measure(arguments: Arguments) -> dict[str, object]:
             seconds[name].append(time.perf_counter() - began)
     rates = {name: len(batch) / statistics.median(times) for name, times in seconds.items()}
     ratios = [b / a for a, b in zip(seconds["engine"], seconds["torchvision"], strict=True)]
+    command = (
+        f"python -m benchmarks.bench_views {arguments.data.name} --num-images {arguments.num_images} "
+        f"--threads {arguments.threads} --repeats {arguments.repeats} "
+        f"--size {arguments.size} --local-size {arguments.local_size}"
+    )
     return {
         "benchmark": "views",
         "images": len(batch),
@@ -104,7 +109,7 @@ def measure(arguments: Arguments) -> dict[str, object]:
         "views_per_second": {name: rate * len(specs) for name, rate in rates.items()},
         "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "n": len(ratios)},
         "largest_difference": difference,
-        "environment": environment(),
+        "environment": environment() | {"command": command},
     }
 
 

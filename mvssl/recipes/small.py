@@ -32,7 +32,7 @@ def byol_resnet18_tiny_imagenet() -> Recipe:
     """Multi-task BYOL, ResNet-18, small views, for 64-pixel images such as Tiny ImageNet.
 
     Source: ours, sized for 30 minutes on two CPU cores and 25,000 images; no published accuracy.
-    Cost: about 27 minutes on two cores for 25,000 images.
+    Cost: about 30 minutes on two cores for 25,000 images.
     Command: mvssl-train byol_resnet18_tiny_imagenet --data TINY --out RUN
     """
     return Recipe(
