@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,9 +53,9 @@ def test_training_commands_parse(line: str) -> None:
 def test_the_view_example_runs() -> None:
     example = next(block for block in PYTHON if "DecodedBatch" in block)
     images = [np.zeros((30 + n, 50, 3), dtype=np.uint8) for n in range(3)]
-    names: dict[str, object] = {"images": images}
+    names: dict[str, Any] = {"images": images}
     exec(example, names)
-    shapes = [tuple(view.shape) for view in names["views"]]  # type: ignore[attr-defined]
+    shapes = [tuple(view.shape) for view in names["views"]]
     assert shapes == [(3, 3, 224, 224), (3, 3, 224, 224), (3, 3, 96, 96), (3, 3, 96, 96), (3, 3, 224, 224)]
 
 

@@ -13,7 +13,7 @@ import torch
 from mvssl import checkpoint
 from pipelines.errors import InputError
 
-STATE = {"weights": torch.arange(1000.0), "nested": {"list": [1, 2.5, "three"]}}
+STATE: dict[str, Any] = {"weights": torch.arange(1000.0), "nested": {"list": [1, 2.5, "three"]}}
 
 
 def save(root: Path, step: int, **more: Any) -> Path:
@@ -26,7 +26,7 @@ def test_round_trip_and_last_link(tmp_path: Path) -> None:
     loaded = checkpoint.load(tmp_path / "last")
     assert loaded.meta["step"] == 7
     assert loaded.meta["data"] == "abc"
-    assert torch.equal(loaded.state["weights"], STATE["weights"])  # type: ignore[arg-type]
+    assert torch.equal(loaded.state["weights"], STATE["weights"])
     assert loaded.state["nested"] == STATE["nested"]
     plain = torch.load(tmp_path / "last" / "state.pt", weights_only=True)
     assert torch.equal(plain["weights"], loaded.state["weights"])

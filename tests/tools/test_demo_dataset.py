@@ -74,7 +74,7 @@ def test_drawing_again_replaces_the_data_set_and_nothing_else(tmp_path: Path) ->
 )
 def test_impossible_numbers_are_refused(field: str, value: int, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=field):
-        DemoDataset(out=tmp_path, **{field: value})  # type: ignore[arg-type]  # the field is a parameter of the test
+        DemoDataset(out=tmp_path, **{field: value})
 
 
 @pytest.mark.parametrize("count", range(2, len(CLASSES) + 1))
