@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from mvssl.optim.groups import parameter_groups
 from mvssl.optim.lars import LARS
-from mvssl.optim.schedule import learning_rate, target_decay
+from mvssl.optim.rates import apply_rates
+from mvssl.optim.schedule import learning_rate, target_decay, weight_decay
 from mvssl.recipe import Optimizer
 
-__all__ = ["LARS", "build_optimizer", "learning_rate", "parameter_groups", "target_decay"]
+__all__ = [
+    "LARS",
+    "apply_rates",
+    "build_optimizer",
+    "learning_rate",
+    "parameter_groups",
+    "target_decay",
+    "weight_decay",
+]
 
 
 def build_optimizer(network: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
     """The optimiser of a network's trainable parameters, which must already be on their device.
 
-    LARS and AdamW do not decay vectors (biases, norm scales), SGD decays all (SPEC section 5). The learning rate is a
-    float in each group, to be set before every step; no update waits for the device.
+    LARS and AdamW do not decay vectors (biases, norm scales), SGD decays all (SPEC section 5). Each group says in
+    "vector", "predictor" and "decayed" which rates it follows: `apply_rates` sets them before every step, as floats, so
+    that no update waits for the device.
     """
-    groups = parameter_groups(network)
-    if config.kind == "lars":
-        return LARS(
-            [
-                {
-                    "params": list(group.parameters),
-                    "weight_decay": 0.0 if group.vector else config.weight_decay,
-                    "adapt": not group.vector,
-                    "stacked": group.stacked,
-                }
-                for group in groups
-            ],
-            lr=config.base_lr,
-            momentum=config.momentum,
-            eta=config.eta,
-        )
-    everything = config.kind == "sgd"
-    decayed = [
-        {
-            "params": list(group.parameters),
-            "weight_decay": config.weight_decay if everything or not group.vector else 0.0,
+    lars = config.kind == "lars"
+    groups: list[dict[str, Any]] = []
+    for group in parameter_groups(network):
+        decayed = config.kind == "sgd" or not group.vector
+        options = {
+            "vector": group.vector,
+            "predictor": group.predictor,
+            "decayed": decayed,
+            "weight_decay": config.weight_decay if decayed else 0.0,
         }
-        for group in groups
-    ]
+        adaptation = {"adapt": not group.vector, "stacked": group.stacked} if lars else {}
+        groups.append({"params": list(group.parameters)} | options | adaptation)
+    if lars:
+        return LARS(groups, lr=config.base_lr, momentum=config.momentum, eta=config.eta)
     if config.kind == "sgd":
-        return torch.optim.SGD(decayed, lr=config.base_lr, momentum=config.momentum, fused=True)
-    return torch.optim.AdamW(decayed, lr=config.base_lr, betas=config.betas, fused=True)
+        return torch.optim.SGD(groups, lr=config.base_lr, momentum=config.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=config.base_lr, betas=config.betas, fused=True)

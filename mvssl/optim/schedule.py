@@ -1,4 +1,4 @@
-"""Learning rate and target decay as pure functions of the step (SPEC section 5)."""
+"""Learning rate, weight decay and target decay as pure functions of the step (SPEC section 5)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def learning_rate(step: int, steps: int, warmup: float, peak: float, final_facto
     progress = (step - warmup) / (steps - warmup) if steps > warmup else 1.0
     q = (1 + math.cos(math.pi * progress)) / 2
     return peak * (q + final_factor * (1 - q))
+
+
+def weight_decay(step: int, steps: int, start: float, end: float) -> float:
+    """Weight decay at a step of `steps`: from `start` at 0 along a cosine to `end` at step = steps."""
+    return end + (start - end) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def target_decay(step: int, steps: int, base: float) -> float:
