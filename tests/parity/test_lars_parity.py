@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvssl.optim import LARS, build_optimizer, parameter_groups
+from mvssl.optim import LARS, apply_rates, build_optimizer, parameter_groups
 from mvssl.recipe import Optimizer
 from mvssl.stacked import StackedBatchNorm, StackedLinear
 
@@ -73,6 +73,48 @@ def test_lars_equals_formula() -> None:
             assert values(p, slot) == pytest.approx(numbers, rel=1e-12, abs=1e-14)
 
 
+def test_lars_equals_formula_with_the_rates_of_each_group() -> None:
+    net = nn.Module()
+    net.encoder = nn.Linear(3, 4)
+    net.predictors = StackedLinear(2, 4, 3, bias=True)
+    net.double()
+    config = Optimizer(
+        kind="lars",
+        base_lr=0.5,
+        bias_lr=0.2,
+        constant_predictor_lr=True,
+        weight_decay=0.01,
+        weight_decay_end=0.05,
+        eta=0.02,
+        warmup_epochs=0.0,
+        final_lr_factor=0.0,
+    )
+    optimizer = build_optimizer(net, config)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    # (parameter, its gradient, whether a matrix, whether a predictor's); slots are views of the stacked tensors
+    units: list[tuple[Tensor, Tensor, bool, bool]] = [
+        (net.encoder.weight.detach(), net.encoder.weight.grad, True, False),
+        (net.encoder.bias.detach(), net.encoder.bias.grad, False, False),
+        *((net.predictors.weight.detach()[slot], net.predictors.weight.grad[slot], True, True) for slot in range(2)),
+        *((net.predictors.bias.detach()[slot], net.predictors.bias.grad[slot], False, True) for slot in range(2)),
+    ]
+    expected = [p.flatten().tolist() for p, *_ in units]
+    momenta = [[0.0] * len(numbers) for numbers in expected]
+    torch.manual_seed(0)
+    # 4 steps at a batch of 256; q = (1 + cos(pi k / 4)) / 2 worked out by hand.
+    for step, q in enumerate((1.0, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4)):
+        for p in net.parameters():
+            p.grad.normal_()
+        apply_rates(optimizer, config, batch_size=256, step=step, steps=4, steps_per_epoch=2)
+        optimizer.step()
+        for (p, grad, matrix, predictor), numbers, momentum in zip(units, expected, momenta, strict=True):
+            lr = 0.5 if predictor else q * (0.5 if matrix else 0.2)
+            wd = 0.05 - 0.04 * q if matrix else 0.0
+            formula(numbers, grad.flatten().tolist(), momentum, lr, wd, 0.02, matrix)
+            assert p.flatten().tolist() == pytest.approx(numbers, rel=1e-12, abs=1e-14)
+
+
 def test_overflowed_gradient_changes_nothing() -> None:
     net = Net()
     optimizer = build_optimizer(net, Optimizer(kind="lars", weight_decay=0.01))
@@ -110,6 +152,7 @@ def test_groups_tell_matrices_from_vectors() -> None:
     net = Net()
     net.norm.weight.requires_grad_(False)
     groups = parameter_groups(net)
+    assert not any(group.predictor for group in groups)  # the network has none
     found = {id(p): (group.vector, group.stacked) for group in groups for p in group.parameters}
     assert found == {
         id(net.conv.weight): (False, False),
