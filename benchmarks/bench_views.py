@@ -27,7 +27,7 @@ from pipelines.order import Order
 from pipelines.storage import open_source
 from pipelines.views.draw import draw
 from pipelines.views.engine import ViewEngine
-from pipelines.views.spec import paper_views
+from pipelines.views.presets import paper_views
 
 
 @dataclass(frozen=True, kw_only=True)

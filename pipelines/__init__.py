@@ -6,6 +6,31 @@ from pipelines.batch import DecodedBatch, ViewBatch
 from pipelines.errors import InputError
 from pipelines.views.draw import draw
 from pipelines.views.engine import ViewEngine
-from pipelines.views.spec import ViewSpec, paper_views
+from pipelines.views.presets import (
+    asymmetric,
+    byol_views,
+    crop_only_views,
+    cutout_only_views,
+    mocov3_views,
+    no_crop_views,
+    paper_views,
+    simsiam_views,
+)
+from pipelines.views.spec import ViewSpec
 
-__all__ = ["DecodedBatch", "InputError", "ViewBatch", "ViewEngine", "ViewSpec", "draw", "paper_views"]
+__all__ = [
+    "DecodedBatch",
+    "InputError",
+    "ViewBatch",
+    "ViewEngine",
+    "ViewSpec",
+    "asymmetric",
+    "byol_views",
+    "crop_only_views",
+    "cutout_only_views",
+    "draw",
+    "mocov3_views",
+    "no_crop_views",
+    "paper_views",
+    "simsiam_views",
+]

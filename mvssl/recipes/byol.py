@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from pipelines.views.spec import paper_views
+from pipelines.views.presets import paper_views
 
 
 def byol_resnet50_200ep() -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from pipelines.views.spec import paper_views
+from pipelines.views.presets import paper_views
 
 
 def demo() -> Recipe:

@@ -1,4 +1,4 @@
-"""What a view is: one frozen spec per view, and the paper's presets (arXiv 2602.05845)."""
+"""What a view is: one frozen spec per view, and what a set of them must be."""
 
 from __future__ import annotations
 
@@ -127,45 +127,3 @@ def check_views(specs: Sequence[ViewSpec]) -> None:
             raise InputError(
                 f"View {spec.name!r} has no target to predict (targets: {targets}): set is_target=True on another view."
             )
-
-
-def paper_views(
-    *,
-    num_local: int = 2,
-    num_cutout: int = 1,
-    num_global_more: int = 0,
-    size: int = 224,
-    local_size: int = 96,
-    blur_kernel: int = 23,
-) -> tuple[ViewSpec, ...]:
-    """The views of the paper's multi-task recipes: two global, then local, then cutout views.
-
-    Source: SPEC section 2 (arXiv 2602.05845 and its release). `size`, `local_size` and `blur_kernel` differ from the
-    paper's 224, 96 and 23 in the small recipes only.
-
-    Raises:
-        InputError: a count is negative, or a size does not fit ViewSpec.
-    """
-    for field, count in (("num_local", num_local), ("num_cutout", num_cutout), ("num_global_more", num_global_more)):
-        if count < 0:
-            raise invalid(field, count, "0 or more", "give the number of such views per image")
-
-    views = [
-        ViewSpec(name="global_1", task="global", size=size, blur=1.0, blur_kernel=blur_kernel, is_target=True),
-        ViewSpec(
-            name="global_2", task="global", size=size, blur=0.1, solarize=0.2, blur_kernel=blur_kernel, is_target=True
-        ),
-    ]
-    views += [
-        ViewSpec(name=f"local_{i + 1}", task="local", size=local_size, area=(0.08, 0.25), blur_kernel=blur_kernel)
-        for i in range(num_local)
-    ]
-    views += [
-        ViewSpec(name=f"cutout_{i + 1}", task="cutout", size=size, cutout=(0.2, 0.4), blur_kernel=blur_kernel)
-        for i in range(num_cutout)
-    ]
-    views += [
-        ViewSpec(name=f"global_more_{i + 1}", task="global_more", size=size, blur_kernel=blur_kernel)
-        for i in range(num_global_more)
-    ]
-    return tuple(views)

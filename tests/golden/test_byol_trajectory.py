@@ -20,7 +20,7 @@ import torch
 
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.step import TrainStep
-from pipelines.views.spec import paper_views
+from pipelines.views.presets import paper_views
 
 FILE = Path(__file__).with_name("byol_trajectory.json")
 STEPS = 20

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_runs import train
 
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from pipelines.views.spec import paper_views
+from pipelines.views.presets import paper_views
 
 
 def write_images(root: Path, *, classes: int, per_class: int, seed: int) -> None:

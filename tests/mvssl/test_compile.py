@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mvssl.compiling import Encoders, wants_compile
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.step import TrainStep
-from pipelines.views.spec import paper_views
+from pipelines.views.presets import paper_views
 
 
 @register_model

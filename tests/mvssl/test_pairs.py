@@ -10,7 +10,8 @@ import torch
 from mvssl.methods import get_method, methods
 from mvssl.pairs import online_views, predictor_slots, target_views, task_pairs
 from pipelines.errors import InputError
-from pipelines.views.spec import ViewSpec, paper_views
+from pipelines.views.presets import paper_views
+from pipelines.views.spec import ViewSpec
 
 
 def test_paper_views() -> None:

@@ -13,7 +13,7 @@ from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.recipes import all_recipes, get_recipe
 from mvssl.serialize import differences, from_dict, to_dict
 from pipelines.errors import InputError
-from pipelines.views.spec import paper_views
+from pipelines.views.presets import paper_views
 
 
 @pytest.mark.parametrize("name", sorted(all_recipes()))

@@ -13,7 +13,8 @@ from torch import Tensor
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.step import StepOutput, TrainStep, build_networks, initial_backbone
 from pipelines.errors import InputError
-from pipelines.views.spec import ViewSpec, paper_views
+from pipelines.views.presets import paper_views
+from pipelines.views.spec import ViewSpec
 
 RECIPE = Recipe(
     name="small",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.step import TrainStep
-from pipelines.views.spec import paper_views
+from pipelines.views.presets import paper_views
 
 BATCH, STEPS, WARMUP = 6, 9, 2
 TASKS = {"global": (0, 1), "local": (2, 3), "cutout": (4,)}

@@ -12,7 +12,7 @@ from torchvision import transforms as tv
 
 from pipelines import ViewSpec, draw
 from pipelines.views.params import ViewParams
-from pipelines.views.spec import paper_views
+from pipelines.views.presets import paper_views
 
 COUNT = 3000
 ALPHA = 1e-5  # chance that a right draw fails one comparison; seeds are fixed, so it passes once and for all

@@ -1,0 +1,127 @@
+"""The view sets of the paper (arXiv 2602.05845) and of its release: multi-task, two-view baselines, ablations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipelines.errors import InputError, invalid
+from pipelines.views.spec import ViewSpec
+
+# What sets the two views of a pair apart in BYOL, MoCo v3 and the paper.
+_FIRST: Mapping[str, Any] = {"blur": 1.0}
+_SECOND: Mapping[str, Any] = {"blur": 0.1, "solarize": 0.2}
+_CUTOUT = (0.2, 0.4)
+_NO_PHOTOMETRICS: Mapping[str, Any] = {"flip": 0.0, "jitter_p": 0.0, "grayscale": 0.0, "blur": 0.0}
+
+
+def _pair(
+    first: Mapping[str, Any], second: Mapping[str, Any], stem: str = "view", **both: Any
+) -> tuple[ViewSpec, ViewSpec]:
+    """Two targets of task "global", called `stem`_1 and _2: what only one of them has, and what both have."""
+    shared = {"task": "global", "is_target": True, **both}
+    return ViewSpec(name=f"{stem}_1", **shared, **first), ViewSpec(name=f"{stem}_2", **shared, **second)
+
+
+def paper_views(
+    *,
+    num_local: int = 2,
+    num_cutout: int = 1,
+    num_global_more: int = 0,
+    size: int = 224,
+    local_size: int = 96,
+    blur_kernel: int = 23,
+) -> tuple[ViewSpec, ...]:
+    """The views of the paper's multi-task recipes: two global, then local, then cutout views.
+
+    Source: SPEC section 2 (arXiv 2602.05845 and its release). `size`, `local_size` and `blur_kernel` differ from the
+    paper's 224, 96 and 23 in the small recipes only.
+
+    Raises:
+        InputError: a count is negative, or a size does not fit ViewSpec.
+    """
+    for field, count in (("num_local", num_local), ("num_cutout", num_cutout), ("num_global_more", num_global_more)):
+        if count < 0:
+            raise invalid(field, count, "0 or more", "give the number of such views per image")
+
+    more = (
+        ("local", num_local, {"size": local_size, "area": (0.08, 0.25)}),
+        ("cutout", num_cutout, {"size": size, "cutout": _CUTOUT}),
+        ("global_more", num_global_more, {"size": size}),
+    )
+    return (
+        *_pair(_FIRST, _SECOND, "global", size=size, blur_kernel=blur_kernel),
+        *(
+            ViewSpec(name=f"{task}_{i + 1}", task=task, blur_kernel=blur_kernel, **values)
+            for task, count, values in more
+            for i in range(count)
+        ),
+    )
+
+
+def byol_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, ViewSpec]:
+    """The two views of the BYOL baseline: crops of area 0.08 to 1 (SPEC section 2).
+
+    Raises:
+        InputError: a size does not fit ViewSpec.
+    """
+    return _pair(_FIRST, _SECOND, area=(0.08, 1.0), size=size, blur_kernel=blur_kernel)
+
+
+def mocov3_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, ViewSpec]:
+    """The two views of the MoCo v3 baseline: BYOL's with crops of area 0.2 to 1 (SPEC section 2).
+
+    Raises:
+        InputError: a size does not fit ViewSpec.
+    """
+    return _pair(_FIRST, _SECOND, area=(0.2, 1.0), size=size, blur_kernel=blur_kernel)
+
+
+def simsiam_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, ViewSpec]:
+    """The two views of the SimSiam baseline, alike: area 0.2 to 1, saturation 0.4, blur 0.5 (SPEC section 2).
+
+    Raises:
+        InputError: a size does not fit ViewSpec.
+    """
+    return _pair({}, {}, area=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur=0.5, size=size, blur_kernel=blur_kernel)
+
+
+def no_crop_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, ViewSpec]:
+    """Ablation: BYOL's two views of the whole image, resized (SPEC section 2).
+
+    Raises:
+        InputError: a size does not fit ViewSpec.
+    """
+    return _pair(_FIRST, _SECOND, area=None, size=size, blur_kernel=blur_kernel)
+
+
+def crop_only_views(*, size: int = 224) -> tuple[ViewSpec, ViewSpec]:
+    """Ablation: BYOL's random resized crop and nothing else (SPEC section 2).
+
+    Raises:
+        InputError: the size does not fit ViewSpec.
+    """
+    return _pair({}, {}, area=(0.08, 1.0), size=size, **_NO_PHOTOMETRICS)
+
+
+def cutout_only_views(*, both: bool, size: int = 224) -> tuple[ViewSpec, ViewSpec]:
+    """Ablation: the whole image, resized, with a box cut out of view 1 or of both views (SPEC section 2).
+
+    Raises:
+        InputError: the size does not fit ViewSpec.
+    """
+    return _pair({"cutout": _CUTOUT}, {"cutout": _CUTOUT if both else None}, area=None, size=size, **_NO_PHOTOMETRICS)
+
+
+def asymmetric(views: Sequence[ViewSpec]) -> tuple[ViewSpec, ViewSpec]:
+    """A pair of which view 1 predicts view 2 and not the reverse: only view 1 keeps its task, only view 2 is a target.
+
+    Raises:
+        InputError: these are not two views.
+    """
+    if len(views) != 2:
+        names = [view.name for view in views]
+        raise InputError(f"views is {names} but must be two views: give a two-view preset, e.g. byol_views().")
+    first, second = views
+    return dataclasses.replace(first, is_target=False), dataclasses.replace(second, task=None, is_target=True)
