@@ -18,21 +18,35 @@ def build_backbone(config: Backbone, *, drop_path: bool = True) -> nn.Module:
     """Build a randomly initialised timm model without classifier; nothing is downloaded.
 
     Args:
-        config: name and stochastic depth rate.
+        config: name, stochastic depth rate and whether the first convolution is frozen.
         drop_path: False leaves stochastic depth out (the target network has none).
 
     Returns:
         A module from images [B, 3, S, S] to pooled features [B, D], float32, on the CPU. Vision transformers take any
-        view size that their patches divide: the position embedding is interpolated (bicubic).
+        view size that their patches divide: the learned position embedding is interpolated bicubically. timm
+        antialiases where the grid shrinks (14 x 14 to 6 x 6 for 96 pixels) and the paper's release does not; training
+        fits the embedding to either.
 
     Raises:
-        InputError: timm has no such model, or it has no stochastic depth and the recipe asks for it.
+        InputError: timm has no such model, or the recipe asks for stochastic depth or a frozen first convolution and
+            it has none.
     """
     if not timm.is_model(config.name.split(".")[0]):
         near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them."
         raise InputError(f"Backbone.name is {config.name!r} but must be the name of a timm model: {hint}")
-    wanted = {"drop_path_rate": config.drop_path} if drop_path and config.drop_path > 0 else {}
+    model = _create(config, {"drop_path_rate": config.drop_path} if drop_path and config.drop_path > 0 else {})
+    if config.freeze_stem:
+        _freeze_stem(model, config.name)
+    return model
+
+
+def _create(config: Backbone, wanted: dict[str, float]) -> nn.Module:
+    """Build the model with the wanted options, and for any image size where it can be.
+
+    Raises:
+        InputError: timm's model lacks an option, or cannot be built without classifier.
+    """
     # timm refuses an option that an architecture lacks with a TypeError, before any weight is drawn.
     for options in ({"dynamic_img_size": True} | wanted, wanted):
         try:
@@ -49,6 +63,23 @@ def build_backbone(config: Backbone, *, drop_path: bool = True) -> nn.Module:
     raise InputError(
         f"Backbone.name is {config.name!r} but timm cannot build it without classifier ({refusal}): choose another one."
     ) from refusal
+
+
+def _freeze_stem(model: nn.Module, name: str) -> None:
+    """Let the first convolution in module order keep its weights: a ResNet's conv1, a transformer's patch embedding.
+
+    The frozen patch embedding is from MoCo v3 (Chen et al., arXiv 2104.02057, section 4.2).
+
+    Raises:
+        InputError: there is no convolution.
+    """
+    stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if stem is None:
+        raise InputError(
+            f"Backbone.freeze_stem is True but {name} has no convolution to freeze: set it to False or choose another "
+            "backbone."
+        )
+    stem.requires_grad_(False)
 
 
 def feature_width(backbone: nn.Module, sizes: Iterable[int], *, name: str) -> int:
@@ -74,8 +105,9 @@ def feature_width(backbone: nn.Module, sizes: Iterable[int], *, name: str) -> in
         except Exception as error:  # timm and torch raise many types for sizes that do not fit
             reason = " ".join(str(error).split())
             raise InputError(
-                f"Backbone.name {name} cannot take views of {size} pixels ({reason}): choose a size that its patches "
-                "and strides divide (a multiple of 32 suits most), or another backbone."
+                f"Backbone.name {name} cannot take views of {size} pixels ({reason}): give its views a size that "
+                "it takes (a multiple of 32 suits most, some take a single size), or choose a backbone for all sizes, "
+                "such as resnet50, vit_small_patch16_224 or convnext_tiny."
             ) from error
         if len(shape) != 2 or shape[0] != 2:
             raise InputError(
