@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from mvssl.recipe import Recipe
+from pipelines.errors import InputError
 
 logger = logging.getLogger("mvssl")
 Result = TypeVar("Result")
 
 
-def wants_compile(choice: Literal["auto", "on", "off"], device: torch.device) -> bool:
-    """Whether to compile; auto does on CUDA only."""
-    return choice == "on" or (choice == "auto" and device.type == "cuda")
+def wants_compile(recipe: Recipe, device: torch.device, *, ranks: int) -> bool:
+    """Whether to compile; auto does on CUDA only, and not with BatchNorm over several ranks.
+
+    Raises:
+        InputError: it is asked for together with BatchNorm over several ranks, whose communication no graph can hold.
+    """
+    synchronised = recipe.sync_batchnorm != "none" and ranks > 1
+    if synchronised and recipe.compile == "on":
+        raise InputError(
+            f"Recipe.compile is 'on' but must be auto or off with sync_batchnorm {recipe.sync_batchnorm!r} on {ranks} "
+            "ranks, whose communication no graph can hold: set compile to auto, or sync_batchnorm to none."
+        )
+    return recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda" and not synchronised)
 
 
 class Encoders:

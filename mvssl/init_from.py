@@ -41,4 +41,5 @@ def init_from(step: TrainStep, recipe: Recipe, path: Path | None) -> None:
                 f"({str(error).splitlines()[-1].strip()}): use the same backbone and heads, or give an exported "
                 "backbone."
             ) from error
-    step.target.copy_from(step.online)
+    if step.target is not None:
+        step.target.copy_from(step.online)

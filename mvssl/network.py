@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import torch
 from torch import Tensor, nn
 
 from mvssl.backbones import build_backbone, feature_width
@@ -44,3 +47,22 @@ class OnlineNetwork(Encoder):
         # Drawn last, so that the encoder's initial weights do not depend on how many predictors there are.
         keys = tasks(recipe.views) if recipe.predictors == "per-view" else ("shared",)
         self.predictors = PredictorBank(keys, recipe.projector.out, recipe.predictor)
+
+
+class OnlinePass(nn.Module):
+    """One pass of some views through an online network, as one module: what DistributedDataParallel wraps."""
+
+    def __init__(self, online: OnlineNetwork, encode: Callable[[Tensor], Tensor]) -> None:
+        """`encode` calls the network's encoder (compiled or not) on one view."""
+        super().__init__()
+        self.online = online
+        self._encode = encode
+
+    def forward(self, views: Sequence[Tensor], slots: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Embed V views [B, 3, S, S], each in a forward of its own, and predict through the slots of their tasks.
+
+        Returns:
+            Embeddings and predictions, [V, B, out] each.
+        """
+        z = torch.stack([self._encode(view) for view in views])  # [V, B, out]
+        return z, self.online.predictors(z, slots)

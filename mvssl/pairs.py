@@ -41,8 +41,12 @@ def task_pairs(specs: Sequence[ViewSpec], weights: Mapping[str, float]) -> tuple
 
 
 def online_views(specs: Sequence[ViewSpec]) -> tuple[int, ...]:
-    """Positions of the views that the online network embeds: those with a task."""
-    return tuple(v for v, spec in enumerate(specs) if spec.task is not None)
+    """Positions of the views that the online network embeds, those with a task, in the order it does.
+
+    Targets come first (as in the paper's presets): where the target is the online network itself, the others meet them.
+    """
+    online = (v for v, spec in enumerate(specs) if spec.task is not None)
+    return tuple(sorted(online, key=lambda v: not specs[v].is_target))
 
 
 def target_views(specs: Sequence[ViewSpec]) -> tuple[int, ...]:
@@ -50,8 +54,8 @@ def target_views(specs: Sequence[ViewSpec]) -> tuple[int, ...]:
     return tuple(v for v, spec in enumerate(specs) if spec.is_target)
 
 
-def predictor_slots(specs: Sequence[ViewSpec], predictors: Literal["per-view", "shared"]) -> tuple[int, ...]:
+def predictor_slots(specs: Sequence[ViewSpec], predictors: Literal["per-view", "shared"]) -> dict[int, int]:
     """Slot of the predictor bank for each online view: its task's, or 0 for all when one predictor is shared."""
     keys = tasks(specs)
-    named = [spec.task for spec in specs if spec.task is not None]
-    return tuple(0 if predictors == "shared" else keys.index(task) for task in named)
+    named = {v: task for v in online_views(specs) if (task := specs[v].task) is not None}
+    return {v: 0 if predictors == "shared" else keys.index(task) for v, task in named.items()}

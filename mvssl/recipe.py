@@ -45,10 +45,12 @@ class Backbone:
     Attributes:
         name: timm's name of the architecture, e.g. resnet50.
         drop_path: stochastic depth rate of the online network (the target has none).
+        freeze_stem: whether the first convolution (a vision transformer's patch embedding) keeps its initial weights.
     """
 
     name: str = "resnet50"
     drop_path: float = 0.0
+    freeze_stem: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.drop_path < 1.0:
@@ -57,19 +59,23 @@ class Backbone:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """An MLP head: hidden layers are Linear (no bias), BatchNorm, ReLU; the last is Linear with bias.
+    """An MLP head: hidden layers are Linear (no bias), norm, ReLU; the last is Linear with bias.
 
     Attributes:
         hidden: width of each hidden layer.
         out: width of the output.
-        output_norm: whether a BatchNorm without affine parameters follows the last layer.
+        output_norm: whether a norm without affine parameters follows the last layer.
+        norm: batch (the paper's) or layer, which needs no other images: for gradient accumulation and tiny batches.
     """
 
     hidden: tuple[int, ...] = (4096,)
     out: int = 256
     output_norm: bool = False
+    norm: Literal["batch", "layer"] = "batch"
 
     def __post_init__(self) -> None:
+        if self.norm not in ("batch", "layer"):
+            raise invalid("Head.norm", self.norm, "batch or layer", "choose one; the paper uses batch")
         for name, widths in (("hidden", self.hidden), ("out", (self.out,))):
             if any(width < 1 for width in widths):
                 raise invalid(f"Head.{name}", getattr(self, name), "at least 1 wide", "the paper uses 4096 and 256")
@@ -82,7 +88,11 @@ class Optimizer:
     Attributes:
         kind: lars, sgd or adamw.
         base_lr: learning rate for a batch of 256; the effective one is base_lr * batch_size / 256.
+        bias_lr: the same for parameters with one dimension (biases, norm scales); None takes base_lr.
+        constant_predictor_lr: whether the predictors keep the peak learning rate, without warm-up or cosine (SimSiam).
+        lr_schedule: whether learning rates and weight decay are set at every step or once an epoch.
         weight_decay: not applied to parameters with one dimension, except by sgd (SPEC section 5).
+        weight_decay_end: weight decay at the end of the run, reached along a cosine; None keeps it constant.
         momentum: of lars and sgd.
         betas: of adamw.
         eta: trust coefficient of lars.
@@ -93,7 +103,11 @@ class Optimizer:
 
     kind: Literal["lars", "sgd", "adamw"] = "lars"
     base_lr: float = 0.4
+    bias_lr: float | None = None
+    constant_predictor_lr: bool = False
+    lr_schedule: Literal["step", "epoch"] = "step"
     weight_decay: float = 1.5e-6
+    weight_decay_end: float | None = None
     momentum: float = 0.9
     betas: tuple[float, float] = (0.9, 0.98)
     eta: float = 0.001
@@ -104,13 +118,18 @@ class Optimizer:
     def __post_init__(self) -> None:
         if self.kind not in ("lars", "sgd", "adamw"):
             raise invalid("Optimizer.kind", self.kind, "one of lars, sgd, adamw", "choose one of these")
+        if self.lr_schedule not in ("step", "epoch"):
+            raise invalid("Optimizer.lr_schedule", self.lr_schedule, "step or epoch", "choose one")
         _positive(self, "base_lr", "eta")
         _at_least_zero(self, "weight_decay", "warmup_epochs")
         _fraction(self, "momentum", "final_lr_factor")
         if not (0.0 <= self.betas[0] < 1.0 and 0.0 <= self.betas[1] < 1.0):
             raise invalid("Optimizer.betas", self.betas, "two numbers in [0, 1)", "the paper uses (0.9, 0.98)")
-        if self.clip_grad_norm is not None:
-            _positive(self, "clip_grad_norm")
+        for name in ("clip_grad_norm", "bias_lr"):
+            if getattr(self, name) is not None:
+                _positive(self, name)
+        if self.weight_decay_end is not None:
+            _at_least_zero(self, "weight_decay_end")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +169,7 @@ class Recipe:
 
     Attributes:
         name: name of the recipe this one is, or was made from.
-        method: byol (the modules of `mvssl.methods`).
+        method: byol, simsiam or mocov3 (the modules of `mvssl.methods`).
         views: the views of each image, in order.
         task_weights: weight of each task's loss; a task that is not named weighs 1.
         predictors: per-view gives each task its predictor; shared is the paper's control with one for all.
@@ -160,7 +179,12 @@ class Recipe:
         optimizer: optimiser and learning rate.
         epochs: passes over the data set.
         batch_size: images per step over all ranks.
-        target_decay: decay of the target network at step 0, rising to 1 along a cosine.
+        accumulate: parts that each rank's share of the batch goes through one after the other, with one update for all;
+            only for networks without BatchNorm and losses without in-batch negatives, where the numbers stay the same.
+        target_decay: decay of the target network at step 0, rising to 1 along a cosine; unused by simsiam.
+        temperature: of mocov3's InfoNCE, None for the other methods.
+        sync_batchnorm: which networks' BatchNorm takes statistics over the images of all ranks instead of each rank's:
+            none (the paper's), online, target or both.
         seed: of the order, the draws and the initial weights.
         precision: auto is bf16 on CUDA and fp32 on the CPU.
         channels_last: memory format of convolutional networks.
@@ -180,7 +204,10 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     epochs: int = 200
     batch_size: int = 1024
+    accumulate: int = 1
     target_decay: float = 0.996
+    temperature: float | None = None
+    sync_batchnorm: Literal["none", "online", "target", "both"] = "none"
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     channels_last: bool = True
@@ -198,6 +225,7 @@ class Recipe:
                 raise invalid(f"Recipe.task_weights[{task!r}]", weight, "0 or more", "give a weight")
         for name, allowed in (
             ("predictors", ("per-view", "shared")),
+            ("sync_batchnorm", ("none", "online", "target", "both")),
             ("precision", ("auto", "fp32", "bf16", "fp16")),
             ("step_mode", ("joint", "per-view")),
             ("compile", ("auto", "on", "off")),
@@ -207,6 +235,12 @@ class Recipe:
         _fraction(self, "target_decay")
         if self.batch_size < 2:
             raise invalid("Recipe.batch_size", self.batch_size, "at least 2", "BatchNorm needs two images or more")
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise invalid(
+                "Recipe.accumulate", self.accumulate, f"a divisor of batch_size ({self.batch_size})", "give 1, 2 or 4"
+            )
+        if self.temperature is not None:
+            _positive(self, "temperature")
         if self.epochs < 1:
             raise invalid("Recipe.epochs", self.epochs, "at least 1", "give the number of passes over the data")
         if not 0 <= self.seed < 2**63:

@@ -1,4 +1,4 @@
-"""The target network: an encoder without gradient that follows the online network as a moving average."""
+"""The target network: an encoder without gradient that follows the online network."""
 
 from __future__ import annotations
 
@@ -26,17 +26,28 @@ class TargetNetwork(Encoder):
         self.load_state_dict({name: value for name, value in online.state_dict().items() if name in names})
 
 
-def paired_parameters(target: nn.Module, online: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The target's parameters and the online network's of the same names, in one order."""
-    source = dict(online.named_parameters())
-    named = list(target.named_parameters())
-    return [parameter for _, parameter in named], [source[name] for name, _ in named]
+class Follow:
+    """Moves a target network behind its online network, all parameters in one fused pass."""
+
+    def __init__(self, target: nn.Module, online: nn.Module) -> None:
+        parameters, buffers = dict(online.named_parameters()), dict(online.named_buffers())
+        self._parameters: list[Tensor] = [p for _, p in target.named_parameters()]
+        self._online_parameters: list[Tensor] = [parameters[name] for name, _ in target.named_parameters()]
+        self._buffers = [b for _, b in target.named_buffers()]
+        self._online_buffers = [buffers[name] for name, _ in target.named_buffers()]
+
+    def average(self, decay: float) -> None:
+        """The moving average of SPEC section 5: parameters only; to be called before the forward of the step."""
+        ema_update(self._parameters, self._online_parameters, decay)
+
+    @torch.no_grad()
+    def copy(self) -> None:
+        """Make the target the online network of this step, parameters and buffers (SPEC section 3, SimSiam)."""
+        torch._foreach_copy_(self._parameters, self._online_parameters)
+        torch._foreach_copy_(self._buffers, self._online_buffers)
 
 
 @torch.no_grad()
 def ema_update(target: Sequence[Tensor], online: Sequence[Tensor], decay: float) -> None:
-    """Move the target: target = decay * target + (1 - decay) * online, in place, in one fused pass.
-
-    Parameters only. To be called before the forward of the step whose decay it is (SPEC section 5).
-    """
+    """Move the target: target = decay * target + (1 - decay) * online, in place, in one fused pass."""
     torch._foreach_lerp_(list(target), list(online), 1.0 - decay)

@@ -22,7 +22,7 @@ from mvssl.options import resolve_device
 from mvssl.precision import autocast_dtype
 from mvssl.recipe import Recipe
 from mvssl.run_folder import RunFolder, write_json
-from mvssl.step import initial_backbone
+from mvssl.siamese import initial_backbone
 from pipelines.console import run_cli
 from pipelines.errors import InputError
 from pipelines.storage import open_source, split_paths

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mvssl.methods.method import Method
+from mvssl.methods.cosine import cosine_similarity
+from mvssl.methods.method import Method, without_settings
 
 
 def pair_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -19,9 +18,7 @@ def pair_loss(prediction: Tensor, target: Tensor) -> Tensor:
     Returns:
         A scalar, float32 (float64 for float64 input) also under autocast.
     """
-    dtype = torch.promote_types(prediction.dtype, torch.float32)
-    cosine = (F.normalize(prediction.to(dtype), dim=1) * F.normalize(target.to(dtype), dim=1)).sum(dim=1)  # [B]
-    return (2 - 2 * cosine).mean()
+    return (2 - 2 * cosine_similarity(prediction, target)).mean()
 
 
-METHOD = Method(name="byol", pair_loss=pair_loss, target_rule="ema")
+METHOD = Method(name="byol", make_loss=without_settings(pair_loss), target_rule="ema")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mvssl.compiling import Encoders, wants_compile
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.step import TrainStep
+from pipelines.errors import InputError
 from pipelines.views.presets import paper_views
 
 
@@ -77,7 +78,7 @@ def graphs() -> int:
 @pytest.mark.parametrize("step_mode", ["joint", "per-view"])
 def test_compiled_step_is_the_eager_step(step_mode: str) -> None:
     compiled, eager = make(compile="on", step_mode=step_mode), make(compile="off", step_mode=step_mode)
-    assert compiled._encoders.compiled
+    assert compiled.compiled
     torch._dynamo.utils.counters.clear()
     for k in range(5):
         ours, expected = compiled(batch(k), k), eager(batch(k), k)
@@ -88,7 +89,7 @@ def test_compiled_step_is_the_eager_step(step_mode: str) -> None:
             assert graphs() == 3
     assert graphs() == 3  # nothing was compiled again
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert compiled._encoders.compiled
+    assert compiled.compiled
     for name, value in eager.online.state_dict().items():
         torch.testing.assert_close(compiled.online.state_dict()[name], value, rtol=1e-3, atol=1e-4)
     for name, value in eager.target.named_buffers():
@@ -111,7 +112,7 @@ def test_failure_to_compile_is_loud_and_leaves_no_trace(
         ours = compiled(batch(0), 1)
     assert "torch.compile FAILED" in caplog.text
     assert "no such compiler" in caplog.text
-    assert not compiled._encoders.compiled
+    assert not compiled.compiled
     expected = eager(batch(0), 1)
     assert torch.equal(ours.losses, expected.losses)
     for k in (2, 3):
@@ -136,7 +137,16 @@ def test_other_errors_are_passed_on() -> None:
 
 
 def test_auto_compiles_on_cuda_only() -> None:
-    assert wants_compile("auto", torch.device("cuda"))
-    assert not wants_compile("auto", torch.device("cpu"))
-    assert wants_compile("on", torch.device("cpu"))
-    assert not wants_compile("off", torch.device("cuda"))
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert wants_compile(RECIPE, cuda, ranks=1)
+    assert not wants_compile(RECIPE, cpu, ranks=1)
+    assert wants_compile(replace(RECIPE, compile="on"), cpu, ranks=1)
+    assert not wants_compile(replace(RECIPE, compile="off"), cuda, ranks=1)
+
+
+def test_batchnorm_over_several_ranks_is_not_compiled() -> None:
+    synchronised = replace(RECIPE, sync_batchnorm="online")
+    assert not wants_compile(synchronised, torch.device("cuda"), ranks=2)
+    assert wants_compile(synchronised, torch.device("cuda"), ranks=1)
+    with pytest.raises(InputError, match="sync_batchnorm 'online' on 2 ranks"):
+        wants_compile(replace(synchronised, compile="on"), torch.device("cpu"), ranks=2)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from mvssl.step import StepOutput, TrainStep, build_networks, initial_backbone
+from mvssl.siamese import build_networks, initial_backbone
+from mvssl.step import StepOutput, TrainStep
 from pipelines.errors import InputError
 from pipelines.views.presets import paper_views
 from pipelines.views.spec import ViewSpec

@@ -1,0 +1,204 @@
+"""The processes of a run, on torch.distributed: who this one is, and what they do together.
+
+torchrun starts one process per device and says who is who in environment variables. Tensors of the training step travel
+on the default group (NCCL on CUDA, gloo on the CPU); votes and Python objects travel between the hosts on a gloo group,
+so that they neither wait for a GPU nor need one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipelines.errors import InputError
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(hours=2)
+"""How long ranks wait for the others on the hosts' group: rank 0 may index a large folder or write a checkpoint."""
+
+
+class FailedElsewhere(Exception):
+    """Another rank failed at what all do together, and says why itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The ranks of a run. The default is a run of one process, where nothing below communicates.
+
+    Attributes:
+        rank: of this process, 0 to size - 1.
+        size: processes of the run.
+        local_rank: of this process on its machine.
+        hosts: gloo group of all ranks; None in a run of one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    hosts: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes files and talks to the user."""
+        return self.rank == 0
+
+    def max(self, value: float) -> float:
+        """The largest of all ranks' values. Waits for the other hosts, not for a device."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.hosts)
+        return float(largest)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any rank. Waits for the other hosts, not for a device."""
+        return self.max(float(flag)) > 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the ranks of a tensor on the step's device."""
+        if self.size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def gather_own_first(self, rows: Tensor) -> Tensor:
+        """Rows [B, D] of every rank as [size * B, D], this rank's first, then those of the ranks behind it, in a ring.
+
+        No gradient flows through.
+        """
+        if self.size == 1:
+            return rows
+        everyone = rows.new_empty(self.size * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(everyone, rows.contiguous())
+        return everyone.roll(-self.rank * len(rows), dims=0)
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Rows [n, ...] of every rank, n may differ, as one tensor in the order of the ranks, on every rank."""
+        if self.size == 1:
+            return rows
+        counts = torch.zeros(self.size, dtype=torch.int64)
+        counts[self.rank] = len(rows)
+        dist.all_reduce(counts, group=self.hosts)
+        padded = rows.new_zeros(int(counts.max()), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        everyone = padded.new_empty(self.size, *padded.shape)
+        dist.all_gather_into_tensor(everyone.view(-1, *padded.shape[1:]), padded)
+        return torch.cat([part[:count] for part, count in zip(everyone, counts.tolist(), strict=True)])
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        everyone: list[T | None] = [None] * self.size
+        dist.all_gather_object(everyone, value, group=self.hosts)
+        return [one for one in everyone if one is not None]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do something on rank 0 alone and give its result to all ranks.
+
+        Raises:
+            FailedElsewhere: it failed there (on rank 0: what it raised).
+        """
+        if self.size == 1:
+            return work()
+        outcome: list[Any] = [None, True]
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except Exception as caught:
+                outcome[1], error = False, caught
+        dist.broadcast_object_list(outcome, src=0, group=self.hosts)
+        if error is not None:
+            raise error
+        if not outcome[1]:
+            raise FailedElsewhere("rank 0 failed")
+        result: T = outcome[0]
+        return result
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do something on every rank, and let all know whether it worked everywhere.
+
+        Raises:
+            FailedElsewhere: it failed on another rank (on that one: what it raised).
+        """
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        failed = self.any(error is not None)
+        if error is not None:
+            raise error
+        if failed:
+            raise FailedElsewhere("another rank failed")
+        return result
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Do something on rank 0, then on the others (which find what it left in a cache).
+
+        Raises:
+            FailedElsewhere: it failed on another rank (on that one: what it raised).
+        """
+        if self.is_main:
+            result = self.together(work)
+            self.together(lambda: None)
+            return result
+        self.together(lambda: None)
+        return self.together(work)
+
+
+def rank_count() -> int:
+    """Processes of the run that this process belongs to, by torchrun's environment variables; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def join_world(*, cuda: bool) -> Iterator[World]:
+    """Join the other processes of a run that torchrun started; leave them at the end. Alone, nothing is set up.
+
+    Args:
+        cuda: whether the step runs on CUDA devices (NCCL) or on CPUs (gloo).
+
+    Raises:
+        InputError: torchrun's environment variables are incomplete, or the others cannot be reached.
+    """
+    if rank_count() == 1:
+        yield World()
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"WORLD_SIZE is {rank_count()} but {', '.join(missing)} is not set: start several processes with torchrun, "
+            "or unset WORLD_SIZE."
+        )
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    ours = not dist.is_initialized()
+    if ours:
+        try:
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"Rank {rank} could not join the other {rank_count() - 1} processes ({str(error).splitlines()[0]}): "
+                "check that all were started with the same torchrun address and that its port is free."
+            ) from error
+    try:
+        hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        if not isinstance(hosts, dist.ProcessGroup):
+            raise InputError(f"Rank {rank} is no member of the run's process group: start all ranks with one torchrun.")
+        yield World(rank=rank, size=rank_count(), local_rank=local_rank, hosts=hosts)
+    finally:
+        if ours:
+            dist.destroy_process_group()
