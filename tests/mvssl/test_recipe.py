@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 import mvssl
+from mvssl.pairs import task_pairs
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.recipes import all_recipes, get_recipe
 from mvssl.serialize import differences, from_dict, to_dict
 from pipelines.errors import InputError
-from pipelines.views.presets import paper_views
+from pipelines.views.presets import byol_views, mocov3_views, paper_views, simsiam_views
+from pipelines.views.spec import ViewSpec
 
 
 @pytest.mark.parametrize("name", sorted(all_recipes()))
@@ -59,6 +61,145 @@ def test_byol_resnet50_800ep_differs_where_the_paper_says() -> None:
     assert long.epochs == 800
     assert [v.task for v in long.views] == ["global"] * 2 + ["local"] * 4 + ["cutout"]
     assert dataclasses.replace(long, name=short.name, views=short.views, epochs=200) == short
+
+
+LARS = Optimizer(
+    kind="lars", momentum=0.9, eta=0.001, base_lr=0.4, weight_decay=1.5e-6, warmup_epochs=10, final_lr_factor=0.001
+)
+SGD = Optimizer(
+    kind="sgd",
+    momentum=0.9,
+    base_lr=0.05,
+    weight_decay=1e-4,
+    warmup_epochs=0,
+    final_lr_factor=0.001,
+    constant_predictor_lr=True,
+    lr_schedule="epoch",
+)
+ADAMW = Optimizer(
+    kind="adamw",
+    betas=(0.9, 0.98),
+    base_lr=3e-4,
+    weight_decay=0.1,
+    warmup_epochs=10,
+    final_lr_factor=0.001,
+    clip_grad_norm=0.5,
+)
+SMALL, SMALL_NORM = Head(hidden=(4096,), out=256), Head(hidden=(4096,), out=256, output_norm=True)
+DEEP = Head(hidden=(4096, 4096), out=256)
+VITS, VITB = (Backbone(name=f"vit_{size}_patch16_224", drop_path=0.1) for size in ("small", "base"))
+R50 = Backbone(name="resnet50", drop_path=0.0)
+THIRDS = {"global": 1 / 3, "local": 1 / 3, "cutout": 1 / 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "backbone", "heads", "optimizer", "batch", "decay", "temperature", "weights", "published"),
+    [
+        ("byol_resnet50_200ep", "byol", R50, (SMALL, SMALL), LARS, 1024, 0.996, None, {}, "75.6"),
+        ("byol_vits16_200ep", "byol", VITS, (DEEP, SMALL), ADAMW, 1024, 0.998, None, {}, "74.5"),
+        ("byol_vitb16_200ep", "byol", VITB, (DEEP, SMALL), ADAMW, 1024, 0.998, None, {}, "78.3"),
+        (
+            "simsiam_resnet50_200ep",
+            "simsiam",
+            R50,
+            (Head(hidden=(2048, 2048), out=2048, output_norm=True), Head(hidden=(512,), out=2048)),
+            SGD,
+            512,
+            None,
+            None,
+            THIRDS,
+            "74.7",
+        ),
+        ("mocov3_resnet50_200ep", "mocov3", R50, (SMALL_NORM, SMALL_NORM), LARS, 1024, 0.996, 1.0, {}, "75.7"),
+    ],
+)
+def test_the_papers_recipes(
+    name: str,
+    method: str,
+    backbone: Backbone,
+    heads: tuple[Head, Head],
+    optimizer: Optimizer,
+    batch: int,
+    decay: float | None,
+    temperature: float | None,
+    weights: dict[str, float],
+    published: str,
+) -> None:
+    """Numbers typed from SPEC sections 1, 3, 4 and 5, not taken from the code; views as in the first one's test."""
+    recipe = get_recipe(name)
+    assert (recipe.method, recipe.backbone) == (method, backbone)
+    assert (recipe.projector, recipe.predictor) == heads
+    assert recipe.optimizer == optimizer
+    assert (recipe.epochs, recipe.batch_size, recipe.accumulate) == (200, batch, 1)
+    assert decay is None or recipe.target_decay == decay
+    assert recipe.temperature == temperature
+    assert recipe.task_weights == weights
+    assert recipe.views == mvssl.recipes.byol_resnet50_200ep().views
+    assert (recipe.predictors, recipe.sync_batchnorm) == ("per-view", "none")
+    assert f"Published: {published} % linear-probe top-1." in (all_recipes()[name].__doc__ or "")
+
+
+def test_effective_learning_rates() -> None:
+    rates = {name: get_recipe(name).learning_rate for name in all_recipes() if name.endswith("_200ep")}
+    assert rates == pytest.approx(
+        {
+            "byol_resnet50_200ep": 1.6,
+            "byol_vitb16_200ep": 1.2e-3,
+            "byol_vits16_200ep": 1.2e-3,
+            "mocov3_resnet50_200ep": 1.6,
+            "simsiam_resnet50_200ep": 0.1,
+        }
+    )
+
+
+METHODS = ["byol", "simsiam", "mocov3"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_shared_control_differs_in_the_predictors_only(method: str) -> None:
+    own = get_recipe(f"{method}_resnet50_200ep")
+    shared = get_recipe(f"{method}_resnet50_200ep_shared")
+    assert shared.predictors == "shared"
+    assert dataclasses.replace(shared, name=own.name, predictors="per-view") == own
+
+
+@pytest.mark.parametrize(
+    ("method", "views", "weight"),
+    [("byol", byol_views(), 2.0), ("simsiam", simsiam_views(), 1.0), ("mocov3", mocov3_views(), 2.0)],
+)
+def test_the_two_view_baseline_differs_in_views_and_weight_only(
+    method: str, views: tuple[ViewSpec, ViewSpec], weight: float
+) -> None:
+    multi = get_recipe(f"{method}_resnet50_200ep")
+    two = get_recipe(f"{method}_resnet50_200ep_two_view")
+    assert (two.views, two.task_weights) == (views, {"global": weight})
+    assert dataclasses.replace(two, name=multi.name, views=multi.views, task_weights=multi.task_weights) == multi
+
+
+def test_asymmetric_byol_predicts_view_2_from_view_1_twice() -> None:
+    recipe, two = mvssl.recipes.byol_resnet50_200ep_asymmetric(), mvssl.recipes.byol_resnet50_200ep_two_view()
+    assert task_pairs(recipe.views, recipe.task_weights) == (("global", 2.0, ((0, 1),)),)
+    assert dataclasses.replace(recipe, name=two.name, views=two.views) == two
+
+
+def test_small_recipes_keep_their_numbers() -> None:
+    """They were run with these (README, Measured)."""
+    demo, tiny = mvssl.recipes.demo(), mvssl.recipes.byol_resnet18_tiny_imagenet()
+    assert (demo.epochs, demo.batch_size, demo.target_decay, demo.learning_rate) == (10, 64, 0.97, 2e-3)
+    assert (tiny.epochs, tiny.batch_size, tiny.target_decay, tiny.learning_rate) == (7, 128, 0.99, 1e-3)
+    assert [(v.size, v.blur_kernel) for v in tiny.views] == [(32, 5), (32, 5), (16, 5), (16, 5), (32, 5)]
+    for method in ("simsiam", "mocov3"):
+        other = get_recipe(f"{method}_resnet18_tiny_imagenet")
+        assert (other.method, other.views, other.epochs, other.batch_size) == (method, tiny.views, 7, 128)
+
+
+@pytest.mark.parametrize("name", sorted(all_recipes()))
+def test_only_the_papers_recipes_claim_a_published_number(name: str) -> None:
+    about = all_recipes()[name].__doc__ or ""
+    published = {f"{method}_resnet50_200ep" for method in METHODS}
+    published |= {"byol_resnet50_800ep", "byol_vits16_200ep", "byol_vitb16_200ep"}
+    assert ("Published:" in about) == (name in published)
+    assert ("2602.05845" in about) != ("no published accuracy" in " ".join(about.split()))
 
 
 def test_unknown_recipe_offers_the_nearest_name() -> None:
