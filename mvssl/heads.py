@@ -8,25 +8,39 @@ import torch
 from torch import Tensor, nn
 
 from mvssl.recipe import Head
-from mvssl.stacked import StackedBatchNorm, StackedLinear
+from mvssl.stacked import StackedBatchNorm, StackedLayerNorm, StackedLinear
 from pipelines.errors import InputError
 
 
-class MLP(nn.Sequential):
-    """Linear (no bias), BatchNorm1d, ReLU for every hidden layer; then Linear with bias; then optionally a BatchNorm1d.
+def _norm(head: Head, features: int, *, affine: bool = True) -> nn.Module:
+    """The norm of a head's layer, of vectors [B, features]."""
+    if head.norm == "layer":
+        return nn.LayerNorm(features, elementwise_affine=affine)
+    return nn.BatchNorm1d(features, affine=affine)
 
-    Maps [B, in] to [B, out]. Source of the shape: SPEC section 3 (arXiv 2602.05845).
+
+def _stacked_norm(head: Head, tasks: int, features: int, *, affine: bool = True) -> nn.Module:
+    """T norms of a head's layer, of stacked vectors [V, B, features]."""
+    if head.norm == "layer":
+        return StackedLayerNorm(tasks, features, affine=affine)
+    return StackedBatchNorm(tasks, features, affine=affine)
+
+
+class MLP(nn.Sequential):
+    """Linear (no bias), norm, ReLU for every hidden layer; then Linear with bias; optionally a norm without affine.
+
+    Maps [B, in] to [B, out]. Source of the shape: SPEC section 3 (arXiv 2602.05845), whose norm is BatchNorm1d.
     """
 
     def __init__(self, in_features: int, head: Head) -> None:
         layers: list[nn.Module] = []
         width = in_features
         for hidden in head.hidden:
-            layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+            layers += [nn.Linear(width, hidden, bias=False), _norm(head, hidden), nn.ReLU(inplace=True)]
             width = hidden
         layers.append(nn.Linear(width, head.out))
         if head.output_norm:
-            layers.append(nn.BatchNorm1d(head.out, affine=False))
+            layers.append(_norm(head, head.out, affine=False))
         super().__init__(*layers)
         self.in_features = in_features
         self.head = head
@@ -51,13 +65,13 @@ class PredictorBank(nn.Module):
         for hidden in head.hidden:
             layers += [
                 StackedLinear(len(tasks), width, hidden, bias=False),
-                StackedBatchNorm(len(tasks), hidden),
+                _stacked_norm(head, len(tasks), hidden),
                 nn.ReLU(inplace=True),
             ]
             width = hidden
         layers.append(StackedLinear(len(tasks), width, head.out, bias=True))
         if head.output_norm:
-            layers.append(StackedBatchNorm(len(tasks), head.out, affine=False))
+            layers.append(_stacked_norm(head, len(tasks), head.out, affine=False))
         self.layers = nn.ModuleList(layers)
 
     def forward(self, z: Tensor, slots: tuple[int, ...]) -> Tensor:

@@ -75,26 +75,39 @@ class StackedBatchNorm(Stacked):
 
         In training the running statistics become what T separate layers called view by view, in order, would have.
         """
+        weight = None if self.weight is None else _rows(self.weight, slots)
+        bias = None if self.bias is None else _rows(self.bias, slots)
+        if not self.training:
+            mean, var = _rows(self.running_mean, slots), _rows(self.running_var, slots)
+            return self._fused(x, mean, var, weight, bias)
+        y, mean, var = self._by_batch(x, weight, bias)
+        self._track(mean, var, slots)
+        return y
+
+    def _by_batch(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalise each view of x [V, B, C] by its own statistics, then scale and shift by weight and bias [V, C].
+
+        Returns:
+            The result [V, B, C], and the mean and unbiased variance [V, C] that the running statistics move towards.
+        """
+        # With momentum 1, the normalisation leaves the statistics of this batch in the buffers given to it.
+        mean = self.running_mean.new_zeros(x.shape[0], x.shape[2])
+        var = torch.zeros_like(mean)
+        return self._fused(x, mean, var, weight, bias), mean, var
+
+    def _fused(self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """One batch normalisation of V * C features; mean and var [V, C] are written in training and used in eval."""
         views, batch, features = x.shape
-        if self.training:
-            # With momentum 1, the normalisation leaves the statistics of this batch in the buffers given to it.
-            mean = self.running_mean.new_zeros(views * features)
-            var = self.running_var.new_zeros(views * features)
-        else:
-            mean = _rows(self.running_mean, slots).reshape(-1)  # [V * C]
-            var = _rows(self.running_var, slots).reshape(-1)
         flat = F.batch_norm(
             x.transpose(0, 1).reshape(batch, views * features),
-            mean,
-            var,
-            None if self.weight is None else _rows(self.weight, slots).reshape(-1),
-            None if self.bias is None else _rows(self.bias, slots).reshape(-1),
+            mean.view(-1),
+            var.view(-1),
+            None if weight is None else weight.view(-1),
+            None if bias is None else bias.view(-1),
             training=self.training,
             momentum=1.0,
             eps=self.eps,
         )  # [B, V * C]
-        if self.training:
-            self._track(mean.view(views, features), var.view(views, features), slots)
         return flat.view(batch, views, features).transpose(0, 1)
 
     @torch.no_grad()
@@ -104,3 +117,25 @@ class StackedBatchNorm(Stacked):
             self.running_mean[slot].lerp_(mean[view], self.momentum)
             self.running_var[slot].lerp_(var[view], self.momentum)
             self.num_batches_tracked[slot] += 1
+
+
+class StackedLayerNorm(Stacked):
+    """T LayerNorm layers as one. Each sample is normalised over its own C features, by no other sample.
+
+    Attributes:
+        weight, bias: [T, C], or None without `affine`.
+    """
+
+    def __init__(self, tasks: int, features: int, *, affine: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(tasks, features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(tasks, features)) if affine else None
+        self.eps = 1e-5  # nn.LayerNorm's
+
+    def forward(self, x: Tensor, slots: tuple[int, ...]) -> Tensor:
+        """Normalise x [V, B, C] over C, then scale and shift view v by slot `slots[v]`."""
+        y = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        if self.weight is None or self.bias is None:
+            return y
+        weight, bias = _rows(self.weight, slots).unsqueeze(1), _rows(self.bias, slots).unsqueeze(1)  # [V, 1, C]
+        return y * weight.to(y.dtype) + bias.to(y.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mvssl.heads import MLP, PredictorBank
 from mvssl.recipe import Head
+from mvssl.stacked import StackedLayerNorm
 from pipelines.errors import InputError
 
 TASKS = ("global", "local", "cutout")
@@ -17,13 +18,17 @@ SLOTS = (0, 0, 1, 1, 2)
 
 
 def torch_mlp(width: int, head: Head) -> nn.Sequential:
+    layer_norm = head.norm == "layer"
     layers: list[nn.Module] = []
     for hidden in head.hidden:
-        layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
+        norm = nn.LayerNorm(hidden) if layer_norm else nn.BatchNorm1d(hidden)
+        layers += [nn.Linear(width, hidden, bias=False), norm, nn.ReLU()]
         width = hidden
     layers.append(nn.Linear(width, head.out))
     if head.output_norm:
-        layers.append(nn.BatchNorm1d(head.out, affine=False))
+        layers.append(
+            nn.LayerNorm(head.out, elementwise_affine=False) if layer_norm else nn.BatchNorm1d(head.out, affine=False)
+        )
     return nn.Sequential(*layers)
 
 
@@ -34,7 +39,16 @@ def randomise(module: nn.Module, seed: int) -> None:
             tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) + 0.1)
 
 
-@pytest.fixture(params=[Head(hidden=(7,), out=4), Head(hidden=(7, 6), out=4, output_norm=True), Head(hidden=(), out=4)])
+HEADS = [
+    Head(hidden=(7,), out=4),
+    Head(hidden=(7, 6), out=4, output_norm=True),
+    Head(hidden=(), out=4),
+    Head(hidden=(7,), out=4, norm="layer"),
+    Head(hidden=(7, 6), out=4, output_norm=True, norm="layer"),
+]
+
+
+@pytest.fixture(params=HEADS)
 def pair(request: pytest.FixtureRequest) -> tuple[PredictorBank, list[nn.Sequential]]:
     """A bank and T torch MLPs with its weights, copied tensor by tensor."""
     bank = PredictorBank(TASKS, 5, request.param).double()
@@ -93,11 +107,62 @@ def test_conversions_keep_everything(pair: tuple[PredictorBank, list[nn.Sequenti
         assert back.state_dict()[name].data_ptr() != value.data_ptr()
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_mlp_is_torchs_own_layers(head: Head) -> None:
+    ours, single = MLP(5, head).double(), torch_mlp(5, head).double()
+    randomise(single, 1)
+    assert list(ours.state_dict()) == list(single.state_dict())
+    ours.load_state_dict(single.state_dict())
+    x = torch.randn(6, 5, dtype=torch.float64)
+    for training in (True, False):
+        assert torch.equal(ours.train(training)(x), single.train(training)(x))
+
+
+def test_names_of_stacked_norms() -> None:
+    affine = ["layers.1.weight", "layers.1.bias"]
+    tracked = ["layers.1.running_mean", "layers.1.running_var", "layers.1.num_batches_tracked"]
+    linear = ["layers.0.weight"], ["layers.3.weight", "layers.3.bias"]
+    for norm, own in (("batch", affine + tracked), ("layer", affine)):
+        bank = PredictorBank(TASKS, 5, Head(hidden=(7,), out=4, norm=norm))
+        assert list(bank.state_dict()) == [*linear[0], *own, *linear[1]]
+        assert bank.layers[1].weight.shape == bank.layers[1].bias.shape == (3, 7)
+
+
+def test_layer_norm_against_its_formula() -> None:
+    """(x - mean) / sqrt(var + 1e-5) over the features, with numbers worked out one by one."""
+    norm = StackedLayerNorm(2, 3).double()
+    randomise(norm, 1)
+    x = torch.randn(3, 4, 3, dtype=torch.float64) * 0.01  # small, so that eps counts
+    slots = (1, 0, 1)
+    y = norm(x, slots)
+    plain = StackedLayerNorm(2, 3, affine=False).double()(x, slots)
+    for view, slot in enumerate(slots):
+        for row in range(4):
+            numbers = x[view, row].tolist()
+            mean = sum(numbers) / 3
+            deviation = math.sqrt(sum((number - mean) ** 2 for number in numbers) / 3 + 1e-5)
+            for c, number in enumerate(numbers):
+                unit = (number - mean) / deviation
+                assert plain[view, row, c].item() == pytest.approx(unit, rel=1e-9, abs=1e-12)
+                scaled = unit * norm.weight[slot, c].item() + norm.bias[slot, c].item()
+                assert y[view, row, c].item() == pytest.approx(scaled, rel=1e-9, abs=1e-12)
+
+
+def test_layer_norm_needs_no_other_image() -> None:
+    bank = PredictorBank(TASKS, 5, Head(hidden=(7, 6), out=4, output_norm=True, norm="layer")).double()
+    z = torch.randn(5, 6, 5, dtype=torch.float64)
+    whole = bank(z, SLOTS)
+    parts = [bank(z[:, i : i + 1], SLOTS) for i in range(6)]
+    torch.testing.assert_close(whole, torch.cat(parts, dim=1), rtol=1e-12, atol=1e-12)
+
+
 def test_mlps_of_other_shapes_make_no_bank() -> None:
     with pytest.raises(InputError, match="one or more of one shape"):
         PredictorBank.from_mlps({"a": MLP(5, Head(hidden=(7,), out=4)), "b": MLP(6, Head(hidden=(7,), out=4))})
     with pytest.raises(InputError, match="got 0 predictors"):
         PredictorBank.from_mlps({})
+    with pytest.raises(InputError, match="2 predictors of 2 shapes"):
+        PredictorBank.from_mlps({"a": MLP(5, Head(out=4)), "b": MLP(5, Head(out=4, norm="layer"))})
 
 
 def ks_distance(sample: Tensor, bound: float) -> float:
