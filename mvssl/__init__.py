@@ -8,6 +8,7 @@ from __future__ import annotations
 from mvssl import recipes
 from mvssl.monitor.failure import Diverged
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.recipe_file import load_recipe
 from mvssl.trainer import Interrupted, TrainResult, train
 from pipelines.errors import InputError
 
@@ -21,6 +22,7 @@ __all__ = [
     "Optimizer",
     "Recipe",
     "TrainResult",
+    "load_recipe",
     "recipes",
     "train",
 ]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from mvssl.recipe import Recipe
-from pipelines.errors import InputError
+from pipelines.errors import InputError, invalid
 
 T = TypeVar("T")
 
@@ -44,42 +46,96 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def from_dict(plain: Mapping[str, Any]) -> Recipe:
+def from_dict(plain: Mapping[str, Any], *, null_word: str | None = None) -> Recipe:
     """The recipe of its plain form; the inverse of `to_dict`.
 
+    Args:
+        plain: the plain form, fields with a default may be absent.
+        null_word: a text that stands for None in fields that may be None, for formats that have no null.
+
     Raises:
-        InputError: a field is unknown to this version of mvssl, is missing, or holds a value a recipe must not have.
+        InputError: a field is unknown to this version of mvssl, is missing, has a value of the wrong type, or a value a
+            recipe must not have.
     """
-    return _build(Recipe, plain, "recipe")
+    return build(Recipe, plain, "recipe", null_word=null_word)
 
 
-def _build(kind: type[T], plain: Mapping[str, Any], where: str) -> T:
-    """Build the dataclass `kind` from a mapping."""
+def build(kind: type[T], plain: Any, where: str, *, null_word: str | None = None) -> T:
+    """Build the dataclass `kind` from a mapping of its fields, nested ones included; `where` names it in errors.
+
+    Raises:
+        InputError: as `from_dict`.
+    """
+    if not isinstance(plain, Mapping):
+        raise invalid(where, plain, f"a table of {kind.__name__}'s fields", "write it as a table (an object in JSON)")
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(plain) - set(hints))
     if unknown:
-        raise InputError(
-            f"{where} has the unknown field {unknown[0]!r} but may only have {', '.join(hints)}: "
-            "use the version of mvssl that wrote it, or take the field out."
-        )
-    values = {name: _value(hints[name], value, f"{where}.{name}") for name, value in plain.items()}
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise InputError(f"{where} is incomplete ({error}): add what is missing.") from error
+        near = difflib.get_close_matches(unknown[0], hints, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else "take it out, or use the version of mvssl that wrote it."
+        raise InputError(f"{where} has the unknown field {unknown[0]!r} but may only have {', '.join(hints)}: {remedy}")
+    required = [field.name for field in dataclasses.fields(typing.cast("Any", kind)) if _is_required(field)]
+    missing = [name for name in required if name not in plain]
+    if missing:
+        raise InputError(f"{where} lacks {', '.join(missing)}: add what is missing.")
+    return kind(**{name: _value(hints[name], value, f"{where}.{name}", null_word) for name, value in plain.items()})
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """Turn one JSON value into what the type hint says: lists become tuples, mappings become dataclasses."""
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    """Whether a dataclass cannot be built without this field."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _value(hint: Any, value: Any, where: str, null_word: str | None) -> Any:
+    """Turn one plain value into what the type hint says, or raise InputError."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _value(next(a for a in arguments if a is not type(None)), value, where)
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return _build(typing.cast("type[Any]", hint), value, where)
-    if origin is tuple and isinstance(value, list):
-        variable = len(arguments) == 2 and arguments[1] is Ellipsis
-        kinds = [arguments[0]] * len(value) if variable else list(arguments)
-        return tuple(
-            _value(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=False))
-        )
-    return value
+        if value is None or (null_word is not None and value == null_word):
+            return None
+        return _value(next(kind for kind in arguments if kind is not type(None)), value, where, null_word)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise invalid(where, value, f"one of {', '.join(arguments)}", "choose one")
+        return value
+    if origin is tuple:
+        return _tuple(arguments, value, where, null_word)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise invalid(where, value, "a table", "write it as a table (an object in JSON)")
+        return {key: _value(arguments[1], item, f"{where}.{key}", null_word) for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast("type[Any]", hint), value, where, null_word=null_word)
+    return _scalar(hint, value, where)
+
+
+def _tuple(kinds: tuple[Any, ...], value: Any, where: str, null_word: str | None) -> tuple[Any, ...]:
+    """Turn a list into a tuple of these kinds (`kind, ...` is one of any length)."""
+    any_length = kinds[-1] is Ellipsis
+    if not isinstance(value, list):
+        of_tables = dataclasses.is_dataclass(kinds[0])
+        remedy = "write it as a list of tables, [[...]] in TOML" if of_tables else "write it in brackets, as [1, 2]"
+        raise invalid(where, value, "a list", remedy)
+    if not any_length and len(value) != len(kinds):
+        raise invalid(where, value, f"a list of {len(kinds)}", f"give {len(kinds)} values")
+    each = [kinds[0]] * len(value) if any_length else kinds
+    return tuple(
+        _value(kind, item, f"{where}[{i}]", null_word) for i, (kind, item) in enumerate(zip(each, value, strict=True))
+    )
+
+
+def _scalar(kind: type, value: Any, where: str) -> Any:
+    """Check a text, truth value or number; whole numbers are numbers, truth values are not."""
+    if kind is float:
+        if isinstance(value, float):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+            return float(value)
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    allowed, remedy = {
+        str: ("a text", "put it in quotation marks"),
+        bool: ("true or false", "write it without quotation marks"),
+        int: ("a whole number", "write it without quotation marks and decimal point"),
+        float: ("a number", "write it without quotation marks"),
+    }[kind]
+    raise invalid(where, value, allowed, remedy)

@@ -10,12 +10,13 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
+from mvssl.cli.recipe_table import print_recipes
 from mvssl.dry_run import dry_run
 from mvssl.options import RunOptions
 from mvssl.recipe import Recipe
-from mvssl.recipes import all_recipes, get_recipe
+from mvssl.recipe_file import is_recipe_file, resolve_recipe
+from mvssl.recipes import all_recipes
 from mvssl.serialize import to_dict
 from mvssl.signals import EXIT_INTERRUPTED
 from mvssl.trainer import Interrupted, run
@@ -25,6 +26,8 @@ USAGE = """usage: mvssl-train RECIPE --data PATH --out RUN [overrides]
 
   mvssl-train --list             the recipes
   mvssl-train RECIPE --help      every field that can be overridden, with its value in this recipe
+
+RECIPE is the name of a recipe, or a .toml or .json file with one.
 
 exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 75 stopped by SIGINT or SIGTERM after saving
 (run the same command with --resume), 130 stopped by Ctrl-C before training or by a second Ctrl-C."""
@@ -48,32 +51,21 @@ class TrainArguments:
 
 
 def parse(arguments: Sequence[str]) -> TrainArguments:
-    """Parse ``RECIPE [overrides]``.
+    """Parse ``RECIPE [overrides]``, where RECIPE is a name or a recipe file.
 
     Raises:
-        InputError: there is no such recipe, or a value cannot be used.
+        InputError: there is no such recipe, its file cannot be used, or a value cannot.
         SystemExit: with code 2 for wrong usage, 0 after printing help.
     """
-    recipe = get_recipe(arguments[0])
+    recipe = resolve_recipe(arguments[0])
+    from_file = is_recipe_file(arguments[0])
     return tyro.cli(
         TrainArguments,
         prog=f"mvssl-train {arguments[0]}",
-        description=all_recipes()[recipe.name].__doc__,
+        description=f"The recipe in {arguments[0]}." if from_file else all_recipes()[recipe.name].__doc__,
         args=list(arguments[1:]),
         default=TrainArguments(recipe=recipe),
     )
-
-
-def print_recipes(console: Console) -> None:
-    """Show all recipes as a table."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("recipe", "method", "backbone", "views", "batch", "epochs"):
-        table.add_column(column, no_wrap=True)
-    for name, make in all_recipes().items():
-        recipe = make()
-        sizes = [len(recipe.views), recipe.batch_size, recipe.epochs]
-        table.add_row(name, recipe.method, recipe.backbone.name, *map(str, sizes))
-    console.print(table)
 
 
 def body(arguments: Sequence[str]) -> int:

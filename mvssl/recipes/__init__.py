@@ -28,8 +28,8 @@ def all_recipes() -> dict[str, Callable[[], Recipe]]:
     return dict(sorted(found.items()))
 
 
-def get_recipe(name: str) -> Recipe:
-    """Make the recipe of this name.
+def get_recipe(name: str, *, field: str = "recipe") -> Recipe:
+    """Make the recipe of this name; `field` is what the user calls it, for the error.
 
     Raises:
         InputError: there is no such recipe; the message offers the nearest name.
@@ -38,7 +38,7 @@ def get_recipe(name: str) -> Recipe:
     if name not in recipes:
         near = difflib.get_close_matches(name.replace("-", "_"), recipes, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(recipes)}"
-        raise InputError(f"recipe is {name!r} but there is no recipe of that name: {hint}")
+        raise InputError(f"{field} is {name!r} but there is no recipe of that name: {hint}")
     return recipes[name]()
 
 

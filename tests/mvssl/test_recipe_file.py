@@ -1,0 +1,208 @@
+"""Recipes in TOML and JSON files: whole ones, what differs from a base, and a sentence for every mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+import mvssl
+from mvssl.cli import train as train_cli
+from mvssl.recipe_file import is_recipe_file, resolve_recipe
+from mvssl.recipes import all_recipes, get_recipe
+from mvssl.serialize import to_dict
+from pipelines import InputError, ViewSpec
+from pipelines.console import run_cli
+
+WHOLE = """
+name = "own"
+epochs = 20
+[backbone]
+name = "resnet18"
+[[views]]
+name = "a"
+task = "global"
+is_target = true
+area = "none"
+[[views]]
+name = "b"
+task = "none"
+is_target = true
+jitter = [0, 0.5, 0, 0.1]
+"""
+
+
+def write(folder: Path, text: str, name: str = "own.toml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(all_recipes()))
+def test_what_print_config_writes_is_a_recipe_file(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_cli.body([name, "--print-config"]) == 0
+    assert mvssl.load_recipe(write(tmp_path, capsys.readouterr().out, "own.json")) == get_recipe(name)
+
+
+def test_a_whole_recipe_in_toml(tmp_path: Path) -> None:
+    recipe = mvssl.load_recipe(write(tmp_path, WHOLE))
+    assert recipe == mvssl.Recipe(
+        name="own",
+        epochs=20,
+        backbone=mvssl.Backbone(name="resnet18"),
+        views=(
+            ViewSpec(name="a", task="global", is_target=True, area=None),
+            ViewSpec(name="b", task=None, is_target=True, jitter=(0.0, 0.5, 0.0, 0.1)),
+        ),
+    )
+
+
+def test_a_base_is_overridden_field_by_field(tmp_path: Path) -> None:
+    text = """
+        base = "simsiam_resnet50_200ep"
+        epochs = 100
+        task_weights = {local = 1}
+        optimizer = {base_lr = 1, weight_decay_end = 0.1}
+        projector.hidden = [512]
+    """
+    base = mvssl.recipes.simsiam_resnet50_200ep()
+    assert mvssl.load_recipe(write(tmp_path, text)) == dataclasses.replace(
+        base,
+        epochs=100,
+        task_weights={"global": 1 / 3, "local": 1.0, "cutout": 1 / 3},
+        optimizer=dataclasses.replace(base.optimizer, base_lr=1.0, weight_decay_end=0.1),
+        projector=dataclasses.replace(base.projector, hidden=(512,)),
+    )
+
+
+def test_the_same_in_json(tmp_path: Path) -> None:
+    text = '{"base": "byol_vits16_200ep", "optimizer": {"clip_grad_norm": null}}'
+    base = mvssl.recipes.byol_vits16_200ep()
+    assert mvssl.load_recipe(str(write(tmp_path, text, "own.JSON"))) == dataclasses.replace(
+        base, optimizer=dataclasses.replace(base.optimizer, clip_grad_norm=None)
+    )
+
+
+def test_views_are_replaced_and_weights_of_lost_tasks_go(tmp_path: Path) -> None:
+    views = WHOLE[WHOLE.index("[[views]]") :]
+    recipe = mvssl.load_recipe(write(tmp_path, f'base = "simsiam_resnet50_200ep"\n{views}'))
+    assert [view.name for view in recipe.views] == ["a", "b"]
+    assert recipe.task_weights == {"global": 1 / 3}
+
+
+def test_views_are_added(tmp_path: Path) -> None:
+    text = """
+        base = "demo"
+        task_weights = {quarter = 0.5}
+        [[add_views]]
+        name = "quarter"
+        task = "quarter"
+        size = 16
+        blur = 0
+    """
+    base = mvssl.recipes.demo()
+    quarter = ViewSpec(name="quarter", task="quarter", size=16, blur=0.0)
+    assert mvssl.load_recipe(write(tmp_path, text)) == dataclasses.replace(
+        base, views=(*base.views, quarter), task_weights={"quarter": 0.5}
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs = 3", "neither base nor views is given"),
+        ("views = []", "recipe lacks name: add"),
+        ('base = "demoo"', "base is 'demoo' but there is no recipe of that name: did you mean 'demo'"),
+        ("base = 3", "base is 3 but must be the name of a recipe"),
+        ('base = "demo"\nepoch = 3', "recipe has the unknown field 'epoch' .*: did you mean 'epochs'"),
+        ('base = "demo"\noptimizer.base_rl = 3', "recipe.optimizer has the unknown field 'base_rl' .* 'base_lr'"),
+        ('base = "demo"\nepochs = "3"', "recipe.epochs is '3' but must be a whole number: .* without quotation marks"),
+        ('base = "demo"\nepochs = 3.5', "recipe.epochs is 3.5 but must be a whole number"),
+        ('base = "demo"\nepochs = true', "recipe.epochs is True but must be a whole number"),
+        ('base = "demo"\ntarget_decay = "fast"', "recipe.target_decay is 'fast' but must be a number"),
+        ('base = "demo"\ntarget_decay = true', "recipe.target_decay is True but must be a number"),
+        (f'base = "demo"\ntarget_decay = 1{"0" * 400}', "recipe.target_decay is 10*0 but must be a number"),
+        ('base = "demo"\nchannels_last = 1', "recipe.channels_last is 1 but must be true or false"),
+        ('base = "demo"\nbackbone.name = 18', "recipe.backbone.name is 18 but must be a text"),
+        ('base = "demo"\nbackbone = "resnet18"', "recipe.backbone is 'resnet18' but must be a table of Backbone's"),
+        ('base = "demo"\nprecision = "fp8"', "recipe.precision is 'fp8' but must be one of auto, fp32, bf16, fp16"),
+        ('base = "demo"\nprojector.hidden = 512', "recipe.projector.hidden is 512 but must be a list: .*brackets"),
+        ('base = "demo"\nprojector.hidden = ["a"]', r"recipe.projector.hidden\[0\] is 'a' but must be a whole"),
+        ('base = "demo"\noptimizer.betas = [0.9]', r"recipe.optimizer.betas is \[0.9\] but must be a list of 2"),
+        ('base = "demo"\ntask_weights = 2', "recipe.task_weights is 2 but must be a table"),
+        ('base = "demo"\ntask_weights.local = "2"', "recipe.task_weights.local is '2' but must be a number"),
+        ('base = "demo"\ntask_weights.lokal = 2', "Recipe.task_weights is 'lokal' but must be a task"),
+        ('base = "demo"\nbatch_size = 1', "Recipe.batch_size is 1 but must be at least 2"),
+        ('base = "demo"\nviews = "a"', r"recipe.views is 'a' but must be a list: .*\[\[...\]\]"),
+        ('base = "demo"\n[views]\nname = "a"', "recipe.views is .* but must be a list"),
+        ('base = "demo"\n[add_views]\nname = "a"', r"add_views is .* but must be a list of views: .*\[\[add_views\]\]"),
+        ('base = "demo"\nadd_views = [3]', r"add_views\[0\] is 3 but must be a table of ViewSpec's fields"),
+        ('base = "demo"\n[[add_views]]\nname = "a"', r"add_views\[0\] lacks task: add"),
+        ('base = "demo"\n[[add_views]]\nname = "a"\ntask = "a"\nsize = 100', r"ViewSpec\('a'\).size is 100"),
+        ('base = "demo"\n[[add_views]]\nname = "a"\ntask = "a"\nflips = 0', r"add_views\[0\] has .*'flips' .*'flip'"),
+        ('base = "demo"\n[[add_views]]\nname = "local_1"\ntask = "a"\nblur = 0', "each name must be unique"),
+        ('[[add_views]]\nname = "a"\ntask = "a"', "add_views is given without base"),
+        ('base = "demo"\nepochs = = 3', r"is not valid TOML \(.*line 2, column 10\)"),
+    ],
+)
+def test_mistakes_are_sentences_with_file_and_field(text: str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(InputError, match=message) as raised:
+        mvssl.load_recipe(path)
+    assert str(raised.value).startswith(f"{path}: ")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none.toml: the recipe file cannot be read \(No such file or directory\)"):
+        mvssl.load_recipe(tmp_path / "none.toml")
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(InputError, match=r"folder.toml: the recipe file cannot be read"):
+        mvssl.load_recipe(tmp_path / "folder.toml")
+    (tmp_path / "latin.toml").write_bytes('name = "\xfc"'.encode("latin-1"))
+    with pytest.raises(InputError, match=r"latin.toml: the recipe file is no UTF-8 text"):
+        mvssl.load_recipe(tmp_path / "latin.toml")
+    with pytest.raises(InputError, match=r"own.json: the recipe file is not valid JSON \(.*line 2 column 1"):
+        mvssl.load_recipe(write(tmp_path, '{"base":\n', "own.json"))
+    with pytest.raises(InputError, match="must hold one JSON object"):
+        mvssl.load_recipe(write(tmp_path, "[]", "own.json"))
+    with pytest.raises(InputError, match=r"the ending is '.yaml' but must be .toml or .json"):
+        mvssl.load_recipe(write(tmp_path, "", "own.yaml"))
+
+
+def test_a_recipes_place_takes_names_and_files(tmp_path: Path) -> None:
+    assert resolve_recipe("demo") == mvssl.recipes.demo()
+    assert resolve_recipe(str(write(tmp_path, 'base = "demo"'))) == mvssl.recipes.demo()
+    assert not is_recipe_file("demo")
+    with pytest.raises(InputError, match=r"recipe is .*own.yaml' but must be .* ends in .toml or .json"):
+        resolve_recipe(str(write(tmp_path, "", "own.yaml")))
+    with pytest.raises(InputError, match="recipe is 'dmeo' but there is no recipe of that name"):
+        resolve_recipe("dmeo")
+
+
+def test_the_command_takes_a_file_and_overrides_on_top(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write(tmp_path, 'base = "demo"\nepochs = 5\nbatch_size = 32\n'))
+    assert train_cli.body([path, "--print-config", "--epochs", "7", "--views.4.flip", "0.25"]) == 0
+    config = json.loads(capsys.readouterr().out)
+    assert (config["epochs"], config["batch_size"], config["views"][4]["flip"]) == (7, 32, 0.25)
+    assert config["optimizer"] == to_dict(mvssl.recipes.demo())["optimizer"]
+    with pytest.raises(SystemExit) as exit_info:
+        train_cli.body([path, "--help"])
+    assert exit_info.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "The recipe in " in text
+    assert "(default: 32)" in text
+
+
+def test_the_commands_error_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, 'base = "demo"\nepochs = "3"')
+    with pytest.raises(SystemExit) as exit_info:
+        run_cli(lambda: train_cli.body([str(path)]))
+    assert exit_info.value.code == 1
+    assert capsys.readouterr().err == (
+        f"error: {path}: recipe.epochs is '3' but must be a whole number: "
+        "write it without quotation marks and decimal point.\n"
+    )

@@ -1,0 +1,38 @@
+"""mvssl-train --list: one row a recipe, in 120 columns, with the paper's numbers where the paper has any."""
+
+from __future__ import annotations
+
+import pytest
+
+import mvssl
+from mvssl.cli import train as train_cli
+from mvssl.cli.recipe_table import count_views, published
+from mvssl.recipes import all_recipes
+
+
+def rows(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
+    assert train_cli.body(["--list"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 120
+    return {line.split()[0]: line.split() for line in text.splitlines()}
+
+
+def test_every_recipe_has_a_row(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")  # a narrow terminal cuts nothing off
+    table = rows(capsys)
+    assert set(all_recipes()) < set(table)
+    assert " ".join(table["simsiam_resnet50_200ep_shared"][1:]) == "simsiam resnet50 2+2+1 shared 512 200 sgd"
+    assert " ".join(table["byol_vitb16_200ep"][1:]) == (
+        "byol vit_base_patch16_224 2+2+1 per-view 1024 200 adamw 78.3 %"
+    )
+
+
+def test_views_are_counted_by_task() -> None:
+    assert count_views(mvssl.recipes.byol_resnet50_800ep().views) == "2+4+1"
+    assert count_views(mvssl.recipes.byol_resnet50_200ep_two_view().views) == "2"
+    assert count_views(mvssl.recipes.byol_resnet50_200ep_asymmetric().views) == "1+(1)"
+
+
+def test_published_is_the_number_of_that_line_only() -> None:
+    assert published("Title, 9.9 %.\n\n    Published: 75.6 % linear-probe top-1.\n") == "75.6 %"
+    assert published("Title.\n\n    Source: ours; no published accuracy.\n") == ""
