@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 
 import mvssl
+import pipelines
 from mvssl.cli import train as train_cli
+from mvssl.cli.recipe_table import published
 from mvssl.recipes import all_recipes
 from pipelines.views.spec import ViewSpec, tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
 BASH = "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)).replace("\\\n", " ")
+TOML = re.findall(r"```toml\n(.*?)```", TEXT, flags=re.DOTALL)
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
@@ -43,7 +46,9 @@ def test_every_recipe_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("line", [line for line in BASH.splitlines() if line.startswith("mvssl-train")])
-def test_training_commands_parse(line: str) -> None:
+def test_training_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("quarter.toml").write_text(TOML[0])
     arguments = shlex.split(line, comments=True)[1:]
     parsed = train_cli.parse(arguments)
     assert parsed.options.data is not None
@@ -70,3 +75,26 @@ def test_the_view_type_example_makes_a_fourth_task() -> None:
     recipe = names["recipe"]
     assert isinstance(recipe, mvssl.Recipe)
     assert tasks(recipe.views) == ("global", "local", "cutout", "quarter")
+
+
+def test_the_view_type_example_in_toml_is_the_one_in_python(tmp_path: Path) -> None:
+    example = next(block for block in PYTHON if "quarter" in block)
+    base = mvssl.recipes.byol_resnet50_200ep()
+    names: dict[str, Any] = {"ViewSpec": ViewSpec, "dataclasses": dataclasses, "recipe": base}
+    exec(example, names)
+    path = tmp_path / "quarter.toml"
+    path.write_text(TOML[0])
+    assert mvssl.load_recipe(path) == dataclasses.replace(names["recipe"], task_weights={"quarter": 0.5})
+
+
+def test_every_preset_of_views_is_named() -> None:
+    presets = [name for name in pipelines.__all__ if name.endswith("_views")]
+    assert len(presets) == 7
+    assert [name for name in presets if f"`{name}`" not in TEXT] == []
+
+
+def test_published_numbers_are_those_of_the_recipes() -> None:
+    for name, make in all_recipes().items():
+        number = published(make.__doc__ or "")
+        row = next(line for line in TEXT.splitlines() if line.startswith(f"| `{name}` |"))
+        assert (f"| {number} [paper] |" in row) if number else ("[paper]" not in row)
