@@ -154,16 +154,3 @@ def load(path: Path, *, map_location: str | torch.device = "cpu") -> Checkpoint:
         raise InputError(f"The checkpoint {path} is damaged (state.pt does not match its checksum): {remedy}.")
     state = torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
     return Checkpoint(state=state, meta=meta, path=path)
-
-
-def rng_state() -> dict[str, Any]:
-    """States of torch's generators: drop path and dropout draw from them."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def restore_rng_state(state: Mapping[str, Any]) -> None:
-    """Put torch's generators back into the states of `rng_state`."""
-    torch.set_rng_state(state["cpu"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([tensor.cpu() for tensor in state["cuda"]])

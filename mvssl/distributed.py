@@ -8,7 +8,7 @@ so that they neither wait for a GPU nor need one.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -94,6 +94,12 @@ class World:
         everyone = padded.new_empty(self.size, *padded.shape)
         dist.all_gather_into_tensor(everyone.view(-1, *padded.shape[1:]), padded)
         return torch.cat([part[:count] for part, count in zip(everyone, counts.tolist(), strict=True)])
+
+    def take_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors on the step's device by those of rank 0."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     def gather_objects(self, value: T) -> list[T]:
         """Every rank's value, in the order of the ranks, on every rank."""

@@ -8,11 +8,12 @@ from itertools import chain
 import torch
 from rich.console import Console
 
+from mvssl.distributed import join_world
 from mvssl.environment import peak_memory_gib
 from mvssl.experiment import open_experiment
 from mvssl.init_from import init_from
 from mvssl.memory import explain_out_of_memory
-from mvssl.options import RunOptions
+from mvssl.options import RunOptions, resolve_device
 from mvssl.recipe import Recipe
 from mvssl.run_folder import RunFolder
 from pipelines.errors import InputError
@@ -30,7 +31,11 @@ def dry_run(recipe: Recipe, options: RunOptions, console: Console) -> None:
         console.print(f"note: {options.out} exists; the real run will need --resume or --overwrite", highlight=False)
     if options.resume and options.out is not None:
         RunFolder(options.out).check_same_recipe(recipe)
-    with open_experiment(recipe, options, console) as experiment, explain_out_of_memory():
+    with (
+        join_world(cuda=resolve_device(options.device).type == "cuda") as world,
+        open_experiment(recipe, options, console if world.is_main else Console(quiet=True), world) as experiment,
+        explain_out_of_memory(),
+    ):
         init_from(experiment.step, recipe, options.init_from)
         if experiment.total_steps < STEPS:
             raise InputError(
@@ -50,6 +55,8 @@ def dry_run(recipe: Recipe, options: RunOptions, console: Console) -> None:
         images = recipe.batch_size / times[-1]
         loss = ", ".join(f"{value:.4f}" for value in losses)
         finite = all(torch.isfinite(torch.tensor(losses)))
+        if not world.is_main:
+            return
         console.print(
             f"dry run of {recipe.name} on {experiment.device}: {len(experiment.source):,} images, "
             f"{experiment.total_steps:,} steps in all\n"
@@ -57,6 +64,7 @@ def dry_run(recipe: Recipe, options: RunOptions, console: Console) -> None:
             f"  loss            {loss}{'' if finite else '  (not finite: lower --optimizer.base-lr)'}\n"
             f"  step            {times[-1]:.3f} s, {images:,.0f} source images/s, {images * len(recipe.views):,.0f} "
             "views/s (the step alone, without loading)\n"
+            f"  batch           {recipe.batch_size}, {recipe.batch_size // world.size} a process ({world.size})\n"
             f"  memory          {peak_memory_gib(experiment.device):.2f} GiB at peak\n"
             "nothing was written",
             highlight=False,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from mvssl.distributed import World
 from mvssl.evaluate.online import check_knn_data
 from mvssl.monitor.indexing import indexing_progress
 from mvssl.options import RunOptions, resolve_device
@@ -35,6 +36,7 @@ class Experiment:
         order: which image comes when.
         loader: batches of views in that order.
         step: one optimiser update.
+        world: the ranks that train together.
     """
 
     recipe: Recipe
@@ -45,6 +47,7 @@ class Experiment:
     order: Order
     loader: Loader
     step: TrainStep
+    world: World
 
     @property
     def total_steps(self) -> int:
@@ -63,38 +66,34 @@ def labelled(*sources: Source | None) -> bool:
 
 
 @contextmanager
-def open_experiment(recipe: Recipe, options: RunOptions, console: Console) -> Iterator[Experiment]:
-    """Build the parts of a run and close them at the end. Reseeds torch's generator from the recipe.
+def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world: World) -> Iterator[Experiment]:
+    """Build the parts of a run on this rank and close them at the end.
 
     Raises:
         InputError: a path, a size or a combination cannot be used; the message says which and what to do.
     """
     if options.data is None:
         raise InputError("data is missing: give the folder of images, or a converted data set, with --data PATH.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but this version trains in one process: start "
-            "mvssl-train without torchrun."
-        )
-    device = resolve_device(options.device)
+    device = resolve_device(options.device, local_rank=world.local_rank if world.size > 1 else None)
     with ExitStack() as stack:
         train_path, val_path = split_paths(options.data)
-        source = open_source(train_path, progress=indexing_progress(console, train_path))
+        source = _open(train_path, console, world)
         stack.callback(source.close)
         val = None
         val_path = options.val or val_path
         if val_path is not None:
-            val = open_source(val_path, progress=indexing_progress(console, val_path))
+            val = _open(val_path, console, world)
             stack.callback(val.close)
+        _check_same_data(source, world)
         if recipe.evaluation.every_epochs and labelled(source, val):
             check_knn_data(source, val, recipe.evaluation)
         order = Order(num_images=len(source), batch_size=recipe.batch_size, seed=recipe.seed)
-        torch.manual_seed(recipe.seed)  # drop path draws from it
         step = TrainStep(
             recipe,
             device=device,
             total_steps=recipe.epochs * order.steps_per_epoch,
             steps_per_epoch=order.steps_per_epoch,
+            world=world,
         )
         loader = Loader(
             source,
@@ -105,6 +104,8 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console) -> It
             decoder=options.decoder,
             threads=options.threads,
             prefetch=options.prefetch,
+            rank=world.rank,
+            world_size=world.size,
         )
         stack.callback(loader.close)
         yield Experiment(
@@ -116,4 +117,23 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console) -> It
             order=order,
             loader=loader,
             step=step,
+            world=world,
+        )
+
+
+def _open(path: Path, console: Console, world: World) -> Source:
+    """Open images; rank 0 indexes a folder first, the others find its index in the cache."""
+    return world.main_first(lambda: open_source(path, progress=indexing_progress(console, path)))
+
+
+def _check_same_data(source: Source, world: World) -> None:
+    """Check that all ranks see the same images.
+
+    Raises:
+        InputError: this rank's differ from rank 0's.
+    """
+    if world.on_main(lambda: source.fingerprint) != source.fingerprint:
+        raise InputError(
+            f"data is {str(source.location)!r}, which holds other images on rank {world.rank} than on rank 0 (their "
+            "names, sizes or labels differ): give every machine the same data set."
         )

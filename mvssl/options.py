@@ -62,12 +62,32 @@ class RunOptions:
             raise InputError("resume and init_from exclude each other: a resumed run has its weights; leave one out.")
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, *, local_rank: int | None = None) -> torch.device:
     """The device of an option: auto is CUDA where there is one, else the CPU.
 
+    Args:
+        name: auto, cpu, cuda or cuda:N.
+        local_rank: number of this process on its machine where several train together: each takes the GPU of its
+            number.
+
     Raises:
-        InputError: the device is unknown or not there.
+        InputError: the device is unknown or not there, or one GPU is named for several processes.
     """
+    device = _named_device(name)
+    if local_rank is None or device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise invalid("device", name, "auto, cpu or cuda with torchrun", "each process takes the GPU of its number")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"Process {local_rank} of this machine has no GPU: torchrun was told to start more processes than the "
+            f"{torch.cuda.device_count()} GPUs here (--nproc-per-node); start fewer, or use --device cpu."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _named_device(name: str) -> torch.device:
+    """The device of a name."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

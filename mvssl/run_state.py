@@ -40,7 +40,6 @@ def save_state(experiment: Experiment, folder: RunFolder, window: Window, positi
         state={
             "step": experiment.step.state_dict(),
             "window": window.state_dict(),
-            "rng": checkpoint.rng_state(),
         },
         meta={
             "recipe": to_dict(experiment.recipe),
@@ -54,14 +53,14 @@ def save_state(experiment: Experiment, folder: RunFolder, window: Window, positi
 
 
 def restore_state(experiment: Experiment, folder: RunFolder, window: Window) -> Position:
-    """Put networks, optimiser, window and random state back as they were when the last checkpoint was made.
+    """Put networks, optimiser and window back as they were when the last checkpoint was made, on any number of ranks.
 
-    The exported backbone is written anew: a kill may have come between the two.
+    Rank 0 reads it for all. The exported backbone is written anew: a kill may have come between the two.
 
     Raises:
         InputError: the checkpoint is damaged, or the run was begun with other images.
     """
-    saved = checkpoint.load(folder.last)
+    saved = experiment.world.on_main(lambda: checkpoint.load(folder.last))
     if saved.meta["data"] != experiment.source.fingerprint:
         raise InputError(
             f"data is {str(experiment.options.data)!r} but the run was begun with other images (their names, sizes or "
@@ -69,8 +68,9 @@ def restore_state(experiment: Experiment, folder: RunFolder, window: Window) -> 
         )
     experiment.step.load_state_dict(saved.state["step"])
     window.load_state_dict(saved.state["window"], experiment.device)
-    checkpoint.restore_rng_state(saved.state["rng"])
-    export_backbone(experiment.step.online.backbone, experiment.recipe.backbone.name, folder.backbone)
+    experiment.world.on_main(
+        lambda: export_backbone(experiment.step.online.backbone, experiment.recipe.backbone.name, folder.backbone)
+    )
     return Position(
         step=int(saved.meta["step"]),
         metrics_bytes=int(saved.meta["metrics_bytes"]),

@@ -7,6 +7,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from mvssl.distributed import World
+
 EXIT_INTERRUPTED = 75
 """Exit code of a run that saved a checkpoint because of a signal (EX_TEMPFAIL of sysexits.h: run it again)."""
 
@@ -14,8 +16,9 @@ EXIT_INTERRUPTED = 75
 class StopRequest:
     """Context manager; `requested` names the signal once one came. Outside the main thread it listens to nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: World) -> None:
         self.requested: str | None = None
+        self._world = world
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -23,6 +26,12 @@ class StopRequest:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
+
+    def agree(self) -> str | None:
+        """Name of the signal that came on any rank, None if none did; every rank has to ask at the same moments."""
+        number = signal.Signals[self.requested].value if self.requested else 0
+        agreed = int(self._world.max(number))
+        return signal.Signals(agreed).name if agreed else None
 
     class Requested(Exception):
         """Raised by `check`: leave what you are doing."""

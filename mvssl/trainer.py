@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from mvssl.distributed import FailedElsewhere, World, join_world
 from mvssl.evaluate.online import evaluate_knn
 from mvssl.experiment import Experiment, open_experiment
 from mvssl.init_from import init_from
@@ -19,7 +20,7 @@ from mvssl.monitor.log import run_log
 from mvssl.monitor.monitor import Monitor
 from mvssl.monitor.sheet import write_view_sheet
 from mvssl.monitor.window import Window
-from mvssl.options import RunOptions
+from mvssl.options import RunOptions, resolve_device
 from mvssl.recipe import Recipe
 from mvssl.run_folder import RunFolder
 from mvssl.run_state import Position, restore_state, save_state
@@ -55,10 +56,13 @@ class TrainResult:
 def train(recipe: Recipe, *, data: str | Path, out: str | Path, **options: Any) -> TrainResult:
     """Pre-train a backbone: `RunOptions` says what else can be given.
 
+    In a script that torchrun starts, every process calls this; together they are one run.
+
     Raises:
         InputError: something given cannot be used.
         Interrupted: SIGINT or SIGTERM came; everything is saved.
         Diverged: the loss became NaN or infinite.
+        FailedElsewhere: another rank failed, and says why.
     """
     return run(recipe, RunOptions(data=Path(data), out=Path(out), **options))
 
@@ -67,26 +71,40 @@ def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) 
     """Train as `recipe` and `options` say; see `train`."""
     if options.out is None:
         raise InputError("out is missing: name the run folder with --out PATH.")
-    console = console or Console()
     folder = RunFolder(options.out)
+    with join_world(cuda=resolve_device(options.device).type == "cuda") as world:
+        console = (console or Console()) if world.is_main else Console(quiet=True)
+        world.on_main(lambda: _check_folder(folder, recipe, options))
+        with open_experiment(recipe, options, console, world) as experiment:
+            window = Window()
+            position = _begin(experiment, folder, window)
+            with run_log(folder.log, console, rank=world.rank), StopRequest(world) as stop:
+                _announce(experiment, folder, position.step)
+                if position.step == 0 and world.is_main:
+                    write_view_sheet(experiment, folder.views)
+                with explain_out_of_memory(), Monitor(experiment, folder, console, position) as monitor:
+                    return _Loop(experiment, folder, window, position, monitor, stop).run()
+
+
+def _check_folder(folder: RunFolder, recipe: Recipe, options: RunOptions) -> None:
+    """Check that the run may go on or begin in this folder, before any work is done for it."""
     if options.resume:
         folder.check_same_recipe(recipe)
     else:
         folder.check_free(overwrite=options.overwrite)
-    with open_experiment(recipe, options, console) as experiment:
-        window, position = Window(), Position()
-        if options.resume and folder.has_checkpoint():
-            position = restore_state(experiment, folder, window)
-        else:  # a run that was stopped before its first checkpoint is resumed at its beginning
-            init_from(experiment.step, recipe, folder.option("init_from") if options.resume else options.init_from)
-        if not options.resume:
-            folder.begin(recipe, _plain(options), overwrite=options.overwrite)
-        with run_log(folder.log, console), StopRequest() as stop:
-            _announce(experiment, folder, position.step)
-            if position.step == 0:
-                write_view_sheet(experiment, folder.views)
-            with explain_out_of_memory(), Monitor(experiment, folder, console, position) as monitor:
-                return _Loop(experiment, folder, window, position, monitor, stop).run()
+
+
+def _begin(experiment: Experiment, folder: RunFolder, window: Window) -> Position:
+    """Restore the run in the folder, or make the folder for a new one; where the run stands."""
+    recipe, options, world = experiment.recipe, experiment.options, experiment.world
+    if options.resume and world.on_main(folder.has_checkpoint):
+        return restore_state(experiment, folder, window)
+    # A run that was stopped before its first checkpoint is resumed at its beginning.
+    weights = world.on_main(lambda: folder.option("init_from")) if options.resume else options.init_from
+    init_from(experiment.step, recipe, weights)
+    if not options.resume:
+        world.on_main(lambda: folder.begin(recipe, _plain(options), overwrite=options.overwrite))
+    return Position()
 
 
 class _Loop:
@@ -102,13 +120,14 @@ class _Loop:
         stop: StopRequest,
     ) -> None:
         self.experiment = experiment
+        self.world: World = experiment.world
         self.folder = folder
         self.window = window
         self.monitor = monitor
         self.stop = stop
         self.step = position.step
         self.evaluated = position.evaluated
-        self.knn = last_knn(folder.metrics)
+        self.knn = self.world.on_main(lambda: last_knn(folder.metrics))
 
     def run(self) -> TrainResult:
         """Train to the end.
@@ -121,7 +140,8 @@ class _Loop:
         if not self.evaluated:  # a signal came in the middle of the evaluation
             self.evaluate()
             self.save()
-        while self.step < total and not self.stop.requested:
+        stopping = self.stop.agree()
+        while self.step < total and not stopping:
             epoch, first_step = divmod(self.step, order.steps_per_epoch)
             for batch in experiment.loader.epoch(epoch, first_step=first_step, until=experiment.recipe.epochs):
                 index, output = batch.index, experiment.step(batch.views, self.step)
@@ -130,17 +150,19 @@ class _Loop:
                 self.window.add(output, index)
                 epoch_ends = self.step % order.steps_per_epoch == 0
                 if epoch_ends or self.step % experiment.options.log_every == 0:
+                    self.window.average(self.world)
                     check_finite(experiment, self.folder, self.window, self.step)
                     self.monitor.log_train(self.window, output, step=self.step)
                 if epoch_ends and self.evaluation_due(epoch + 1):
                     self.evaluate()
-                if self.stop.requested or self.save_due(epoch + 1, epoch_ends):
+                stopping = self.stop.agree()
+                if stopping or self.save_due(epoch + 1, epoch_ends):
                     self.save()
-                if self.stop.requested:
+                if stopping:
                     break
-        if self.stop.requested and not (self.step == total and self.evaluated):
+        if stopping and not (self.step == total and self.evaluated):
             raise Interrupted(
-                f"{self.stop.requested} came after step {self.step} of {total}; everything is saved in "
+                f"{stopping} came after step {self.step} of {total}; everything is saved in "
                 f"{self.folder.path}: go on with --resume."
             )
         return self.conclude()
@@ -155,11 +177,15 @@ class _Loop:
     def save(self) -> None:
         """Write a checkpoint, the exported backbone and the loss picture."""
         with self.monitor.pause():
+            self.window.average(self.world)
             check_finite(self.experiment, self.folder, self.window, self.step)
             check_weights(self.experiment, self.step)
-            position = Position(step=self.step, metrics_bytes=self.monitor.sync(), evaluated=self.evaluated)
-            save_state(self.experiment, self.folder, self.window, position)
-            self.monitor.plot()
+            self.world.on_main(self._write)
+
+    def _write(self) -> None:
+        position = Position(step=self.step, metrics_bytes=self.monitor.sync(), evaluated=self.evaluated)
+        save_state(self.experiment, self.folder, self.window, position)
+        self.monitor.plot()
 
     def evaluation_due(self, epochs: int) -> bool:
         """Whether kNN is due after `epochs` epochs: every n epochs and at the end, where there are labels."""
@@ -169,7 +195,8 @@ class _Loop:
     def evaluate(self) -> None:
         """Measure and report the backbone's kNN accuracy; a signal ends that early and leaves it for the resumption.
 
-        Whatever else goes wrong (memory, a damaged file) is raised after a save: the epoch is not lost.
+        Whatever else goes wrong (memory, a damaged file) is raised, in a run of one process after a save: the epoch is
+        not lost.
         """
         experiment = self.experiment
         with self.monitor.pause():
@@ -184,12 +211,14 @@ class _Loop:
                     decoder=experiment.options.decoder,
                     threads=experiment.options.threads,
                     progress=self.stop.check,
+                    world=self.world,
                 )
-            except StopRequest.Requested:
+            except (StopRequest.Requested, FailedElsewhere):  # a rank that failed for another reason ends the run
                 self.evaluated = False
             except Exception:
                 self.evaluated = False
-                self.save()
+                if self.world.size == 1:
+                    self.save()
                 raise
             else:
                 self.evaluated = True
@@ -230,15 +259,17 @@ def _plain(options: RunOptions) -> dict[str, Any]:
 
 def _announce(experiment: Experiment, folder: RunFolder, step: int) -> None:
     """Say in a few lines what is about to run."""
-    recipe, order = experiment.recipe, experiment.order
+    recipe, order, ranks = experiment.recipe, experiment.order, experiment.world.size
+    shared = f" ({recipe.batch_size // ranks} on each of {ranks} processes)" if ranks > 1 else ""
     logger.info(
-        "%s %s: %s, %s images, %d views an image, batch %d, %d epochs of %d steps, on %s with %s",
+        "%s %s: %s, %s images, %d views an image, batch %d%s, %d epochs of %d steps, on %s with %s",
         "Resuming" if step else "Training",
         recipe.name,
         recipe.backbone.name,
         f"{len(experiment.source):,}",
         len(recipe.views),
         recipe.batch_size,
+        shared,
         recipe.epochs,
         order.steps_per_epoch,
         experiment.device,

@@ -8,8 +8,10 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mvssl.distributed import World
 from mvssl.recipe import Evaluation
 from pipelines.evaluation import iterate_center
 from pipelines.storage.source import Source
@@ -43,10 +45,12 @@ def extract_features(
     batch_size: int = 256,
     max_images: int | None = None,
     progress: Callable[[int], None] | None = None,
+    world: World | None = None,
 ) -> Features:
     """Embed the centre crop of each image (SPEC section 6) with the backbone in eval mode.
 
-    The backbone's training mode is put back afterwards. Undecodable images are left out and named in the log.
+    The backbone's training mode is put back afterwards. Undecodable images are left out and named in the log. Several
+    ranks embed a share each; all get the features of all images, in one order.
 
     Args:
         backbone: maps [B, 3, S, S] to [B, D].
@@ -58,11 +62,57 @@ def extract_features(
         threads: threads that decode.
         batch_size: images at a time.
         max_images: take at most this many, evenly spaced; None takes all.
-        progress: called with the number of images done.
+        progress: called with the number of images done (by this rank); what it raises ends the extraction.
+        world: the ranks that embed together; None is this process alone.
+
+    Raises:
+        FailedElsewhere: another rank failed.
     """
-    indices = None
+    world = world or World()
+    indices = np.arange(len(source))
     if max_images is not None and max_images < len(source):
         indices = np.linspace(0, len(source) - 1, max_images).round().astype(np.int64)
+    share = indices[world.rank :: world.size]
+    mine = world.together(
+        lambda: _extract(
+            backbone,
+            source,
+            evaluation,
+            device=device,
+            autocast=autocast,
+            decoder=decoder,
+            threads=threads,
+            batch_size=batch_size,
+            indices=share if len(share) else indices[:1],
+            progress=progress,
+        )
+    )
+    if world.size == 1:
+        return mine
+    index = world.gather_rows(mine.index.to(device))  # the order of the ranks, an image of a tiny set perhaps twice
+    _, first = np.unique(index.cpu().numpy(), return_index=True)
+    order = torch.from_numpy(first).to(device)
+    return Features(
+        values=world.gather_rows(mine.values)[order],
+        labels=world.gather_rows(mine.labels)[order],
+        index=index[order].cpu(),
+    )
+
+
+def _extract(
+    backbone: nn.Module,
+    source: Source,
+    evaluation: Evaluation,
+    *,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    decoder: Literal["auto", "dali", "pillow"],
+    threads: int | None,
+    batch_size: int,
+    indices: NDArray[np.int64],
+    progress: Callable[[int], None] | None,
+) -> Features:
+    """The features of some images, in the order of `indices`."""
     was_training = backbone.training
     backbone.eval()
     values: list[Tensor] = []

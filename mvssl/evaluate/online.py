@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from mvssl.distributed import World
 from mvssl.evaluate.features import extract_features
 from mvssl.evaluate.knn import knn_accuracy
 from mvssl.recipe import Evaluation
@@ -49,17 +50,21 @@ def evaluate_knn(
     decoder: Literal["auto", "dali", "pillow"] = "auto",
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    world: World | None = None,
 ) -> dict[int, float]:
     """Top-1 accuracy in [0, 1] for each k of the evaluation.
 
     With `val`, its images are classified by the training images; without, each training image is by all the others
     (leave one out). `progress` is called with the number of images of a split that are done; what it raises ends the
-    evaluation.
+    evaluation. The ranks of a `world` embed a share of the images each, with the BatchNorm statistics of rank 0.
 
     Raises:
         InputError: as `check_knn_data`.
+        FailedElsewhere: another rank failed.
     """
     check_knn_data(train, val, evaluation)
+    if world is not None:
+        world.take_from_main(backbone.buffers())
     extract = partial(
         extract_features,
         backbone,
@@ -69,6 +74,7 @@ def evaluate_knn(
         decoder=decoder,
         threads=threads,
         progress=progress,
+        world=world,
     )
     bank = extract(train, max_images=evaluation.max_train)
     if val is None:

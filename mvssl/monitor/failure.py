@@ -18,7 +18,8 @@ class Diverged(InputError):
 
 
 def check_finite(experiment: Experiment, folder: RunFolder, window: Window, step: int) -> None:
-    """Check losses and gradients since the last log point. Waits for the device.
+    """Check losses and gradients since the last log point, which the window has averaged over the ranks: all ranks come
+    to the same verdict. Waits for the device.
 
     Raises:
         Diverged: one is not finite; failure.json names the first such step, its losses and its images. In fp16 single
@@ -33,18 +34,20 @@ def check_finite(experiment: Experiment, folder: RunFolder, window: Window, step
     failure = window.non_finite(last_step=step, gradients=not scaler.is_enabled())
     if failure is None:
         return
-    write_json(
-        folder.failure,
-        {
-            "step": failure.step,
-            "epoch": (failure.step - 1) // experiment.order.steps_per_epoch,
-            "grad_norm": repr(failure.grad_norm),
-            "losses": [repr(loss) for loss in failure.losses],
-            "index": failure.index,
-            "keys": [experiment.source.key(i) for i in failure.index],
-            "recipe": to_dict(experiment.recipe),
-        },
-    )
+    index = [i for share in experiment.world.gather_objects(failure.index) for i in share]  # of the whole batch
+    if experiment.world.is_main:
+        write_json(
+            folder.failure,
+            {
+                "step": failure.step,
+                "epoch": (failure.step - 1) // experiment.order.steps_per_epoch,
+                "grad_norm": repr(failure.grad_norm),
+                "losses": [repr(loss) for loss in failure.losses],
+                "index": index,
+                "keys": [experiment.source.key(i) for i in index],
+                "recipe": to_dict(experiment.recipe),
+            },
+        )
     raise Diverged(
         f"The loss or gradient of step {failure.step} is not finite; its images are listed in {folder.failure}, and "
         "checkpoints from before it are untouched: lower --optimizer.base-lr, or use --precision fp32, and start anew."

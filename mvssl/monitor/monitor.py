@@ -15,10 +15,8 @@ from rich.console import Console
 from mvssl.diagnostics import collapse_warning, effective_rank, embedding_std
 from mvssl.environment import peak_memory_gib
 from mvssl.experiment import Experiment
-from mvssl.monitor.jsonl import JsonLines, complete_bytes
-from mvssl.monitor.plots import plot_losses
-from mvssl.monitor.progress import Status, make_display
-from mvssl.monitor.tensorboard import make_scalar_writer
+from mvssl.monitor.outputs import Outputs
+from mvssl.monitor.progress import Status
 from mvssl.monitor.window import Window
 from mvssl.run_folder import RunFolder
 from mvssl.run_state import Position
@@ -50,18 +48,24 @@ class _Clock:
 
 
 class Monitor:
-    """Metrics, throughput, TensorBoard, display and log of one run. A context manager."""
+    """Metrics, throughput, TensorBoard, display and log of one run. A context manager.
+
+    Every rank has one and calls it at the same moments; rank 0's alone reports.
+    """
 
     def __init__(self, experiment: Experiment, folder: RunFolder, console: Console, position: Position) -> None:
         self._experiment = experiment
-        self._folder = folder
         self._first_step = step = position.step
-        self._metrics = JsonLines(folder.metrics, keep_bytes=position.metrics_bytes)
-        size = complete_bytes(folder.throughput) if step else 0
-        self._throughput = JsonLines(folder.throughput, keep_bytes=size)
         self._collapsed = False
-        self._scalars = make_scalar_writer(folder.tensorboard, first_step=step)
-        self._display = make_display(console, steps=experiment.total_steps, done=step)
+        self._outputs: Outputs | None = None
+        if experiment.world.is_main:
+            self._outputs = Outputs(
+                folder,
+                console,
+                first_step=step,
+                total_steps=experiment.total_steps,
+                metrics_bytes=position.metrics_bytes,
+            )
         self._clock = _Clock(step=step)
 
     def __enter__(self) -> Monitor:
@@ -70,13 +74,18 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._display.close()
-        self._metrics.close()
-        self._throughput.close()
-        self._scalars.close()
+        if self._outputs is not None:
+            self._outputs.close()
 
     def log_train(self, window: Window, output: StepOutput, *, step: int) -> None:
-        """Report the steps of a window, of which `output` is the last one's, and begin a new window."""
+        """Report the steps of a window, of which `output` is the last one's, and begin a new window.
+
+        Losses are of the whole batch (the window is averaged over the ranks), embeddings are rank 0's.
+        """
+        speed = self._speed(step)
+        if self._outputs is None:
+            window.clear()
+            return
         rows = window.rows()  # [steps, 2 + T]
         _, loss, *task_losses = rows.mean(dim=0).tolist()
         losses = dict(zip(tasks(self._experiment.recipe.views), task_losses, strict=True))
@@ -92,13 +101,12 @@ class Monitor:
             "grad_norm": float(rows[-1, 0]) if rows[-1, 0].isfinite() else None,  # fp16 gradients may overflow
         }
         epoch = (step - 1) // self._experiment.order.steps_per_epoch
-        self._metrics.write({"kind": "train", "step": step, "epoch": epoch, **row})
-        speed = self._speed(step)
         status = self._status(step, epoch, losses, output, speed)
-        self._throughput.write({"step": step, **speed})
-        self._scalars.write(step, {f"train/{name}": value for name, value in row.items() if value is not None})
-        self._scalars.write(step, {f"speed/{name}": value for name, value in speed.items()})
-        self._display.show(status)
+        self._outputs.metrics.write({"kind": "train", "step": step, "epoch": epoch, **row})
+        self._outputs.throughput.write({"step": step, **speed})
+        self._outputs.scalars.write(step, {f"train/{name}": value for name, value in row.items() if value is not None})
+        self._outputs.scalars.write(step, {f"speed/{name}": value for name, value in speed.items()})
+        self._outputs.display.show(status)
         logger.debug(status.line())
         warning = collapse_warning(std=float(std), rank=float(rank), batch_size=len(embedding), dim=embedding.shape[1])
         if warning is not None and not self._collapsed:  # once, not at every log point
@@ -107,9 +115,9 @@ class Monitor:
         window.clear()
 
     def _speed(self, step: int) -> dict[str, float]:
-        """What the machine did since the last log point."""
+        """What the machines did since the last log point; the data wait is the longest of any rank."""
         steps = step - self._clock.step
-        now, waited = time.perf_counter(), self._experiment.loader.stats.wait_seconds
+        now, waited = time.perf_counter(), self._waited()
         seconds = now - self._clock.mark
         images = steps * self._experiment.recipe.batch_size
         wait = (waited - self._clock.waited) / seconds
@@ -148,13 +156,19 @@ class Monitor:
             seconds_left=per_step * (total - step),
         )
 
+    def _waited(self) -> float:
+        """Seconds that the rank which waited longest has waited for batches."""
+        return self._experiment.world.max(self._experiment.loader.stats.wait_seconds)
+
     def log_knn(self, accuracy: dict[int, float], *, step: int) -> None:
         """Report a kNN evaluation; the first k is the headline."""
+        if self._outputs is None:
+            return
         headline = next(iter(accuracy.values()))
         epochs = step // self._experiment.order.steps_per_epoch
         row = {"top1": headline, **{f"top1_k{k}": value for k, value in accuracy.items()}}
-        self._metrics.write({"kind": "knn", "step": step, "epoch": epochs - 1, **row})
-        self._scalars.write(step, {f"knn/{name}": value for name, value in row.items()})
+        self._outputs.metrics.write({"kind": "knn", "step": step, "epoch": epochs - 1, **row})
+        self._outputs.scalars.write(step, {f"knn/{name}": value for name, value in row.items()})
         logger.info(
             "kNN after epoch %d: %s",
             epochs,
@@ -171,12 +185,13 @@ class Monitor:
         self._clock.mark += pause
 
     def sync(self) -> int:
-        """Bring all metrics to the disk and return the size of metrics.jsonl in bytes."""
-        return self._metrics.sync()
+        """Bring all metrics to the disk and return the size of metrics.jsonl in bytes (0 where it is not written)."""
+        return 0 if self._outputs is None else self._outputs.metrics.sync()
 
     def plot(self) -> None:
         """Draw losses.png anew."""
-        plot_losses(self._folder.metrics, self._folder.losses)
+        if self._outputs is not None:
+            self._outputs.plot()
 
     def summary(self, *, step: int) -> dict[str, Any]:
         """Images per second and the share of time waited for data since the run was begun or resumed."""
@@ -185,5 +200,5 @@ class Monitor:
         return {
             "seconds": seconds,
             "images_per_second": images / max(seconds, 1e-9),
-            "data_wait": min(self._experiment.loader.stats.wait_seconds / max(seconds, 1e-9), 1.0),
+            "data_wait": min(self._waited() / max(seconds, 1e-9), 1.0),
         }

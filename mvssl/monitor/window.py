@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvssl.distributed import World
 from mvssl.step import StepOutput
 
 
@@ -36,6 +37,11 @@ class Window:
         scalars = torch.stack([output.grad_norm.float(), output.loss.float()])
         self._rows.append(torch.cat([scalars, output.losses.float()]))  # [2 + T]
         self._index.append(index)
+
+    def average(self, world: World) -> None:
+        """Take the mean over the ranks, so that all have the numbers of the whole batch and judge alike."""
+        if self._rows:
+            self._rows = list(world.mean(torch.stack(self._rows)).unbind())
 
     def rows(self) -> Tensor:
         """Gradient norm, loss and losses as a float64 [steps, 2 + T] tensor on the CPU. Waits for the device."""
