@@ -1,145 +1,132 @@
-"""A multi-task BYOL step in float64 against a plain version: separate MLPs, Python loops, formulas written out."""
+"""The training step in float64 against the plain version of `plain.py`: losses, gradients, rates, weights, statistics.
+
+Every case is a published recipe made small. How its losses are weighted is written here once more, as SPEC section 4
+says it: with sums and halves, not with the recipe's task weights.
+"""
 
 from __future__ import annotations
 
 import copy
-import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import pytest
-import timm
 import torch
-from torch import Tensor, nn
+from plain import Plain, Terms
+from torch import Tensor
 
-from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+import mvssl.recipes
+from mvssl.recipe import Backbone, Evaluation, Head, Recipe
 from mvssl.step import TrainStep
-from pipelines.views.presets import paper_views
+from pipelines.views.presets import asymmetric, paper_views
+from pipelines.views.spec import ViewSpec
 
-BATCH, STEPS, WARMUP = 6, 9, 2
-TASKS = {"global": (0, 1), "local": (2, 3), "cutout": (4,)}
-WEIGHTS = {"global": 1.0, "local": 0.5, "cutout": 1.0}
-# The BatchNorm behind the predictor's first layer takes this bias out again, so its true gradient is 0.
-ZERO_GRADIENT = "projector.3.bias"
-RECIPE = Recipe(
-    name="parity",
-    views=paper_views(size=32, local_size=16, blur_kernel=5),
-    task_weights={"local": 0.5},
-    backbone=Backbone(name="test_resnet"),
-    projector=Head(hidden=(24,), out=12),
-    predictor=Head(hidden=(20, 16), out=12),
-    optimizer=Optimizer(kind="lars", base_lr=20.0, weight_decay=1e-3, eta=0.01, warmup_epochs=1, final_lr_factor=0.001),
-    epochs=5,
-    batch_size=BATCH,
-    target_decay=0.9,
-    evaluation=Evaluation(resize=32, crop=32),
-)
+METHODS = ("byol", "simsiam", "mocov3")
+BATCH, STEPS, STEPS_PER_EPOCH = 6, 9, 2
+WIDTHS = {"test_resnet": 96, "test_vit": 64}
+# Rates with which three updates move the weights far enough to tell a wrong update from a right one.
+RATES: dict[str, dict[str, Any]] = {
+    "lars": {"base_lr": 20.0, "weight_decay": 1e-3, "eta": 0.01},
+    "sgd": {"base_lr": 4.0, "weight_decay": 1e-2},
+    "adamw": {"base_lr": 0.2, "weight_decay": 0.1},
+}
 
 
-def plain_mlp(width: int, hidden: tuple[int, ...], out: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for size in hidden:
-        layers += [nn.Linear(width, size, bias=False), nn.BatchNorm1d(size), nn.ReLU()]
-        width = size
-    return nn.Sequential(*layers, nn.Linear(width, out))
+def small(recipe: Recipe, *, backbone: str = "test_resnet", **changes: Any) -> Recipe:
+    """A recipe with its structure and small sizes: 32 pixels for 224 and 16 for 96, heads 12 to 24 wide."""
+
+    def head(big: Head) -> Head:
+        return replace(big, hidden=(24, 20)[: len(big.hidden)], out=12)
+
+    optimizer = recipe.optimizer
+    return replace(
+        recipe,
+        views=tuple(replace(spec, size={224: 32, 96: 16}[spec.size], blur_kernel=5) for spec in recipe.views),
+        backbone=Backbone(name=backbone),
+        projector=head(recipe.projector),
+        predictor=head(recipe.predictor),
+        optimizer=replace(optimizer, warmup_epochs=min(optimizer.warmup_epochs, 1), **RATES[optimizer.kind]),
+        epochs=5,
+        batch_size=BATCH,
+        target_decay=0.9,
+        evaluation=Evaluation(resize=32, crop=32),
+        **changes,
+    )
 
 
-@dataclass
-class Plain:
-    """The networks of the plain version."""
-
-    backbone: nn.Module
-    projector: nn.Module
-    predictors: list[nn.Module]
-    target_backbone: nn.Module
-    target_projector: nn.Module
-
-    def online_parameters(self) -> dict[str, Tensor]:
-        named = {f"backbone.{name}": p for name, p in self.backbone.named_parameters()}
-        named |= {f"projector.{name}": p for name, p in self.projector.named_parameters()}
-        for slot, predictor in enumerate(self.predictors):
-            named |= {f"predictor {slot}.{name}": p for name, p in predictor.named_parameters()}
-        return named
-
-    def target_parameters(self) -> dict[str, Tensor]:
-        named = {f"backbone.{name}": p for name, p in self.target_backbone.named_parameters()}
-        return named | {f"projector.{name}": p for name, p in self.target_projector.named_parameters()}
+def published(method: str, setting: str) -> Recipe:
+    """The recipe of a method: multi-task, with two views, or with one prediction of two views."""
+    name = f"{method}_resnet50_200ep"
+    if setting == "multi-task":
+        return small(mvssl.recipes.get_recipe(name))
+    recipe = small(mvssl.recipes.get_recipe(f"{name}_two_view"))
+    return recipe if setting == "two-view" else replace(recipe, views=asymmetric(recipe.views))
 
 
-def unstack(tensors: dict[str, Tensor], slots: int) -> dict[str, Tensor]:
-    """Rename the bank's tensors to those of separate MLPs; a weight [in, out] of a slot is a Linear's transposed."""
-    plain: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+def written_out(method: str, setting: str) -> Callable[[Terms], Tensor]:
+    """The whole loss from the losses of the pairs, as SPEC section 4 says it."""
+
+    def total(terms: Terms) -> Tensor:
+        if setting == "asymmetric":
+            return {"byol": 2.0, "simsiam": 1.0, "mocov3": 2.0}[method] * terms[0, 1]
+        if setting == "two-view":
+            both = terms[0, 1] + terms[1, 0]
+            return both / 2 if method == "simsiam" else both
+        of_globals = (terms[0, 1] + terms[1, 0]) / 2
+        of_locals = (terms[2, 0] + terms[2, 1] + terms[3, 0] + terms[3, 1]) / 4
+        of_cutout = (terms[4, 0] + terms[4, 1]) / 2
+        return (of_globals + of_locals + of_cutout) / (3 if method == "simsiam" else 1)
+
+    return total
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Build everything inside in double precision."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def unstack(values: dict[str, Any]) -> dict[str, Any]:
+    """Rename the bank's entries to those of separate MLPs; a weight [in, out] of a slot is a Linear's transposed."""
+    plain: dict[str, Any] = {}
+    for name, tensor in values.items():
         if not name.startswith("predictors.layers."):
             plain[name] = tensor
             continue
-        for slot in range(slots):
-            single = tensor[slot]
-            plain[f"predictor {slot}.{name.removeprefix('predictors.layers.')}"] = (
+        for slot, single in enumerate(tensor):
+            plain[f"predictors.{slot}.{name.removeprefix('predictors.layers.')}"] = (
                 single.T if single.dim() == 2 else single
             )
     return plain
 
 
-def make_plain(step: TrainStep, slots: int) -> Plain:
-    state = unstack(step.online.state_dict(), slots)
+def truly_zero(recipe: Recipe) -> frozenset[str]:
+    """Gradients and statistics that are 0 but for rounding, because a BatchNorm takes out what comes before it.
 
-    def part(prefix: str, source: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in source.items() if name.startswith(prefix)}
-
-    plain = Plain(
-        backbone=timm.create_model("test_resnet", num_classes=0),
-        projector=plain_mlp(96, (24,), 12),
-        predictors=[plain_mlp(12, (20, 16), 12) for _ in range(slots)],
-        target_backbone=timm.create_model("test_resnet", num_classes=0),
-        target_projector=plain_mlp(96, (24,), 12),
-    )
-    for module, values in (
-        (plain.backbone, part("backbone.", state)),
-        (plain.projector, part("projector.", state)),
-        *((predictor, part(f"predictor {slot}.", state)) for slot, predictor in enumerate(plain.predictors)),
-        (plain.target_backbone, part("backbone.", step.target.state_dict())),
-        (plain.target_projector, part("projector.", step.target.state_dict())),
-    ):
-        module.double().train()
-        module.load_state_dict(copy.deepcopy(values))
-    return plain
+    Gradients of shifts in front of a BatchNorm; means of a linear map (without bias) of a BatchNorm's output.
+    """
+    names = {f"projector.{3 * len(recipe.projector.hidden)}.bias"}  # its own, or that of the predictor's first layer
+    if "vit" in recipe.backbone.name:
+        names |= {"backbone.norm.bias"}
+    for slot in range(4):
+        if recipe.predictor.output_norm:
+            names |= {f"predictors.{slot}.{3 * len(recipe.predictor.hidden)}.bias"}
+        if recipe.projector.output_norm:
+            names |= {f"predictors.{slot}.1.running_mean"}
+    return frozenset(names)
 
 
-def plain_loss(plain: Plain, views: list[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """Loss of each task and the weighted total."""
-    with torch.no_grad():
-        targets = {t: plain.target_projector(plain.target_backbone(views[t])) for t in (0, 1)}
-    losses: dict[str, Tensor] = {}
-    for number, (task, members) in enumerate(TASKS.items()):
-        predictor = plain.predictors[number if len(plain.predictors) > 1 else 0]
-        terms = []
-        for v in members:
-            p = predictor(plain.projector(plain.backbone(views[v])))
-            for t in (0, 1):
-                if t != v:
-                    cosine = (p * targets[t]).sum(1) / (p.pow(2).sum(1).sqrt() * targets[t].pow(2).sum(1).sqrt())
-                    terms.append((2 - 2 * cosine).mean())
-        losses[task] = sum(terms) / len(terms)
-    return losses, sum(WEIGHTS[task] * loss for task, loss in losses.items())
-
-
-def plain_update(plain: Plain, buffers: dict[str, Tensor], lr: float) -> None:
-    """LARS, one parameter after the other, with Python scalars."""
-    for name, p in plain.online_parameters().items():
-        update = p.grad.clone()
-        if p.dim() > 1:
-            update += 1e-3 * p.detach()
-            size, length = p.detach().norm().item(), update.norm().item()
-            update *= 0.01 * size / length if size > 0 and length > 0 else 1.0
-        buffers[name] = 0.9 * buffers.get(name, torch.zeros_like(p)) + update
-        p.data -= lr * buffers[name]
-
-
-def assert_close(ours: dict[str, Tensor], plain: dict[str, Tensor], *, gradient: bool = False) -> None:
-    """Every tensor equals its counterpart to a relative error (of norms) of 1e-10."""
+def assert_close(ours: dict[str, Tensor], plain: dict[str, Tensor], *, zeros: frozenset[str] = frozenset()) -> None:
+    """Every tensor equals its counterpart to a relative error (of norms) of 1e-10; those of `zeros` are both 0."""
     assert ours.keys() == plain.keys()
     for name, expected in plain.items():
-        if name == ZERO_GRADIENT and gradient:
+        if name in zeros:
             assert max(ours[name].norm(), expected.norm()) < 1e-13
             continue
         scale = expected.double().norm().item() or 1.0
@@ -147,62 +134,141 @@ def assert_close(ours: dict[str, Tensor], plain: dict[str, Tensor], *, gradient:
         assert error <= 1e-10, f"{name}: relative error {error:.2e}"
 
 
+def twins(recipe: Recipe, total: Callable[[Terms], Tensor]) -> tuple[TrainStep, Plain, torch.Generator]:
+    """Our step and the plain version with the same weights, away from the zeros and ones of the initialisation."""
+    with float64():
+        step = TrainStep(recipe, device="cpu", total_steps=STEPS, steps_per_epoch=STEPS_PER_EPOCH)
+    generator = torch.Generator().manual_seed(5)
+    for network in (step.online, step.target):
+        for p in () if network is None else network.parameters():  # a moving average begins elsewhere
+            p.data += 0.05 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    plain = Plain(
+        recipe,
+        width=WIDTHS[recipe.backbone.name],
+        steps=STEPS,
+        steps_per_epoch=STEPS_PER_EPOCH,
+        total=total,
+    )
+    plain.online.load_state_dict(copy.deepcopy(unstack(step.online.state_dict())))
+    if recipe.method != "simsiam":  # whose second network is copied before each step
+        plain.target.load_state_dict(copy.deepcopy(step.target.state_dict()))
+    return step, plain, generator
+
+
+def check(recipe: Recipe, total: Callable[[Terms], Tensor]) -> tuple[TrainStep, list[float]]:
+    """Three updates of both versions, compared all the way; our step and the gradient's norms."""
+    step, plain, generator = twins(recipe, total)
+    gradients: dict[str, Tensor] = {}
+    rates: dict[str, tuple[float, float]] = {}
+
+    def record(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        gradients.update({name: p.grad.clone() for name, p in step.online.named_parameters()})
+        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        for name, p in step.online.named_parameters():
+            pair = (group_of[id(p)]["lr"], group_of[id(p)]["weight_decay"])
+            slots = len(p) if name.startswith("predictors.") else 1
+            singles = [name.replace("predictors.layers", f"predictors.{slot}") for slot in range(slots)]
+            rates.update(dict.fromkeys(singles, pair))
+
+    step.optimizer.register_step_pre_hook(record)
+    norms, zeros = [], truly_zero(recipe)
+    for k in (1, 2, 5):  # in the warm-up, at the peak, on the cosine
+        views = [
+            torch.randn(BATCH, 3, spec.size, spec.size, generator=generator, dtype=torch.float64)
+            for spec in recipe.views
+        ]
+        output, expected = step(views, k), plain.step(views, k)
+
+        assert output.loss.item() == pytest.approx(expected.total.item(), rel=1e-10)
+        torch.testing.assert_close(output.losses, expected.losses, rtol=1e-10, atol=0)
+        assert_close(unstack(gradients), expected.gradients, zeros=zeros)
+        assert output.grad_norm.item() == pytest.approx(expected.norm, rel=1e-9)
+        norms.append(expected.norm)
+        assert rates.keys() == expected.rates.keys()
+        for name, pair in expected.rates.items():
+            assert rates[name] == pytest.approx(pair, rel=1e-12), name
+        assert output.lr == pytest.approx(expected.rates["projector.0.weight"][0], rel=1e-12)
+
+    assert_close(unstack(dict(step.online.named_parameters())), dict(plain.online.named_parameters()))
+    assert_close(unstack(dict(step.online.named_buffers())), dict(plain.online.named_buffers()), zeros=zeros)
+    if step.target is not None:
+        assert_close(dict(step.target.named_parameters()), dict(plain.target.named_parameters()))
+        assert_close(dict(step.target.named_buffers()), dict(plain.target.named_buffers()))
+    return step, norms
+
+
 @pytest.mark.parametrize("step_mode", ["joint", "per-view"])
 @pytest.mark.parametrize("predictors", ["per-view", "shared"])
-def test_step_equals_plain_version(step_mode: str, predictors: str) -> None:
-    recipe = replace(RECIPE, step_mode=step_mode, predictors=predictors)
-    step = TrainStep(recipe, device="cpu", total_steps=STEPS, steps_per_epoch=WARMUP)
-    slots = 3 if predictors == "per-view" else 1
-    generator = torch.Generator().manual_seed(5)
-    for network in (step.online.double(), step.target.double()):
-        for p in network.parameters():  # away from the zeros and ones of the initialisation; the target differs
-            p.data += 0.05 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
-    gradients: dict[str, Tensor] = {}
-    step.optimizer.register_step_pre_hook(
-        lambda *_: gradients.update({name: p.grad.clone() for name, p in step.online.named_parameters()})
+@pytest.mark.parametrize("setting", ["multi-task", "two-view", "asymmetric"])
+@pytest.mark.parametrize("method", METHODS)
+def test_step_equals_plain_version(method: str, setting: str, predictors: str, step_mode: str) -> None:
+    """Each method with its published optimiser: LARS, or SGD with rates set once an epoch and constant predictors.
+
+    SimSiam keeps a second network only for a view that the online network does not embed.
+    """
+    recipe = replace(published(method, setting), predictors=predictors, step_mode=step_mode)
+    step, _ = check(recipe, written_out(method, setting))
+    assert (step.target is None) == (method == "simsiam" and setting != "asymmetric")
+    slots = 3 if (setting, predictors) == ("multi-task", "per-view") else 1
+    assert len(step.online.predictors.tasks) == slots
+
+
+@pytest.mark.parametrize("step_mode", ["joint", "per-view"])
+def test_adamw_with_clipping_and_rates_of_its_own_for_biases(step_mode: str) -> None:
+    """The paper's vision transformer recipe (without its random stochastic depth) and the optional rates."""
+    recipe = small(mvssl.recipes.byol_vits16_200ep(), backbone="test_vit", step_mode=step_mode)
+    optimizer = replace(recipe.optimizer, bias_lr=0.05, weight_decay_end=0.4)
+    assert (optimizer.kind, optimizer.clip_grad_norm) == ("adamw", 0.5)
+    _, norms = check(replace(recipe, optimizer=optimizer), written_out("byol", "multi-task"))
+    assert min(norms) > 0.5  # every update was clipped
+
+
+@pytest.mark.parametrize(("method", "step_mode"), [("byol", "per-view"), ("simsiam", "joint"), ("mocov3", "per-view")])
+def test_more_views_another_weight_and_another_temperature(method: str, step_mode: str) -> None:
+    """Three local views at half weight and one global view more, a task of its own."""
+    recipe = replace(
+        published(method, "multi-task"),
+        views=paper_views(num_local=3, num_global_more=1, size=32, local_size=16, blur_kernel=5),
+        task_weights={"local": 0.5},
+        temperature=0.2 if method == "mocov3" else None,
+        step_mode=step_mode,
     )
-    plain, buffers = make_plain(step, slots), {}
 
-    for k in (1, 2, 5):  # in the warm-up, at the peak, on the cosine
-        views = [torch.randn(BATCH, 3, spec.size, spec.size, generator=generator).double() for spec in recipe.views]
-        output = step(views, k)
+    def total(terms: Terms) -> Tensor:
+        of_globals = (terms[0, 1] + terms[1, 0]) / 2
+        of_locals = sum(terms[v, t] for v in (2, 3, 4) for t in (0, 1)) / 6
+        of_cutout = (terms[5, 0] + terms[5, 1]) / 2
+        of_more = (terms[6, 0] + terms[6, 1]) / 2
+        return of_globals + 0.5 * of_locals + of_cutout + of_more
 
-        decay = 1 - 0.1 * (1 + math.cos(math.pi * k / STEPS)) / 2
-        for name, p in plain.target_parameters().items():  # before the forward
-            p.data = decay * p.data + (1 - decay) * plain.online_parameters()[name].data
-        losses, total = plain_loss(plain, views)
-        for p in plain.online_parameters().values():
-            p.grad = None
-        total.backward()
+    check(recipe, total)
 
-        assert output.loss.item() == pytest.approx(total.item(), rel=1e-10)
-        torch.testing.assert_close(output.losses, torch.stack(list(losses.values())).detach(), rtol=1e-10, atol=0)
-        assert_close(
-            unstack(gradients, slots), {name: p.grad for name, p in plain.online_parameters().items()}, gradient=True
-        )
-        norm = math.sqrt(sum(p.grad.pow(2).sum().item() for p in plain.online_parameters().values()))
-        assert output.grad_norm.item() == pytest.approx(norm, rel=1e-9)
 
-        q = (1 + math.cos(math.pi * (k - WARMUP) / (STEPS - WARMUP))) / 2
-        lr = (20.0 * BATCH / 256) * (k / WARMUP if k < WARMUP else q + 0.001 * (1 - q))
-        assert output.lr == pytest.approx(lr, rel=1e-12)
-        plain_update(plain, buffers, lr)
+@pytest.mark.parametrize(("method", "step_mode"), [("byol", "joint"), ("simsiam", "per-view"), ("mocov3", "joint")])
+def test_a_view_type_of_ones_own_that_is_a_target_too(method: str, step_mode: str) -> None:
+    """A third target, of a size of its own, behind the local view: all views predict it and it predicts the globals."""
+    own = ViewSpec(name="own", task="own", size=24, blur_kernel=5, is_target=True)
+    recipe = replace(
+        published(method, "multi-task"),
+        views=(*paper_views(num_local=1, num_cutout=0, size=32, local_size=16, blur_kernel=5), own),
+        task_weights={"own": 3.0},
+        step_mode=step_mode,
+    )
 
-    assert_close(unstack(dict(step.online.named_parameters()), slots), plain.online_parameters())
-    assert_close(dict(step.target.named_parameters()), plain.target_parameters())
-    expected = {f"backbone.{n}": b for n, b in plain.backbone.named_buffers()}
-    expected |= {f"projector.{n}": b for n, b in plain.projector.named_buffers()}
-    for slot, predictor in enumerate(plain.predictors):
-        expected |= {f"predictor {slot}.{n}": b for n, b in predictor.named_buffers()}
-    assert_close(unstack(dict(step.online.named_buffers()), slots), expected)
-    expected = {f"backbone.{n}": b for n, b in plain.target_backbone.named_buffers()}
-    expected |= {f"projector.{n}": b for n, b in plain.target_projector.named_buffers()}
-    assert_close(dict(step.target.named_buffers()), expected)
+    def total(terms: Terms) -> Tensor:
+        of_globals = (terms[0, 1] + terms[0, 3] + terms[1, 0] + terms[1, 3]) / 4
+        of_local = (terms[2, 0] + terms[2, 1] + terms[2, 3]) / 3
+        of_own = (terms[3, 0] + terms[3, 1]) / 2
+        return of_globals + of_local + 3 * of_own
+
+    check(recipe, total)
 
 
 def test_embedding_is_the_projection_of_the_first_view() -> None:
-    step = TrainStep(RECIPE, device="cpu", total_steps=STEPS, steps_per_epoch=WARMUP)
-    views = [torch.randn(BATCH, 3, spec.size, spec.size) for spec in RECIPE.views]
+    """What the step hands to the diagnostics of collapse."""
+    recipe = published("byol", "multi-task")
+    step = TrainStep(recipe, device="cpu", total_steps=STEPS, steps_per_epoch=STEPS_PER_EPOCH)
+    views = [torch.randn(BATCH, 3, spec.size, spec.size) for spec in recipe.views]
     expected = copy.deepcopy(step.online)(views[0]).detach()
     embedding = step(views, 1).embedding
     torch.testing.assert_close(embedding, expected, rtol=1e-5, atol=1e-5)
