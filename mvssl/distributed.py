@@ -78,9 +78,9 @@ class World:
         """
         if self.size == 1:
             return rows
-        everyone = rows.new_empty(self.size * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(everyone, rows.contiguous())
-        return everyone.roll(-self.rank * len(rows), dims=0)
+        everyone = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(everyone, rows.contiguous())
+        return torch.cat(everyone[self.rank :] + everyone[: self.rank])
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """Rows [n, ...] of every rank, n may differ, as one tensor in the order of the ranks, on every rank."""
@@ -91,8 +91,8 @@ class World:
         dist.all_reduce(counts, group=self.hosts)
         padded = rows.new_zeros(int(counts.max()), *rows.shape[1:])
         padded[: len(rows)] = rows
-        everyone = padded.new_empty(self.size, *padded.shape)
-        dist.all_gather_into_tensor(everyone.view(-1, *padded.shape[1:]), padded)
+        everyone = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(everyone, padded)
         return torch.cat([part[:count] for part, count in zip(everyone, counts.tolist(), strict=True)])
 
     def take_from_main(self, tensors: Iterable[Tensor]) -> None:
@@ -169,6 +169,11 @@ def rank_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def process_rank() -> int:
+    """Rank of this process, by torchrun's environment variables; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 @contextmanager
 def join_world(*, cuda: bool) -> Iterator[World]:
     """Join the other processes of a run that torchrun started; leave them at the end. Alone, nothing is set up.
@@ -188,7 +193,7 @@ def join_world(*, cuda: bool) -> Iterator[World]:
             f"WORLD_SIZE is {rank_count()} but {', '.join(missing)} is not set: start several processes with torchrun, "
             "or unset WORLD_SIZE."
         )
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    rank, local_rank = process_rank(), int(os.environ["LOCAL_RANK"])
     if cuda:
         torch.cuda.set_device(local_rank)
     ours = not dist.is_initialized()

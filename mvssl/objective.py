@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,12 +95,7 @@ class Objective:
         self._groups = _groups(recipe, shared_target=target is None)
         self._encoders = Encoders([online] if target is None else [online, target], compiled=compiled)
         one_pass = OnlinePass(online, lambda view: self._encoders(_ONLINE, view))
-        # Buffers stay each rank's own: they follow its BatchNorm statistics (SPEC section 3).
-        self._pass: OnlinePass | DistributedDataParallel = (
-            one_pass
-            if world.size == 1
-            else DistributedDataParallel(one_pass, broadcast_buffers=False, gradient_as_bucket_view=True)
-        )
+        self._pass = one_pass if world.size == 1 else _data_parallel(one_pass)
 
     @property
     def compiled(self) -> bool:
@@ -183,6 +180,13 @@ class Objective:
         else:
             with self._pass.no_sync():
                 yield
+
+
+def _data_parallel(one_pass: OnlinePass) -> DistributedDataParallel:
+    """Average the gradients over the ranks; buffers stay each rank's own, as its BatchNorm statistics are."""
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # in torch 2.14
+    own_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(one_pass, gradient_as_bucket_view=True, **own_buffers)
 
 
 def _groups(recipe: Recipe, *, shared_target: bool) -> tuple[tuple[int, ...], ...]:

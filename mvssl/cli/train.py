@@ -12,7 +12,9 @@ import tyro
 from rich.console import Console
 
 from mvssl.cli.recipe_table import print_recipes
+from mvssl.distributed import FailedElsewhere, process_rank
 from mvssl.dry_run import dry_run
+from mvssl.monitor.failure import Diverged
 from mvssl.options import RunOptions
 from mvssl.recipe import Recipe
 from mvssl.recipe_file import is_recipe_file, resolve_recipe
@@ -20,7 +22,8 @@ from mvssl.recipes import all_recipes
 from mvssl.serialize import to_dict
 from mvssl.signals import EXIT_INTERRUPTED
 from mvssl.trainer import Interrupted, run
-from pipelines.console import run_cli
+from pipelines.console import EXIT_ERROR, run_cli
+from pipelines.errors import InputError
 
 USAGE = """usage: mvssl-train RECIPE --data PATH --out RUN [overrides]
 
@@ -81,14 +84,27 @@ def body(arguments: Sequence[str]) -> int:
     parsed = parse(arguments)
     if parsed.print_config:
         print(json.dumps(to_dict(parsed.recipe), indent=2))
-    elif parsed.dry_run:
-        dry_run(parsed.recipe, parsed.options, console)
-    else:
-        try:
+        return 0
+    rank = process_rank()
+    try:
+        if parsed.dry_run:
+            dry_run(parsed.recipe, parsed.options, console)
+        else:
             run(parsed.recipe, parsed.options, console=console)
-        except Interrupted as stopped:
+    except Interrupted as stopped:
+        if rank == 0:
             console.print(str(stopped), highlight=False, markup=False, soft_wrap=True)
-            return EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
+    except FailedElsewhere:
+        return EXIT_ERROR  # the rank that failed says why
+    except Diverged:
+        if rank == 0:
+            raise
+        return EXIT_ERROR
+    except InputError as error:
+        if rank == 0:
+            raise
+        raise InputError(f"on rank {rank}: {error}") from error
     return 0
 
 
