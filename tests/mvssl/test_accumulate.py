@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mvssl.distributed import World
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.step import StepOutput, TrainStep
 from pipelines.errors import InputError
@@ -112,6 +113,14 @@ def test_what_cannot_be_split_is_refused() -> None:
         make(accumulate=2, method="mocov3", temperature=1.0)
     with pytest.raises(InputError, match=r"Recipe.accumulate is 4 .*divisor of batch_size \(6\).*give"):
         make(accumulate=4)
+    with pytest.raises(InputError, match=r"Recipe.batch_size is 6 .*multiple of 2 ranks times 2 parts.*give each rank"):
+        TrainStep(
+            replace(RECIPE, accumulate=2),
+            device="cpu",
+            total_steps=9,
+            steps_per_epoch=2,
+            world=World(rank=0, size=2, local_rank=0),
+        )
 
 
 def test_whole_batches_take_any_network() -> None:
