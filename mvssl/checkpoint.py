@@ -20,7 +20,7 @@ import torch
 
 from pipelines.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 LAST = "last"
 
 

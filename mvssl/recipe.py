@@ -237,7 +237,10 @@ class Recipe:
             raise invalid("Recipe.batch_size", self.batch_size, "at least 2", "BatchNorm needs two images or more")
         if self.accumulate < 1 or self.batch_size % self.accumulate:
             raise invalid(
-                "Recipe.accumulate", self.accumulate, f"a divisor of batch_size ({self.batch_size})", "give 1, 2 or 4"
+                "Recipe.accumulate",
+                self.accumulate,
+                f"a divisor of batch_size ({self.batch_size})",
+                "give 1 or another one",
             )
         if self.temperature is not None:
             _positive(self, "temperature")

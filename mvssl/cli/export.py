@@ -15,6 +15,7 @@ from mvssl.checkpoint import load
 from mvssl.export import export_backbone
 from mvssl.run_folder import RunFolder
 from pipelines.console import run_cli
+from pipelines.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,11 @@ def body(arguments: Sequence[str]) -> int:
     saved = load(folder.last)
     prefix = "backbone."
     weights = saved.state["step"][parsed.network]
+    if weights is None:
+        raise InputError(
+            f"network is 'target' but the run in {parsed.run} has none of its own ({recipe.method} takes the online "
+            "network's embeddings as targets): leave --network out."
+        )
     backbone = build_backbone(recipe.backbone)
     backbone.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     export_backbone(backbone, recipe.backbone.name, parsed.out)

@@ -105,7 +105,7 @@ def test_every_damage_is_a_sentence(tmp_path: Path, damage: str) -> None:
 def test_another_format_is_refused(tmp_path: Path) -> None:
     meta = save(tmp_path, 2) / "checkpoint.json"
     meta.write_text(json.dumps({**json.loads(meta.read_text()), "format": 99}))
-    with pytest.raises(InputError, match="format 99 but this version of mvssl reads format 1"):
+    with pytest.raises(InputError, match="format 99 but this version of mvssl reads format 2"):
         checkpoint.load(tmp_path / "last")
 
 

@@ -18,6 +18,7 @@ from mvssl.cli import export as export_cli
 from mvssl.cli import train as train_cli
 from mvssl.monitor.jsonl import read_jsonl
 from pipelines.console import run_cli
+from pipelines.errors import InputError
 
 TINY = [
     "--backbone.name",
@@ -148,6 +149,14 @@ def test_train_evaluate_export(images: Path, tmp_path: Path, capsys: pytest.Capt
     for network in ("online", "target"):
         assert export_cli.body(["--run", str(out), "--out", str(exported), "--network", network]) == 0
         timm.create_model("test_resnet", num_classes=0, checkpoint_path=str(exported))
+
+
+def test_simsiam_has_no_target_network_to_export(images: Path, tmp_path: Path) -> None:
+    out, exported = tmp_path / "run", tmp_path / "backbone.safetensors"
+    assert train_cli.body(["demo", "--data", str(images), "--out", str(out), *TINY, "--method", "simsiam"]) == 0
+    assert export_cli.body(["--run", str(out), "--out", str(exported)]) == 0
+    with pytest.raises(InputError, match=r"has none of its own \(simsiam takes the online network's embeddings"):
+        export_cli.body(["--run", str(out), "--out", str(exported), "--network", "target"])
 
 
 def test_knn_without_labels_is_a_sentence(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
