@@ -75,7 +75,7 @@ class Setting:
 
 SETTINGS = {
     "cpu": Setting(
-        classes=20, per_class=125, size=32, local_size=16, epochs=8, batch_size=32, base_lr=4e-3, target_decay=0.99
+        classes=20, per_class=100, size=32, local_size=16, epochs=8, batch_size=32, base_lr=4e-3, target_decay=0.99
     ),
     "gpu": Setting(
         classes=50, per_class=500, size=64, local_size=32, epochs=100, batch_size=256, base_lr=2e-3, target_decay=0.99
