@@ -121,6 +121,30 @@ class DecodedBatch:
         )
 
 
+def check_batch(batch: DecodedBatch) -> None:
+    """Check that every image lies inside the pixel buffer.
+
+    Raises:
+        InputError: an image is empty or reaches beyond the buffer, or a table has another length.
+    """
+    count = len(batch)
+    for name in ("offset", "row_stride", "index", "labels"):
+        entries = len(getattr(batch, name))
+        if entries != count:
+            raise InputError(f"DecodedBatch.{name} has {entries} entries for {count} sizes: give one for each image.")
+    height, width = batch.sizes.reshape(-1, 2).unbind(dim=1)  # [N]
+    end = batch.offset + (height - 1) * batch.row_stride + 3 * width
+    good = (height > 0) & (width > 0) & (batch.offset >= 0) & (batch.row_stride >= 3 * width)
+    good &= end <= batch.pixels.numel()
+    if not bool(good.all()):
+        n = int((~good).nonzero()[0])
+        raise InputError(
+            f"DecodedBatch.sizes[{n}] is {batch.sizes[n].tolist()} with offset {int(batch.offset[n])} and row stride "
+            f"{int(batch.row_stride[n])}, which does not lie inside the {batch.pixels.numel()} bytes of pixels: pass "
+            "the sizes of the images that are in the buffer."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ViewBatch:
     """What the training step gets: all views of N images.

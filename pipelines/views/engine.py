@@ -7,14 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipelines.batch import DecodedBatch
+from pipelines.batch import DecodedBatch, check_batch
 from pipelines.errors import InputError, invalid
-from pipelines.views import reference
+from pipelines.views.backends import BACKENDS, choose_backend
 from pipelines.views.params import ViewParams, check_params
 from pipelines.views.spec import ViewSpec
-
-BACKENDS = {"reference": reference.make_views}
-"""Name of each backend and its function."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,11 +22,11 @@ class ViewEngine:
     Args:
         specs: V views.
         device: where the views are made.
-        backend: "auto" or a name of `BACKENDS`.
+        backend: "fused" (Triton kernels, on CUDA), "reference" (plain torch, anywhere) or "auto": fused where it runs.
         dtype: float32, bfloat16 or float16.
 
     Raises:
-        InputError: no specs, or a backend or dtype that does not exist.
+        InputError: no specs, a dtype that does not exist, or a backend that does not exist or not run here.
     """
 
     def __init__(
@@ -42,13 +39,12 @@ class ViewEngine:
     ) -> None:
         if not specs:
             raise InputError("specs is empty but must hold at least one view: use paper_views().")
-        if backend != "auto" and backend not in BACKENDS:
-            raise invalid("backend", backend, f"one of auto, {', '.join(BACKENDS)}", "choose one of these")
         if dtype not in _DTYPES:
             raise invalid("dtype", dtype, "float32, bfloat16 or float16", "choose one of these")
         self.specs = tuple(specs)
         self.device = torch.device(device)
-        self.backend = "reference" if backend == "auto" else backend
+        self.backend = choose_backend(backend, self.device)
+        self._make_views = BACKENDS[self.backend]()
         self.dtype = dtype
 
     def __call__(self, batch: DecodedBatch, params: ViewParams) -> list[Tensor]:
@@ -62,10 +58,12 @@ class ViewEngine:
             One tensor [N, 3, S, S] per spec: channels-last, normalised, in the engine's dtype and on its device.
 
         Raises:
-            InputError: the decisions do not fit the specs or the images.
+            InputError: the decisions do not fit the specs or the images, or the images do not fit the buffer. Nothing
+                has been launched then.
         """
         params = params.to("cpu")  # decisions steer the host: which images an operation touches
+        check_batch(batch)
         check_params(params, self.specs, batch.sizes)
         if batch.device != self.device:
             batch = batch.to(self.device)
-        return BACKENDS[self.backend](batch, self.specs, params, dtype=self.dtype)
+        return self._make_views(batch, self.specs, params, dtype=self.dtype)

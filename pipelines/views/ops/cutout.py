@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pipelines.views.box import ATTEMPTS, random_box
 from pipelines.views.ops._device import channels
+from pipelines.views.ops._triton import jit, tl
 from pipelines.views.ops._update import update
 from pipelines.views.rng import Slot
 from pipelines.views.spec import IMAGENET_MEAN, ViewSpec
@@ -42,3 +43,23 @@ def _fill(images: Tensor, top: Tensor, left: Tensor, bottom: Tensor, right: Tens
     inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)  # [n, 1, S, S]
     mean = channels(IMAGENET_MEAN, images.device, images.dtype)  # [3, 1, 1]
     return torch.where(inside, mean, images)
+
+
+@jit
+def cutout_device(
+    red: tl.tensor,
+    green: tl.tensor,
+    blue: tl.tensor,
+    y: tl.tensor,
+    x: tl.tensor,
+    top: tl.tensor,
+    left: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+) -> tl.tensor:
+    """As `apply`, for the channels of pixels at rows y and columns x of one image."""
+    inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+    red = tl.where(inside, 0.485, red)
+    green = tl.where(inside, 0.456, green)
+    blue = tl.where(inside, 0.406, blue)
+    return red, green, blue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pipelines.views.ops._triton import jit, tl
 from pipelines.views.ops._update import update
 from pipelines.views.rng import Slot
 from pipelines.views.spec import ViewSpec
@@ -23,3 +24,16 @@ def luma(images: Tensor) -> Tensor:
     """Brightness as torchvision weighs it (ITU-R BT.601): [N, 3, S, S] to [N, 1, S, S]."""
     red, green, blue = images.unbind(dim=1)  # [N, S, S]
     return (red * 0.2989).add_(green * 0.587).add_(blue * 0.114)[:, None]
+
+
+@jit
+def luma_device(red: tl.tensor, green: tl.tensor, blue: tl.tensor) -> tl.tensor:
+    """As `luma`, for the channels of pixels."""
+    return red * 0.2989 + green * 0.587 + blue * 0.114
+
+
+@jit
+def grayscale_device(red: tl.tensor, green: tl.tensor, blue: tl.tensor, gray: tl.tensor) -> tl.tensor:
+    """As `apply`, for the channels of pixels of one image; `gray` is 0 or 1."""
+    luma = luma_device(red, green, blue)
+    return tl.where(gray != 0, luma, red), tl.where(gray != 0, luma, green), tl.where(gray != 0, luma, blue)

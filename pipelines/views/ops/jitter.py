@@ -7,8 +7,9 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
+from pipelines.views.ops._triton import jit, tl
 from pipelines.views.ops._update import update
-from pipelines.views.ops.grayscale import luma
+from pipelines.views.ops.grayscale import luma, luma_device
 from pipelines.views.rng import Slot
 from pipelines.views.spec import ViewSpec
 
@@ -48,11 +49,16 @@ def apply(images: Tensor, on: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     Returns:
         float32 [N, 3, S, S].
     """
-    wanted = on[:, None] & (factors != torch.tensor(_NEUTRAL))  # [N, 4]
+    wanted = operations(on, factors)  # [N, 4]
     for turn in order.unbind(dim=1):  # [N], which operation is each image's next
         for number, function in enumerate((_brightness, _contrast, _saturation, _hue)):
             images = update(images, wanted[:, number] & (turn == number), function, factors[:, number])
     return images
+
+
+def operations(on: Tensor, factors: Tensor) -> Tensor:
+    """Which of the four operations each image gets: bool [N, 4]; those with a neutral factor are left out."""
+    return on[..., None] & (factors != torch.tensor(_NEUTRAL))
 
 
 def _brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -102,3 +108,109 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
         (hue - 4.0).abs_().sub_(1.0),
     )
     return torch.stack([high - channel.clamp_(0.0, 1.0).mul_(chroma) for channel in fall], dim=1)
+
+
+@jit
+def jitter_device(
+    red: tl.tensor,
+    green: tl.tensor,
+    blue: tl.tensor,
+    wanted: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    third: tl.tensor,
+    fourth: tl.tensor,
+    factors: tl.tensor,
+    mean: tl.tensor,
+) -> tl.tensor:
+    """As `apply`, for the channels of pixels of one image.
+
+    Args:
+        red, green, blue: pixels, float32.
+        wanted: bit k is set if operation k is.
+        first, second, third, fourth: the order of the operations.
+        factors: pointer to the four factors.
+        mean: the mean brightness that the contrast blends with.
+    """
+    for turn in tl.static_range(4):
+        if turn == 0:
+            operation = first
+        elif turn == 1:
+            operation = second
+        elif turn == 2:
+            operation = third
+        else:
+            operation = fourth
+        if (wanted >> operation) & 1 != 0:
+            red, green, blue = _operation_device(red, green, blue, operation, tl.load(factors + operation), mean)
+    return red, green, blue
+
+
+@jit
+def before_contrast_device(
+    red: tl.tensor,
+    green: tl.tensor,
+    blue: tl.tensor,
+    wanted: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    third: tl.tensor,
+    fourth: tl.tensor,
+    factors: tl.tensor,
+) -> tl.tensor:
+    """The operations that come before the contrast in the order, which sees their result's mean brightness."""
+    pending = wanted
+    for turn in tl.static_range(4):
+        if turn == 0:
+            operation = first
+        elif turn == 1:
+            operation = second
+        elif turn == 2:
+            operation = third
+        else:
+            operation = fourth
+        if operation == 1:
+            pending = pending * 0
+        if (pending >> operation) & 1 != 0:
+            red, green, blue = _operation_device(red, green, blue, operation, tl.load(factors + operation), 0.0)
+    return red, green, blue
+
+
+@jit
+def _operation_device(
+    red: tl.tensor, green: tl.tensor, blue: tl.tensor, operation: tl.tensor, factor: tl.tensor, mean: tl.tensor
+) -> tl.tensor:
+    """One operation: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+    if operation == 3:
+        red, green, blue = _hue_device(red, green, blue, factor)
+    else:
+        other = luma_device(red, green, blue)
+        if operation == 0:
+            other = other * 0.0
+        if operation == 1:
+            other = other * 0.0 + mean
+        other = other * (1.0 - factor)
+        red = _clamp_device(red * factor + other)
+        green = _clamp_device(green * factor + other)
+        blue = _clamp_device(blue * factor + other)
+    return red, green, blue
+
+
+@jit
+def _clamp_device(x: tl.tensor) -> tl.tensor:
+    return tl.minimum(tl.maximum(x, 0.0), 1.0)
+
+
+@jit
+def _hue_device(red: tl.tensor, green: tl.tensor, blue: tl.tensor, shift: tl.tensor) -> tl.tensor:
+    """As `_hue`, for the channels of pixels."""
+    high = tl.maximum(tl.maximum(red, green), blue)
+    chroma = high - tl.minimum(tl.minimum(red, green), blue)
+    divisor = tl.where(chroma == 0.0, 1.0, chroma)
+    green_high = tl.where(high == green, tl.div_rn(blue - red, divisor) + 2.0, tl.div_rn(red - green, divisor) + 4.0)
+    hue = tl.where(high == red, tl.div_rn(green - blue, divisor), green_high) + shift * 6.0
+    hue = hue - tl.floor(hue * 0.16666666666666666) * 6.0
+    red = high - _clamp_device(2.0 - tl.abs(hue - 3.0)) * chroma
+    green = high - _clamp_device(tl.abs(hue - 2.0) - 1.0) * chroma
+    blue = high - _clamp_device(tl.abs(hue - 4.0) - 1.0) * chroma
+    return red, green, blue

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pipelines.views.ops._device import channels
+from pipelines.views.ops._triton import jit, tl
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -26,3 +27,18 @@ def undo(images: Tensor) -> Tensor:
     mean = channels(IMAGENET_MEAN, images.device, torch.float32)  # [3, 1, 1]
     std = channels(IMAGENET_STD, images.device, torch.float32)
     return (images.float() * std + mean).mul_(255.0).round_().clamp_(0, 255).to(torch.uint8)
+
+
+@jit
+def to_float_device(value: tl.tensor) -> tl.tensor:
+    """As `to_float`, for one channel of pixels."""
+    return value.to(tl.float32) * 0.00392156862745098
+
+
+@jit
+def normalize_device(red: tl.tensor, green: tl.tensor, blue: tl.tensor) -> tl.tensor:
+    """As `apply`, for the channels of pixels."""
+    red = tl.div_rn(red - 0.485, 0.229)
+    green = tl.div_rn(green - 0.456, 0.224)
+    blue = tl.div_rn(blue - 0.406, 0.225)
+    return red, green, blue

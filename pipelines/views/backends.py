@@ -1,0 +1,71 @@
+"""The backends of the view engine, and which one a device gets."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pipelines.errors import InputError, invalid
+from pipelines.views import reference
+from pipelines.views.ops._triton import triton
+
+MakeViews = Callable[..., list[Tensor]]
+"""(batch, specs, params, *, dtype) to one [N, 3, S, S] per spec; see `pipelines.views.reference.make_views`."""
+
+_OLDEST = (8, 0)  # compute capability the kernels are built and measured for: A100 and newer
+_log = logging.getLogger("mvssl.data")
+
+
+def _fused() -> MakeViews:
+    from pipelines.views.fused.engine import make_views  # here, because Triton may be missing
+
+    return make_views
+
+
+BACKENDS: dict[str, Callable[[], MakeViews]] = {"fused": _fused, "reference": lambda: reference.make_views}
+"""Name of each backend, and how to get its function."""
+
+
+def choose_backend(name: str, device: torch.device) -> str:
+    """The backend of a name on a device; "auto" is the fused one wherever it runs.
+
+    Raises:
+        InputError: there is no such backend, or it does not run on this device; the message says why.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise invalid("backend", name, f"one of auto, {', '.join(BACKENDS)}", "choose one of these")
+    if name == "reference" or (name == "auto" and device.type != "cuda"):
+        return "reference"
+    obstacle = fused_obstacle(device)
+    if obstacle is None:
+        return "fused"
+    if name == "fused":
+        raise InputError(
+            f"backend is 'fused' but cannot be used on device {str(device)!r}: {obstacle}; take backend 'auto' or "
+            "'reference'."
+        )
+    _announce(obstacle)
+    return "reference"
+
+
+def fused_obstacle(device: torch.device) -> str | None:
+    """Why the fused backend does not run on a device, or None. Under TRITON_INTERPRET=1 it runs on the CPU, slowly."""
+    if triton is None:
+        return "Triton is not installed (it comes with torch for CUDA on Linux)"
+    if device.type != "cuda":
+        return None if triton.knobs.runtime.interpret else "its kernels run on CUDA devices only"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        have, need = (".".join(map(str, numbers)) for numbers in (capability, _OLDEST))
+        return f"{torch.cuda.get_device_name(device)} has compute capability {have}, the kernels need {need} or newer"
+    return None
+
+
+@functools.cache
+def _announce(obstacle: str) -> None:
+    """Say once that views are made the slower way."""
+    _log.warning("The fused view engine cannot be used (%s): views are made by the reference engine, slower.", obstacle)

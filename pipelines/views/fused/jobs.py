@@ -1,0 +1,159 @@
+"""The jobs of a batch: one per view and image, as tables that the kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from pipelines.batch import DecodedBatch
+from pipelines.views.ops.blur import kernel_half
+from pipelines.views.ops.jitter import operations
+from pipelines.views.params import ViewParams
+from pipelines.views.spec import ViewSpec
+
+COLUMNS = (
+    "crop",  # bytes from the pixel buffer's start to the crop's first pixel
+    "stride",  # bytes from one source row to the next
+    "height",  # of the crop
+    "width",
+    "size",  # S, side of the view
+    "rows",  # bytes to the job's horizontally resized rows, uint8 [height, S, 3]
+    "bytes",  # bytes to the job's resized view, uint8 [S, S, 3]
+    "bounds",  # entries to the first source pixel and count of each output column, then of each row
+    "column_weights",  # entries to the weights [column_taps, S]
+    "column_taps",
+    "row_weights",
+    "row_taps",
+    "flip",
+    "cutout_top",
+    "cutout_left",
+    "cutout_height",  # 0 without cutout
+    "cutout_width",
+    "jitter",  # bit k: operation k of the colour jitter is applied
+    "order_0",
+    "order_1",
+    "order_2",
+    "order_3",
+    "gray",
+    "solarize",
+    "reach",  # taps of the blur to one side; -1 without blur
+    "blurred",  # floats to the job's image between colour and blur, float32 [3, S, S]
+    "out",  # values to the view, [S, S, 3]
+)
+"""Columns of the table of whole numbers, int64 [J, len(COLUMNS)]."""
+
+FACTORS = 4
+"""Columns of the table of real numbers, float32 [J, 5 + taps]: the jitter's factors, then the solarize threshold, then
+the blur's taps, the middle one first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jobs:
+    """J jobs, view after view, image after image.
+
+    Attributes:
+        numbers: int64 [J, len(COLUMNS)], on the CPU.
+        reals: float32 [J, 5 + taps], on the CPU.
+        blurred: int64 [jobs with blur], their positions.
+        row_bytes, view_bytes, bounds, weights, floats: sizes of what all jobs take together.
+        largest: the largest side of a view.
+    """
+
+    numbers: Tensor
+    reals: Tensor
+    blurred: Tensor
+    row_bytes: int
+    view_bytes: int
+    bounds: int
+    weights: int
+    floats: int
+    largest: int
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def make_jobs(batch: DecodedBatch, specs: Sequence[ViewSpec], params: ViewParams, *, images: slice) -> Jobs:
+    """The jobs of some images of a batch and V views, from decisions [V, N, ...] on the CPU that have been checked."""
+    numbers = torch.arange(len(batch))[images]  # [n]
+    params = ViewParams(**{field.name: getattr(params, field.name)[:, images] for field in fields(ViewParams)})
+    offset, row_stride = batch.offset[images], batch.row_stride[images]
+    views, count = len(specs), len(numbers)
+
+    def per_view(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values)[:, None].expand(views, count)
+
+    size = per_view([spec.size for spec in specs])
+    top, left, height, width = params.crop.unbind(dim=-1)  # [V, N]
+    column_taps, row_taps = taps(width, size), taps(height, size)
+    weight_counts = torch.stack((column_taps * size, row_taps * size), dim=-1)  # [V, N, 2]
+    weight_starts, weights = _starts(weight_counts)
+    rows, row_bytes = _starts(height * size * 3)
+    view_bytes, all_view_bytes = _starts(size * size * 3)
+    bounds, all_bounds = _starts(4 * size)
+    blurs = params.blur_sigma > 0
+    half = max(spec.blur_kernel // 2 for spec in specs) + 1
+    blur_taps = torch.zeros((views, count, half))
+    for v, spec in enumerate(specs):
+        used = kernel_half(params.blur_sigma[v].clamp(min=1e-3), spec.blur_kernel)
+        blur_taps[v, :, : used.shape[1]] = used
+    blurred, floats = _starts(torch.where(blurs, size * size * 3, 0))
+    wanted = operations(params.jitter_on, params.jitter)  # [V, N, 4]
+    columns = {
+        "crop": offset + top * row_stride + left * 3,
+        "stride": row_stride.expand(views, count),
+        "height": height,
+        "width": width,
+        "size": size,
+        "rows": rows,
+        "bytes": view_bytes,
+        "bounds": bounds,
+        "column_weights": weight_starts[..., 0],
+        "column_taps": column_taps,
+        "row_weights": weight_starts[..., 1],
+        "row_taps": row_taps,
+        "flip": params.flip,
+        **dict(
+            zip(("cutout_top", "cutout_left", "cutout_height", "cutout_width"), params.cutout.unbind(-1), strict=True)
+        ),
+        "jitter": (wanted * torch.tensor([1, 2, 4, 8])).sum(dim=-1),
+        **{f"order_{turn}": params.jitter_order[..., turn] for turn in range(4)},
+        "gray": params.gray,
+        "solarize": params.solarize,
+        "reach": torch.where(blurs, (blur_taps > 0).sum(dim=-1) - 1, -1),
+        "blurred": blurred,
+        "out": _starts(per_view([len(batch) * spec.size**2 * 3 for spec in specs])[:, 0])[0][:, None]
+        + numbers * size * size * 3,
+    }
+    table = torch.stack([columns[name].to(torch.int64).reshape(-1) for name in COLUMNS], dim=1)
+    thresholds = torch.tensor([spec.solarize_threshold for spec in specs])[:, None, None].expand(views, count, 1)
+    reals = torch.cat((params.jitter, thresholds, blur_taps), dim=-1).reshape(views * count, -1)
+    return Jobs(
+        numbers=table,
+        reals=reals,
+        blurred=blurs.reshape(-1).nonzero().squeeze(1),
+        row_bytes=row_bytes,
+        view_bytes=all_view_bytes,
+        bounds=all_bounds,
+        weights=weights,
+        floats=floats,
+        largest=max(spec.size for spec in specs),
+    )
+
+
+def taps(length: Tensor, size: Tensor) -> Tensor:
+    """Most source pixels that a pixel of an axis resized from `length` to `size` pixels is made of, int64.
+
+    The cubic kernel reaches 2 pixels of the coarser grid to each side.
+    """
+    support = 2.0 * (length.to(torch.float64) / size).clamp(min=1.0)
+    return 2 * support.ceil().to(torch.int64) + 1
+
+
+def _starts(counts: Tensor) -> tuple[Tensor, int]:
+    """Where each of several arrays begins if they lie one behind the other, and how long they are together."""
+    ends = counts.reshape(-1).cumsum(0)
+    return (ends - counts.reshape(-1)).reshape(counts.shape), int(ends[-1]) if len(ends) else 0
