@@ -27,7 +27,22 @@ _PATIENCE = timedelta(hours=2)
 
 
 class FailedElsewhere(Exception):
-    """Another rank failed at what all do together, and says why itself."""
+    """Another rank failed at what all do together, and says why itself; or it is gone."""
+
+
+@contextmanager
+def _noticing_loss() -> Iterator[None]:
+    """Tell a connection that broke between the hosts from a bug of this rank.
+
+    Raises:
+        FailedElsewhere: gloo lost another rank.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise FailedElsewhere(
+            f"another process of the run is gone ({str(error).splitlines()[0]}): see its message or torchrun's."
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +71,8 @@ class World:
         if self.size == 1:
             return value
         largest = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.hosts)
+        with _noticing_loss():
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.hosts)
         return float(largest)
 
     def any(self, flag: bool) -> bool:
@@ -88,7 +104,8 @@ class World:
             return rows
         counts = torch.zeros(self.size, dtype=torch.int64)
         counts[self.rank] = len(rows)
-        dist.all_reduce(counts, group=self.hosts)
+        with _noticing_loss():
+            dist.all_reduce(counts, group=self.hosts)
         padded = rows.new_zeros(int(counts.max()), *rows.shape[1:])
         padded[: len(rows)] = rows
         everyone = [torch.empty_like(padded) for _ in range(self.size)]
@@ -105,9 +122,10 @@ class World:
         """Every rank's value, in the order of the ranks, on every rank."""
         if self.size == 1:
             return [value]
-        everyone: list[T | None] = [None] * self.size
-        dist.all_gather_object(everyone, value, group=self.hosts)
-        return [one for one in everyone if one is not None]
+        everyone: list[Any] = [None] * self.size
+        with _noticing_loss():
+            dist.all_gather_object(everyone, value, group=self.hosts)
+        return everyone
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Do something on rank 0 alone and give its result to all ranks.
@@ -124,11 +142,12 @@ class World:
                 outcome[0] = work()
             except Exception as caught:
                 outcome[1], error = False, caught
-        dist.broadcast_object_list(outcome, src=0, group=self.hosts)
+        with _noticing_loss():
+            dist.broadcast_object_list(outcome, src=0, group=self.hosts)
         if error is not None:
             raise error
         if not outcome[1]:
-            raise FailedElsewhere("rank 0 failed")
+            raise FailedElsewhere("rank 0 failed and says why.")
         result: T = outcome[0]
         return result
 
@@ -147,7 +166,7 @@ class World:
         if error is not None:
             raise error
         if failed:
-            raise FailedElsewhere("another rank failed")
+            raise FailedElsewhere("another process of the run failed and says why.")
         return result
 
     def main_first(self, work: Callable[[], T]) -> T:
@@ -174,9 +193,18 @@ def process_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def process_local_rank() -> int | None:
+    """Number of this process on its machine, by torchrun's environment variables; None in a run of one process."""
+    number = os.environ.get("LOCAL_RANK")
+    return None if rank_count() == 1 or number is None else int(number)
+
+
 @contextmanager
 def join_world(*, cuda: bool) -> Iterator[World]:
     """Join the other processes of a run that torchrun started; leave them at the end. Alone, nothing is set up.
+
+    After an exception the processes are not disconnected: NCCL would wait there for ranks that wait for this one, and
+    what went wrong would not be said until the timeout.
 
     Args:
         cuda: whether the step runs on CUDA devices (NCCL) or on CPUs (gloo).
@@ -197,19 +225,18 @@ def join_world(*, cuda: bool) -> Iterator[World]:
     if cuda:
         torch.cuda.set_device(local_rank)
     ours = not dist.is_initialized()
-    if ours:
-        try:
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
-        except (RuntimeError, ValueError) as error:
-            raise InputError(
-                f"Rank {rank} could not join the other {rank_count() - 1} processes ({str(error).splitlines()[0]}): "
-                "check that all were started with the same torchrun address and that its port is free."
-            ) from error
     try:
-        hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        if not isinstance(hosts, dist.ProcessGroup):
-            raise InputError(f"Rank {rank} is no member of the run's process group: start all ranks with one torchrun.")
-        yield World(rank=rank, size=rank_count(), local_rank=local_rank, hosts=hosts)
-    finally:
         if ours:
-            dist.destroy_process_group()
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"Rank {rank} could not join the other {rank_count() - 1} processes ({str(error).splitlines()[0]}): "
+            "check that all were started with the same torchrun address and that its port is free; between machines, "
+            "GLOO_SOCKET_IFNAME names the network interface where a host name does not lead to it."
+        ) from error
+    if not isinstance(hosts, dist.ProcessGroup):
+        raise InputError(f"Rank {rank} is no member of the run's process group: start all ranks with one torchrun.")
+    yield World(rank=rank, size=rank_count(), local_rank=local_rank, hosts=hosts)
+    if ours:
+        dist.destroy_process_group()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from itertools import chain
 
 import torch
 from rich.console import Console
 
-from mvssl.distributed import join_world
+from mvssl.distributed import join_world, process_local_rank
 from mvssl.environment import peak_memory_gib
 from mvssl.experiment import open_experiment
 from mvssl.init_from import init_from
@@ -27,15 +28,13 @@ def dry_run(recipe: Recipe, options: RunOptions, console: Console) -> None:
     Raises:
         InputError: as a real run would, and where the run is shorter than two steps.
     """
-    if options.out is not None and options.out.exists() and not (options.resume or options.overwrite):
-        console.print(f"note: {options.out} exists; the real run will need --resume or --overwrite", highlight=False)
-    if options.resume and options.out is not None:
-        RunFolder(options.out).check_same_recipe(recipe)
-    with (
-        join_world(cuda=resolve_device(options.device).type == "cuda") as world,
-        open_experiment(recipe, options, console if world.is_main else Console(quiet=True), world) as experiment,
-        explain_out_of_memory(),
-    ):
+    device = resolve_device(options.device, local_rank=process_local_rank())
+    with ExitStack() as stack:
+        world = stack.enter_context(join_world(cuda=device.type == "cuda"))
+        console = console if world.is_main else Console(quiet=True)
+        world.on_main(lambda: _check_out(recipe, options, console))
+        experiment = stack.enter_context(open_experiment(recipe, options, console, world))
+        stack.enter_context(explain_out_of_memory())
         init_from(experiment.step, recipe, options.init_from)
         if experiment.total_steps < STEPS:
             raise InputError(
@@ -49,14 +48,12 @@ def dry_run(recipe: Recipe, options: RunOptions, console: Console) -> None:
         ):
             began = time.perf_counter()
             output = experiment.step(batch.views, step)
-            losses.append(float(output.loss))  # waits for the device
+            losses.append(float(world.mean(output.loss)))  # waits for the device
             times.append(time.perf_counter() - began)
         parameters = sum(p.numel() for p in experiment.step.online.parameters())
         images = recipe.batch_size / times[-1]
         loss = ", ".join(f"{value:.4f}" for value in losses)
         finite = all(torch.isfinite(torch.tensor(losses)))
-        if not world.is_main:
-            return
         console.print(
             f"dry run of {recipe.name} on {experiment.device}: {len(experiment.source):,} images, "
             f"{experiment.total_steps:,} steps in all\n"
@@ -70,3 +67,17 @@ def dry_run(recipe: Recipe, options: RunOptions, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _check_out(recipe: Recipe, options: RunOptions, console: Console) -> None:
+    """Say what the real run would find in its folder.
+
+    Raises:
+        InputError: the run there, which is to be resumed, has another recipe.
+    """
+    if options.out is None:
+        return
+    if options.resume:
+        RunFolder(options.out).check_same_recipe(recipe)
+    elif options.out.exists() and not options.overwrite:
+        console.print(f"note: {options.out} exists; the real run will need --resume or --overwrite", highlight=False)

@@ -84,6 +84,7 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
         if val_path is not None:
             val = _open(val_path, console, world)
             stack.callback(val.close)
+            _check_same_data(val, world)
         _check_same_data(source, world)
         if recipe.evaluation.every_epochs and labelled(source, val):
             check_knn_data(source, val, recipe.evaluation)
@@ -131,9 +132,15 @@ def _check_same_data(source: Source, world: World) -> None:
 
     Raises:
         InputError: this rank's differ from rank 0's.
+        FailedElsewhere: another rank's do.
     """
-    if world.on_main(lambda: source.fingerprint) != source.fingerprint:
-        raise InputError(
-            f"data is {str(source.location)!r}, which holds other images on rank {world.rank} than on rank 0 (their "
-            "names, sizes or labels differ): give every machine the same data set."
-        )
+    first = world.on_main(lambda: source.fingerprint)
+
+    def compare() -> None:
+        if source.fingerprint != first:
+            raise InputError(
+                f"data is {str(source.location)!r}, which holds other images on rank {world.rank} than on rank 0 "
+                "(their names, sizes or labels differ): give every machine the same data set."
+            )
+
+    world.together(compare)

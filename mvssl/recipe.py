@@ -180,7 +180,8 @@ class Recipe:
         epochs: passes over the data set.
         batch_size: images per step over all ranks.
         accumulate: parts that each rank's share of the batch goes through one after the other, with one update for all;
-            only for networks without BatchNorm and losses without in-batch negatives, where the numbers stay the same.
+            only for networks without BatchNorm and losses without in-batch negatives, where the numbers stay the same
+            (stochastic depth draws anew for each part).
         target_decay: decay of the target network at step 0, rising to 1 along a cosine; unused by simsiam.
         temperature: of mocov3's InfoNCE, None for the other methods.
         sync_batchnorm: which networks' BatchNorm takes statistics over the images of all ranks instead of each rank's:

@@ -44,7 +44,8 @@ class Follow:
     def copy(self) -> None:
         """Make the target the online network of this step, parameters and buffers (SPEC section 3, SimSiam)."""
         torch._foreach_copy_(self._parameters, self._online_parameters)
-        torch._foreach_copy_(self._buffers, self._online_buffers)
+        if self._buffers:  # networks without BatchNorm have none, which torch refuses
+            torch._foreach_copy_(self._buffers, self._online_buffers)
 
 
 @torch.no_grad()

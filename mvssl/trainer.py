@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mvssl.distributed import FailedElsewhere, World, join_world
+from mvssl.distributed import FailedElsewhere, World, join_world, process_local_rank
 from mvssl.evaluate.online import evaluate_knn
 from mvssl.experiment import Experiment, open_experiment
 from mvssl.init_from import init_from
@@ -62,7 +62,7 @@ def train(recipe: Recipe, *, data: str | Path, out: str | Path, **options: Any) 
         InputError: something given cannot be used.
         Interrupted: SIGINT or SIGTERM came; everything is saved.
         Diverged: the loss became NaN or infinite.
-        FailedElsewhere: another rank failed, and says why.
+        FailedElsewhere: another rank failed, and says why, or is gone.
     """
     return run(recipe, RunOptions(data=Path(data), out=Path(out), **options))
 
@@ -72,7 +72,8 @@ def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) 
     if options.out is None:
         raise InputError("out is missing: name the run folder with --out PATH.")
     folder = RunFolder(options.out)
-    with join_world(cuda=resolve_device(options.device).type == "cuda") as world:
+    device = resolve_device(options.device, local_rank=process_local_rank())
+    with join_world(cuda=device.type == "cuda") as world:
         console = (console or Console()) if world.is_main else Console(quiet=True)
         world.on_main(lambda: _check_folder(folder, recipe, options))
         with open_experiment(recipe, options, console, world) as experiment:

@@ -75,7 +75,7 @@ def body(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     console = Console()
     if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(USAGE, highlight=False, markup=False)
+        console.print(USAGE, highlight=False, markup=False, soft_wrap=True)
         print_recipes(console)
         return 0 if arguments else 2
     if arguments[0] == "--list":
@@ -95,8 +95,10 @@ def body(arguments: Sequence[str]) -> int:
         if rank == 0:
             console.print(str(stopped), highlight=False, markup=False, soft_wrap=True)
         return EXIT_INTERRUPTED
-    except FailedElsewhere:
-        return EXIT_ERROR  # the rank that failed says why
+    except FailedElsewhere as failure:
+        if rank == 0:
+            print(f"error: {failure}", file=sys.stderr)
+        return EXIT_ERROR
     except Diverged:
         if rank == 0:
             raise

@@ -161,6 +161,19 @@ def test_drop_path_is_for_the_online_network_only() -> None:
         assert torch.equal(step.target.backbone(view), step.target.backbone(view))
 
 
+def test_simsiam_copies_a_target_without_buffers() -> None:
+    """Stochastic depth gives SimSiam a target network; without BatchNorm there are only parameters to copy."""
+    heads = replace(RECIPE.projector, norm="layer")
+    step = make(
+        method="simsiam", backbone=Backbone(name="test_vit", drop_path=0.5), projector=heads, predictor=RECIPE.predictor
+    )
+    assert not list(step.target.buffers())
+    step(batch(0), 3)
+    moved = step.online.projector[0].weight.detach().clone()
+    step(batch(1), 4)
+    assert torch.equal(step.target.projector[0].weight, moved)
+
+
 def test_bad_input_is_named() -> None:
     with pytest.raises(InputError, match=r"Recipe.precision is 'fp16' but must be fp32 or bf16 on a cpu"):
         make(precision="fp16")
