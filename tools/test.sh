@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole suite with one command: installs, then lint, format, types, tests.
+# The whole suite with one command: installs, then lint, format, types, tests, and the Triton kernels interpreted.
 #
 #   tools/test.sh                        # everything
 #   tools/test.sh tests/tools -k demo    # arguments go to pytest
@@ -34,6 +34,10 @@ section "lint" "$PYTHON" -m ruff check .
 section "format" "$PYTHON" -m ruff format --check .
 section "types" "$PYTHON" -m mypy
 section "tests" run_tests "$@"
+if [ $# -eq 0 ]; then # Triton decides at its import whether it interprets, hence a run of its own
+    section "kernels" env TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
+        "$PYTHON" -m pytest -n auto --maxprocesses 4 tests/fused/test_interpreted.py
+fi
 
 printf '\n'
 if [ ${#failed[@]} -gt 0 ]; then

@@ -1,16 +1,20 @@
-"""Draw a contact sheet of views: `python -m tools.view_sheet DATA OUT.png`."""
+"""Draw a contact sheet of views: `python -m tools.view_sheet DATA OUT.png`.
+
+The views of any recipe: `mvssl-train RECIPE --print-config | python -m tools.view_sheet DATA OUT.png --views -`.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 
-from pipelines import DecodedBatch, InputError, ViewEngine, draw, paper_views
+from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
 from pipelines.console import run_cli
 from pipelines.decode import make_decoder
 from pipelines.order import Order
@@ -42,6 +46,9 @@ class Options:
     """Cutout views per image."""
     blur_kernel: int = 23
     """Taps of the blur."""
+    views: Path | None = None
+    """JSON with a recipe's views, as `mvssl-train RECIPE --print-config` writes it, in place of the paper's; - reads it
+    from standard input. The sizes and numbers of views above have no effect then."""
 
 
 def run(options: Options) -> None:
@@ -51,13 +58,7 @@ def run(options: Options) -> None:
         InputError: the data cannot be used, there are fewer images than rows, or none of the chosen can be decoded.
         OSError: the picture cannot be written.
     """
-    specs = paper_views(
-        num_local=options.num_local,
-        num_cutout=options.num_cutout,
-        size=options.size,
-        local_size=options.local_size,
-        blur_kernel=options.blur_kernel,
-    )
+    specs = _specs(options)
     source = open_source(options.data)
     if options.num_images > len(source):
         raise InputError(
@@ -77,6 +78,47 @@ def run(options: Options) -> None:
     view_sheet(batch, specs, params, ViewEngine(specs)(batch, params)).save(options.out, format="PNG")
     decoder.close()
     source.close()
+
+
+def _specs(options: Options) -> tuple[ViewSpec, ...]:
+    """The views that are asked for."""
+    if options.views is not None:
+        return _read_views(options.views)
+    return paper_views(
+        num_local=options.num_local,
+        num_cutout=options.num_cutout,
+        size=options.size,
+        local_size=options.local_size,
+        blur_kernel=options.blur_kernel,
+    )
+
+
+def _read_views(path: Path) -> tuple[ViewSpec, ...]:
+    """The views in a recipe's JSON.
+
+    Raises:
+        InputError: the file cannot be read, or holds no views or wrong ones.
+    """
+    remedy = "write it with mvssl-train RECIPE --print-config"
+    try:
+        plain = json.loads(sys.stdin.read() if str(path) == "-" else path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"views is {str(path)!r}, which cannot be read as JSON ({error}): {remedy}.") from error
+    views = plain.get("views") if isinstance(plain, dict) else plain
+    if not isinstance(views, list) or not views or not all(isinstance(view, dict) for view in views):
+        raise InputError(f"views is {str(path)!r}, which has no list of views under 'views': {remedy}.")
+    known = {field.name for field in fields(ViewSpec)}
+    specs = []
+    for number, view in enumerate(views):
+        unknown = sorted(set(view) - known)
+        if unknown:
+            raise InputError(f"view {number} of {path} has the unknown field {unknown[0]!r}: {remedy}.")
+        try:
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in view.items()}
+            specs.append(ViewSpec(**values))
+        except TypeError as error:
+            raise InputError(f"view {number} of {path} is no view ({error}): {remedy}.") from error
+    return tuple(specs)
 
 
 def main() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,8 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
+import mvssl
+from mvssl.serialize import to_dict
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw
 from pipelines.views.sheet import view_sheet
 from tools.view_sheet import Options, run
@@ -55,6 +60,38 @@ def test_command_writes_a_picture_or_says_why_not(tmp_path: Path) -> None:
         path.write_bytes(b"no picture")
     with pytest.raises(InputError, match="None of the 3 chosen images"):
         run(Options(data=data, out=out, num_images=3))
+
+
+def test_the_views_of_any_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the JSON that mvssl-train --print-config writes, as a file or on standard input."""
+    data, out, views = tmp_path / "data", tmp_path / "sheet.png", tmp_path / "recipe.json"
+    data.mkdir()
+    Image.new("RGB", (50, 40), (200, 100, 20)).save(data / "a.jpg")
+    recipe = mvssl.recipes.byol_resnet50_200ep()
+    quarter = ViewSpec(name="quarter", task="quarter", size=112, area=(0.05, 0.25), blur=0.0)
+    text = json.dumps(to_dict(dataclasses.replace(recipe, views=(*recipe.views, quarter))))
+    views.write_text(text)
+    run(Options(data=data, out=out, num_images=1, views=views))
+    with Image.open(out) as picture:
+        from_file = picture.tobytes()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    run(Options(data=data, out=out, num_images=1, views=Path("-")))
+    with Image.open(out) as picture:
+        assert picture.tobytes() == from_file
+    run(Options(data=data, out=out, num_images=1))
+    with Image.open(out) as picture:
+        assert picture.tobytes() != from_file  # the paper's five views
+
+    for broken, words in (
+        ("{", "cannot be read as JSON"),
+        ("{}", "has no list of views"),
+        ('{"views": [{"name": "a", "task": "t", "sise": 8}]}', "unknown field 'sise'"),
+        ('{"views": [{"name": "a"}]}', "is no view"),
+        ('{"views": [{"name": "a", "task": "t", "size": 9}]}', r"ViewSpec\('a'\).size is 9"),
+    ):
+        views.write_text(broken)
+        with pytest.raises(InputError, match=words):
+            run(Options(data=data, out=out, num_images=1, views=views))
 
 
 @pytest.mark.parametrize("count", [1, 9])
