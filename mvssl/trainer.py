@@ -19,6 +19,7 @@ from mvssl.monitor.jsonl import last_knn
 from mvssl.monitor.log import run_log
 from mvssl.monitor.monitor import Monitor
 from mvssl.monitor.sheet import write_view_sheet
+from mvssl.monitor.stall import what_limits
 from mvssl.monitor.window import Window
 from mvssl.options import RunOptions, resolve_device
 from mvssl.recipe import Recipe
@@ -145,7 +146,9 @@ class _Loop:
         while self.step < total and not stopping:
             epoch, first_step = divmod(self.step, order.steps_per_epoch)
             for batch in experiment.loader.epoch(epoch, first_step=first_step, until=experiment.recipe.epochs):
-                index, output = batch.index, experiment.step(batch.views, self.step)
+                index = batch.index
+                with self.monitor.step():
+                    output = experiment.step(batch.views, self.step)
                 del batch  # or its views would stay in memory while the next ones are awaited
                 self.step += 1
                 self.window.add(output, index)
@@ -239,14 +242,15 @@ class _Loop:
         if speed["images_per_second"] == 0:
             logger.info("the run was finished already, at step %d", result.steps)
             return result
+        stats = self.experiment.loader.stats
         logger.info(
-            "done: %d steps at %.0f source images/s (%.0f views/s); the step waited for data %.1f %% of the time",
+            "done: %d steps at %.0f source images/s (%.0f views/s); %s",
             result.steps,
             result.images_per_second,
             result.images_per_second * views,
-            100 * result.data_wait,
+            what_limits(result.data_wait, stats.stages, stats.prepared, device=self.experiment.device),
         )
-        bad = self.experiment.loader.stats.bad
+        bad = stats.bad
         if bad:
             logger.warning("%d images could not be decoded and were replaced, e.g. %s", len(bad), next(iter(bad)))
         logger.info("backbone: %s", self.folder.backbone)

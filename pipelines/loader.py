@@ -9,6 +9,7 @@ operating system. The producer does not call `torch.set_num_threads`, which woul
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -35,6 +36,21 @@ _Prepared = tuple[ViewBatch, torch.cuda.Event | None]
 
 
 @dataclass(kw_only=True)
+class StageSeconds:
+    """Seconds that the producer's thread spent so far on each stage of preparing batches (on a GPU: the host's).
+
+    Attributes:
+        storage: reading encoded bytes.
+        decode: bytes to pixels.
+        views: draws and views.
+    """
+
+    storage: float = 0.0
+    decode: float = 0.0
+    views: float = 0.0
+
+
+@dataclass(kw_only=True)
 class LoaderStats:
     """What happened so far.
 
@@ -43,12 +59,16 @@ class LoaderStats:
         batches: batches handed to the consumer.
         bad: key -> reason of the images that cannot be decoded, as found by the producer.
         replaced: places in batches that were given to another image, as prepared by the producer.
+        prepared: images prepared by the producer.
+        stages: where its time went.
     """
 
     wait_seconds: float = 0.0
     batches: int = 0
     bad: dict[str, str] = field(default_factory=dict)
     replaced: int = 0
+    prepared: int = 0
+    stages: StageSeconds = field(default_factory=StageSeconds)
 
 
 class Loader:
@@ -242,10 +262,15 @@ class Loader:
                 key=self._source.key,
             )
             self.stats.replaced += complete.replaced
+            began = time.monotonic()
             batch = self._side.upload(complete.batch)
             params = draw(self._specs, batch.sizes, seed=self._order.seed, epoch=epoch, index=batch.index)
             views = self._engine(batch, params)
             event = self._side.mark(complete.held, batch, params)
+        stages = self.stats.stages
+        stages.storage, stages.decode = self._fetch.reading_seconds, self._fetch.decoding_seconds
+        stages.views += time.monotonic() - began
+        self.stats.prepared += len(batch)
         return ViewBatch(views=views, index=batch.index, labels=batch.labels), event
 
     def _found_bad(self, index: int, reason: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,7 @@ from mvssl.environment import peak_memory_gib
 from mvssl.experiment import Experiment
 from mvssl.monitor.outputs import Outputs
 from mvssl.monitor.progress import Status
+from mvssl.monitor.stall import DeviceClock
 from mvssl.monitor.window import Window
 from mvssl.run_folder import RunFolder
 from mvssl.run_state import Position
@@ -67,6 +68,7 @@ class Monitor:
                 metrics_bytes=position.metrics_bytes,
             )
         self._clock = _Clock(step=step)
+        self._device_clock = DeviceClock(experiment.device)
 
     def __enter__(self) -> Monitor:
         return self
@@ -76,6 +78,10 @@ class Monitor:
     ) -> None:
         if self._outputs is not None:
             self._outputs.close()
+
+    def step(self) -> AbstractContextManager[None]:
+        """Enter around each training step, with its batch received."""
+        return self._device_clock.step()
 
     def log_train(self, window: Window, output: StepOutput, *, step: int) -> None:
         """Report the steps of a window, of which `output` is the last one's, and begin a new window.
@@ -101,11 +107,14 @@ class Monitor:
             "grad_norm": float(rows[-1, 0]) if rows[-1, 0].isfinite() else None,  # fp16 gradients may overflow
         }
         epoch = (step - 1) // self._experiment.order.steps_per_epoch
-        status = self._status(step, epoch, losses, output, speed)
         self._outputs.metrics.write({"kind": "train", "step": step, "epoch": epoch, **row})
+        idle = self._device_clock.idle_share()
+        if idle is not None:
+            speed["device_idle"] = idle
         self._outputs.throughput.write({"step": step, **speed})
         self._outputs.scalars.write(step, {f"train/{name}": value for name, value in row.items() if value is not None})
         self._outputs.scalars.write(step, {f"speed/{name}": value for name, value in speed.items()})
+        status = self._status(step, epoch, losses, output, speed)
         self._outputs.display.show(status)
         logger.debug(status.line())
         warning = collapse_warning(std=float(std), rank=float(rank), batch_size=len(embedding), dim=embedding.shape[1])
@@ -152,6 +161,7 @@ class Monitor:
             images_per_second=speed["images_per_second"],
             views_per_image=len(self._experiment.recipe.views),
             wait_fraction=speed["data_wait"],
+            idle_fraction=speed.get("device_idle"),
             memory_gib=speed["memory_gib"],
             seconds_left=per_step * (total - step),
         )
@@ -178,6 +188,7 @@ class Monitor:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Leave the time of an evaluation or a save out of the training speed."""
+        self._device_clock.interrupt()
         began = time.perf_counter()
         yield
         pause = time.perf_counter() - began

@@ -24,6 +24,7 @@ class Status:
         images_per_second: source images per second since the last log point.
         views_per_image: views cut from each image.
         wait_fraction: share of the time the step waited for a batch.
+        idle_fraction: share of the time the GPU was idle between steps; None on the CPU.
         memory_gib: peak memory of the device (CUDA) or of the process (CPU).
         seconds_left: estimated time to the end.
     """
@@ -38,6 +39,7 @@ class Status:
     images_per_second: float
     views_per_image: int
     wait_fraction: float
+    idle_fraction: float | None = None
     memory_gib: float
     seconds_left: float
 
@@ -48,9 +50,13 @@ class Status:
             f"epoch {self.epoch}/{self.epochs}  step {self.step}/{self.steps}  ETA {duration(self.seconds_left)}  |  "
             f"loss {losses}  |  {self.images_per_second:,.0f} images/s  "
             f"{self.images_per_second * self.views_per_image:,.0f} views/s  "
-            f"data-wait {100 * self.wait_fraction:.1f} %  |  "
+            f"data-wait {100 * self.wait_fraction:.1f} %{self.idle()}  |  "
             f"lr {self.learning_rate:.3g}  decay {self.target_decay:.5f}  memory {self.memory_gib:.2f} GiB"
         )
+
+    def idle(self) -> str:
+        """The GPU's idle share behind a gap, where there is one."""
+        return "" if self.idle_fraction is None else f"  gpu-idle {100 * self.idle_fraction:.1f} %"
 
 
 def duration(seconds: float) -> str:
@@ -98,8 +104,8 @@ class LiveDisplay:
         table.add_row(
             f"[bold]{status.images_per_second:,.0f}[/] images/s   "
             f"{status.images_per_second * status.views_per_image:,.0f} views/s",
-            f"data-wait [{'green' if wait <= 1 else 'yellow'}]{wait:.1f} %[/]   memory {status.memory_gib:.2f} GiB   "
-            f"ETA {duration(status.seconds_left)}",
+            f"data-wait [{'green' if wait <= 1 else 'yellow'}]{wait:.1f} %[/]{status.idle()}   "
+            f"memory {status.memory_gib:.2f} GiB   ETA {duration(status.seconds_left)}",
         )
         self._live.update(Group(self._progress, table))
 
