@@ -28,6 +28,7 @@ class Window:
     def __init__(self) -> None:
         self._rows: list[Tensor] = []  # each [2 + T]: gradient norm, total loss, loss of each task
         self._index: list[Tensor] = []  # each int64 [B]
+        self._averaged = 0  # rows that are means over the ranks already
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -39,9 +40,15 @@ class Window:
         self._index.append(index)
 
     def average(self, world: World) -> None:
-        """Take the mean over the ranks, so that all have the numbers of the whole batch and judge alike."""
-        if self._rows:
-            self._rows = list(world.mean(torch.stack(self._rows)).unbind())
+        """Take the mean over the ranks, so that all have the numbers of the whole batch and judge alike.
+
+        Each row once: the mean of equal numbers differs from them by rounding on 3 ranks and more, and then a save
+        between two log points would show in the metrics.
+        """
+        new = self._rows[self._averaged :]
+        if new:
+            self._rows[self._averaged :] = world.mean(torch.stack(new)).unbind()
+        self._averaged = len(self._rows)
 
     def rows(self) -> Tensor:
         """Gradient norm, loss and losses as a float64 [steps, 2 + T] tensor on the CPU. Waits for the device."""
@@ -68,12 +75,14 @@ class Window:
         """Begin a new window."""
         self._rows.clear()
         self._index.clear()
+        self._averaged = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint made between two log points."""
+        """State for a checkpoint made between two log points, of rows that are averaged."""
         return {"rows": [row.cpu() for row in self._rows], "index": list(self._index)}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore `state_dict`."""
         self._rows = [row.to(device) for row in state["rows"]]
         self._index = list(state["index"])
+        self._averaged = len(self._rows)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from mvssl.distributed import World
 from mvssl.monitor.indexing import indexing_progress
 from mvssl.monitor.jsonl import JsonLines, complete_bytes, read_jsonl
 from mvssl.monitor.log import run_log
@@ -58,6 +59,24 @@ def output(loss: float, losses: list[float], grad_norm: float = 0.5) -> StepOutp
         lr=0.1,
         decay=0.9,
     )
+
+
+def test_window_takes_the_mean_over_the_ranks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a checkpoint comes between two log points, and in the run that goes on from it."""
+    monkeypatch.setattr(World, "mean", lambda self, values: values / 2)  # a mean that shows when it is taken
+    window = Window()
+    window.add(output(4.0, []), torch.arange(4))
+    window.average(World())
+    again = Window()
+    again.load_state_dict(window.state_dict(), torch.device("cpu"))
+    for one in (window, again):
+        one.add(output(8.0, []), torch.arange(4))
+        one.average(World())
+        assert one.rows()[:, 1].tolist() == [2.0, 4.0]
+        one.clear()
+        one.add(output(6.0, []), torch.arange(4))
+        one.average(World())
+        assert one.rows()[:, 1].tolist() == [3.0]
 
 
 def test_window_averages_what_it_saw_and_survives_a_checkpoint() -> None:
