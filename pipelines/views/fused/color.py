@@ -78,18 +78,7 @@ def color_kernel(
         tall, wide = tl.load(row + CUTOUT + 2), tl.load(row + CUTOUT + 3)
         red, green, blue = cutout_device(red, green, blue, y, x, top, left, tall, wide)
         mean = (tl.load(sums + job).to(tl.float64) / (area.to(tl.float64) * 16777216.0)).to(tl.float32)
-        red, green, blue = jitter_device(
-            red,
-            green,
-            blue,
-            tl.load(row + JITTER),
-            tl.load(row + ORDER),
-            tl.load(row + ORDER + 1),
-            tl.load(row + ORDER + 2),
-            tl.load(row + ORDER + 3),
-            real,
-            mean,
-        )
+        red, green, blue = jitter_device(red, green, blue, tl.load(row + JITTER), row + ORDER, real, mean, False)
         red, green, blue = grayscale_device(red, green, blue, tl.load(row + GRAY))
         if tl.load(row + REACH) < 0:
             threshold = tl.load(real + THRESHOLD)

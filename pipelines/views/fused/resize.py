@@ -31,7 +31,7 @@ from pipelines.views.fused.columns import (
 from pipelines.views.ops._triton import jit
 from pipelines.views.ops.cutout import cutout_device
 from pipelines.views.ops.grayscale import luma_device
-from pipelines.views.ops.jitter import before_contrast_device
+from pipelines.views.ops.jitter import jitter_device
 from pipelines.views.ops.normalize import to_float_device
 
 
@@ -42,6 +42,16 @@ def _cubic(x: tl.tensor) -> tl.tensor:
     near = (1.5 * x - 2.5) * x * x + 1.0
     far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
     return tl.where(x < 1.0, near, tl.where(x < 2.0, far, 0.0))
+
+
+@jit
+def _span(at: tl.tensor, scale: tl.tensor, length: tl.tensor) -> tl.tensor:
+    """Center of output pixels in source pixels, the first source pixel in reach, and how many are."""
+    center = (at.to(tl.float64) + 0.5) * scale
+    support = 2.0 * tl.maximum(scale, 1.0)
+    first = tl.maximum((center - support + 0.5).to(tl.int64), 0)
+    count = tl.minimum((center + support + 0.5).to(tl.int64), length) - first
+    return center, first, count
 
 
 @jit
@@ -74,14 +84,11 @@ def weights_kernel(
         weights += tl.load(row + ROW_WEIGHTS)
         bounds += tl.load(row + BOUNDS) + 2 * size
     scale = length.to(tl.float64) / size.to(tl.float64)
-    support = 2.0 * tl.maximum(scale, 1.0)
     shrink = 1.0 / tl.maximum(scale, 1.0)
     largest = tl.zeros((block,), tl.float64)
     for begin in range(0, size, block):
         at = begin + tl.arange(0, block)
-        center = (at.to(tl.float64) + 0.5) * scale
-        first = tl.maximum((center - support + 0.5).to(tl.int64), 0)
-        count = tl.minimum((center + support + 0.5).to(tl.int64), length) - first
+        center, first, count = _span(at, scale, length)
         tl.store(bounds + 2 * at, first.to(tl.int32), mask=at < size)
         tl.store(bounds + 2 * at + 1, count.to(tl.int32), mask=at < size)
         total = tl.zeros((block,), tl.float64)
@@ -101,9 +108,7 @@ def weights_kernel(
     tl.store(precisions + 2 * job + axis, precision)
     for begin in range(0, size, block):
         at = begin + tl.arange(0, block)
-        center = (at.to(tl.float64) + 0.5) * scale
-        first = tl.maximum((center - support + 0.5).to(tl.int64), 0)
-        count = tl.minimum((center + support + 0.5).to(tl.int64), length) - first
+        center, first, count = _span(at, scale, length)
         total = tl.zeros((block,), tl.float64)
         for tap in range(taps):
             total += _tap(tap, first, count, center, shrink)
@@ -220,17 +225,7 @@ def rows_kernel(
             top, left = tl.load(row + CUTOUT), tl.load(row + CUTOUT + 1)
             tall, wide = tl.load(row + CUTOUT + 2), tl.load(row + CUTOUT + 3)
             r, g, b = cutout_device(r, g, b, y, x, top, left, tall, wide)
-            r, g, b = before_contrast_device(
-                r,
-                g,
-                b,
-                jitter,
-                tl.load(row + ORDER),
-                tl.load(row + ORDER + 1),
-                tl.load(row + ORDER + 2),
-                tl.load(row + ORDER + 3),
-                reals + job * reals_width,
-            )
+            r, g, b = jitter_device(r, g, b, jitter, row + ORDER, reals + job * reals_width, 0.0, True)
             grid = luma_device(r, g, b) * 16777216.0
             whole = tl.floor(grid)
             rest = grid - whole

@@ -116,63 +116,27 @@ def jitter_device(
     green: tl.tensor,
     blue: tl.tensor,
     wanted: tl.tensor,
-    first: tl.tensor,
-    second: tl.tensor,
-    third: tl.tensor,
-    fourth: tl.tensor,
+    order: tl.tensor,
     factors: tl.tensor,
     mean: tl.tensor,
+    before_contrast: tl.constexpr,
 ) -> tl.tensor:
     """As `apply`, for the channels of pixels of one image.
 
     Args:
         red, green, blue: pixels, float32.
         wanted: bit k is set if operation k is.
-        first, second, third, fourth: the order of the operations.
-        factors: pointer to the four factors.
+        order: pointer to the four operations in their order.
+        factors: pointer to their factors.
         mean: the mean brightness that the contrast blends with.
+        before_contrast: whether to stop where the contrast would come, for the mean it needs.
     """
     for turn in tl.static_range(4):
-        if turn == 0:
-            operation = first
-        elif turn == 1:
-            operation = second
-        elif turn == 2:
-            operation = third
-        else:
-            operation = fourth
+        operation = tl.load(order + turn)
+        if before_contrast and operation == 1:
+            wanted = wanted * 0
         if (wanted >> operation) & 1 != 0:
             red, green, blue = _operation_device(red, green, blue, operation, tl.load(factors + operation), mean)
-    return red, green, blue
-
-
-@jit
-def before_contrast_device(
-    red: tl.tensor,
-    green: tl.tensor,
-    blue: tl.tensor,
-    wanted: tl.tensor,
-    first: tl.tensor,
-    second: tl.tensor,
-    third: tl.tensor,
-    fourth: tl.tensor,
-    factors: tl.tensor,
-) -> tl.tensor:
-    """The operations that come before the contrast in the order, which sees their result's mean brightness."""
-    pending = wanted
-    for turn in tl.static_range(4):
-        if turn == 0:
-            operation = first
-        elif turn == 1:
-            operation = second
-        elif turn == 2:
-            operation = third
-        else:
-            operation = fourth
-        if operation == 1:
-            pending = pending * 0
-        if (pending >> operation) & 1 != 0:
-            red, green, blue = _operation_device(red, green, blue, operation, tl.load(factors + operation), 0.0)
     return red, green, blue
 
 
