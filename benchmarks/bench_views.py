@@ -1,126 +1,286 @@
-"""Images per second of the view engine against the torchvision composition: same images, same decisions, same run.
+"""Images per second of the view engine against what else makes views: same images, same run, taking turns.
 
-python -m benchmarks.bench_views DATA [--num-images 64] [--threads 1] [--repeats 5] [--out results.json]
+python -m benchmarks.bench_views DATA [--device cuda] [--dtype bfloat16] [--num-images 256] [--out results.json]
 
-Decoding is not timed. The two take turns, so that whatever else the machine does hits both; the headline is the ratio.
+Decoding is not timed; the decoded images lie on the device. Contenders that can be told what to do get the same
+decisions, and their views are compared with torchvision's on the CPU; DALI and kornia draw for themselves. What is
+missing on this machine is left out with a line that says so.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.baselines.torchvision_views import torchvision_view
+from benchmarks.timing import Times, drain, take_turns
+from benchmarks.view_contenders import CONTENDERS, MakeAll, Setup, decide, version
 from mvssl.environment import environment
 from pipelines.batch import DecodedBatch
 from pipelines.console import run_cli
 from pipelines.decode import make_decoder
+from pipelines.errors import InputError, invalid
 from pipelines.order import Order
 from pipelines.storage import open_source
-from pipelines.views.draw import draw
-from pipelines.views.engine import ViewEngine
 from pipelines.views.presets import paper_views
+from pipelines.views.spec import IMAGENET_STD
+
+Name = Literal["fused", "reference", "compiled", "torchvision", "dali", "kornia"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COMPARED = 16  # images whose views are compared with torchvision's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Time the view engine against torchvision.
+    """Time what makes views.
 
     Attributes:
         data: folder of images or converted data set.
+        device: where the decoded images lie and the views are made.
+        dtype: type of the views.
+        contenders: who takes part; everyone who can if none is named.
         num_images: images of a batch.
-        threads: threads torch may use, in both.
-        repeats: turns each takes; the median counts.
+        batches: batches of a turn, so that the next one is never in a cache already.
+        threads: threads torch may use on the CPU, and those of DALI.
+        repeats: turns each takes after a warm-up; the median counts.
         size: side of the global and cutout views in pixels.
         local_size: side of the local views in pixels.
+        blur_kernel: taps of the blur.
         out: JSON file to write.
     """
 
     data: tyro.conf.Positional[Path]
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    contenders: tuple[Name, ...] = ()
     num_images: int = 64
+    batches: int = 2
     threads: int = 1
     repeats: int = 5
     size: int = 224
     local_size: int = 96
+    blur_kernel: int = 23
     out: Path | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("num_images", "batches", "threads", "repeats"):
+            if getattr(self, name) < 1:
+                raise invalid(name, getattr(self, name), "1 or more", "give a larger number")
 
-def load(arguments: Arguments) -> DecodedBatch:
-    """Decode a random batch of the data set."""
+
+@dataclass(frozen=True, kw_only=True)
+class Entrants:
+    """Who takes part, warmed up.
+
+    Attributes:
+        functions: name and function of each.
+        missing: name of each contender that this machine cannot run, and why.
+        failed: name of each that ran and failed, and its error.
+    """
+
+    functions: dict[str, MakeAll]
+    missing: dict[str, str]
+    failed: dict[str, str]
+
+
+def load(arguments: Arguments) -> list[DecodedBatch]:
+    """Decode random batches of the data set, on the CPU, each of the same number of images.
+
+    Raises:
+        InputError: the data set is too small or has images that cannot be decoded.
+    """
     source = open_source(arguments.data)
+    if arguments.num_images > len(source):
+        raise InputError(
+            f"num_images is {arguments.num_images} but {arguments.data} has only {len(source)} images: lower "
+            "--num-images."
+        )
     order = Order(num_images=len(source), batch_size=arguments.num_images, seed=0)
-    index = torch.from_numpy(order.batch(0, 0))
-    decoder = make_decoder("auto", device="cpu", batch_size=len(index), threads=1)
-    decoded = decoder([source.read(i) for i in index.tolist()])
+    decoder = make_decoder("auto", device="cpu", batch_size=arguments.num_images, threads=1)
+    batches = []
+    for epoch in range(arguments.batches):
+        index = torch.from_numpy(order.batch(epoch, 0))
+        decoded = decoder([source.read(i) for i in index.tolist()])
+        if decoded.failures:
+            position, reason = next(iter(decoded.failures.items()))
+            raise InputError(f"{source.key(int(index[position]))} cannot be decoded ({reason}): take it out.")
+        batches.append(DecodedBatch.packed(decoded.pixels, sizes=decoded.sizes, index=index))
     decoder.close()
-    good = torch.tensor([n not in decoded.failures for n in range(len(index))])
-    return DecodedBatch.packed(decoded.pixels, sizes=decoded.sizes, index=index[good])
+    source.close()
+    return batches
 
 
-def measure(arguments: Arguments) -> dict[str, object]:
-    """Run the benchmark; the result as plain JSON values."""
-    torch.set_num_threads(arguments.threads)
-    batch = load(arguments)
-    specs = paper_views(size=arguments.size, local_size=arguments.local_size)
-    engine = ViewEngine(specs)
-    params = draw(specs, batch.sizes, seed=0, epoch=0, index=batch.index)
+def enter(names: Sequence[str], setup: Setup, batches: Sequence[DecodedBatch]) -> Entrants:
+    """Build the contenders and let each make all views once; say on stderr who is left out, and why."""
+    entrants = Entrants(functions={}, missing={}, failed={})
+    for name in names:
+        try:
+            function = CONTENDERS[name].build(setup)
+        except (InputError, ImportError) as error:
+            entrants.missing[name] = str(error)
+            print(f"left out {name}: {error}", file=sys.stderr)
+            continue
+        try:
+            drain(function(batches))
+            if setup.device.type == "cuda":
+                torch.cuda.synchronize(setup.device)
+        except Exception as error:  # whatever a peer raises must not cost the others' numbers
+            entrants.failed[name] = f"{type(error).__name__}: {error}"
+            print(f"FAILED {name}: {type(error).__name__}: {error}", file=sys.stderr)
+            continue
+        entrants.functions[name] = function
+    return entrants
 
-    def ours() -> list[Tensor]:
-        fresh = draw(specs, batch.sizes, seed=0, epoch=0, index=batch.index)
-        return engine(batch, fresh)
 
-    def torchvision() -> list[Tensor]:
-        return [
-            torch.stack([torchvision_view(batch.image(n), spec, params.view(v), n) for n in range(len(batch))])
-            for v, spec in enumerate(specs)
-        ]
+def differences(functions: dict[str, MakeAll], setup: Setup, batch: DecodedBatch) -> dict[str, dict[str, float]]:
+    """How far the views of those who share decisions are from torchvision's on the CPU in float32.
 
-    difference = max(float((a - b).abs().max()) for a, b in zip(ours(), torchvision(), strict=True))
-    contenders: dict[str, Callable[[], list[Tensor]]] = {"engine": ours, "torchvision": torchvision}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(arguments.repeats):
-        for name, make in contenders.items():
-            began = time.perf_counter()
-            make()
-            seconds[name].append(time.perf_counter() - began)
-    rates = {name: len(batch) / statistics.median(times) for name, times in seconds.items()}
-    ratios = [b / a for a, b in zip(seconds["engine"], seconds["torchvision"], strict=True)]
-    command = (
-        f"python -m benchmarks.bench_views {arguments.data.name} --num-images {arguments.num_images} "
-        f"--threads {arguments.threads} --repeats {arguments.repeats} "
-        f"--size {arguments.size} --local-size {arguments.local_size}"
-    )
+    Args:
+        functions: name and function of each contender.
+        setup: what they share.
+        batch: images on the CPU; the first `COMPARED` are looked at, in a batch of the full size.
+
+    Returns:
+        For each name `normalised`, the largest difference of a normalised value, and `levels` and `mean_levels`, the
+        largest and the mean difference in units of 1/255. Empty without torchvision.
+    """
+    if version("torchvision") is None:
+        print("left out the comparison of views: torchvision is not installed", file=sys.stderr)
+        return {}
+    from benchmarks.baselines.torchvision_views import torchvision_view
+
+    params = decide(setup, batch)
+    count = min(COMPARED, len(batch))
+    std = torch.tensor(IMAGENET_STD)[:, None, None]  # [3, 1, 1]
+    truth = [
+        torch.stack([torchvision_view(batch.image(n), spec, params.view(v), n) for n in range(count)])
+        for v, spec in enumerate(setup.specs)
+    ]
+    found = {}
+    for name, function in functions.items():
+        if CONTENDERS[name].shares_decisions:
+            views = next(function([batch.to(setup.device)]))
+            gaps = [
+                (view[:count].cpu().float() - true).abs()  # [count, 3, S, S]
+                for view, true in zip(views, truth, strict=True)
+            ]
+            found[name] = {
+                "normalised": max(float(gap.max()) for gap in gaps),
+                "levels": max(float((gap * std).max()) for gap in gaps) * 255,
+                "mean_levels": statistics.mean(float((gap * std).mean()) for gap in gaps) * 255,
+            }
+    return found
+
+
+def turn(function: MakeAll, batches: Sequence[DecodedBatch]) -> Callable[[], Iterator[list[Tensor]]]:
+    """One turn of a contender: the views of all batches."""
+    return lambda: function(batches)
+
+
+def summary(times: Times, *, images: int, views: int) -> dict[str, Any]:
+    """Rates of one contender from turns over `images` images with `views` views each."""
+    rates = [images / seconds for seconds in times.seconds]
     return {
-        "benchmark": "views",
-        "images": len(batch),
-        "mean_megapixels": float(batch.sizes.prod(dim=1).double().mean()) / 1e6,
-        "views_per_image": len(specs),
-        "sizes": [spec.size for spec in specs],
-        "threads": arguments.threads,
-        "images_per_second": rates,
-        "views_per_second": {name: rate * len(specs) for name, rate in rates.items()},
-        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "n": len(ratios)},
-        "largest_difference": difference,
-        "environment": environment() | {"command": command},
+        "images_per_second": statistics.median(rates),
+        "views_per_second": statistics.median(rates) * views,
+        "spread": {"min": min(rates), "max": max(rates), "n": len(rates)},
+        "host_share": statistics.median(
+            host / whole for host, whole in zip(times.host_seconds, times.seconds, strict=True)
+        ),
     }
 
 
+def ratios(times: dict[str, Times], base: str) -> dict[str, dict[str, float]]:
+    """How many times faster each other contender is than `base`, turn by turn."""
+    result = {}
+    for name, own in times.items():
+        if name != base and base in times:
+            each = [theirs / mine for mine, theirs in zip(own.seconds, times[base].seconds, strict=True)]
+            result[name] = {"median": statistics.median(each), "min": min(each), "max": max(each), "n": len(each)}
+    return result
+
+
+def measure(arguments: Arguments) -> dict[str, Any]:
+    """Run the benchmark; the result as plain JSON values.
+
+    Raises:
+        InputError: there is no GPU or the data cannot be used.
+    """
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda but torch finds no CUDA device here: take --device cpu.")
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
+    batches = load(arguments)
+    setup = Setup(
+        specs=paper_views(size=arguments.size, local_size=arguments.local_size, blur_kernel=arguments.blur_kernel),
+        device=device,
+        dtype=DTYPES[arguments.dtype],
+        batch_size=arguments.num_images,
+        threads=arguments.threads,
+    )
+    on_device = [batch.to(device) for batch in batches]
+    with torch.inference_mode():
+        entrants = enter(arguments.contenders or tuple(CONTENDERS), setup, on_device)
+        gaps = differences(entrants.functions, setup, batches[0])
+        turns = {name: turn(function, on_device) for name, function in entrants.functions.items()}
+        times = take_turns(turns, repeats=arguments.repeats, device=device)
+    images = arguments.num_images * len(batches)
+    pixels = torch.cat([batch.sizes for batch in batches]).prod(dim=1).double().mean()
+    return {
+        "benchmark": "views",
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+        "images": arguments.num_images,
+        "batches": len(batches),
+        "mean_megapixels": float(pixels) / 1e6,
+        "views_per_image": len(setup.specs),
+        "sizes": [spec.size for spec in setup.specs],
+        "threads": arguments.threads,
+        "contenders": {
+            name: {
+                "what": CONTENDERS[name].what,
+                "shares_decisions": CONTENDERS[name].shares_decisions,
+                **summary(own, images=images, views=len(setup.specs)),
+                "difference_from_torchvision_cpu": gaps.get(name),
+            }
+            for name, own in times.items()
+        },
+        "times_torchvision": ratios(times, "torchvision"),
+        "left_out": entrants.missing,
+        "failed": entrants.failed,
+        "environment": environment() | {"command": command(arguments), "kornia": version("kornia")},
+    }
+
+
+def command(arguments: Arguments) -> str:
+    """The command that repeats this measurement, without paths of this machine."""
+    chosen = "".join(f" {name}" for name in arguments.contenders)
+    return (
+        f"python -m benchmarks.bench_views {arguments.data.name} --device {arguments.device} "
+        f"--dtype {arguments.dtype} --num-images {arguments.num_images} --batches {arguments.batches} "
+        f"--threads {arguments.threads} --repeats {arguments.repeats} --size {arguments.size} "
+        f"--local-size {arguments.local_size} --blur-kernel {arguments.blur_kernel}"
+        + (f" --contenders{chosen}" if chosen else "")
+    )
+
+
 def body() -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; returns the exit code: 1 if a contender failed, whatever the others have given."""
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.bench_views")
     result = measure(arguments)
     print(json.dumps(result, indent=2))
     if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    return 0
+    return 1 if result["failed"] else 0
 
 
 if __name__ == "__main__":

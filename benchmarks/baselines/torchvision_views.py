@@ -21,7 +21,10 @@ JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_
 
 
 def torchvision_view(image: Tensor, spec: ViewSpec, params: ViewParams, n: int) -> Tensor:
-    """The view of `image` (uint8 [H, W, 3]) by the decisions for image n of one view: float32 [3, S, S], normalised."""
+    """The view of `image` (uint8 [H, W, 3]) by the decisions for image n of one view: float32 [3, S, S], normalised.
+
+    The image may lie on a GPU, the decisions lie on the CPU.
+    """
     top, left, height, width = params.crop[n].tolist()
     view = F.resized_crop(
         image.permute(2, 0, 1), top, left, height, width, [spec.size] * 2, interpolation=BICUBIC, antialias=True
@@ -31,7 +34,7 @@ def torchvision_view(image: Tensor, spec: ViewSpec, params: ViewParams, n: int) 
     view = F.to_dtype(view, torch.float32, scale=True)
     i, j, h, w = params.cutout[n].tolist()
     if h > 0:
-        view = F.erase(view, i, j, h, w, torch.tensor(MEAN)[:, None, None])
+        view = F.erase(view, i, j, h, w, torch.tensor(MEAN, device=view.device)[:, None, None])
     if params.jitter_on[n]:
         for number in params.jitter_order[n].tolist():
             view = JITTER[number](view, float(params.jitter[n, number]))

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Every benchmark that needs a GPU, on one machine with one GPU and no network, in under ten minutes.
+#
+#   benchmarks/gpu_suite.sh                                  # 512 drawn pictures of 500 x 375 pixels
+#   DATA=photos OUT=results benchmarks/gpu_suite.sh          # a folder of images or a converted data set
+#
+# It runs, and leaves in ${OUT:-benchmarks/results}:
+#   views_cuda_bfloat16.json   images/s of the view engine's backends fused and reference, of compiled plain torch, of
+#   views_cuda_float32.json    torchvision on GPU tensors, of DALI and of kornia; those that are not installed are left
+#                              out with a line. 256 images a batch, two batches a turn, median of 5 turns
+#   view_bytes.md              bytes each kernel of the fused engine must move; to be filled in from a profiler
+# benchmarks.paper_small is not part of it: it trains, and takes longer.
+#
+# Each command may take 280 s. The suite goes on after one that fails and ends with 1 then.
+# Environment: PYTHON (python), DATA, OUT, DEVICE (cuda; cpu is for trying the script), NUM_IMAGES (256), REPEATS (5),
+# THREADS (8, of DALI and of torch on the CPU), CONTENDERS (all; a list of names with spaces between).
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+python=${PYTHON:-python}
+device=${DEVICE:-cuda}
+out=${OUT:-benchmarks/results}
+num_images=${NUM_IMAGES:-256}
+failed=0
+
+run() { # run NAME COMMAND...: says what is run, and notes it if it fails
+    local name=$1 code=0
+    shift
+    printf -- '--- %s\n' "$name"
+    timeout --kill-after=10 280 "$@" || code=$?
+    if [ "$code" -ne 0 ]; then
+        printf 'FAILED: %s (exit code %s)\n' "$name" "$code" >&2
+        failed=1
+    fi
+}
+
+mkdir -p "$out" || exit 1
+data=${DATA:-}
+if [ -z "$data" ]; then
+    scratch=$(mktemp -d) || exit 1
+    trap 'rm -rf "$scratch"' EXIT
+    data=$scratch/drawn_500x375
+    run "draw pictures" "$python" -m benchmarks.draw_photos "$data" --count $((2 * num_images))
+fi
+read -r -a contenders <<< "${CONTENDERS:-}"
+for dtype in bfloat16 float32; do
+    run "views in $dtype" "$python" -m benchmarks.bench_views "$data" --device "$device" --dtype "$dtype" \
+        --num-images "$num_images" --repeats "${REPEATS:-5}" --threads "${THREADS:-8}" \
+        --out "$out/views_${device}_$dtype.json" ${contenders[@]+--contenders "${contenders[@]}"}
+done
+run "bytes of the kernels" bash -c '"$1" -m benchmarks.view_bytes > "$2"' - "$python" "$out/view_bytes.md"
+
+[ "$failed" -eq 0 ] && printf 'Done: %s\n' "$out"
+exit "$failed"

@@ -1,0 +1,110 @@
+"""The benchmark of views runs end to end, and its JSON holds what benchmarks/README.md promises."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import bench_views, view_contenders
+from benchmarks.bench_views import Arguments, body, measure
+from benchmarks.timing import take_turns
+from pipelines import DecodedBatch, InputError
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for n in range(4):
+        Image.fromarray(rng.integers(0, 256, (64 + n, 70, 3), dtype=np.uint8)).save(folder / f"{n}.jpg")
+    return folder
+
+
+TINY = ("--num-images", "4", "--size", "32", "--local-size", "16", "--blur-kernel", "5", "--repeats", "2")
+
+
+def test_command_leaves_what_is_promised(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "views.json"
+    names = ["fused", "reference", "torchvision", "dali"]
+    monkeypatch.setattr(sys, "argv", ["bench", str(photos), *TINY, "--out", str(out), "--contenders", *names])
+    assert body() == 0
+    result = json.loads(out.read_text())
+    output = capsys.readouterr()
+    assert json.loads(output.out) == result
+    assert "left out fused: it needs CUDA" in output.err
+    assert next(iter(result["left_out"])) == "fused"
+    assert result["failed"] == {}
+    for name, entry in result["contenders"].items():
+        assert entry["views_per_second"] == pytest.approx(5 * entry["images_per_second"])
+        spread = entry["spread"]
+        assert spread["n"] == 2
+        assert 0 < spread["min"] <= entry["images_per_second"] <= spread["max"]
+        assert entry["host_share"] == 1.0
+        assert entry["shares_decisions"] == (name != "dali")
+        assert (entry["difference_from_torchvision_cpu"] is None) == (name == "dali")
+    same = result["contenders"]["reference"]["difference_from_torchvision_cpu"]
+    assert same["normalised"] < 1e-4
+    assert 0 <= same["mean_levels"] <= same["levels"] < 0.01
+    assert result["contenders"]["torchvision"]["difference_from_torchvision_cpu"]["normalised"] == 0.0
+    assert result["times_torchvision"]["reference"]["n"] == 2
+    assert result["environment"]["packages"]["torch"]
+    assert str(photos.parent) not in result["environment"]["command"]
+
+
+def test_half_precision_is_as_far_off_as_its_rounding(photos: Path) -> None:
+    tiny = Arguments(
+        data=photos, dtype="bfloat16", contenders=("reference",), num_images=4, size=32, local_size=16, blur_kernel=5
+    )
+    (entry,) = measure(tiny)["contenders"].values()
+    assert 1e-4 < entry["difference_from_torchvision_cpu"]["normalised"] < 0.01
+
+
+def test_a_contender_that_fails_costs_no_other_its_numbers(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(setup: view_contenders.Setup) -> view_contenders.MakeAll:
+        def make(batches: Sequence[DecodedBatch]) -> Iterator[list[torch.Tensor]]:
+            raise RuntimeError("out of order")
+
+        return make
+
+    broken = view_contenders.Contender(what="broken", shares_decisions=False, build=fails)
+    monkeypatch.setitem(bench_views.CONTENDERS, "kornia", broken)
+    tiny = Arguments(
+        data=photos, contenders=("kornia", "reference"), num_images=4, size=32, local_size=16, blur_kernel=5, repeats=1
+    )
+    result = measure(tiny)
+    assert result["failed"] == {"kornia": "RuntimeError: out of order"}
+    assert list(result["contenders"]) == ["reference"]
+
+
+def test_wrong_arguments_are_explained(photos: Path) -> None:
+    with pytest.raises(InputError, match=r"num_images is 5 but .* has only 4 images"):
+        measure(Arguments(data=photos, num_images=5))
+    with pytest.raises(InputError, match="repeats is 0 but must be 1 or more"):
+        Arguments(data=photos, repeats=0)
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no CUDA device"):
+            measure(Arguments(data=photos, device="cuda"))
+
+
+def test_turns_alternate() -> None:
+    calls: list[str] = []
+
+    def contender(name: str) -> list[int]:
+        calls.append(name)
+        return [1, 2]
+
+    times = take_turns(
+        {name: functools.partial(contender, name) for name in ("a", "b")}, repeats=3, device=torch.device("cpu")
+    )
+    assert calls == ["a", "b"] * 3
+    assert len(times["a"].seconds) == len(times["b"].host_seconds) == 3
