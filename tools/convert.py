@@ -1,4 +1,4 @@
-"""`mvssl-convert`: turn a folder of images, a list or ImageNet's archives into tar shards with an index."""
+"""`mvssl-convert`: turn a folder of images, a list or ImageNet's archives into tar shards or an FFCV file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import tyro
 
 from pipelines.console import run_cli
 from pipelines.errors import InputError, invalid
+from pipelines.storage.beton_format import is_beton_name
+from pipelines.storage.beton_index import BETON
+from tools.conversion.conversion import Conversion, Options
 from tools.conversion.inputs import find_jobs
 from tools.conversion.progress import IndexProgress
-from tools.conversion.shards import Options, ShardConversion
 
 _MEGABYTE = 1_000_000
 
@@ -22,6 +24,7 @@ _MEGABYTE = 1_000_000
 @dataclass(frozen=True, kw_only=True)
 class Convert:
     """Convert images to tar shards with an index: any image at any time, few large files, readable by tar.
+    Or to the one file of FFCV.
 
     Every image is decoded once; those that cannot be are left out and listed with the reason in quarantine.jsonl.
     A conversion that was stopped goes on where it was when the same command is run again.
@@ -29,16 +32,20 @@ class Convert:
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """A folder of images (labels are its first level of folders), a folder with train/ and val/, a text list of files,
-    ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, or a folder with these two archives."""
+    ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, a folder with these two archives, or data in the other format."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """New or empty folder to write to; DST/train and DST/val if SRC has both."""
-    format: Literal["shards"] = "shards"
-    """What to write."""
+    format: Literal["shards", "beton"] = "shards"
+    """What to write: tar shards and their index, or one images.beton, which FFCV reads too."""
     max_size: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
-    """Longest side in pixels: larger images are scaled down and encoded again (JPEG, quality 95). Without it every
-    file's bytes pass through unchanged."""
+    """Longest side in pixels: larger images are scaled down and encoded again (JPEG, quality 95 or --quality). Without
+    it every file's bytes pass through unchanged (in .beton: every gray or RGB JPEG's; others are stored as pixels)."""
+    quality: Annotated[int | None, tyro.conf.arg(metavar="Q", help_behavior_hint="(default: bytes pass through)")] = (
+        None
+    )
+    """Encode every image again as JPEG of this quality, 1 to 100."""
     shard_size: Annotated[float, tyro.conf.arg(metavar="MB")] = 512.0
-    """Images in one shard, in MB; a kill loses at most one shard's work."""
+    """Images in one shard, in MB; a kill loses at most one shard's work. (Of .beton: the work between two saves.)"""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one per core)")] = None
     """Threads that read and check images."""
     val_labels: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -60,15 +67,24 @@ def convert(config: Convert) -> None:
     """
     if config.max_size is not None and config.max_size < 1:
         raise invalid("--max-size", config.max_size, "1 or more pixels", "give the longest side, e.g. 512")
+    if config.quality is not None and not 1 <= config.quality <= 100:
+        raise invalid("--quality", config.quality, "1 to 100", "95 is close to the original, 75 small")
+    if config.format == "beton" and is_beton_name(config.dst):
+        raise InputError(f"DST {config.dst} is the name of a file: give a folder; {BETON} is written in it.")
     if not config.shard_size > 0:
         raise invalid("--shard-size", config.shard_size, "above 0 MB", "give megabytes, e.g. 512")
     if config.workers is not None and config.workers < 1:
         raise invalid("--workers", config.workers, "1 or more", "give a number of threads or leave it out")
     if config.dst.resolve().is_relative_to(config.src.resolve()):
         raise InputError(f"DST {config.dst} lies in SRC {config.src}: give a DST outside of it.")
-    options = Options(max_size=config.max_size, shard_bytes=max(1, round(config.shard_size * _MEGABYTE)))
+    options = Options(
+        max_size=config.max_size,
+        quality=config.quality,
+        shard_bytes=max(1, round(config.shard_size * _MEGABYTE)),
+        form=config.format,
+    )
     jobs = find_jobs(config.src, val_labels=config.val_labels, classes_file=config.classes, progress=IndexProgress())
-    conversions = [ShardConversion(job, config.dst / job.name, options) for job in jobs]
+    conversions = [Conversion(job, config.dst / job.name, options) for job in jobs]
     for conversion in conversions:  # all before the first runs: no surprise after hours, and DST/val is seen as begun
         conversion.prepare(overwrite=config.overwrite)
     for conversion in conversions:

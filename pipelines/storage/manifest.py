@@ -1,15 +1,16 @@
 """The on-disk form of converted data: names, versions, the index's layout and manifest.json.
 
-A converted folder holds ``shard-NNNNNN.tar`` (standard tar files: ``<key>.jpg`` and, where there are labels,
+A converted folder of shards holds ``shard-NNNNNN.tar`` (standard tar files: ``<key>.jpg`` and, where there are labels,
 ``<key>.cls``), ``index.npy`` (one `INDEX_DTYPE` row per image), ``keys.npy`` (uint8, the UTF-8 of all keys),
 ``quarantine.jsonl``, ``warnings.jsonl`` and ``manifest.json``, which is written last: without it the conversion is not
-finished. While it runs, ``.convert`` holds its plan and the finished shards' parts of the index.
+finished. While it runs, ``.convert`` holds its plan and the finished shards' parts of the index. In the folder of a
+``.beton`` conversion one ``images.beton`` stands in place of shards and index.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from typing import Any
 import numpy as np
 
 from pipelines.errors import InputError
+from pipelines.storage.beton_index import BETON, is_our_beton
 
 FORMAT = "mvssl-shards"
+BETON_FORMAT = "mvssl-beton"
+FORMATS = (FORMAT, BETON_FORMAT)
 VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
@@ -55,7 +59,10 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What manifest.json says; the file has more for the human reader (counts, versions, options)."""
+    """What manifest.json says; the file has more for the human reader (counts, versions, options).
+
+    Data in a .beton file has neither shards nor checksums here: that file has its own.
+    """
 
     count: int
     classes: tuple[str, ...]
@@ -65,8 +72,8 @@ class Manifest:
     plan: Mapping[str, Any]  # source and options that made this data
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest:
-        """Read manifest.json.
+    def load(cls, folder: Path, *, formats: Collection[str] = (FORMAT,)) -> Manifest:
+        """Read manifest.json, which must be of one of these formats.
 
         Raises:
             InputError: it is missing (unfinished conversion), damaged, or of another format version.
@@ -74,8 +81,9 @@ class Manifest:
         path = folder / MANIFEST
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] != FORMAT:
-                raise InputError(f"{path} is of the format {content['format']!r}, not {FORMAT!r}: check the path.")
+            if content["format"] not in formats:
+                wanted = " or ".join(repr(name) for name in formats)
+                raise InputError(f"{path} is of the format {content['format']!r}, not {wanted}: check the path.")
             if content["version"] != VERSION:
                 raise InputError(
                     f"{path} is of format version {content['version']} but this release reads version {VERSION}: "
@@ -111,13 +119,23 @@ def is_ours(folder: Path) -> bool:
     Raises:
         OSError: the folder or a file that decides it cannot be read.
     """
+    if format_of(folder) is not None:
+        return True
+    return (folder / WORK / PLAN).is_file() or _is_our_index(folder / INDEX) or is_our_beton(folder / BETON)
+
+
+def format_of(folder: Path) -> str | None:
+    """Which of our formats the manifest in `folder` names; None without one.
+
+    Raises:
+        OSError: the manifest cannot be read.
+    """
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if isinstance(content, dict) and content.get("format") == FORMAT:
-            return True
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
-        pass
-    return (folder / WORK / PLAN).is_file() or _is_our_index(folder / INDEX)
+        return None
+    name = content.get("format") if isinstance(content, dict) else None
+    return name if name in FORMATS else None
 
 
 def _is_our_index(path: Path) -> bool:

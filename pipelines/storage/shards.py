@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pipelines.errors import InputError
 from pipelines.storage.keys import KeyTable
 from pipelines.storage.manifest import HEAD_BYTES, INDEX, INDEX_DTYPE, KEYS, MANIFEST, Manifest, Shard, is_ours
+from pipelines.storage.mapped import mapped_bytes
 from pipelines.storage.open_files import make_room, most_open_files
 
 _CHUNK = 1 << 22  # bytes hashed at a time
@@ -78,9 +79,7 @@ class ShardSource:
         if mapped.size() < offset + size:
             shard = self.manifest.shards[number]
             raise _damaged(self.location / shard.name, f"was cut short to {mapped.size()} of {shard.bytes} bytes")
-        start = offset - offset % mmap.PAGESIZE
-        mapped.madvise(mmap.MADV_WILLNEED, start, offset + size - start)  # a batch's disk reads go out together
-        return np.frombuffer(mapped, dtype=np.uint8, count=size, offset=offset)
+        return mapped_bytes(mapped, offset=offset, size=size)
 
     def key(self, index: int) -> str:
         """Stem of the tar member, e.g. ``n01440764/n01440764_10026``."""

@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 from pipelines.decode.pillow import decode_one
 from pipelines.storage import open_source
 from pipelines.storage.shards import ShardSource
+from tools.conversion.conversion import shard_bounds
 from tools.conversion.member_keys import member_keys
-from tools.conversion.shards import shard_bounds
 from tools.conversion.verify import has_end_marker
 from tools.convert import Convert, convert, main
 

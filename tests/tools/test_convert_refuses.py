@@ -10,7 +10,7 @@ import pytest
 from convert_runs import COUNT, Run, digests
 
 from pipelines.storage import open_source
-from tools.conversion import shards as shards_module
+from tools.conversion import conversion as conversion_module
 from tools.conversion.destination import Destination
 
 
@@ -18,7 +18,7 @@ def test_disk_that_is_too_small_is_refused_at_once(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
-    monkeypatch.setattr(shards_module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(conversion_module.shutil, "disk_usage", lambda _: usage)
     outcome = run(folder, tmp_path / "d")
     assert outcome.code == 1
     assert "0.0 GB free but the conversion needs" in outcome.err

@@ -11,8 +11,20 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipelines.errors import InputError
-from pipelines.storage.manifest import INDEX, KEYS, MANIFEST, PLAN, QUARANTINE, WARNINGS, WORK, Manifest, is_ours
-from pipelines.storage.shards import ShardSource
+from pipelines.storage import open_source
+from pipelines.storage.beton_index import BETON
+from pipelines.storage.manifest import (
+    FORMATS,
+    INDEX,
+    KEYS,
+    MANIFEST,
+    PLAN,
+    QUARANTINE,
+    WARNINGS,
+    WORK,
+    Manifest,
+    is_ours,
+)
 from tools.conversion.files import write_whole
 
 _LOCK = "lock"
@@ -20,7 +32,7 @@ _ATTEMPTS = 100  # to lock a file that other processes keep removing
 
 
 class Destination:
-    """One folder of shards in the making."""
+    """One folder of converted data in the making."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -69,6 +81,11 @@ class Destination:
         """File of planned shard `number`."""
         return self.folder / f"shard-{number:06d}.tar"
 
+    @property
+    def beton(self) -> Path:
+        """The .beton file."""
+        return self.folder / BETON
+
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Write the manifest, which makes the folder converted data, and remove what was needed on the way."""
         write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=True).encode())
@@ -89,9 +106,9 @@ class Destination:
     def _is_finished(self, plan: Mapping[str, Any]) -> bool:
         if not (self.folder / MANIFEST).exists():
             return False
-        if dict(Manifest.load(self.folder).plan) != dict(plan):
+        if dict(Manifest.load(self.folder, formats=FORMATS).plan) != dict(plan):
             raise self._other("holds the conversion")
-        ShardSource(self.folder).close()  # raises if a shard is missing or damaged
+        open_source(self.folder).close()  # raises if a file is missing or damaged
         return True
 
     def _take_lock(self) -> None:
@@ -144,7 +161,7 @@ class Destination:
 
     def _clear(self) -> None:
         """Remove our data: first what makes it finished, last (index, plan) what shows that the rest is ours."""
-        for name in (MANIFEST, "shard-[0-9]*.tar", KEYS, QUARANTINE, WARNINGS):
+        for name in (MANIFEST, "shard-[0-9]*.tar", BETON, KEYS, QUARANTINE, WARNINGS):
             for path in (*self.folder.glob(name), *self.folder.glob(f"{name}.tmp")):
                 path.unlink()
         for path in self.work.iterdir():

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import InputError
-from pipelines.storage import Source, align_labels, folder, shards, split_paths
+from pipelines.storage import Source, align_labels, beton, folder, shards, split_paths
 from tools.conversion.archives import ArchiveSource, is_train_archive, list_val_archive, open_train_archive
 from tools.conversion.class_files import read_classes, read_val_labels
 
@@ -40,7 +40,7 @@ class Job:
 def find_jobs(
     src: Path, *, val_labels: Path | None, classes_file: Path | None, progress: Progress | None = None
 ) -> list[Job]:
-    """Open what SRC is: a folder, a list, converted shards, train/ and val/ in a folder, or ImageNet's archives.
+    """Open what SRC is: a folder, a list, converted data, train/ and val/ in a folder, or ImageNet's archives.
 
     Where there are two splits, val is numbered by the classes of train; ``--classes`` numbers both.
 
@@ -71,7 +71,7 @@ def _split(src: Path) -> list[tuple[str, Path]]:
     archives = [("train", src / TRAIN_ARCHIVE), ("val", src / VAL_ARCHIVE)]
     if src.is_dir() and all(path.is_file() for _, path in archives):
         return archives
-    if src.is_dir() and not shards.claims(src):
+    if src.is_dir() and not (beton.claims(src) or shards.claims(src)):
         for _, path in archives:
             if path.is_file():
                 return [("", path)]
@@ -85,6 +85,8 @@ def _split(src: Path) -> list[tuple[str, Path]]:
 
 def _open(path: Path, *, val_labels: Path | None, listed: tuple[str, ...] | None, progress: Progress | None) -> Source:
     if path.suffix != ".tar":
+        if beton.claims(path):
+            return beton.open(path)
         if shards.claims(path):
             return shards.open(path)
         # The whole data is read anyway: index it afresh, so that sizes are those of today.

@@ -1,13 +1,12 @@
-"""Join the parts of a finished conversion: the index, the lists of bad and doubtful images, and the manifest."""
+"""What every form of converted data ends with: the lists of bad and doubtful images, and the manifest."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -15,22 +14,24 @@ import numpy as np
 
 from pipelines.errors import InputError
 from pipelines.storage.keys import KeyTable
-from pipelines.storage.manifest import FORMAT, INDEX, KEYS, QUARANTINE, VERSION, WARNINGS
+from pipelines.storage.manifest import QUARANTINE, VERSION, WARNINGS, Shard
 from pipelines.storage.source import fingerprint
 from tools.conversion.destination import Destination
 from tools.conversion.files import write_whole
 from tools.conversion.parts import Part
 
 
-def join_parts(
-    destination: Destination,
-    parts: Sequence[Part],
-    *,
-    classes: tuple[str, ...],
-    plan: Mapping[str, Any],
-    origin: str,
-) -> dict[str, Any]:
-    """Write everything but the shards, the manifest last, and return the manifest.
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where the data comes from: class names, the plan of the conversion and the source's place."""
+
+    classes: tuple[str, ...]
+    plan: Mapping[str, Any]
+    source: str
+
+
+def write_lists(destination: Destination, parts: Sequence[Part], origin: Origin) -> None:
+    """Write the lists of bad and of doubtful images.
 
     Raises:
         InputError: every image is bad.
@@ -40,42 +41,48 @@ def join_parts(
     warned = [item for part in parts for item in part.warned]
     write_whole(destination.folder / QUARANTINE, _json_lines(bad, "reason"))
     write_whole(destination.folder / WARNINGS, _json_lines(warned, "warning"))
-    shards = [part.shard for part in parts if part.shard is not None]
-    if not shards:
+    if not any(len(part.rows) for part in parts):
         raise InputError(
-            f"none of the {len(bad)} images of {origin} can be used, the first because of: {bad[0][1]} ({bad[0][0]}); "
-            f"see {destination.folder / QUARANTINE} and give images that can be decoded."
+            f"none of the {len(bad)} images of {origin.source} can be used, the first because of: {bad[0][1]} "
+            f"({bad[0][0]}); see {destination.folder / QUARANTINE} and give images that can be decoded."
         )
-    kept = [part for part in parts if part.shard is not None]
-    rows = np.concatenate([part.rows for part in kept])
-    keys = KeyTable.of(key for part in kept for key in part.keys)
-    rows["shard"] = np.repeat(np.arange(len(kept)), [len(part.rows) for part in kept])
-    rows["key_end"] = keys.ends
-    sha256 = {}
-    for name, array in ((INDEX, rows), (KEYS, keys.blob)):
-        file = io.BytesIO()
-        np.save(file, array, allow_pickle=False)
-        write_whole(destination.folder / name, file.getvalue())
-        sha256[name] = hashlib.sha256(file.getvalue()).hexdigest()
+
+
+def finish(
+    destination: Destination,
+    parts: Sequence[Part],
+    origin: Origin,
+    *,
+    form: str,
+    shards: Sequence[Shard] = (),
+    sha256: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write the manifest, which makes the folder converted data of this format, and return it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    rows = np.concatenate([part.rows for part in parts])
+    keys = KeyTable.of(key for part in parts for key in part.keys)
     labels = rows["label"].astype(np.int64)
     manifest = {
-        "format": FORMAT,
+        "format": form,
         "version": VERSION,
         "count": len(rows),
-        "quarantined": len(bad),
-        "warnings": len(warned),
+        "quarantined": sum(len(part.bad) for part in parts),
+        "warnings": sum(len(part.warned) for part in parts),
         "image_bytes": int(rows["size"].sum()),
-        "fingerprint": fingerprint(keys, labels=labels, nbytes=rows["size"], classes=classes),
-        "source": origin,
-        "plan": dict(plan),
+        "fingerprint": fingerprint(keys, labels=labels, nbytes=rows["size"], classes=origin.classes),
+        "source": origin.source,
+        "plan": dict(origin.plan),
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("mvssl", "numpy", "pillow")},
         },
-        "sha256": sha256,
+        "sha256": dict(sha256 or {}),
         "shards": [dataclasses.asdict(shard) for shard in shards],
-        "classes": list(classes),
-        "class_counts": np.bincount(labels[labels >= 0], minlength=len(classes)).tolist(),
+        "classes": list(origin.classes),
+        "class_counts": np.bincount(labels[labels >= 0], minlength=len(origin.classes)).tolist(),
     }
     destination.finish(manifest)
     return manifest

@@ -1,4 +1,4 @@
-"""A finished shard's part of the index, kept beside it until the conversion is finished: what makes it resumable."""
+"""What is known of a finished part, kept beside it until the conversion is finished: what makes it resumable."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tools.conversion.files import write_whole
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """What came of one planned shard.
+    """What came of one planned part: a shard, or a stretch of a .beton file.
 
     Attributes:
-        shard: the tar file; None if every image was bad.
+        shard: the tar file, or the stretch (see `BetonWriter.finish`); None if every image was bad.
         rows: INDEX_DTYPE [count]; `shard` and `key_end` are filled in when the parts are joined.
         keys: key of each row.
         bad: (source key, reason) of each image left out.
@@ -49,21 +49,20 @@ def save_part(path: Path, part: Part) -> None:
     write_whole(path, file.getvalue())
 
 
-def load_part(path: Path, *, folder: Path) -> Part | None:
-    """The part at `path` if it is whole and its shard is in `folder` at full size; else None."""
+def load_part(path: Path) -> Part | None:
+    """The part at `path` if that file is whole; else None. Whether its shard is there is for the caller to see."""
     try:
         with np.load(path, allow_pickle=False) as data:
             rows = data["rows"]
             meta = json.loads(data["meta"].tobytes())
-        shard = None if meta["shard"] is None else Shard(**meta["shard"])
-        if rows.dtype != INDEX_DTYPE or (shard is not None and (folder / shard.name).stat().st_size != shard.bytes):
+        if rows.dtype != INDEX_DTYPE:
             return None
         return Part(
-            shard=shard,
+            shard=None if meta["shard"] is None else Shard(**meta["shard"]),
             rows=rows,
             keys=meta["keys"],
             bad=[(key, reason) for key, reason in meta["bad"]],
             warned=[(key, warning) for key, warning in meta["warned"]],
         )
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-        return None  # absent, damaged or without its shard: that shard is converted again
+        return None  # absent or damaged: that part is converted again

@@ -8,11 +8,9 @@ import os
 import tarfile
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from pipelines.storage.manifest import HEAD_BYTES, Shard
 from tools.conversion.files import naming, rename_into_place, temporary_name
+from tools.conversion.verify import Checked
 
 _BUFFER = 1 << 22
 
@@ -29,13 +27,13 @@ class ShardWriter:
         self._count = 0
         self._file = self._temporary.open("wb", buffering=_BUFFER)
 
-    def add(self, key: str, extension: str, data: npt.NDArray[np.uint8], *, label: int) -> int:
-        """Append ``<key>.<extension>`` (uint8 [bytes]) and, unless `label` is -1, ``<key>.cls``.
+    def add(self, key: str, outcome: Checked, *, label: int) -> int:
+        """Append the image as ``<key>.<extension>`` and, unless `label` is -1, ``<key>.cls``.
 
         Returns:
             Byte offset of the image in the tar file.
         """
-        offset = self._member(f"{key}.{extension}", data.tobytes())
+        offset = self._member(f"{key}.{outcome.extension}", outcome.data.tobytes())
         if label >= 0:
             self._member(f"{key}.cls", str(label).encode())
         self._count += 1

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipelines.decode.pillow import decode_one
 
-_QUALITY = 95  # of re-encoded JPEGs: differences below what the views' resize leaves of them
+QUALITY = 95  # of re-encoded JPEGs: differences below what the views' resize leaves of them
 _MAGIC = (
     (b"\xff\xd8", "jpg"),
     (b"\x89PNG", "png"),
@@ -81,13 +81,14 @@ class WarningLog:
         return messages
 
 
-def check(data: npt.NDArray[np.uint8], *, max_size: int | None, log: WarningLog) -> Checked:
+def check(data: npt.NDArray[np.uint8], *, max_size: int | None, quality: int | None = None, log: WarningLog) -> Checked:
     """Decode `data` completely, as training would, and say what to store.
 
     Args:
         data: an encoded image, uint8 [bytes].
         max_size: longest side in pixels; a larger image is turned upright, scaled down (Lanczos) and encoded again
-            (JPEG, quality 95). None: bytes pass through.
+            (JPEG, `QUALITY` unless `quality` is given). None: no image is too large.
+        quality: JPEG quality at which every image is encoded again, upright. None: bytes pass through.
         log: where this thread's warnings arrive.
     """
     log.take()
@@ -99,16 +100,27 @@ def check(data: npt.NDArray[np.uint8], *, max_size: int | None, log: WarningLog)
     if content.startswith(b"\xff\xd8") and not has_end_marker(content):
         return Checked(bad="truncated JPEG: the end-of-image marker is missing")
     height, width = pixels.shape[:2]
-    if max_size is None or max(height, width) <= max_size:
+    scale = 1.0 if max_size is None else min(1.0, max_size / max(height, width))
+    if scale == 1.0 and quality is None:
         return Checked(data=data, height=height, width=width, extension=_extension(content), warned=warned)
-    scale = max_size / max(height, width)
-    small = Image.fromarray(pixels).resize(
-        (max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.LANCZOS
-    )
+    if scale < 1.0:
+        small = Image.fromarray(pixels).resize(
+            (max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.LANCZOS
+        )
+        pixels = np.asarray(small)
+    return as_jpeg(pixels, quality=quality or QUALITY, warned=warned)
+
+
+def as_jpeg(pixels: npt.NDArray[np.uint8], *, quality: int, warned: str = "") -> Checked:
+    """Encode pixels, uint8 [H, W, 3]; a side above 65,535, which JPEG cannot hold, makes a bad image."""
     encoded = io.BytesIO()
-    small.save(encoded, "JPEG", quality=_QUALITY)
+    try:
+        Image.fromarray(pixels).save(encoded, "JPEG", quality=quality)
+    except OSError as error:
+        return Checked(bad=f"it cannot be encoded as JPEG: {error}")
     stored = np.frombuffer(encoded.getvalue(), dtype=np.uint8)
-    return Checked(data=stored, height=small.height, width=small.width, extension="jpg", warned=warned)
+    height, width = pixels.shape[:2]
+    return Checked(data=stored, height=height, width=width, extension="jpg", warned=warned)
 
 
 def has_end_marker(jpeg: bytes) -> bool:

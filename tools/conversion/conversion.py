@@ -1,10 +1,10 @@
-"""Convert a source to tar shards with an index: parallel, resumable, the same bytes every time."""
+"""Convert a source, whatever the form: parallel, resumable, the same bytes every time."""
 
 from __future__ import annotations
 
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +13,20 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import InputError
+from pipelines.storage.beton_format import page_bytes
 from pipelines.storage.keys import KeyTable
-from pipelines.storage.manifest import INDEX_DTYPE, QUARANTINE, Manifest
+from pipelines.storage.manifest import FORMATS, INDEX_DTYPE, QUARANTINE, Manifest
 from pipelines.storage.source import fingerprint
+from tools.conversion.beton_form import BetonForm
 from tools.conversion.destination import Destination
+from tools.conversion.form import Form
 from tools.conversion.inputs import Job
-from tools.conversion.joining import join_parts
+from tools.conversion.joining import Origin
 from tools.conversion.member_keys import member_keys
-from tools.conversion.parts import Part, load_part, save_part
+from tools.conversion.parts import Part, save_part
 from tools.conversion.progress import ConversionProgress
 from tools.conversion.reading import SourceGoneError, UnreadableRow, read
-from tools.conversion.shard_writer import ShardWriter
+from tools.conversion.tar_form import TarForm
 from tools.conversion.verify import Checked, WarningLog, check
 
 _AHEAD = 4  # images in flight per worker: enough that a slow one does not stop the others
@@ -32,14 +35,23 @@ _MEMBER_BYTES = 2048  # at most, around one image: two headers, padding and the 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What decides the converted bytes: longest side in pixels (None = as they are) and bytes of images per shard."""
+    """What decides the converted bytes.
+
+    Attributes:
+        max_size: longest side in pixels; None: as they are.
+        quality: of the JPEGs that all images become; None: bytes pass through where they can.
+        shard_bytes: bytes of images in one part.
+        form: "shards" or "beton".
+    """
 
     max_size: int | None
+    quality: int | None
     shard_bytes: int
+    form: str
 
 
-class ShardConversion:
-    """One source on its way into one folder of shards.
+class Conversion:
+    """One source on its way into one folder.
 
     Threads, not processes: Pillow releases the interpreter lock while it decodes (on 2 cores, 2 threads and 2 processes
     convert equally fast), and threads need no copies, no start-up and leave nothing behind after a kill.
@@ -58,7 +70,19 @@ class ShardConversion:
             "images": len(job.source),
             "max_size": options.max_size,
             "shard_bytes": options.shard_bytes,
+            **({} if options.quality is None else {"quality": options.quality}),
+            **({} if options.form == "shards" else {"form": options.form}),
         }
+        origin = Origin(classes=job.classes, plan=self._plan, source=str(job.source.location))
+        self._form: Form = TarForm(self._destination, origin)
+        if options.form == "beton":
+            self._form = BetonForm(
+                self._destination,
+                origin,
+                capacity=len(job.source),
+                page=page_bytes(int(job.source.nbytes.max(initial=0))),
+                quality=options.quality,
+            )
         self._log = WarningLog()
         self._finished = False
 
@@ -75,9 +99,10 @@ class ShardConversion:
         """
         folder = self._destination.folder
         if self._finished:
-            return f"{folder} holds all {Manifest.load(folder).count} images of this conversion already."
+            count = Manifest.load(folder, formats=FORMATS).count
+            return f"{folder} holds all {count} images of this conversion already."
         try:
-            found = [load_part(self._destination.part(n), folder=folder) for n in range(len(self._bounds) - 1)]
+            found = self._form.load(len(self._bounds) - 1)
             self._check_space(found)
             done = sum(int(self._bounds[n + 1] - self._bounds[n]) for n, part in enumerate(found) if part is not None)
             title = f"converting {self.job.name}".rstrip()
@@ -87,21 +112,15 @@ class ShardConversion:
                 ThreadPoolExecutor(workers, thread_name_prefix="mvssl-convert") as pool,
             ):
                 parts = self._convert(found, pool, workers * _AHEAD, progress)
-            manifest = join_parts(
-                self._destination,
-                parts,
-                classes=self.job.classes,
-                plan=self._plan,
-                origin=str(self.job.source.location),
-            )
+            manifest = self._form.join(parts)
         finally:
             self._destination.release()
         quarantined = f", {manifest['quarantined']} quarantined" + (
             f" (see {folder / QUARANTINE})" if manifest["quarantined"] else ""
         )
         return (
-            f"{folder}: {manifest['count']} images ({manifest['image_bytes'] / 1e6:.1f} MB) in "
-            f"{len(manifest['shards'])} shard(s){quarantined}, {manifest['warnings']} with warnings; "
+            f"{folder}: {manifest['count']} images ({manifest['image_bytes'] / 1e6:.1f} MB) "
+            f"{self._form.describe(manifest)}{quarantined}, {manifest['warnings']} with warnings; "
             f"{progress.this_run} images in {progress.seconds:.1f} s, {progress.rate:.0f} images/s"
         )
 
@@ -114,7 +133,7 @@ class ShardConversion:
         unreadable = UnreadableRow(str(self.job.source.location))
         try:
             for number in todo:
-                found[number] = self._write_shard(number, outcomes, unreadable, progress)
+                found[number] = self._write_part(number, outcomes, unreadable, found, progress)
                 unreadable.end_shard(number)
         except SourceGoneError:
             for number in unreadable.shards:  # their images may well be good: to be converted again
@@ -142,13 +161,15 @@ class ShardConversion:
         data = read(self.job.source, index)
         if isinstance(data, str):
             return Checked(bad=data, unread=True)
-        return check(data, max_size=self._options.max_size, log=self._log)
+        options = self._options
+        return self._form.suit(check(data, max_size=options.max_size, quality=options.quality, log=self._log))
 
-    def _write_shard(
+    def _write_part(
         self,
         number: int,
         outcomes: Iterator[tuple[int, Checked]],
         unreadable: UnreadableRow,
+        found: Sequence[Part | None],
         progress: ConversionProgress,
     ) -> Part:
         start, stop = int(self._bounds[number]), int(self._bounds[number + 1])
@@ -156,7 +177,7 @@ class ShardConversion:
         keys: list[str] = []
         bad: list[tuple[str, str]] = []
         warned: list[tuple[str, str]] = []
-        writer = ShardWriter(self._destination.shard(number))
+        writer = self._form.writer(number, found[:number])
         try:
             for _ in range(start, stop):
                 index, outcome = next(outcomes)
@@ -168,20 +189,20 @@ class ShardConversion:
                 if outcome.warned:
                     warned.append((self.job.source.key(index), outcome.warned))
                 label = int(self.job.labels[index])
-                offset = writer.add(self._keys[index], outcome.extension, outcome.data, label=label)
+                offset = writer.add(self._keys[index], outcome, label=label)
                 row = rows[len(keys)]
                 row["offset"], row["size"], row["label"] = offset, len(outcome.data), label
                 row["height"], row["width"] = outcome.height, outcome.width
                 keys.append(self._keys[index])
             shard = writer.finish() if keys else None
         finally:
-            writer.discard()  # nothing is left to discard once the shard has its name
+            writer.discard()  # nothing is left to discard once it is finished
         part = Part(shard=shard, rows=rows[: len(keys)], keys=keys, bad=bad, warned=warned)
         save_part(self._destination.part(number), part)
         return part
 
     def _check_space(self, found: list[Part | None]) -> None:
-        if self._options.max_size is not None:
+        if self._options.max_size is not None or self._options.quality is not None:
             return  # sizes are not known before
         needed = 0
         for number, part in enumerate(found):

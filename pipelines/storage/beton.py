@@ -1,0 +1,116 @@
+"""FFCV's .beton files as a source, read without FFCV: memory-mapped, any image at any time."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.storage.beton_format import RAW, class_labels, damaged, is_beton_name, read_layout
+from pipelines.storage.beton_index import BETON, load_index
+from pipelines.storage.keys import KeyTable
+from pipelines.storage.manifest import BETON_FORMAT, format_of
+from pipelines.storage.mapped import mapped_bytes
+from pipelines.storage.open_files import make_room
+from pipelines.storage.source import fingerprint
+
+
+class BetonSource:
+    """Images in a .beton file, of mvssl-convert or of FFCV's own writer. Meets the `Source` contract.
+
+    JPEG samples are the bytes as they lie in the file. Samples of pixels get a PPM header in front, which every decoder
+    takes; that copies them. What is checked: at open, that the file is whole (see `read_layout`) and the checksum of
+    our index; at `read`, that the file has not become shorter. Replacing or deleting the file is safe, the old one
+    stays mapped. FFCV's own files hold neither keys nor class names: keys are sample numbers, classes are labels.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the file at `path`.
+
+        Raises:
+            InputError: half-written, cut short, damaged, of another version, or without images.
+            OSError: the file cannot be read.
+        """
+        self.location = path
+        layout = read_layout(path)
+        index = load_index(path, layout)
+        count = len(layout.images)
+        numbers = np.full(count, -1, dtype=np.int64) if layout.numbers is None else layout.numbers
+        if index is None:
+            self._keys = KeyTable.of(f"{n:09d}" for n in range(count))
+            self.classes = class_labels(path, numbers)
+            sizes = np.stack([layout.images["height"], layout.images["width"]], axis=1).astype(np.int64)
+        else:
+            self._keys, self.classes, sizes = index.keys, index.classes, index.sizes
+            if len(index.keys) != count or len(sizes) != count:
+                raise damaged(path, f"has keys for {len(index.keys)} of {count} images")
+            if not -1 <= int(numbers.min()) <= int(numbers.max()) < len(index.classes):
+                raise damaged(path, f"has labels that are not among its {len(index.classes)} classes")
+        self.labels = numbers
+        self.nbytes = layout.nbytes
+        self.sizes = sizes
+        """int64 [len, 2]: (height, width) of each image in pixels; EXIF orientation applied where we converted."""
+        self.fingerprint = fingerprint(self._keys, labels=self.labels, nbytes=self.nbytes, classes=self.classes)
+        self._bytes, self._head = layout.file_bytes, layout.head
+        self._offset = layout.images["pointer"].astype(np.int64)
+        self._images = layout.images
+        self._mapped: mmap.mmap | None = None
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def read(self, index: int) -> npt.NDArray[np.uint8]:
+        """Encoded image: read-only uint8 [bytes]; of a JPEG a view into the mapped file, of pixels a PPM file.
+
+        Raises:
+            InputError: the file has become shorter since it was opened.
+        """
+        # No lock: two threads that map the file at once do no harm, and a lock would not survive a fork.
+        mapped = self._mapped or self._map()
+        offset, size = int(self._offset[index]), int(self.nbytes[index])
+        if mapped.size() < offset + size:
+            raise damaged(self.location, f"was cut short to {mapped.size()} of {self._bytes} bytes")
+        data = mapped_bytes(mapped, offset=offset, size=size)
+        image = self._images[index]
+        if image["mode"] != RAW:
+            return data
+        header = f"P6\n{image['width']} {image['height']}\n255\n".encode()
+        return np.concatenate([np.frombuffer(header, np.uint8), data])
+
+    def key(self, index: int) -> str:
+        """The key that mvssl-convert gave, or the sample's number in FFCV's own files."""
+        return self._keys[index]
+
+    def close(self) -> None:
+        """Let go of the mapped file; arrays given by `read` keep it alive. Reading maps it again."""
+        self._mapped = None
+
+    def _map(self) -> mmap.mmap:
+        with self.location.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != self._bytes or file.read(len(self._head)) != self._head:
+                raise damaged(self.location, "is no longer the file that was opened")
+            make_room(file.fileno())
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # keeps a descriptor of its own
+        self._mapped = mapped
+        return mapped
+
+
+def claims(path: Path) -> bool:
+    """A file named .beton, or a folder that mvssl-convert filled with one."""
+    if path.is_dir():
+        return (path / BETON).is_file() or format_of(path) == BETON_FORMAT
+    return path.is_file() and is_beton_name(path)
+
+
+def open(path: Path, *, progress: Callable[[int], None] | None = None) -> BetonSource:
+    """Open the file, or the one in the folder; see `BetonSource`. `progress` is not used: only an index is read."""
+    del progress
+    where = path / BETON if path.is_dir() else path
+    if not where.exists():
+        raise damaged(where, "is missing")
+    return BetonSource(where)
