@@ -38,8 +38,9 @@ class Encoders:
     attention of a step is in these graphs; what is outside are the small predictors, the loss and fused updates.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], *, compiled: bool) -> None:
+    def __init__(self, modules: Sequence[nn.Module], *, compiled: bool, ranks: int = 1) -> None:
         self._modules = tuple(modules)
+        self._ranks = ranks
         self.compiled = compiled
         self._proven = False
         self._calls: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -57,6 +58,10 @@ class Encoders:
 
         Before the second attempt all buffers of the modules are put back and their gradients cleared. Once a whole
         `work` has gone through, all graphs exist and errors are passed on.
+
+        Raises:
+            InputError: compiling fails where several ranks train: on one alone the second attempt would communicate
+                what the others do not.
         """
         if not self.compiled or self._proven:
             return work()
@@ -66,6 +71,11 @@ class Encoders:
             result = work()
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])
+            if self._ranks > 1:
+                raise InputError(
+                    f"torch.compile failed ({type(error).__name__}: {reason}): set Recipe.compile to 'off'; a C++ "
+                    "compiler (CPU) or Triton (CUDA) is what usually is missing."
+                ) from error
             logger.warning(
                 "torch.compile FAILED and the step runs uncompiled, which is slower: %s: %s. Set Recipe.compile to "
                 "'off' to train so on purpose; a C++ compiler (CPU) or Triton (CUDA) is what usually is missing.",

@@ -93,7 +93,8 @@ class Objective:
         self._slots = predictor_slots(recipe.views, recipe.predictors)
         self._has_target = target is not None
         self._groups = _groups(recipe, shared_target=target is None)
-        self._encoders = Encoders([online] if target is None else [online, target], compiled=compiled)
+        modules = [online] if target is None else [online, target]
+        self._encoders = Encoders(modules, compiled=compiled, ranks=world.size)
         one_pass = OnlinePass(online, lambda view: self._encoders(_ONLINE, view))
         self._pass = one_pass if world.size == 1 else _data_parallel(one_pass)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) 
             position = _begin(experiment, folder, window)
             with run_log(folder.log, console, rank=world.rank), StopRequest(world) as stop:
                 _announce(experiment, folder, position.step)
-                if position.step == 0 and world.is_main:
-                    write_view_sheet(experiment, folder.views)
+                if position.step == 0:
+                    world.on_main(lambda: write_view_sheet(experiment, folder.views))
                 with explain_out_of_memory(), Monitor(experiment, folder, console, position) as monitor:
                     return _Loop(experiment, folder, window, position, monitor, stop).run()
 
@@ -145,7 +146,8 @@ class _Loop:
         stopping = self.stop.agree()
         while self.step < total and not stopping:
             epoch, first_step = divmod(self.step, order.steps_per_epoch)
-            for batch in experiment.loader.epoch(epoch, first_step=first_step, until=experiment.recipe.epochs):
+            batches = experiment.loader.epoch(epoch, first_step=first_step, until=experiment.recipe.epochs)
+            while (batch := self.world.together(partial(next, batches, None))) is not None:
                 index = batch.index
                 with self.monitor.step():
                     output = experiment.step(batch.views, self.step)

@@ -125,6 +125,16 @@ def test_failure_to_compile_is_loud_and_leaves_no_trace(
         assert torch.equal(compiled.target.state_dict()[name], value)
 
 
+def test_failure_to_compile_on_several_ranks_is_an_error() -> None:
+    encoders = Encoders([nn.Linear(2, 2)], compiled=True, ranks=2)
+
+    def work() -> None:
+        raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no such compiler"), None)
+
+    with pytest.raises(InputError, match=r"no such compiler.*set Recipe.compile to 'off'"):
+        encoders.run(work)
+
+
 def test_other_errors_are_passed_on() -> None:
     encoders = Encoders([nn.Linear(2, 2)], compiled=True)
 
