@@ -11,23 +11,45 @@
 #   view_bytes.md              bytes each kernel of the fused engine must move; to be filled in from a profiler
 # benchmarks.paper_small is not part of it: it trains, and takes longer.
 #
-# Each command may take 280 s. The suite goes on after one that fails and ends with 1 then.
-# Environment: PYTHON (python), DATA, OUT, DEVICE (cuda; cpu is for trying the script), NUM_IMAGES (256), REPEATS (5),
+# Nothing is run where there is no CUDA device or a package is missing (tyro is, on some GPU machines): it says so and
+# ends with 1. After that the suite goes on after a command that fails, and ends with 1 then. A command may take 270 s,
+# all of them together 580 s; one for which no time is left counts as failed.
+# Environment: PYTHON (python3), DATA, OUT, DEVICE (cuda; cpu is for trying the script), NUM_IMAGES (256), REPEATS (5),
 # THREADS (8, of DALI and of torch on the CPU), CONTENDERS (all; a list of names with spaces between).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 out=${OUT:-benchmarks/results}
 num_images=${NUM_IMAGES:-256}
 failed=0
 
+"$python" -c '
+import importlib, sys
+missing = []
+for name in sys.argv[3:]:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        missing.append(error.name or name)
+if missing:
+    lacks = ", ".join(dict.fromkeys(missing))
+    sys.exit(f"error: {sys.argv[1]} lacks {lacks}: install what is missing, or set PYTHON to a Python that has it.")
+import torch
+if sys.argv[2] == "cuda" and not torch.cuda.is_available():
+    sys.exit("error: torch finds no CUDA device here, so nothing was measured: run this on a machine with a GPU.")
+' "$python" "$device" torch numpy PIL rich safetensors timm matplotlib tyro || exit 1
+
 run() { # run NAME COMMAND...: says what is run, and notes it if it fails
-    local name=$1 code=0
+    local name=$1 code=0 left=$((580 - SECONDS))
     shift
     printf -- '--- %s\n' "$name"
-    timeout --kill-after=10 280 "$@" || code=$?
+    if [ "$left" -le 0 ]; then
+        code=124
+    else
+        timeout --kill-after=10 "$((left < 270 ? left : 270))" "$@" || code=$?
+    fi
     if [ "$code" -ne 0 ]; then
         printf 'FAILED: %s (exit code %s)\n' "$name" "$code" >&2
         failed=1

@@ -138,12 +138,14 @@ CONTENDERS = {
         build=_torchvision,
     ),
     "dali": Contender(
-        what="NVIDIA DALI's operators in one graph, one batch at a time; it draws for itself, and its colours differ",
+        what="NVIDIA DALI's operators in one graph, one batch at a time; it draws for itself from the same "
+        "distributions, and its colours differ",
         shares_decisions=False,
         build=_dali,
     ),
     "kornia": Contender(
-        what="kornia.augmentation, the crop image by image and without antialiasing; it draws for itself",
+        what="kornia.augmentation, the crop image by image and without antialiasing; it draws for itself from the "
+        "same distributions",
         shares_decisions=False,
         build=_kornia,
     ),

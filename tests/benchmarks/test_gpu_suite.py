@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from benchmarks import bench_views, draw_photos, view_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = """#!/usr/bin/env bash
+[ "$1" = -c ] && exit 0  # the check of what is installed
 printf '%q ' "$@" >> "$CALLS"
 echo >> "$CALLS"
 exit "${CODE:-0}"
@@ -66,6 +68,34 @@ def test_own_data_and_failures(tmp_path: Path, code: str) -> None:
     assert len(calls) == 3, "the suite goes on after a failure"
     assert "--contenders" not in calls[0]
     assert ("FAILED: views in bfloat16" in done.stderr) == (code == "1")
+
+
+def run_suite(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the suite with this Python."""
+    return subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh")],
+        env={**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path / "out"), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_without_a_gpu_nothing_is_run(tmp_path: Path) -> None:
+    done = run_suite(tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: torch finds no CUDA device here")
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError(name='tyro')")
+    done = run_suite(tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert f"error: {sys.executable} lacks tyro: install what is missing" in done.stderr
+    assert done.stdout == ""
 
 
 def test_drawn_photos_are_pictures(tmp_path: Path) -> None:
