@@ -4,12 +4,15 @@
 #   tools/test.sh                        # everything
 #   tools/test.sh tests/tools -k demo    # arguments go to pytest
 #
-# Needs python3 (3.11 or newer) only; see setup_env.sh. Tests that need CUDA skip themselves without it, and say so.
+# Needs python3 (3.11 or newer) only; see setup_env.sh. Tests that need CUDA or FFCV skip themselves without it, and say
+# so; FFCV is installed where that is possible (see install_ffcv.sh).
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 setup_env test
 ensure_compiler
+# With FFCV, where it can be had: then the tests that read and write .beton files with it run too.
+timeout 900 "$ROOT/tools/install_ffcv.sh" </dev/null || say "Note: without FFCV its own tests are skipped."
 cd "$ROOT"
 
 failed=()

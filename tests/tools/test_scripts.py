@@ -26,6 +26,9 @@ here="$(dirname "$0")"
 printf '%s\\n' "$*" >>"$here/calls"
 case "$*" in
     *"-m pip --version"*) exit 0 ;;
+    "-") exit "$(cat "$here/ffcv-exit" 2>/dev/null || echo 0)" ;;
+    *"import torch"*) exit 0 ;;
+    *"import ffcv"*) exit 0 ;;
     *"-m pip install"*) echo "the last words of pip"; exit "$(cat "$here/pip-exit" 2>/dev/null || echo 0)" ;;
     *"-m ruff check"*) exit 0 ;;
     *"-m ruff format"*) exit 0 ;;
@@ -102,7 +105,7 @@ def tree(tmp_path: Path) -> Tree:
     return Tree(tmp_path)
 
 
-@pytest.mark.parametrize("script", ["tools/demo.sh", "tools/test.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["tools/demo.sh", "tools/test.sh", "tools/install_ffcv.sh", ".ci/run"])
 def test_script_can_be_started(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     assert (ROOT / script).read_text().startswith("#!/usr/bin/env bash\n")
@@ -184,12 +187,48 @@ def test_suite_passes_arguments_and_ends_with_the_summary(tree: Tree) -> None:
     assert result.stdout.splitlines()[-1].startswith("All passed in ")
 
 
+def test_ffcv_that_is_there_is_not_installed_again(tree: Tree) -> None:
+    result = tree.run("tools/install_ffcv.sh")
+    assert (result.returncode, result.stdout) == (0, f"FFCV is installed in {tree.env}.\n")
+    assert not tree.calls("-m pip install")
+
+
+def test_what_ffcv_lacks_is_said_with_the_commands_and_the_suite_goes_on(tree: Tree) -> None:
+    """Neither libraries nor apt-get are on this PATH."""
+    tree.say("ffcv-exit", 1)
+    alone = tree.run("tools/install_ffcv.sh")
+    assert alone.returncode == 1
+    assert "FFCV is not installed: it needs g++ pkg-config libopencv-dev libturbojpeg0-dev" in alone.stdout
+    assert "apt-get install -y --no-install-recommends g++ pkg-config libopencv-dev" in alone.stdout
+    assert f"{tree.env}/bin/python -m pip install --no-deps ffcv==1.0.2" in alone.stdout
+    suite = tree.run("tools/test.sh")
+    assert suite.returncode == 0, suite.stdout + suite.stderr
+    assert "Note: without FFCV its own tests are skipped" in suite.stdout
+
+
+def test_ffcv_is_compiled_where_everything_is_there(tree: Tree) -> None:
+    tree.say("ffcv-exit", 1)
+    for command in ("g++", "pkg-config"):
+        tree.script(tree.bare / command, f"#!{BASH}\nexit 0\n")
+    result = tree.run("tools/install_ffcv.sh")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [call.split("off ")[1] for call in tree.calls("-m pip install")] == [
+        "numba tqdm opencv-python-headless setuptools",
+        "--no-deps ffcv==1.0.2",
+    ]
+    tree.say("pip-exit", 1)
+    failed = tree.run("tools/install_ffcv.sh")
+    assert failed.returncode == 1
+    assert "the last words of pip" in failed.stdout
+    assert "FFCV is not installed: pip failed" in failed.stdout
+
+
 @pytest.mark.parametrize(("knob", "name"), [("mypy-exit", "types"), ("pytest-exit", "tests")])
 def test_suite_fails_if_any_part_fails_and_runs_all_parts(tree: Tree, knob: str, name: str) -> None:
     tree.say(knob, 1)
     result = tree.run("tools/test.sh")
     assert result.returncode == 1
-    assert f"FAILED: {name} " in result.stdout.splitlines()[-1]
+    assert result.stdout.splitlines()[-1].startswith(f"FAILED: {name}")
     assert tree.calls("-m pytest")
 
 
