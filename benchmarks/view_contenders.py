@@ -123,6 +123,11 @@ CONTENDERS = {
         shares_decisions=True,
         build=_engine("fused"),
     ),
+    "native": Contender(
+        what="our engine, C behind torch's resize; its draw is timed too",
+        shares_decisions=True,
+        build=_engine("native"),
+    ),
     "reference": Contender(
         what="our engine, plain torch; its draw is timed too", shares_decisions=True, build=_engine("reference")
     ),

@@ -2,8 +2,9 @@
 
 Threads. One producer thread reads, decodes, draws and makes views; reading and decoding use small pools of their own
 (`threads` for decoding, see `pipelines.decode.default_threads`). On a GPU the producer's torch work is the draws only.
-On the CPU the views take torch's intra-op threads, as the training step does: both teams share the cores through the
-operating system. The producer does not call `torch.set_num_threads`, which would change the training step too.
+On the CPU the views take as many threads as torch has for its operations, beside those of the training step: both teams
+share the cores through the operating system. The producer does not call `torch.set_num_threads`, which would change the
+training step too.
 """
 
 from __future__ import annotations

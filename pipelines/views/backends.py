@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipelines.errors import InputError, invalid
 from pipelines.views import reference
+from pipelines.views.native import engine as native
 from pipelines.views.ops._triton import triton
 
 MakeViews = Callable[..., list[Tensor]]
@@ -26,30 +27,40 @@ def _fused() -> MakeViews:
     return make_views
 
 
-BACKENDS: dict[str, Callable[[], MakeViews]] = {"fused": _fused, "reference": lambda: reference.make_views}
+BACKENDS: dict[str, Callable[[], MakeViews]] = {
+    "fused": _fused,
+    "native": lambda: native.make_views,
+    "reference": lambda: reference.make_views,
+}
 """Name of each backend, and how to get its function."""
 
 
 def choose_backend(name: str, device: torch.device) -> str:
-    """The backend of a name on a device; "auto" is the fused one wherever it runs.
+    """The backend of a name on a device; "auto" is the fastest that runs: fused on CUDA, native on the CPU.
 
     Raises:
         InputError: there is no such backend, or it does not run on this device; the message says why.
     """
     if name != "auto" and name not in BACKENDS:
         raise invalid("backend", name, f"one of auto, {', '.join(BACKENDS)}", "choose one of these")
-    if name == "reference" or (name == "auto" and device.type != "cuda"):
-        return "reference"
-    obstacle = fused_obstacle(device)
+    if name == "reference":
+        return name
+    wanted = name if name != "auto" else "fused" if device.type == "cuda" else "native"
+    obstacle = fused_obstacle(device) if wanted == "fused" else _native_obstacle(device)
     if obstacle is None:
-        return "fused"
-    if name == "fused":
+        return wanted
+    if name != "auto":
         raise InputError(
-            f"backend is 'fused' but cannot be used on device {str(device)!r}: {obstacle}; take backend 'auto' or "
+            f"backend is {name!r} but cannot be used on device {str(device)!r}: {obstacle}; take backend 'auto' or "
             "'reference'."
         )
-    _announce(obstacle)
+    _announce(wanted, obstacle)
     return "reference"
+
+
+def _native_obstacle(device: torch.device) -> str | None:
+    """Why the native backend does not run on a device, or None."""
+    return native.native_obstacle() if device.type == "cpu" else "it runs on the CPU only"
 
 
 def fused_obstacle(device: torch.device) -> str | None:
@@ -66,6 +77,6 @@ def fused_obstacle(device: torch.device) -> str | None:
 
 
 @functools.cache
-def _announce(obstacle: str) -> None:
+def _announce(backend: str, obstacle: str) -> None:
     """Say once that views are made the slower way."""
-    _log.warning("The fused view engine cannot be used (%s): views are made by the reference engine, slower.", obstacle)
+    _log.warning("The %s view engine cannot be used (%s): the reference engine is, which is slower.", backend, obstacle)

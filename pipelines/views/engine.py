@@ -22,7 +22,8 @@ class ViewEngine:
     Args:
         specs: V views.
         device: where the views are made.
-        backend: "fused" (Triton kernels, on CUDA), "reference" (plain torch, anywhere) or "auto": fused where it runs.
+        backend: "fused" (Triton, on CUDA), "native" (C, on the CPU), "reference" (plain torch, anywhere) or "auto":
+            the fastest that runs.
         dtype: float32, bfloat16 or float16.
 
     Raises:

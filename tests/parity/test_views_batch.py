@@ -144,7 +144,7 @@ def test_an_empty_batch_gives_empty_views() -> None:
 def test_engine_bad_arguments() -> None:
     with pytest.raises(InputError, match="specs is empty"):
         ViewEngine([])
-    with pytest.raises(InputError, match="backend is 'magic' but must be one of auto, fused, reference"):
+    with pytest.raises(InputError, match="backend is 'magic' but must be one of auto, fused, native, reference"):
         ViewEngine(SPECS, backend="magic")
     with pytest.raises(InputError, match="dtype"):
         ViewEngine(SPECS, dtype=torch.int32)
