@@ -1,0 +1,186 @@
+"""Source images/s of our loader from each storage against a DataLoader with worker processes, taking turns.
+
+python -m benchmarks.bench_loader FOLDER [SHARDS ...] [--workers 2] [--cold] [--device cuda] [--out results.json]
+
+A turn loads `--num-batches` batches of the paper's views and throws them away: storage, decoding and views, from the
+first request to the last batch, nothing prepared before and nothing left over. All load the same images in the same
+order, each in a process of its own that stays (its workers too), so that memory can be told apart; one works at a time.
+Files are in the system's cache, or with --cold dropped from it before each turn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from benchmarks.isolated import Turn
+from benchmarks.loader_contenders import Setup, data_loader, open_train, our_loader
+from benchmarks.turns import rates, ratios, take_turns
+from mvssl.environment import environment
+from pipelines.console import run_cli
+from pipelines.errors import InputError, invalid
+from pipelines.order import Order
+from pipelines.views.presets import paper_views
+
+BASELINE = "DataLoader"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Time loaders.
+
+    Attributes:
+        data: the same images in one or more storages (folder, shards, ...); the DataLoader reads the first.
+        device: where the views are handed over.
+        decoders: of our loader, each with each storage.
+        workers: processes of the DataLoader.
+        threads: threads that decode in our loader; by default as in training.
+        batch_size: images of a batch.
+        num_batches: batches of a turn.
+        repeats: turns each takes after a warm-up; the median counts.
+        cold: drop the files from the system's cache before each turn.
+        size: side of the global and cutout views in pixels.
+        local_size: side of the local views in pixels.
+        blur_kernel: taps of the blur.
+        out: JSON file to write.
+    """
+
+    data: tyro.conf.Positional[tuple[Path, ...]]
+    device: Literal["cpu", "cuda"] = "cpu"
+    decoders: tuple[Literal["auto", "dali", "pillow"], ...] = ("dali", "pillow")
+    workers: int = 2
+    threads: int | None = None
+    batch_size: int = 64
+    num_batches: int = 6
+    repeats: int = 3
+    cold: bool = False
+    size: int = 224
+    local_size: int = 96
+    blur_kernel: int = 23
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise InputError("data is missing: give a folder of images, and the same images converted if you like.")
+        if not self.decoders:
+            raise InputError("decoders is empty: name dali, pillow or both.")
+        for name in ("workers", "batch_size", "num_batches", "repeats"):
+            if getattr(self, name) < 1:
+                raise invalid(name, getattr(self, name), "1 or more", "give a larger number")
+
+
+def setups(arguments: Arguments) -> dict[str, Setup]:
+    """Every contender's setup by name; the baseline's is last.
+
+    Raises:
+        InputError: the storages hold different numbers of images, or fewer than a batch; two are of one kind; or a cold
+            turn is too long.
+    """
+    shared = Setup(
+        name=BASELINE,
+        data=arguments.data[0],
+        specs=paper_views(size=arguments.size, local_size=arguments.local_size, blur_kernel=arguments.blur_kernel),
+        batch_size=arguments.batch_size,
+        num_batches=arguments.num_batches,
+        device=arguments.device,
+        threads=arguments.threads,
+        workers=arguments.workers,
+        cold=arguments.cold,
+    )
+    images: dict[str, int] = {}
+    found: dict[str, Setup] = {}
+    for data in arguments.data:
+        source = open_train(data)
+        kind = type(source).__module__.rpartition(".")[2]
+        if kind in images:
+            raise InputError(f"data names the storage {kind!r} twice ({data} is one): give each storage once.")
+        images[kind] = len(source)
+        source.close()
+        for decoder in arguments.decoders:
+            name = f"{kind} + {decoder}"
+            found[name] = replace(shared, name=name, data=data, decoder=decoder)
+    if len(set(images.values())) != 1:
+        raise InputError(f"data holds different numbers of images ({images}): give the same images in each storage.")
+    order = Order(num_images=next(iter(images.values())), batch_size=arguments.batch_size, seed=0)
+    most = order.steps_per_epoch
+    if arguments.cold and arguments.num_batches > most:
+        raise invalid("num_batches", arguments.num_batches, f"at most {most} (one epoch) with --cold", "lower it")
+    return found | {BASELINE: shared}
+
+
+def measure(arguments: Arguments) -> dict[str, Any]:
+    """Run the benchmark; the result as plain JSON values.
+
+    Raises:
+        InputError: there is no GPU or the data cannot be used.
+    """
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda but torch finds no CUDA device here: take --device cpu.")
+    planned = setups(arguments)
+    builds = {name: partial(data_loader if name == BASELINE else our_loader, setup) for name, setup in planned.items()}
+    outcome = take_turns(builds, repeats=arguments.repeats)
+    specs = planned[BASELINE].specs
+    return {
+        "benchmark": "loader",
+        "device": arguments.device,
+        "cold": arguments.cold,
+        "batch_size": arguments.batch_size,
+        "batches": arguments.num_batches,
+        "views_per_image": len(specs),
+        "sizes": [spec.size for spec in specs],
+        "contenders": {name: summary(taken, views=len(specs)) for name, taken in outcome.turns.items()},
+        "times_dataloader": ratios(outcome.turns, BASELINE),
+        "left_out": outcome.missing,
+        "failed": outcome.failed,
+        "environment": environment() | {"command": command(arguments)},
+    }
+
+
+def summary(turns: Sequence[Turn], *, views: int) -> dict[str, Any]:
+    """Rates, memory and stages of one contender with `views` views an image."""
+    last = turns[-1].report
+    result = rates(turns, views=views) | {"decoder": last["decoder"]}
+    for name in ("workers", "device_mib", "bad"):
+        if name in last:
+            result[name] = last[name]
+    if "stage_seconds" in last:
+        stages = [turn.report["stage_seconds"] for turn in turns]
+        result["stage_seconds"] = {name: sum(stage[name] for stage in stages) for name in stages[0]}
+        result["stage_images"] = sum(turn.report["images"] for turn in turns)
+    if "cached_share" in last:
+        result["cached_share_before_turns"] = max(turn.report["cached_share"] for turn in turns)
+    return result
+
+
+def command(arguments: Arguments) -> str:
+    """The command that repeats this measurement, without paths of this machine."""
+    return (
+        f"python -m benchmarks.bench_loader {' '.join(data.name for data in arguments.data)} "
+        f"--device {arguments.device} --decoders {' '.join(arguments.decoders)} --workers {arguments.workers} "
+        f"--batch-size {arguments.batch_size} --num-batches {arguments.num_batches} --repeats {arguments.repeats} "
+        f"--size {arguments.size} --local-size {arguments.local_size} --blur-kernel {arguments.blur_kernel}"
+        + (f" --threads {arguments.threads}" if arguments.threads is not None else "")
+        + (" --cold" if arguments.cold else "")
+    )
+
+
+def body() -> int:
+    """Run the command; returns the exit code: 1 if a contender failed (the others' numbers stand) or none could run."""
+    arguments = tyro.cli(Arguments, prog="python -m benchmarks.bench_loader")
+    result = measure(arguments)
+    print(json.dumps(result, indent=2))
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    return 1 if result["failed"] or not result["contenders"] else 0
+
+
+if __name__ == "__main__":
+    run_cli(body)

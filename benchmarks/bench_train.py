@@ -1,0 +1,189 @@
+"""Source images/s of training end to end: our loader and step, against the step alone and against what is common.
+
+python -m benchmarks.bench_train DATA [--recipe byol_resnet50_200ep] [--batch-size 256] [--steps 20] [--out FILE]
+
+Four contenders take turns: our step fed by our loader as in a run; the same step on one batch of noise that lies on the
+device already (the ratio of the two says what loading costs); a plain eager step (`baselines/plain_step.py`) fed by a
+DataLoader with worker processes; and that step on noise. Ours run in one process, the plain step's in another.
+A turn trains for `--steps` steps after some that fill the queues; the first turn, which also compiles, is a warm-up.
+Every field of the recipe can be overridden as with mvssl-train.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from benchmarks.isolated import Turn
+from benchmarks.loader_contenders import open_train
+from benchmarks.train_contenders import (
+    OURS,
+    OURS_SYNTHETIC,
+    PLAIN,
+    PLAIN_SYNTHETIC,
+    Setup,
+    our_training,
+    plain_training,
+)
+from benchmarks.turns import rates, ratios, take_turns
+from mvssl.environment import environment
+from mvssl.recipe import Recipe
+from mvssl.recipe_file import resolve_recipe
+from mvssl.serialize import to_dict
+from pipelines.console import run_cli
+from pipelines.errors import InputError, invalid
+from pipelines.order import Order
+
+DEFAULT_RECIPE = "byol_resnet50_200ep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Time training end to end. --recipe NAME (or a recipe file) chooses the recipe, whose fields follow below.
+
+    Attributes:
+        data: folder of images or converted data set.
+        recipe: what is trained.
+        device: where the steps run.
+        steps: updates of a turn.
+        repeats: turns each takes after a warm-up; the median counts.
+        decoder: of our loader.
+        threads: threads that decode in our loader; by default as in training.
+        workers: processes of the DataLoader.
+        baseline: whether the plain step takes part.
+        out: JSON file to write.
+    """
+
+    data: tyro.conf.Positional[Path]
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    device: Literal["cpu", "cuda"] = "cpu"
+    steps: int = 10
+    repeats: int = 3
+    decoder: Literal["auto", "dali", "pillow"] = "auto"
+    threads: int | None = None
+    workers: int = 2
+    baseline: bool = True
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "repeats", "workers"):
+            if getattr(self, name) < 1:
+                raise invalid(name, getattr(self, name), "1 or more", "give a larger number")
+
+
+def parse(arguments: Sequence[str]) -> Arguments:
+    """Parse the command line, whose --recipe gives the defaults of the recipe's fields.
+
+    Raises:
+        InputError: there is no such recipe, or a value cannot be used.
+        SystemExit: with code 2 for wrong usage, 0 after printing help.
+    """
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--recipe", default=DEFAULT_RECIPE)
+    chosen, rest = chooser.parse_known_args(arguments)
+    return tyro.cli(
+        Arguments,
+        prog="python -m benchmarks.bench_train",
+        args=rest,
+        default=Arguments(data=tyro.MISSING, recipe=resolve_recipe(chosen.recipe)),
+    )
+
+
+def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
+    """Run the benchmark; the result as plain JSON values.
+
+    Args:
+        arguments: what to measure.
+        command: how it was asked for, for the result.
+
+    Raises:
+        InputError: there is no GPU, or the data cannot be used.
+    """
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda but torch finds no CUDA device here: take --device cpu.")
+    source = open_train(arguments.data)
+    Order(num_images=len(source), batch_size=arguments.recipe.batch_size, seed=0)  # says what does not fit
+    source.close()
+    setup = Setup(
+        recipe=arguments.recipe,
+        data=arguments.data,
+        device=arguments.device,
+        steps=arguments.steps,
+        decoder=arguments.decoder,
+        threads=arguments.threads,
+        workers=arguments.workers,
+    )
+    builds = {"mvssl's process": partial(our_training, setup)}
+    if arguments.baseline:
+        builds["the baseline's process"] = partial(plain_training, setup)
+    outcome = take_turns(builds, repeats=arguments.repeats)
+    turns, views = outcome.turns, len(setup.recipe.views)
+    return {
+        "benchmark": "train",
+        "device": arguments.device,
+        "recipe": to_dict(setup.recipe),
+        "views_per_image": views,
+        "contenders": {name: summary(taken, views=views) for name, taken in turns.items()},
+        "loaded_over_synthetic": ratio(turns, OURS, OURS_SYNTHETIC),
+        "plain_loaded_over_synthetic": ratio(turns, PLAIN, PLAIN_SYNTHETIC),
+        "times_plain_with_dataloader": ratio(turns, OURS, PLAIN),
+        "step_times_plain_step": ratio(turns, OURS_SYNTHETIC, PLAIN_SYNTHETIC),
+        "left_out": outcome.missing,
+        "failed": outcome.failed,
+        "environment": environment() | {"command": command},
+    }
+
+
+def ratio(turns: Mapping[str, Sequence[Turn]], one: str, other: str) -> dict[str, float] | None:
+    """How many times the images/s of `other` contender `one` has; None if either is missing."""
+    return ratios(turns, other).get(one)
+
+
+def summary(turns: Sequence[Turn], *, views: int) -> dict[str, Any]:
+    """Rates, waiting and memory of one contender with `views` views an image."""
+    last = turns[-1].report
+    result = rates(turns, views=views) | {"steps": last["steps"]}
+    for name in ("data_wait", "device_idle"):
+        if last.get(name) is not None:
+            result[name] = statistics.median(turn.report[name] for turn in turns)
+    for name in ("device_mib", "decoder", "workers", "bad", "stage_seconds"):
+        if name in last:
+            result[name] = last[name]
+    return result
+
+
+def without_paths(arguments: Sequence[str]) -> str:
+    """The command that repeats this measurement, without paths of this machine and without --out."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--out":
+            next(words, None)
+        elif not word.startswith("--out="):
+            kept.append(Path(word).name if "/" in word else word)
+    return " ".join(["python -m benchmarks.bench_train", *kept])
+
+
+def body() -> int:
+    """Run the command; returns the exit code: 1 if a contender failed (the others' numbers stand) or none could run."""
+    arguments = parse(sys.argv[1:])
+    result = measure(arguments, command=without_paths(sys.argv[1:]))
+    print(json.dumps(result, indent=2))
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    return 1 if result["failed"] or not result["contenders"] else 0
+
+
+if __name__ == "__main__":
+    run_cli(body)

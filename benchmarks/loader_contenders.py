@@ -1,0 +1,171 @@
+"""What loads batches of views in the benchmark of loaders: our loader, and a DataLoader."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.isolated import Turns
+from benchmarks.page_cache import cached_share, drop, files_of
+from pipelines.errors import InputError
+from pipelines.loader import Loader
+from pipelines.order import Order
+from pipelines.storage import open_source, split_paths
+from pipelines.storage.source import Source
+from pipelines.views.spec import ViewSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a contender loads.
+
+    Attributes:
+        name: of the contender.
+        data: the data set.
+        specs: V views.
+        batch_size: images of a batch.
+        num_batches: batches of a turn.
+        device: where the views are handed over.
+        decoder: of our loader.
+        threads: of our loader's decoder; None takes its default.
+        workers: processes of the DataLoader.
+        cold: whether the data set's files are dropped from the system's cache before each turn.
+    """
+
+    name: str
+    data: Path
+    specs: tuple[ViewSpec, ...]
+    batch_size: int
+    num_batches: int
+    device: str
+    decoder: str = "auto"
+    threads: int | None = None
+    workers: int = 2
+    cold: bool = False
+
+
+def batches_of_turn(order: Order, *, num_batches: int, first_epoch: int) -> list[tuple[int, int]]:
+    """(epoch, first step) of the passes of a turn: whole epochs, of the first one as much as is needed, its end.
+
+    Every pass goes to its epoch's end, so that no loader prepares batches that nobody takes.
+    """
+    epochs = -(-num_batches // order.steps_per_epoch)
+    skipped = epochs * order.steps_per_epoch - num_batches
+    return [(first_epoch + n, skipped if n == 0 else 0) for n in range(epochs)]
+
+
+@contextmanager
+def our_loader(setup: Setup) -> Iterator[Turns]:
+    """Our loader with the views of the setup."""
+    source = open_train(setup.data)
+    order = Order(num_images=len(source), batch_size=setup.batch_size, seed=0)
+    loader = Loader(
+        source,
+        setup.specs,
+        order,
+        device=setup.device,
+        dtype=torch.bfloat16 if setup.device == "cuda" else torch.float32,
+        decoder=setup.decoder,
+        threads=setup.threads,
+    )
+    epochs = count(0, -(-setup.num_batches // order.steps_per_epoch))
+
+    def turn() -> dict[str, Any]:
+        passes = batches_of_turn(order, num_batches=setup.num_batches, first_epoch=next(epochs))
+        before = replace(loader.stats.stages)
+        views = _views(loader, passes)
+        report = timed(views, setup, source)
+        stages = {name: value - asdict(before)[name] for name, value in asdict(loader.stats.stages).items()}
+        return report | {"decoder": loader.decoder_name, "stage_seconds": stages, "bad": len(loader.stats.bad)}
+
+    yield {setup.name: turn}
+    loader.close()
+    source.close()
+
+
+def _views(loader: Loader, passes: Sequence[tuple[int, int]]) -> Iterator[list[Tensor]]:
+    """The views of some passes (epoch, first step), one after the other without a pause."""
+    for epoch, first_step in passes:
+        for batch in loader.epoch(epoch, first_step=first_step, until=passes[-1][0] + 1):
+            views = batch.views
+            del batch  # or they would live until the next ones are there
+            yield views
+            del views
+
+
+@contextmanager
+def data_loader(setup: Setup) -> Iterator[Turns]:
+    """The DataLoader baseline with the same batches."""
+    try:
+        from benchmarks.baselines.torchvision_loader import TorchvisionLoader
+    except ImportError as error:
+        raise InputError(f"torchvision is missing ({error}): install it to measure the baseline.") from error
+    source = open_train(setup.data)
+    order = Order(num_images=len(source), batch_size=setup.batch_size, seed=0)
+    loader = TorchvisionLoader(source, setup.specs, workers=setup.workers, device=torch.device(setup.device))
+    epochs = count(0, -(-setup.num_batches // order.steps_per_epoch))
+
+    def turn() -> dict[str, Any]:
+        passes = batches_of_turn(order, num_batches=setup.num_batches, first_epoch=next(epochs))
+        steps = [(epoch, step) for epoch, first in passes for step in range(first, order.steps_per_epoch)]
+        return timed(loader(indices_of(order, steps)), setup, source) | {"decoder": "PIL", "workers": setup.workers}
+
+    yield {setup.name: turn}
+    source.close()
+
+
+def indices_of(order: Order, steps: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """The dataset indices of the batches of some steps, each (epoch, step in it)."""
+    permutations = {epoch: order.permutation(epoch) for epoch in {epoch for epoch, _ in steps}}
+    return [permutations[epoch][order.positions(step)].tolist() for epoch, step in steps]
+
+
+def open_train(data: Path) -> Source:
+    """The training images of a data set."""
+    return open_source(split_paths(data)[0])
+
+
+def timed(batches: Iterator[Sequence[Tensor]], setup: Setup, source: Source) -> dict[str, Any]:
+    """Take all batches, which begin to be made with the clock, and keep none; on CUDA until the last one is there.
+
+    Raises:
+        InputError: other batches came than the setup says.
+    """
+    report: dict[str, Any] = {}
+    if setup.cold:
+        files = files_of(source)
+        drop(files)
+        report["cached_share"] = cached_share(files)
+    wait = waiter(setup.device)
+    began = time.perf_counter()
+    images, shapes = 0, set()
+    for views in batches:
+        images += len(views[0])
+        shapes.add(tuple(tuple(view.shape) for view in views))
+        del views
+    wait()
+    report |= {"seconds": time.perf_counter() - began, "images": images}
+    if setup.cold:
+        source.close()  # what a process has mapped, nobody can drop
+    expected = tuple((setup.batch_size, 3, spec.size, spec.size) for spec in setup.specs)
+    if images != setup.batch_size * setup.num_batches or shapes != {expected}:
+        raise InputError(f"{images} images in views of {shapes} came instead of {expected}: this is a bug, report it.")
+    if setup.device == "cuda":
+        report["device_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return report
+
+
+def waiter(device: str) -> Callable[[], None]:
+    """A function that waits until the device has done what it was given, called once now."""
+    if device != "cuda":
+        return lambda: None
+    torch.cuda.synchronize()
+    return torch.cuda.synchronize

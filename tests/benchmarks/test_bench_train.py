@@ -1,0 +1,92 @@
+"""The end-to-end benchmark trains with a tiny recipe and tells what it promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import bench_train
+from benchmarks.bench_train import measure, parse, without_paths
+from benchmarks.train_contenders import OURS, OURS_SYNTHETIC, PLAIN, PLAIN_SYNTHETIC
+from pipelines.errors import InputError
+
+RECIPE = """
+base = "demo"
+backbone = {name = "test_resnet"}
+projector = {hidden = [32], out = 16}
+predictor = {hidden = [32], out = 16}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dozen noisy pictures of 64 pixels."""
+    root = tmp_path_factory.mktemp("noise")
+    generator = np.random.default_rng(0)
+    for n in range(12):
+        Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(root / f"{n:02d}.jpg")
+    return root
+
+
+@pytest.mark.slow
+def test_the_command_writes_what_it_promises(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = tmp_path / "tiny.toml", tmp_path / "train.json"
+    recipe.write_text(RECIPE)
+    sizes = ["--batch-size", "4", "--steps", "3", "--repeats", "1", "--workers", "2"]
+    command = [str(folder), "--recipe", str(recipe), "--decoder", "pillow", *sizes, "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["bench_train", *command])
+    assert bench_train.body() == 0
+    result = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out) == result
+    assert (result["benchmark"], result["device"], result["views_per_image"]) == ("train", "cpu", 5)
+    assert (result["recipe"]["backbone"]["name"], result["recipe"]["batch_size"]) == ("test_resnet", 4)
+    rows = result["contenders"]
+    assert set(rows) == {OURS, OURS_SYNTHETIC, PLAIN, PLAIN_SYNTHETIC}
+    for name, row in rows.items():
+        assert row["views_per_second"] == pytest.approx(5 * row["images_per_second"])
+        assert 0 <= row["data_wait"] <= 1
+        assert row["steps"] == (4 if name == PLAIN else 3)  # whole rounds of two workers
+        assert row["peak_memory_mib"]["pss"] > 50 or sys.platform != "linux"
+    assert set(rows[OURS]["stage_seconds"]) == {"storage", "decode", "views"}
+    assert (rows[OURS]["decoder"], rows[OURS]["bad"], rows[PLAIN]["workers"]) == ("pillow", 0, 2)
+    for ratio, one, other in (
+        ("loaded_over_synthetic", OURS, OURS_SYNTHETIC),
+        ("plain_loaded_over_synthetic", PLAIN, PLAIN_SYNTHETIC),
+        ("times_plain_with_dataloader", OURS, PLAIN),
+        ("step_times_plain_step", OURS_SYNTHETIC, PLAIN_SYNTHETIC),
+    ):
+        expected = rows[one]["images_per_second"] / rows[other]["images_per_second"]
+        assert result[ratio]["median"] == pytest.approx(expected)
+    assert (result["left_out"], result["failed"]) == ({}, {})
+    assert {"packages", "cores", "gpus"} <= set(result["environment"])
+    assert str(tmp_path) not in out.read_text()
+
+
+def test_any_field_of_the_recipe_can_be_overridden() -> None:
+    arguments = parse(["photos", "--recipe", "laptop", "--batch-size", "16", "--views.0.size", "96", "--steps", "7"])
+    assert (arguments.data, arguments.recipe.name, arguments.steps) == (Path("photos"), "laptop", 7)
+    assert (arguments.recipe.batch_size, arguments.recipe.views[0].size) == (16, 96)
+    assert parse(["photos"]).recipe.name == "byol_resnet50_200ep"
+    assert parse(["photos", "--recipe=demo"]).recipe.name == "demo"
+
+
+def test_what_cannot_be_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match="only 12 images"):
+        measure(parse([str(folder)]), command="")
+    with pytest.raises(InputError, match="laptpo"):
+        parse(["photos", "--recipe", "laptpo"])
+    with pytest.raises(InputError, match="steps is 0"):
+        dataclasses.replace(parse(["photos"]), steps=0)
+
+
+def test_the_command_is_told_without_paths() -> None:
+    words = ["/data/photos", "--recipe", "/home/x/y.toml", "--steps", "3", "--out", "/tmp/z.json", "--repeats", "1"]
+    assert without_paths(words) == "python -m benchmarks.bench_train photos --recipe y.toml --steps 3 --repeats 1"
