@@ -107,6 +107,25 @@ def test_rows_on_a_wider_canvas() -> None:
     assert largest_difference(padded, params, specs) == EXACT
 
 
+def test_offsets_beyond_two_gib() -> None:
+    """Pixels behind what 32 bits address; the zeros before them take no memory."""
+    (image,) = noise((12, 14))
+    start = 2**31 + 100
+    pixels = torch.zeros(start + image.numel(), dtype=torch.uint8)
+    pixels[start:] = image.reshape(-1)
+    far = DecodedBatch(
+        pixels=pixels,
+        offset=torch.tensor([start]),
+        sizes=torch.tensor([[12, 14]]),
+        row_stride=torch.tensor([42]),
+        index=torch.tensor([0]),
+        labels=torch.tensor([-1]),
+    )
+    specs = (spec(8),)
+    _, params = decided([image], specs)
+    assert largest_difference(far, params, specs) == EXACT
+
+
 def test_batches_larger_than_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     from pipelines.views.fused import engine
 

@@ -1,0 +1,149 @@
+"""Block sizes and warps of the fused engine's kernels on this GPU: times every candidate, names the best.
+
+    python -m benchmarks.tune_fused [--num-images 256] [--out tune.json]
+
+The paper's five views of random 500 x 375 pictures, one kernel changed at a time. What it finds belongs into
+`LAUNCHES` of pipelines/views/fused/engine.py, with the JSON under results/. Also fills the table of kernel times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import tyro
+
+from mvssl.environment import environment
+from pipelines.batch import DecodedBatch
+from pipelines.console import run_cli
+from pipelines.errors import InputError
+from pipelines.views.backends import fused_obstacle
+from pipelines.views.draw import draw
+from pipelines.views.params import ViewParams
+from pipelines.views.presets import paper_views
+
+CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
+    "weights": {"block": (64, 128, 256)},
+    "columns": {"block": (32, 64, 128), "block_rows": (4, 8, 16)},
+    "rows": {"block": (256, 512, 1024)},
+    "color": {"block": (256, 512, 1024)},
+    "down": {"block": (512, 1024, 2048)},
+    "along": {"block": (256, 512, 1024)},
+}
+WARPS = (2, 4, 8)
+
+cuda: Any = torch.cuda  # Any: torch ships its events without types
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Tune the fused engine's kernels on this GPU.
+
+    Attributes:
+        num_images: images of a batch.
+        repeats: timed batches of each candidate; the median counts.
+        out: JSON file to write.
+    """
+
+    num_images: int = 256
+    repeats: int = 10
+    out: Path | None = None
+
+
+def candidates(name: str) -> Iterator[tuple[dict[str, int], int]]:
+    """Every combination of block sizes and warps of a kernel."""
+    sizes = CANDIDATES[name]
+    for values in itertools.product(*sizes.values(), WARPS):
+        yield dict(zip(sizes, values, strict=False)), values[-1]
+
+
+def kernel_milliseconds(name: str, batch: DecodedBatch, params: ViewParams, repeats: int) -> float:
+    """Median time of one kernel over several batches, in milliseconds on the device."""
+    from pipelines.views.fused import engine
+
+    times: list[tuple[Any, Any]] = []
+    launch = engine.Launch.__call__
+    kernel = engine.LAUNCHES[name].kernel
+
+    def timed(self: engine.Launch, grid: tuple[int, ...], *arguments: Any) -> None:
+        if self.kernel is not kernel:
+            return launch(self, grid, *arguments)
+        begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        launch(self, grid, *arguments)
+        end.record()
+        times.append((begin, end))
+        return None
+
+    with mock.patch.object(engine.Launch, "__call__", timed):
+        for _ in range(repeats + 2):  # the first ones build the kernel
+            engine.make_views(batch, paper_views(), params, dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in times[2:])
+
+
+@contextmanager
+def launched_with(name: str, constants: dict[str, int], num_warps: int) -> Iterator[None]:
+    """Launch a kernel with other block sizes and warps while this lasts."""
+    from pipelines.views.fused import engine
+
+    changed = dataclasses.replace(engine.LAUNCHES[name], constants=constants, num_warps=num_warps)
+    with mock.patch.dict(engine.LAUNCHES, {name: changed}):
+        yield
+
+
+def measure(arguments: Arguments) -> dict[str, Any]:
+    """Time all candidates; the result as plain JSON values.
+
+    Raises:
+        InputError: there is no GPU that runs the kernels.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    obstacle = "there is no CUDA device here" if device.type != "cuda" else fused_obstacle(device)
+    if obstacle is not None:
+        raise InputError(f"The fused kernels cannot be tuned: {obstacle}; run this on a machine with a GPU.")
+    from pipelines.views.fused import engine
+
+    generator = torch.Generator().manual_seed(0)
+    images = [
+        torch.randint(0, 256, (375, 500, 3), generator=generator, dtype=torch.uint8)
+        for _ in range(arguments.num_images)
+    ]
+    batch = DecodedBatch.from_images(images, index=range(len(images)), device=device)
+    params = draw(paper_views(), batch.sizes, seed=0, epoch=0, index=batch.index)
+    kernels: dict[str, Any] = {}
+    for name, launch in engine.LAUNCHES.items():
+        rows = []
+        for constants, num_warps in candidates(name):
+            with launched_with(name, constants, num_warps):
+                milliseconds = kernel_milliseconds(name, batch, params, arguments.repeats)
+            rows.append({**constants, "num_warps": num_warps, "milliseconds": milliseconds})
+        rows.sort(key=lambda row: row["milliseconds"])
+        now = {**launch.constants, "num_warps": launch.num_warps}
+        current = next(row["milliseconds"] for row in rows if now.items() <= row.items())
+        kernels[name] = {"best": rows[0], "now": now | {"milliseconds": current}, "all": rows}
+        microseconds = 1000 * current / arguments.num_images
+        print(f"{name:8} now {microseconds:.2f} us per image, best {rows[0]}")
+    return {"benchmark": "tune_fused", "images": arguments.num_images, "kernels": kernels, "environment": environment()}
+
+
+def body() -> int:
+    """Run the command; returns the exit code."""
+    arguments = tyro.cli(Arguments, prog="python -m benchmarks.tune_fused")
+    result = measure(arguments)
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(body)
