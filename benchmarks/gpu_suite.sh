@@ -8,6 +8,7 @@
 #   views_cuda_bfloat16.json   images/s of the view engine's backends fused and reference, of compiled plain torch, of
 #   views_cuda_float32.json    torchvision on GPU tensors, of DALI and of kornia; those that are not installed are left
 #                              out with a line. 256 images a batch, two batches a turn, median of 5 turns
+#   tune_fused.json            time of each kernel of the fused engine, with the block sizes it has and with others
 #   view_bytes.md              bytes each kernel of the fused engine must move; to be filled in from a profiler
 # benchmarks.paper_small is not part of it: it trains, and takes longer.
 #
@@ -70,6 +71,10 @@ for dtype in bfloat16 float32; do
         --num-images "$num_images" --repeats "${REPEATS:-5}" --threads "${THREADS:-8}" \
         --out "$out/views_${device}_$dtype.json" ${contenders[@]+--contenders "${contenders[@]}"}
 done
+if [ "$device" = cuda ]; then
+    run "block sizes of the kernels" "$python" -m benchmarks.tune_fused --num-images "$num_images" \
+        --out "$out/tune_fused.json"
+fi
 run "bytes of the kernels" bash -c '"$1" -m benchmarks.view_bytes > "$2"' - "$python" "$out/view_bytes.md"
 
 [ "$failed" -eq 0 ] && printf 'Done: %s\n' "$out"

@@ -88,7 +88,7 @@ def kernel_milliseconds(name: str, batch: DecodedBatch, params: ViewParams, repe
         for _ in range(repeats + 2):  # the first ones build the kernel
             engine.make_views(batch, paper_views(), params, dtype=torch.bfloat16)
     torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in times[2:])
+    return statistics.median(float(begin.elapsed_time(end)) for begin, end in times[2:])
 
 
 @contextmanager
@@ -114,11 +114,9 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     from pipelines.views.fused import engine
 
     generator = torch.Generator().manual_seed(0)
-    images = [
-        torch.randint(0, 256, (375, 500, 3), generator=generator, dtype=torch.uint8)
-        for _ in range(arguments.num_images)
-    ]
-    batch = DecodedBatch.from_images(images, index=range(len(images)), device=device)
+    count = arguments.num_images
+    images = torch.randint(0, 256, (count, 375, 500, 3), generator=generator, dtype=torch.uint8)
+    batch = DecodedBatch.from_images(list(images), index=range(count), device=device)
     params = draw(paper_views(), batch.sizes, seed=0, epoch=0, index=batch.index)
     kernels: dict[str, Any] = {}
     for name, launch in engine.LAUNCHES.items():
@@ -131,9 +129,9 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         now = {**launch.constants, "num_warps": launch.num_warps}
         current = next(row["milliseconds"] for row in rows if now.items() <= row.items())
         kernels[name] = {"best": rows[0], "now": now | {"milliseconds": current}, "all": rows}
-        microseconds = 1000 * current / arguments.num_images
+        microseconds = 1000 * current / count
         print(f"{name:8} now {microseconds:.2f} us per image, best {rows[0]}")
-    return {"benchmark": "tune_fused", "images": arguments.num_images, "kernels": kernels, "environment": environment()}
+    return {"benchmark": "tune_fused", "images": count, "kernels": kernels, "environment": environment()}
 
 
 def body() -> int:
