@@ -24,7 +24,7 @@ _MEGABYTE = 1_000_000
 @dataclass(frozen=True, kw_only=True)
 class Convert:
     """Convert images to tar shards with an index: any image at any time, few large files, readable by tar.
-    Or to the one file of FFCV.
+    Or to a .beton file, which FFCV reads.
 
     Every image is decoded once; those that cannot be are left out and listed with the reason in quarantine.jsonl.
     A conversion that was stopped goes on where it was when the same command is run again.
