@@ -147,7 +147,7 @@ def summary(turns: Sequence[Turn], *, views: int) -> dict[str, Any]:
     """Rates, memory and stages of one contender with `views` views an image."""
     last = turns[-1].report
     result = rates(turns, views=views) | {"decoder": last["decoder"]}
-    for name in ("workers", "device_mib", "bad"):
+    for name in ("view_engine", "workers", "device_mib", "bad"):
         if name in last:
             result[name] = last[name]
     if "stage_seconds" in last:

@@ -156,7 +156,7 @@ def summary(turns: Sequence[Turn], *, views: int) -> dict[str, Any]:
     for name in ("data_wait", "device_idle"):
         if last.get(name) is not None:
             result[name] = statistics.median(turn.report[name] for turn in turns)
-    for name in ("device_mib", "decoder", "workers", "bad", "stage_seconds"):
+    for name in ("device_mib", "decoder", "view_engine", "workers", "bad", "stage_seconds"):
         if name in last:
             result[name] = last[name]
     return result

@@ -20,6 +20,7 @@ from pipelines.loader import Loader
 from pipelines.order import Order
 from pipelines.storage import open_source, split_paths
 from pipelines.storage.source import Source
+from pipelines.views.backends import choose_backend
 from pipelines.views.spec import ViewSpec
 
 
@@ -84,7 +85,12 @@ def our_loader(setup: Setup) -> Iterator[Turns]:
         views = _views(loader, passes)
         report = timed(views, setup, source)
         stages = {name: value - asdict(before)[name] for name, value in asdict(loader.stats.stages).items()}
-        return report | {"decoder": loader.decoder_name, "stage_seconds": stages, "bad": len(loader.stats.bad)}
+        return report | {
+            "decoder": loader.decoder_name,
+            "view_engine": choose_backend("auto", torch.device(setup.device)),
+            "stage_seconds": stages,
+            "bad": len(loader.stats.bad),
+        }
 
     yield {setup.name: turn}
     loader.close()

@@ -25,6 +25,7 @@ from mvssl.recipe import Recipe
 from pipelines.errors import InputError
 from pipelines.loader import Loader
 from pipelines.order import Order
+from pipelines.views.backends import choose_backend
 
 OURS, OURS_SYNTHETIC = "mvssl", "mvssl, synthetic input"
 PLAIN, PLAIN_SYNTHETIC = "plain step + DataLoader", "plain step, synthetic input"
@@ -76,8 +77,12 @@ def our_training(setup: Setup) -> Iterator[Turns]:
             report = timed(train, batches, number, clock, setup, lead=LEAD, steps=setup.steps)
             batches.close()
             stages = {name: value - asdict(before)[name] for name, value in asdict(loader.stats.stages).items()}
-            bad = len(loader.stats.bad)
-            return report | {"decoder": loader.decoder_name, "stage_seconds": stages, "bad": bad}
+            return report | {
+                "decoder": loader.decoder_name,
+                "view_engine": choose_backend("auto", device),
+                "stage_seconds": stages,
+                "bad": len(loader.stats.bad),
+            }
 
         def unloaded() -> dict[str, Any]:
             return timed(train, repeat(noise), number, clock, setup, lead=LEAD, steps=setup.steps)
