@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tyro
 
 import mvssl
 import pipelines
@@ -17,6 +18,7 @@ from mvssl.cli import train as train_cli
 from mvssl.cli.recipe_table import published
 from mvssl.recipes import all_recipes
 from pipelines.views.spec import ViewSpec, tasks
+from tools.convert import Convert
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -55,6 +57,14 @@ def test_training_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.
     if not parsed.print_config:
         assert parsed.options.data is not None
         assert parsed.dry_run or parsed.options.out is not None
+
+
+def test_conversion_commands_parse() -> None:
+    """Those in bash blocks and those in the table of sources."""
+    lines = [line for line in BASH.splitlines() if line.startswith("mvssl-convert ")]
+    lines += re.findall(r"\| `(mvssl-convert [^`]+)` \|", TEXT)
+    parsed = [tyro.cli(Convert, args=shlex.split(line, comments=True)[1:]) for line in lines]
+    assert {config.format for config in parsed} == {"shards", "beton"}
 
 
 def test_the_view_example_runs() -> None:

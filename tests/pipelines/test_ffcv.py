@@ -18,7 +18,7 @@ from pipelines.storage import open_source
 from pipelines.storage.beton import BetonSource
 from tools.convert import Convert, convert
 
-pytestmark = needs_ffcv
+pytestmark = [needs_ffcv, pytest.mark.slow]
 
 COUNT = 12
 IMAGES = [picture(30 + n, 50 - n, n) for n in range(COUNT)]
