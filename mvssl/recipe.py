@@ -179,6 +179,8 @@ class Recipe:
         optimizer: optimiser and learning rate.
         epochs: passes over the data set.
         batch_size: images per step over all ranks.
+        order_chunk: 0 mixes all images of an epoch; a number of images for data that does not fit in memory on a disk
+            that is slow at random places (see `pipelines.order.Order`), which mixes less.
         accumulate: parts that each rank's share of the batch goes through one after the other, with one update for all;
             only for networks without BatchNorm and losses without in-batch negatives, where the numbers stay the same
             (stochastic depth draws anew for each part).
@@ -205,6 +207,7 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     epochs: int = 200
     batch_size: int = 1024
+    order_chunk: int = 0
     accumulate: int = 1
     target_decay: float = 0.996
     temperature: float | None = None
@@ -234,6 +237,7 @@ class Recipe:
             if getattr(self, name) not in allowed:
                 raise invalid(f"Recipe.{name}", getattr(self, name), f"one of {', '.join(allowed)}", "choose one")
         _fraction(self, "target_decay")
+        _at_least_zero(self, "order_chunk")
         if self.batch_size < 2:
             raise invalid("Recipe.batch_size", self.batch_size, "at least 2", "BatchNorm needs two images or more")
         if self.accumulate < 1 or self.batch_size % self.accumulate:

@@ -25,13 +25,14 @@ from pipelines.fetch import Fetcher
 from pipelines.order import Order
 from pipelines.prefetch import Prefetcher
 from pipelines.side_stream import SideStream, receive, with_index
-from pipelines.storage.source import Source
+from pipelines.storage.source import ReadsAhead, Source
 from pipelines.substitute import fetch_complete
 from pipelines.views.draw import draw
 from pipelines.views.engine import ViewEngine
 from pipelines.views.spec import ViewSpec
 
 _log = logging.getLogger("mvssl.data")
+_READ_AHEAD = 4  # batches before a batch is read that the operating system hears of it
 
 _Prepared = tuple[ViewBatch, torch.cuda.Event | None]
 
@@ -253,6 +254,7 @@ class Loader:
     @torch.no_grad()
     def _prepare(self, permutation: NDArray[np.int64], epoch: int, step: int) -> _Prepared:
         positions = self._order.positions(step, rank=self._rank, world_size=self._world_size)
+        self._read_ahead(permutation, step)
         with self._side.use():
             complete = fetch_complete(
                 self._fetch,
@@ -273,6 +275,13 @@ class Loader:
         stages.views += time.monotonic() - began
         self.stats.prepared += len(batch)
         return ViewBatch(views=views, index=batch.index, labels=batch.labels), event
+
+    def _read_ahead(self, permutation: NDArray[np.int64], step: int) -> None:
+        """Tell the storage of the batch that comes a few steps later in this epoch."""
+        if isinstance(self._source, ReadsAhead) and step + _READ_AHEAD < self.steps_per_epoch:
+            later = self._order.positions(step + _READ_AHEAD, rank=self._rank, world_size=self._world_size)
+            for index in permutation[later].tolist():
+                self._source.will_need(index)
 
     def _found_bad(self, index: int, reason: str) -> None:
         key = self._source.key(index)

@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from pipelines.errors import InputError, invalid
 from pipelines.views import rng
 
-_CHUNK = 1 << 15  # images whose keys are made at once: what fits in a core's cache
+_KEYS = 1 << 15  # images whose keys are made at once: what fits in a core's cache
+
+WINDOW = 16
+"""Chunks whose images are mixed with one another in a chunked order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +26,21 @@ class Order:
     of that slice, so that the same seed gives the same global batches on any number of ranks. The short last batch is
     dropped.
 
+    With `chunk`, for data that does not fit in memory on a disk that is slow at random places: runs of `chunk` images
+    that lie one behind the other are put in a random order, and only the images of each `WINDOW` such runs are mixed:
+    an epoch reads one such part of the data after the other.
+
     Attributes:
         num_images: images in the data set.
         batch_size: images per step over all ranks.
         seed: in [0, 2**64).
+        chunk: images of a run; 0 mixes all images.
     """
 
     num_images: int
     batch_size: int
     seed: int
+    chunk: int = 0
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
@@ -45,6 +54,8 @@ class Order:
             )
         if not 0 <= self.seed < 2**64:
             raise invalid("seed", self.seed, "between 0 and 2**64 - 1", "give another seed")
+        if self.chunk < 0:
+            raise invalid("chunk", self.chunk, "0 or more images", "give 0 to mix all images")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -57,12 +68,26 @@ class Order:
         Raises:
             InputError: the epoch is negative.
         """
-        view, block = torch.tensor(rng.ORDER_VIEW), torch.tensor(0)
+        order = self._shuffled(self.num_images, epoch, block=0)
+        if self.chunk:
+            place = np.argsort(self._shuffled(-(-self.num_images // self.chunk), epoch, block=1))  # of each run
+            window = place[order // self.chunk] // WINDOW
+            order = order[np.argsort(window, kind="stable")]
+        return order
+
+    def _shuffled(self, count: int, epoch: int, *, block: int) -> NDArray[np.int64]:
+        """The numbers below `count` in a random order: int64 [count]."""
         keys = []
-        for start in range(0, self.num_images, _CHUNK):
-            index = torch.arange(start, min(start + _CHUNK, self.num_images))
-            high, low, _, _ = rng.words(seed=self.seed, epoch=epoch, index=index, view=view, block=block)
-            keys.append(high << 32 | low)  # one random 64-bit key per image
+        for start in range(0, count, _KEYS):
+            index = torch.arange(start, min(start + _KEYS, count))
+            high, low, _, _ = rng.words(
+                seed=self.seed,
+                epoch=epoch,
+                index=index,
+                view=torch.tensor(rng.ORDER_VIEW),
+                block=torch.tensor(block),
+            )
+            keys.append(high << 32 | low)  # one random 64-bit key each
         # Stable, so that even equal keys have one order.
         order: NDArray[np.int64] = torch.argsort(torch.cat(keys), stable=True).numpy()
         return order

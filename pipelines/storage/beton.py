@@ -14,7 +14,7 @@ from pipelines.storage.beton_format import RAW, class_labels, damaged, is_beton_
 from pipelines.storage.beton_index import BETON, load_index
 from pipelines.storage.keys import KeyTable
 from pipelines.storage.manifest import BETON_FORMAT, format_of
-from pipelines.storage.mapped import mapped_bytes
+from pipelines.storage.mapped import mapped_bytes, read_ahead
 from pipelines.storage.open_files import make_room
 from pipelines.storage.source import fingerprint
 
@@ -80,6 +80,13 @@ class BetonSource:
             return data
         header = f"P6\n{image['width']} {image['height']}\n255\n".encode()
         return np.concatenate([np.frombuffer(header, np.uint8), data])
+
+    def will_need(self, index: int) -> None:
+        """Let the operating system begin to read an image into memory; returns at once."""
+        mapped = self._mapped or self._map()
+        offset, size = int(self._offset[index]), int(self.nbytes[index])
+        if offset + size <= mapped.size():  # else `read` says what is wrong
+            read_ahead(mapped, offset=offset, size=size)
 
     def key(self, index: int) -> str:
         """The key that mvssl-convert gave, or the sample's number in FFCV's own files."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pipelines.errors import InputError
 from pipelines.storage.keys import KeyTable
 from pipelines.storage.manifest import HEAD_BYTES, INDEX, INDEX_DTYPE, KEYS, MANIFEST, Manifest, Shard, is_ours
-from pipelines.storage.mapped import mapped_bytes
+from pipelines.storage.mapped import mapped_bytes, read_ahead
 from pipelines.storage.open_files import make_room, most_open_files
 
 _CHUNK = 1 << 22  # bytes hashed at a time
@@ -80,6 +80,13 @@ class ShardSource:
             shard = self.manifest.shards[number]
             raise _damaged(self.location / shard.name, f"was cut short to {mapped.size()} of {shard.bytes} bytes")
         return mapped_bytes(mapped, offset=offset, size=size)
+
+    def will_need(self, index: int) -> None:
+        """Let the operating system begin to read an image into memory; returns at once."""
+        number, offset, size = int(self._shard[index]), int(self._offset[index]), int(self.nbytes[index])
+        mapped = self._maps[number] or self._map(number)
+        if offset + size <= mapped.size():  # else `read` says what is wrong
+            read_ahead(mapped, offset=offset, size=size)
 
     def key(self, index: int) -> str:
         """Stem of the tar member, e.g. ``n01440764/n01440764_10026``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,14 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Let go of open files. Arrays given by `read` stay valid."""
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A source that can be told what is read soon."""
+
+    def will_need(self, index: int) -> None:
+        """Let the operating system begin to read an image into memory; returns at once."""
 
 
 def fingerprint(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decode_samples import needs_dali
+from decode_samples import MemorySource, needs_dali
 from loader_samples import BAD, BATCH, COUNT, SEED, SPECS, loader_of, source_with
 
 from pipelines.batch import DecodedBatch, ViewBatch
@@ -27,6 +27,21 @@ def same(a: ViewBatch, b: ViewBatch) -> bool:
         and torch.equal(a.labels, b.labels)
         and all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
     )
+
+
+def test_the_storage_hears_of_batches_before_they_are_read() -> None:
+    class Told(MemorySource):
+        def will_need(self, index: int) -> None:
+            told.append(index)
+
+    told: list[int] = []
+    whole = source_with(())
+    source = Told([whole.read(i) for i in range(COUNT)])
+    loader = loader_of(source, prefetch=1)
+    batches = list(loader.epoch(0))
+    order = Order(num_images=COUNT, batch_size=BATCH, seed=SEED).permutation(0)
+    assert told == order[4 * BATCH : COUNT // BATCH * BATCH].tolist()  # from the fifth batch on, four batches ahead
+    assert all(map(same, batches, loader_of(whole).epoch(0)))
 
 
 @pytest.fixture(scope="module")

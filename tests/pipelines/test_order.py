@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import InputError
-from pipelines.order import Order, replacement
+from pipelines.order import WINDOW, Order, replacement
 
 
 @settings(max_examples=50, deadline=None)
@@ -35,6 +35,33 @@ def test_changes_with_seed_and_epoch_only() -> None:
 
     assert first(0, 0) == first(0, 0)
     assert len({tuple(first(seed, epoch)) for seed in (0, 1, 2**32) for epoch in range(4)}) == 12
+
+
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(1, 3000), chunk=st.integers(1, 200), seed=st.integers(0, 2**32), epoch=st.integers(0, 100))
+def test_a_chunked_epoch_is_a_permutation_that_reads_one_window_after_the_other(
+    n: int, chunk: int, seed: int, epoch: int
+) -> None:
+    permutation = Order(num_images=n, batch_size=1, seed=seed, chunk=chunk).permutation(epoch)
+    assert np.array_equal(np.sort(permutation), np.arange(n))
+    runs = permutation // chunk
+    last = {run: place for place, run in enumerate(runs.tolist())}  # where each run is read last
+    first = {run: n - 1 - place for place, run in enumerate(runs[::-1].tolist())}
+    for place in range(0, n, max(1, n // 20)):
+        reading = sum(first[run] <= place <= last[run] for run in last)
+        assert reading <= WINDOW
+
+
+def test_chunks_change_with_the_epoch_and_are_mixed() -> None:
+    order = Order(num_images=16_000, batch_size=1, seed=0, chunk=100)  # 160 runs, 10 windows
+    epochs = [order.permutation(epoch) for epoch in range(3)]
+    beginnings = [frozenset((epoch[:1600] // 100).tolist()) for epoch in epochs]
+    assert all(len(runs) == WINDOW for runs in beginnings)
+    assert len(set(beginnings)) == 3  # other runs together in each epoch
+    inside = epochs[0][:1600]
+    assert abs(float(np.corrcoef(np.arange(1600), inside % 100)[0, 1])) < 0.1  # mixed within the window
+    whole = Order(num_images=100, batch_size=1, seed=0, chunk=100).permutation(0)
+    assert np.array_equal(whole, Order(num_images=100, batch_size=1, seed=0).permutation(0))  # one window mixes all
 
 
 def test_every_arrangement_is_equally_likely() -> None:
@@ -63,6 +90,8 @@ def test_bad_input_is_named() -> None:
     for field, values in (("num_images", {"num_images": 0}), ("batch_size", {"batch_size": 0}), ("seed", {"seed": -1})):
         with pytest.raises(InputError, match=field):
             Order(**{"num_images": 10, "batch_size": 2, "seed": 0, **values})
+    with pytest.raises(InputError, match="chunk is -1 but must be 0 or more"):
+        Order(num_images=10, batch_size=2, seed=0, chunk=-1)
     order = Order(num_images=10, batch_size=4, seed=0)
     with pytest.raises(InputError, match="a multiple of the 3 ranks"):
         order.batch(0, 0, world_size=3)
