@@ -121,6 +121,7 @@ def test_image_larger_than_a_page() -> None:
     assert suit_ffcv(pixels, page=64 * 64 * 3, quality=None).extension == "rgb"
     smaller = suit_ffcv(pixels, page=64 * 64 * 3 - 1, quality=None)
     assert (smaller.extension, smaller.height, smaller.width) == ("jpg", 64, 64)
+    assert "stored as JPEG of quality 95" in smaller.warned
     assert "make it smaller with --max-size" in suit_ffcv(pixels, page=100, quality=None).bad
     photo = check(jpeg(Image.fromarray(noise(64, 64))), max_size=None, log=log)
     assert suit_ffcv(photo, page=photo.data.nbytes, quality=None) is photo

@@ -27,7 +27,8 @@ def suit_ffcv(outcome: Checked, *, page: int, quality: int | None) -> Checked:
     """The image as a .beton file can hold it, in at most `page` bytes.
 
     A JPEG of gray or RGB passes through. Anything else is stored as upright RGB pixels, which loses nothing, and as a
-    JPEG where they are too many for a page. An image that does not fit a page even so is bad.
+    JPEG where they are too many for a page (which is put down as a warning). An image that does not fit a page even so
+    is bad.
 
     Args:
         outcome: of the check; may be bad.
@@ -44,7 +45,9 @@ def suit_ffcv(outcome: Checked, *, page: int, quality: int | None) -> Checked:
         return Checked(bad=pixels)
     if pixels.nbytes <= page and max(pixels.shape) <= _MOST:
         return dataclasses.replace(outcome, data=np.ascontiguousarray(pixels).reshape(-1), extension=PIXELS)
-    encoded = as_jpeg(pixels, quality=quality or QUALITY, warned=outcome.warned)
+    quality = quality or QUALITY
+    note = f"its pixels do not fit a page of the .beton file: stored as JPEG of quality {quality}"
+    encoded = as_jpeg(pixels, quality=quality, warned="; ".join(filter(None, (outcome.warned, note))))
     return encoded if encoded.data.nbytes <= page else Checked(bad=_too_large(encoded.data.nbytes, page))
 
 
