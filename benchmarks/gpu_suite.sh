@@ -8,6 +8,8 @@
 #   views_cuda_bfloat16.json   images/s of the view engine's backends fused and reference, of compiled plain torch, of
 #   views_cuda_float32.json    torchvision on GPU tensors, of DALI and of kornia; those that are not installed are left
 #                              out with a line. 256 images a batch, two batches a turn, median of 5 turns
+#   loader_cuda.json           source images/s of our loader against a DataLoader with WORKERS processes
+#   train_cuda.json            the same end to end with ResNet-50, batch 128, and against our step on noise
 #   tune_fused.json            time of each kernel of the fused engine, with the block sizes it has and with others
 #   view_bytes.md              bytes each kernel of the fused engine must move; to be filled in from a profiler
 # benchmarks.paper_small is not part of it: it trains, and takes longer.
@@ -16,7 +18,8 @@
 # ends with 1. After that the suite goes on after a command that fails, and ends with 1 then. A command may take 270 s,
 # all of them together 580 s; one for which no time is left counts as failed.
 # Environment: PYTHON (python3), DATA, OUT, DEVICE (cuda; cpu is for trying the script), NUM_IMAGES (256), REPEATS (5),
-# THREADS (8, of DALI and of torch on the CPU), CONTENDERS (all; a list of names with spaces between).
+# THREADS (8, of DALI and of torch on the CPU), WORKERS (one a core, at most 16), CONTENDERS (of the views; all; a list
+# of names with spaces between).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -24,6 +27,7 @@ python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 out=${OUT:-benchmarks/results}
 num_images=${NUM_IMAGES:-256}
+workers=${WORKERS:-$(($(nproc) < 16 ? $(nproc) : 16))}
 failed=0
 
 "$python" -c '
@@ -71,6 +75,10 @@ for dtype in bfloat16 float32; do
         --num-images "$num_images" --repeats "${REPEATS:-5}" --threads "${THREADS:-8}" \
         --out "$out/views_${device}_$dtype.json" ${contenders[@]+--contenders "${contenders[@]}"}
 done
+run "loader" "$python" -m benchmarks.bench_loader "$data" --device "$device" --decoders auto --workers "$workers" \
+    --batch-size "$num_images" --num-batches 4 --repeats 2 --out "$out/loader_$device.json"
+run "training" "$python" -m benchmarks.bench_train "$data" --device "$device" --workers "$workers" \
+    --batch-size 128 --steps 8 --repeats 1 --out "$out/train_$device.json"
 if [ "$device" = cuda ]; then
     run "block sizes of the kernels" "$python" -m benchmarks.tune_fused --num-images "$num_images" \
         --out "$out/tune_fused.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from benchmarks import bench_views, draw_photos, tune_fused, view_bytes
+from benchmarks import bench_loader, bench_train, bench_views, draw_photos, tune_fused, view_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = """#!/usr/bin/env bash
@@ -46,6 +46,8 @@ def test_commands_parse(tmp_path: Path) -> None:
         "benchmarks.draw_photos",
         "benchmarks.bench_views",
         "benchmarks.bench_views",
+        "benchmarks.bench_loader",
+        "benchmarks.bench_train",
         "benchmarks.tune_fused",
         "benchmarks.view_bytes",
     ]
@@ -58,16 +60,20 @@ def test_commands_parse(tmp_path: Path) -> None:
     assert drawn.count >= runs[0].num_images
     assert runs[0].contenders == ("fused", "reference")
     assert [run.out for run in runs] == [tmp_path / "out" / f"views_cuda_{run.dtype}.json" for run in runs]
-    assert tyro.cli(tune_fused.Arguments, args=calls[3][2:]).out == tmp_path / "out" / "tune_fused.json"
-    assert tyro.cli(view_bytes.Arguments, args=calls[4][2:]) == view_bytes.Arguments()
+    loader, training = tyro.cli(bench_loader.Arguments, args=calls[3][2:]), bench_train.parse(calls[4][2:])
+    assert (loader.out, training.out) == (tmp_path / "out" / "loader_cuda.json", tmp_path / "out" / "train_cuda.json")
+    assert (loader.data, training.data) == ((drawn.out,), drawn.out)
+    assert loader.batch_size <= drawn.count
+    assert tyro.cli(tune_fused.Arguments, args=calls[5][2:]).out == tmp_path / "out" / "tune_fused.json"
+    assert tyro.cli(view_bytes.Arguments, args=calls[6][2:]) == view_bytes.Arguments()
 
 
 @pytest.mark.parametrize("code", ["0", "1"])
 def test_own_data_and_failures(tmp_path: Path, code: str) -> None:
     done, calls = suite(tmp_path, DATA="my photos", CODE=code)
     assert done.returncode == int(code)
-    assert [call[2] for call in calls[:2]] == ["my photos"] * 2
-    assert len(calls) == 4, "the suite goes on after a failure"
+    assert [call[2] for call in calls[:4]] == ["my photos"] * 4
+    assert len(calls) == 6, "the suite goes on after a failure"
     assert "--contenders" not in calls[0]
     assert ("FAILED: views in bfloat16" in done.stderr) == (code == "1")
 
