@@ -104,6 +104,7 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
             dtype=step.input_dtype,
             decoder=options.decoder,
             threads=options.threads,
+            dali=options.dali,
             prefetch=options.prefetch,
             rank=world.rank,
             world_size=world.size,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from pipelines.decode import DaliOptions
 from pipelines.errors import InputError, invalid
 
 
@@ -22,6 +23,7 @@ class RunOptions:
         device: auto takes CUDA where there is one.
         decoder: auto takes DALI where it is installed.
         threads: threads that decode; by default chosen from the machine's cores.
+        dali: of DALI where it decodes on a GPU.
         prefetch: finished batches kept ready.
         log_every: steps between two log points; the only moments the host waits for the device.
         save_every_epochs: epochs between two checkpoints; 0 saves only at the end of the run and on a signal.
@@ -38,6 +40,7 @@ class RunOptions:
     device: str = "auto"
     decoder: Literal["auto", "dali", "pillow"] = "auto"
     threads: int | None = None
+    dali: DaliOptions = field(default_factory=DaliOptions)
     prefetch: int = 2
     log_every: int = 10
     save_every_epochs: int = 1

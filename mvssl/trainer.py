@@ -216,6 +216,7 @@ class _Loop:
                     autocast=experiment.step.autocast_dtype,
                     decoder=experiment.options.decoder,
                     threads=experiment.options.threads,
+                    dali=experiment.options.dali,
                     progress=self.stop.check,
                     world=self.world,
                 )

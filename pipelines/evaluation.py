@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.decode import default_threads, make_decoder
+from pipelines.decode import DaliOptions, default_threads, make_decoder
 from pipelines.errors import InputError, invalid
 from pipelines.fetch import Fetcher
 from pipelines.prefetch import Prefetcher
@@ -34,6 +34,7 @@ def iterate_center(
     dtype: torch.dtype = torch.float32,
     decoder: str = "auto",
     threads: int | None = None,
+    dali: DaliOptions | None = None,
     indices: Sequence[int] | np.ndarray | None = None,
     prefetch: int = 2,
 ) -> Iterator[CenterBatch]:
@@ -50,6 +51,7 @@ def iterate_center(
         dtype: of the views.
         decoder: "auto", "dali" or "pillow".
         threads: CPU threads that decode; None takes `default_threads(device)`.
+        dali: of DALI on a GPU; None takes `DaliOptions()`.
         indices: dataset indices to take, in this order; None takes all.
         prefetch: finished batches that may wait.
 
@@ -66,7 +68,7 @@ def iterate_center(
         raise invalid("indices", int(outside[0]), f"in [0, {len(source)})", "give indices of this data set")
     place = with_index(device)
     threads = default_threads(place) if threads is None else threads
-    fetch = Fetcher(source, make_decoder(decoder, device=place, batch_size=batch_size, threads=threads))
+    fetch = Fetcher(source, make_decoder(decoder, device=place, batch_size=batch_size, threads=threads, dali=dali))
     batches = [wanted[at : at + batch_size].tolist() for at in range(0, len(wanted), batch_size)]
     side = SideStream(place)
     return _consume(_produce(source, fetch, batches, side, resize, crop, dtype), fetch, prefetch)

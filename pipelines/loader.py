@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.batch import ViewBatch
-from pipelines.decode import default_threads, make_decoder
+from pipelines.decode import DaliOptions, default_threads, make_decoder
 from pipelines.errors import InputError, invalid
 from pipelines.fetch import Fetcher
 from pipelines.order import Order
@@ -95,6 +95,7 @@ class Loader:
         decoder: str = "auto",
         backend: str = "auto",
         threads: int | None = None,
+        dali: DaliOptions | None = None,
         prefetch: int = 2,
         rank: int = 0,
         world_size: int = 1,
@@ -110,6 +111,7 @@ class Loader:
             decoder: "auto", "dali" or "pillow".
             backend: of the view engine.
             threads: CPU threads that decode; None takes `default_threads(device)`.
+            dali: of DALI on a GPU; None takes `DaliOptions()`.
             prefetch: finished batches that may wait.
             rank: of this process among `world_size`.
 
@@ -132,8 +134,9 @@ class Loader:
         self._engine = ViewEngine(self._specs, device=self._device, backend=backend, dtype=dtype)
         self._side = SideStream(self._device)
         threads = default_threads(self._device) if threads is None else threads
-        kind = make_decoder(decoder, device=self._device, batch_size=share.stop - share.start, threads=threads)
-        self._fetch = Fetcher(source, kind)
+        images = share.stop - share.start
+        made = make_decoder(decoder, device=self._device, batch_size=images, threads=threads, dali=dali)
+        self._fetch = Fetcher(source, made)
         self._bad: dict[int, str] = {}
         self._producer: Prefetcher[_Prepared] | None = None
         self._ahead: tuple[int, int] | None = None  # the epoch that the running producer gives next, and its `until`

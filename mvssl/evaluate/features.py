@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mvssl.distributed import World
 from mvssl.recipe import Evaluation
+from pipelines.decode import DaliOptions
 from pipelines.evaluation import iterate_center
 from pipelines.storage.source import Source
 
@@ -42,6 +43,7 @@ def extract_features(
     autocast: torch.dtype | None = None,
     decoder: Literal["auto", "dali", "pillow"] = "auto",
     threads: int | None = None,
+    dali: DaliOptions | None = None,
     batch_size: int = 256,
     max_images: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -60,6 +62,7 @@ def extract_features(
         autocast: dtype to compute in; None computes in the weights' own.
         decoder: which decoder.
         threads: threads that decode.
+        dali: of DALI on a GPU; None takes `DaliOptions()`.
         batch_size: images at a time.
         max_images: take at most this many, evenly spaced; None takes all.
         progress: called with the number of images done (by this rank); what it raises ends the extraction.
@@ -82,6 +85,7 @@ def extract_features(
             autocast=autocast,
             decoder=decoder,
             threads=threads,
+            dali=dali,
             batch_size=batch_size,
             indices=share if len(share) else indices[:1],
             progress=progress,
@@ -108,6 +112,7 @@ def _extract(
     autocast: torch.dtype | None,
     decoder: Literal["auto", "dali", "pillow"],
     threads: int | None,
+    dali: DaliOptions | None,
     batch_size: int,
     indices: NDArray[np.int64],
     progress: Callable[[int], None] | None,
@@ -128,6 +133,7 @@ def _extract(
             device=device,
             decoder=decoder,
             threads=threads,
+            dali=dali,
             indices=indices,
         ):
             with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):

@@ -13,6 +13,7 @@ from mvssl.distributed import World
 from mvssl.evaluate.features import extract_features
 from mvssl.evaluate.knn import knn_accuracy
 from mvssl.recipe import Evaluation
+from pipelines.decode import DaliOptions
 from pipelines.errors import InputError, invalid
 from pipelines.storage import align_labels
 from pipelines.storage.source import Source
@@ -49,6 +50,7 @@ def evaluate_knn(
     autocast: torch.dtype | None = None,
     decoder: Literal["auto", "dali", "pillow"] = "auto",
     threads: int | None = None,
+    dali: DaliOptions | None = None,
     progress: Callable[[int], None] | None = None,
     world: World | None = None,
 ) -> dict[int, float]:
@@ -73,6 +75,7 @@ def evaluate_knn(
         autocast=autocast,
         decoder=decoder,
         threads=threads,
+        dali=dali,
         progress=progress,
         world=world,
     )

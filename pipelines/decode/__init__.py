@@ -10,17 +10,25 @@ import os
 import torch
 
 from pipelines.decode.decoder import MAX_PIXELS, Decoded, Decoder
+from pipelines.decode.options import DaliOptions
 from pipelines.decode.pillow import PillowDecoder
 from pipelines.errors import InputError, invalid
 from pipelines.side_stream import with_index
 
-__all__ = ["DECODERS", "MAX_PIXELS", "Decoded", "Decoder", "default_threads", "make_decoder"]
+__all__ = ["DECODERS", "MAX_PIXELS", "DaliOptions", "Decoded", "Decoder", "default_threads", "make_decoder"]
 
 DECODERS = ("auto", "dali", "pillow")
 _log = logging.getLogger("mvssl.data")
 
 
-def make_decoder(kind: str = "auto", *, device: str | torch.device, batch_size: int, threads: int) -> Decoder:
+def make_decoder(
+    kind: str = "auto",
+    *,
+    device: str | torch.device,
+    batch_size: int,
+    threads: int,
+    dali: DaliOptions | None = None,
+) -> Decoder:
     """Make a decoder.
 
     Args:
@@ -29,9 +37,11 @@ def make_decoder(kind: str = "auto", *, device: str | torch.device, batch_size: 
             leaves them on the CPU.
         batch_size: most images of one call.
         threads: CPU threads that decode.
+        dali: of DALI on a GPU; None takes `DaliOptions()`.
 
     Raises:
-        InputError: unknown kind, `batch_size` or `threads` below 1, or DALI asked for where it is missing.
+        InputError: unknown kind, `batch_size` or `threads` below 1, DALI asked for where it is missing, or `dali` set
+            where nothing is decoded on a GPU.
     """
     if kind not in DECODERS:
         raise invalid("decoder", kind, f"one of {', '.join(DECODERS)}", "take auto if in doubt")
@@ -40,6 +50,12 @@ def make_decoder(kind: str = "auto", *, device: str | torch.device, batch_size: 
             raise invalid(f"make_decoder.{field}", value, "1 or more", "give a positive number")
     if kind == "auto":
         kind = "pillow" if _announce_missing_dali() else "dali"
+    dali = dali or DaliOptions()
+    if dali != DaliOptions() and (kind == "pillow" or torch.device(device).type != "cuda"):
+        raise InputError(
+            f"dali is {dali} but only DALI on a GPU can be set so, and {kind} on {device} decodes: leave these options "
+            "out, or take device cuda and decoder dali."
+        )
     if kind == "pillow":
         return PillowDecoder(threads=threads)
     reason = missing_dali()
@@ -50,7 +66,7 @@ def make_decoder(kind: str = "auto", *, device: str | torch.device, batch_size: 
         )
     from pipelines.decode.dali import DaliDecoder  # here, because DALI may be missing
 
-    return DaliDecoder(device=with_index(device), batch_size=batch_size, threads=threads)
+    return DaliDecoder(device=with_index(device), batch_size=batch_size, threads=threads, options=dali)
 
 
 def default_threads(device: str | torch.device) -> int:

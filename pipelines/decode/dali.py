@@ -6,6 +6,7 @@ import importlib
 import io
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pipelines.decode.decoder import MAX_PIXELS, Decoded
+from pipelines.decode.options import DaliOptions
 from pipelines.decode.pillow import PillowDecoder, decode_one
 from pipelines.decode.sniff import sniff
 from pipelines.errors import InputError, invalid
@@ -31,12 +33,21 @@ class DaliDecoder:
 
     DALI cannot skip a sample: one that it refuses loses the batch. Such a batch is halved until the refused image is
     alone, and only that one goes to Pillow: what becomes of an image never depends on its neighbours.
+
+    Memory on a GPU: the pixels of a batch (3 bytes each, at most `MAX_PIXELS` an image) for each batch alive at once,
+    nvJPEG's buffers (16 MiB for each thread, more where an image needs more), and the hardware decoder's. DALI takes
+    all of it from a pool of its own, beside torch's, which grows to the most that was ever needed and does not shrink
+    by itself: a few gigantic images cost their memory until the process ends. With `DALI_USE_CUDA_MALLOC_ASYNC=1` in
+    the environment DALI takes CUDA's own pool instead, which gives unused memory back.
     """
 
-    def __init__(self, *, device: torch.device, batch_size: int, threads: int) -> None:
+    def __init__(
+        self, *, device: torch.device, batch_size: int, threads: int, options: DaliOptions | None = None
+    ) -> None:
         self._device = device
         self._batch_size = batch_size
         self._threads = threads
+        self._options = options or DaliOptions()
         self._pillow = PillowDecoder(threads=threads)
         self._pipeline = self._build()
 
@@ -83,6 +94,7 @@ class DaliDecoder:
                 device="mixed" if on_gpu else "cpu",
                 output_type=dali.types.RGB,
                 jpeg_fancy_upsampling=True,  # libjpeg's chroma, also on the GPU
+                **(asdict(self._options) if on_gpu else {}),  # the fields have DALI's names
             )
             pipeline.set_outputs(pixels)
         pipeline.build()

@@ -1,0 +1,40 @@
+"""What can be set of DALI's decoder on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipelines.errors import InputError, invalid
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaliOptions:
+    """How DALI uses the JPEG decoder in hardware (A100, H100 and the like); refused where DALI decodes on the CPU.
+
+    The pixels of the hardware decoder and of nvJPEG's kernels may differ by rounding.
+
+    Attributes:
+        hw_decoder_load: share of the JPEGs that the hardware decoder takes, in [0, 1]; the GPU's kernels and the CPU
+            threads take the others. The best value depends on the threads; 0 leaves the hardware decoder out.
+        preallocate_width_hint: width in pixels of the images that the hardware decoder makes room for at its start; 0
+            for none. With a hint as large as the largest image it never has to make room again.
+        preallocate_height_hint: the same for the height; both or none.
+    """
+
+    hw_decoder_load: float = 0.65  # DALI's own default
+    preallocate_width_hint: int = 0
+    preallocate_height_hint: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise invalid(
+                "DaliOptions.hw_decoder_load", self.hw_decoder_load, "in [0, 1]", "give a share, 0.65 if in doubt"
+            )
+        for name in ("preallocate_width_hint", "preallocate_height_hint"):
+            if getattr(self, name) < 0:
+                raise invalid(f"DaliOptions.{name}", getattr(self, name), "0 or more pixels", "give 0 for no hint")
+        if (self.preallocate_width_hint == 0) != (self.preallocate_height_hint == 0):
+            raise InputError(
+                f"DaliOptions.preallocate_width_hint is {self.preallocate_width_hint} and preallocate_height_hint is "
+                f"{self.preallocate_height_hint} but both or none must be 0: give the width and the height."
+            )
