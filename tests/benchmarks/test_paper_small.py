@@ -69,9 +69,12 @@ def test_it_goes_on_where_it_was(data: Path, tmp_path: Path, monkeypatch: pytest
 
     trained = []
     run = paper_small.run
-    monkeypatch.setattr(
-        paper_small, "run", lambda recipe, *rest, **more: trained.append(recipe.name) or run(recipe, *rest, **more)
-    )
+
+    def noted(recipe: Recipe, options: RunOptions, *, console: Console) -> TrainResult:
+        trained.append(recipe.name)
+        return run(recipe, options, console=console)
+
+    monkeypatch.setattr(paper_small, "run", noted)
     (tmp_path / "runs" / "simsiam-shared-seed0.json").unlink()
     again = measure(arguments, data, Console(quiet=True))
     assert trained == ["simsiam-shared-seed0"]  # the other is kept; this one's run is finished and only read
