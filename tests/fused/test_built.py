@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
-
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from pipelines.views.fused.engine import LAUNCHES  # noqa: E402
+compiler = pytest.importorskip("triton.compiler")
+targets = pytest.importorskip("triton.backends.compiler")
+LAUNCHES = pytest.importorskip("pipelines.views.fused.engine").LAUNCHES
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 compiles nothing")
 
@@ -48,8 +46,8 @@ def test_kernel_builds_without_spilling(name: str, capability: int, dtype: str, 
         for argument in launch.kernel.arg_names
     }
     built = triton.compile(
-        ASTSource(fn=launch.kernel, signature=signature, constexprs=launch.constants),
-        target=GPUTarget("cuda", capability, 32),
+        compiler.ASTSource(fn=launch.kernel, signature=signature, constexprs=launch.constants),
+        target=targets.GPUTarget("cuda", capability, 32),
         options={"num_warps": launch.num_warps, "enable_fp_fusion": False},
     )
     assert built.metadata.shared <= 4096

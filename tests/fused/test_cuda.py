@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fused_samples import decided, largest_difference, noise, spec
+from hard_images import hard_images
 
 from pipelines import DecodedBatch, ViewEngine, paper_views
 
