@@ -11,9 +11,6 @@ from hard_images import hard_images
 
 from pipelines import DecodedBatch, ViewEngine, paper_views
 
-sys.path.append(str(Path(__file__).parents[1] / "parity"))
-from hard_images import hard_images
-
 pytestmark = pytest.mark.gpu
 # One byte of the resize may round the other way: 1/255, divided by the smallest standard deviation, and what a strong
 # jitter makes of it. Without jitter it stays one byte.
