@@ -5,6 +5,7 @@ python -m benchmarks.bench_loader FOLDER [SHARDS ...] [--workers 2] [--cold] [--
 A turn loads `--num-batches` batches of the paper's views and throws them away: storage, decoding and views, from the
 first request to the last batch, nothing prepared before and nothing left over. All load the same images in the same
 order, each in a process of its own that stays (its workers too), so that memory can be told apart; one works at a time.
+FFCV takes part where a .beton file is among the data, once complete and once with less work (see its `what`).
 Files are in the system's cache, or with --cold dropped from it before each turn.
 """
 
@@ -21,7 +22,7 @@ import torch
 import tyro
 
 from benchmarks.isolated import Turn
-from benchmarks.loader_contenders import Setup, data_loader, open_train, our_loader
+from benchmarks.loader_contenders import Setup, data_loader, ffcv_loader, open_train, our_loader
 from benchmarks.turns import rates, ratios, take_turns
 from mvssl.environment import environment
 from pipelines.console import run_cli
@@ -30,6 +31,8 @@ from pipelines.order import Order
 from pipelines.views.presets import paper_views
 
 BASELINE = "DataLoader"
+FFCV = {"ffcv": True, "ffcv, crops and flips only": False}
+"""FFCV's contenders, which read a .beton file among the data, and whether their views are complete."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,7 @@ class Arguments:
         data: the same images in one or more storages (folder, shards, ...); the DataLoader reads the first.
         device: where the views are handed over.
         decoders: of our loader, each with each storage.
-        workers: processes of the DataLoader.
+        workers: processes of the DataLoader, threads of FFCV.
         threads: threads that decode in our loader; by default as in training.
         batch_size: images of a batch.
         num_batches: batches of a turn.
@@ -96,6 +99,7 @@ def setups(arguments: Arguments) -> dict[str, Setup]:
     )
     images: dict[str, int] = {}
     found: dict[str, Setup] = {}
+    ffcv: dict[str, Setup] = {}
     for data in arguments.data:
         source = open_train(data)
         kind = type(source).__module__.rpartition(".")[2]
@@ -106,13 +110,15 @@ def setups(arguments: Arguments) -> dict[str, Setup]:
         for decoder in arguments.decoders:
             name = f"{kind} + {decoder}"
             found[name] = replace(shared, name=name, data=data, decoder=decoder)
+        if kind == "beton":
+            ffcv |= {name: replace(shared, name=name, data=data, photometric=full) for name, full in FFCV.items()}
     if len(set(images.values())) != 1:
         raise InputError(f"data holds different numbers of images ({images}): give the same images in each storage.")
     order = Order(num_images=next(iter(images.values())), batch_size=arguments.batch_size, seed=0)
     most = order.steps_per_epoch
     if arguments.cold and arguments.num_batches > most:
         raise invalid("num_batches", arguments.num_batches, f"at most {most} (one epoch) with --cold", "lower it")
-    return found | {BASELINE: shared}
+    return found | ffcv | {BASELINE: shared}
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
@@ -124,7 +130,8 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device is cuda but torch finds no CUDA device here: take --device cpu.")
     planned = setups(arguments)
-    builds = {name: partial(data_loader if name == BASELINE else our_loader, setup) for name, setup in planned.items()}
+    others = {BASELINE: data_loader} | dict.fromkeys(FFCV, ffcv_loader)
+    builds = {name: partial(others.get(name, our_loader), setup) for name, setup in planned.items()}
     outcome = take_turns(builds, repeats=arguments.repeats)
     specs = planned[BASELINE].specs
     return {
@@ -147,7 +154,7 @@ def summary(turns: Sequence[Turn], *, views: int) -> dict[str, Any]:
     """Rates, memory and stages of one contender with `views` views an image."""
     last = turns[-1].report
     result = rates(turns, views=views) | {"decoder": last["decoder"]}
-    for name in ("view_engine", "workers", "device_mib", "bad"):
+    for name in ("view_engine", "workers", "device_mib", "bad", "what"):
         if name in last:
             result[name] = last[name]
     if "stage_seconds" in last:

@@ -1,4 +1,4 @@
-"""What loads batches of views in the benchmark of loaders: our loader, and a DataLoader."""
+"""What loads batches of views in the benchmark of loaders: our loader, a DataLoader, and FFCV."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ class Setup:
         device: where the views are handed over.
         decoder: of our loader.
         threads: of our loader's decoder; None takes its default.
-        workers: processes of the DataLoader.
+        workers: processes of the DataLoader, threads of FFCV.
         cold: whether the data set's files are dropped from the system's cache before each turn.
+        photometric: whether FFCV's views are completed; without, they are crops, flips and normalisation only.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Setup:
     threads: int | None = None
     workers: int = 2
     cold: bool = False
+    photometric: bool = True
 
 
 def batches_of_turn(order: Order, *, num_batches: int, first_epoch: int) -> list[tuple[int, int]]:
@@ -123,6 +125,44 @@ def data_loader(setup: Setup) -> Iterator[Turns]:
         passes = batches_of_turn(order, num_batches=setup.num_batches, first_epoch=next(epochs))
         steps = [(epoch, step) for epoch, first in passes for step in range(first, order.steps_per_epoch)]
         return timed(loader(indices_of(order, steps)), setup, source) | {"decoder": "PIL", "workers": setup.workers}
+
+    yield {setup.name: turn}
+    source.close()
+
+
+FFCV_WHAT = {
+    True: "FFCV decodes every image once per view, crops by area and flips; torchvision does the rest image by image",
+    False: "FFCV decodes every image once per view, crops by area, flips and normalises: LESS work than all others, no "
+    "cutout, jitter, grayscale, blur or solarize",
+}
+"""What FFCV's contenders do, by whether they are photometric."""
+
+
+@contextmanager
+def ffcv_loader(setup: Setup) -> Iterator[Turns]:
+    """FFCV on a .beton file with the same batches."""
+    try:
+        from benchmarks.baselines.ffcv_loader import FfcvLoader
+    except ImportError as error:
+        raise InputError(f"FFCV is missing ({error}): run tools/install_ffcv.sh to measure it.") from error
+    source = open_train(setup.data)
+    order = Order(num_images=len(source), batch_size=setup.batch_size, seed=0)
+    loader = FfcvLoader(
+        source.location,
+        setup.specs,
+        batch_size=setup.batch_size,
+        workers=setup.workers,
+        device=torch.device(setup.device),
+        photometric=setup.photometric,
+    )
+    epochs = count(0, -(-setup.num_batches // order.steps_per_epoch))
+
+    def turn() -> dict[str, Any]:
+        passes = batches_of_turn(order, num_batches=setup.num_batches, first_epoch=next(epochs))
+        steps = [[(epoch, step) for step in range(first, order.steps_per_epoch)] for epoch, first in passes]
+        views = chain.from_iterable(loader(indices_of(order, of_pass)) for of_pass in steps)
+        what = FFCV_WHAT[setup.photometric]
+        return timed(views, setup, source) | {"decoder": "ffcv", "workers": setup.workers, "what": what}
 
     yield {setup.name: turn}
     source.close()

@@ -29,14 +29,24 @@ def view_transform(spec: ViewSpec) -> Transform:
 
     The image becomes a tensor first: crops of uint8 tensors take half the time of crops of PIL images.
     """
-    steps: list[Any] = [
-        v2.ToImage(),
+    crop = (
         v2.Resize((spec.size, spec.size), interpolation=BICUBIC, antialias=True)
         if spec.area is None
-        else v2.RandomResizedCrop(spec.size, scale=spec.area, ratio=spec.ratio, interpolation=BICUBIC, antialias=True),
-        v2.RandomHorizontalFlip(spec.flip),
-        v2.ToDtype(torch.float32, scale=True),
-    ]
+        else v2.RandomResizedCrop(spec.size, scale=spec.area, ratio=spec.ratio, interpolation=BICUBIC, antialias=True)
+    )
+    steps = [v2.ToImage(), crop, v2.RandomHorizontalFlip(spec.flip), *_photometric_steps(spec)]
+    transform: Transform = v2.Compose(steps)
+    return transform
+
+
+def photometric_transform(spec: ViewSpec) -> Callable[[Tensor], Tensor]:
+    """What comes after crop and flip: uint8 [3, S, S] to float32 [3, S, S], normalised."""
+    transform: Callable[[Tensor], Tensor] = v2.Compose(_photometric_steps(spec))
+    return transform
+
+
+def _photometric_steps(spec: ViewSpec) -> list[Any]:
+    steps: list[Any] = [v2.ToDtype(torch.float32, scale=True)]
     if spec.cutout is not None:
         steps.append(v2.RandomErasing(p=1.0, scale=spec.cutout, ratio=spec.cutout_ratio, value=list(IMAGENET_MEAN)))
     if spec.jitter_p > 0:
@@ -48,8 +58,7 @@ def view_transform(spec: ViewSpec) -> Transform:
     if spec.solarize > 0:
         steps.append(v2.RandomSolarize(spec.solarize_threshold, p=spec.solarize))
     steps.append(v2.Normalize(list(IMAGENET_MEAN), list(IMAGENET_STD)))
-    transform: Transform = v2.Compose(steps)
-    return transform
+    return steps
 
 
 class ViewDataset(Dataset[list[Tensor]]):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +20,11 @@ from benchmarks.page_cache import cached_share, drop, files_of
 from pipelines.errors import InputError
 from pipelines.order import Order
 from pipelines.storage import open_source
+from tools.convert import Convert, convert
 
+needs_ffcv = pytest.mark.skipif(
+    importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed: run tools/install_ffcv.sh"
+)
 COUNT = 12
 SMALL = {"batch_size": 4, "num_batches": 3, "repeats": 2, "size": 32, "local_size": 16, "blur_kernel": 5}
 
@@ -107,3 +113,44 @@ def test_dropped_files_leave_the_cache(folder: Path) -> None:
     assert cached_share(files) == 1.0
     drop(files)
     assert cached_share(files) in (0.0, 1.0)  # 1 on a file system in memory
+
+
+def test_ffcv_takes_part_where_a_beton_file_is(folder: Path, tmp_path: Path) -> None:
+    convert(Convert(src=folder, dst=tmp_path / "beton", format="beton"))
+    planned = setups(Arguments(data=(folder, tmp_path / "beton"), decoders=("pillow",), batch_size=4, num_batches=3))
+    names = ["folder + pillow", "beton + pillow", "ffcv", "ffcv, crops and flips only", "DataLoader"]
+    assert list(planned) == names
+    assert [planned[name].photometric for name in names[2:4]] == [True, False]
+    assert {planned[name].data for name in names[2:4]} == {tmp_path / "beton"}
+
+
+@needs_ffcv
+@pytest.mark.slow
+@pytest.mark.parametrize("photometric", [True, False])
+def test_ffcv_loads_the_images_it_is_asked_for(tmp_path: Path, photometric: bool) -> None:
+    """In a process of its own, which FFCV may hang. Images of one gray value are known by it, whatever the crop."""
+    (tmp_path / "src").mkdir()
+    for n in range(COUNT):
+        Image.new("RGB", (48, 40 + n), (20 * n + 10,) * 3).save(tmp_path / "src" / f"{n:02d}.jpg")
+    convert(Convert(src=tmp_path / "src", dst=tmp_path / "beton", format="beton"))
+    code = (
+        "import sys, torch; from pathlib import Path; from benchmarks.baselines.ffcv_loader import FfcvLoader\n"
+        "from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD, ViewSpec\n"
+        "plain = dict(task='t', is_target=True, jitter_p=0.0, grayscale=0.0, blur=0.0)\n"
+        "specs = [ViewSpec(name='a', size=32, **plain), ViewSpec(name='b', size=16, **plain)]\n"
+        "loader = FfcvLoader(Path(sys.argv[1]), specs, batch_size=4, workers=1, device=torch.device('cpu'),\n"
+        f"                    photometric={photometric})\n"
+        "for batches in ([[3, 1, 11, 0], [5, 4, 2, 10]], [[7, 6, 8, 9]]):\n"
+        "    taken = list(loader(batches))  # all kept: they must not change\n"
+        "    assert len(taken) == len(batches)\n"
+        "    for views, wanted in zip(taken, batches):\n"
+        "        for view, spec in zip(views, specs):\n"
+        "            assert view.shape == (4, 3, spec.size, spec.size) and view.dtype == torch.float32\n"
+        "            mean, std = (torch.tensor(c)[:, None, None] for c in (IMAGENET_MEAN, IMAGENET_STD))\n"
+        "            levels = (view * std + mean) * 255 - (20 * torch.tensor(wanted) + 10)[:, None, None, None]\n"
+        "            assert levels.abs().max() < 3, levels.abs().amax((1, 2, 3))\n"
+        "assert not [t for t in __import__('threading').enumerate() if 'Epoch' in type(t).__name__]\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "beton" / "images.beton")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
