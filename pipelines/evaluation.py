@@ -50,7 +50,7 @@ def iterate_center(
         device: where the views are made and handed over.
         dtype: of the views.
         decoder: "auto", "dali" or "pillow".
-        threads: CPU threads that decode; None takes `default_threads(device)`.
+        threads: CPU threads that decode; None takes `default_threads()`.
         dali: of DALI on a GPU; None takes `DaliOptions()`.
         indices: dataset indices to take, in this order; None takes all.
         prefetch: finished batches that may wait.
@@ -67,7 +67,7 @@ def iterate_center(
         outside = wanted[(wanted < 0) | (wanted >= len(source))]
         raise invalid("indices", int(outside[0]), f"in [0, {len(source)})", "give indices of this data set")
     place = with_index(device)
-    threads = default_threads(place) if threads is None else threads
+    threads = default_threads() if threads is None else threads
     fetch = Fetcher(source, make_decoder(decoder, device=place, batch_size=batch_size, threads=threads, dali=dali))
     batches = [wanted[at : at + batch_size].tolist() for at in range(0, len(wanted), batch_size)]
     side = SideStream(place)

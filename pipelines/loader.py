@@ -110,7 +110,7 @@ class Loader:
             dtype: of the views.
             decoder: "auto", "dali" or "pillow".
             backend: of the view engine.
-            threads: CPU threads that decode; None takes `default_threads(device)`.
+            threads: CPU threads that decode; None takes `default_threads()`.
             dali: of DALI on a GPU; None takes `DaliOptions()`.
             prefetch: finished batches that may wait.
             rank: of this process among `world_size`.
@@ -133,7 +133,7 @@ class Loader:
         self._device = with_index(device)
         self._engine = ViewEngine(self._specs, device=self._device, backend=backend, dtype=dtype)
         self._side = SideStream(self._device)
-        threads = default_threads(self._device) if threads is None else threads
+        threads = default_threads() if threads is None else threads
         images = share.stop - share.start
         made = make_decoder(decoder, device=self._device, batch_size=images, threads=threads, dali=dali)
         self._fetch = Fetcher(source, made)

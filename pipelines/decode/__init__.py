@@ -69,14 +69,15 @@ def make_decoder(
     return DaliDecoder(device=with_index(device), batch_size=batch_size, threads=threads, options=dali)
 
 
-def default_threads(device: str | torch.device) -> int:
-    """CPU threads for decoding: with a GPU all cores this process may use (at most 16), else a quarter of them.
+def default_threads() -> int:
+    """CPU threads for decoding: all cores this process may use, at most 16.
 
-    Without a GPU, views and training need the cores. Processes that torchrun started on this machine share them.
+    Decoding and making views take turns, so both may have them. Processes that torchrun started on this machine share
+    the cores.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(1, min(16, share if torch.device(device).type == "cuda" else share // 4))
+    return max(1, min(16, share))
 
 
 def missing_dali() -> str | None:

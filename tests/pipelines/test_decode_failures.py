@@ -219,11 +219,11 @@ def test_wrong_arguments_are_named(field: str, value: object) -> None:
 
 def test_default_threads_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
-    assert (default_threads("cpu"), default_threads("cuda")) == (16, 16)
+    assert default_threads() == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert (default_threads("cpu"), default_threads("cuda")) == (2, 8)
+    assert default_threads() == 8
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
-    assert (default_threads("cpu"), default_threads("cuda")) == (1, 1)
+    assert default_threads() == 1
 
 
 @needs_dali

@@ -37,11 +37,13 @@ def test_the_storage_hears_of_batches_before_they_are_read() -> None:
     told: list[int] = []
     whole = source_with(())
     source = Told([whole.read(i) for i in range(COUNT)])
-    loader = loader_of(source, prefetch=1)
+    loader, plain = loader_of(source, prefetch=1), loader_of(whole)
     batches = list(loader.epoch(0))
     order = Order(num_images=COUNT, batch_size=BATCH, seed=SEED).permutation(0)
     assert told == order[4 * BATCH : COUNT // BATCH * BATCH].tolist()  # from the fifth batch on, four batches ahead
-    assert all(map(same, batches, loader_of(whole).epoch(0)))
+    assert all(map(same, batches, plain.epoch(0)))
+    loader.close()
+    plain.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The native backend: torch's resize, and all that follows in one pass per image, in C.
 
-Threads. The resize runs in the calling thread and torch's intra-op threads, the rest in as many threads as
-`torch.get_num_threads()` says, which end with the call. C runs without Python's lock.
+Threads. The images are shared among as many threads as `torch.get_num_threads()` says, which end with the call; resize
+and C run without Python's lock and start no threads of their own.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from pipelines.views.params import ViewParams
 from pipelines.views.spec import ViewSpec
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_IMAGES = 16  # that are resized before they are finished: their bytes stay in the cache
 
 Job = np.dtype(
     [
+        ("flip", np.int32),
         ("cutout", np.int32, 4),
         ("jitter", np.int32),
         ("order", np.int32, 4),
@@ -60,56 +60,64 @@ def make_views(
     if dtype is torch.float16 and not library.has_float16():
         raise InputError("dtype is float16 but the C compiler lacks it: take float32, or backend 'reference'.")
     images = [batch.image(n) for n in range(len(batch))]  # uint8 [H, W, 3] each, no copy
-    with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="mvssl-views") as pool:
-        return [_make_view(library, pool, images, spec, params.view(v), dtype) for v, spec in enumerate(specs)]
+    makers = [_Maker(library, images, spec, params.view(v), dtype) for v, spec in enumerate(specs)]
+    threads = min(torch.get_num_threads(), max(1, len(images)))
+    shares = [range(first, len(images), threads) for first in range(threads)]
+
+    def work(share: range) -> None:
+        for maker in makers:
+            maker(share)
+
+    if threads == 1:
+        work(shares[0])
+    else:
+        with ThreadPoolExecutor(threads, thread_name_prefix="mvssl-views") as pool:
+            list(pool.map(work, shares))
+    return [maker.view for maker in makers]
 
 
-def _make_view(
-    library: ctypes.CDLL,
-    pool: ThreadPoolExecutor,
-    images: Sequence[Tensor],
-    spec: ViewSpec,
-    params: ViewParams,
-    dtype: torch.dtype,
-) -> Tensor:
-    """One view of all images: [N, 3, S, S], channels-last."""
-    size = spec.size
-    view = torch.empty((len(images), 3, size, size), dtype=dtype, memory_format=torch.channels_last)
-    taps = kernel_half(params.blur_sigma.clamp(min=1e-3), spec.blur_kernel)  # [N, K]
-    jobs = _jobs(params, taps)
-    threads = torch.get_num_threads()
-    for start in range(0, len(images), _IMAGES):
-        part = slice(start, min(start + _IMAGES, len(images)))
-        pixels = crop_resize.apply(images[part], params.crop[part], params.flip[part], size)  # uint8, channels-last
-        share = -(-(part.stop - part.start) // threads)
-        pieces = [slice(at, min(at + share, part.stop)) for at in range(part.start, part.stop, share)]
+class _Maker:
+    """Makes one view of all images, some of them at a call; calls may run at the same time.
 
-        def finish(piece: slice, pixels: Tensor = pixels, first: int = start) -> None:
-            planes = torch.empty(6 * size * size + 3 * size)
-            library.make_views(
-                ctypes.c_void_p(pixels.data_ptr() + (piece.start - first) * 3 * size * size),
-                ctypes.c_void_p(jobs[piece].ctypes.data),
-                ctypes.c_void_p(taps[piece].data_ptr()),
-                ctypes.c_int64(taps.shape[1]),
-                ctypes.c_float(spec.solarize_threshold),
-                ctypes.c_int64(piece.stop - piece.start),
+    Attributes:
+        view: [N, 3, S, S], channels-last.
+    """
+
+    def __init__(
+        self, library: ctypes.CDLL, images: Sequence[Tensor], spec: ViewSpec, params: ViewParams, dtype: torch.dtype
+    ) -> None:
+        self._library, self._images, self._spec, self._dtype = library, images, spec, _DTYPES[dtype]
+        shape = (len(images), 3, spec.size, spec.size)
+        self.view = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+        self._crops = params.crop.tolist()
+        self._taps = kernel_half(params.blur_sigma.clamp(min=1e-3), spec.blur_kernel)  # [N, K]
+        self._jobs = _jobs(params, self._taps)
+
+    def __call__(self, numbers: range) -> None:
+        """Make the view of these images."""
+        size = self._spec.size
+        planes = torch.empty(4 * size * size + 3 * size)
+        for n in numbers:
+            top, left, height, width = self._crops[n]
+            window = self._images[n][top : top + height, left : left + width].permute(2, 0, 1)  # [3, h, w]
+            pixels = crop_resize.resize(window, size, size).permute(1, 2, 0).contiguous()  # uint8 [S, S, 3]
+            self._library.make_view(
+                ctypes.c_void_p(pixels.data_ptr()),
+                ctypes.c_void_p(self._jobs[n : n + 1].ctypes.data),
+                ctypes.c_void_p(self._taps[n].data_ptr()),
+                ctypes.c_float(self._spec.solarize_threshold),
                 ctypes.c_int64(size),
-                ctypes.c_int32(_DTYPES[dtype]),
+                ctypes.c_int32(self._dtype),
                 ctypes.c_void_p(planes.data_ptr()),
-                ctypes.c_void_p(view.data_ptr() + piece.start * 3 * size * size * view.element_size()),
+                ctypes.c_void_p(self.view[n].data_ptr()),
             )
-
-        if len(pieces) == 1:
-            finish(pieces[0])
-        else:
-            list(pool.map(finish, pieces))
-    return view
 
 
 def _jobs(params: ViewParams, taps: Tensor) -> np.ndarray:
     """The table of decisions [N] for one view; `params` holds tensors [N, ...]."""
     jobs = np.zeros(len(params.flip), dtype=Job)
     wanted = operations(params.jitter_on, params.jitter)  # [N, 4]
+    jobs["flip"] = params.flip.numpy()
     jobs["cutout"] = torch.where(params.cutout[:, 2:3] > 0, params.cutout, 0).numpy()
     jobs["jitter"] = (wanted * torch.tensor([1, 2, 4, 8])).sum(dim=1).numpy()
     jobs["order"] = params.jitter_order.numpy()

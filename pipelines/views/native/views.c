@@ -1,6 +1,6 @@
-/* Everything behind the resize, for one view of many images: cutout, colour jitter, grayscale, blur, solarize, normalise.
+/* Everything behind the resize, for one view of one image: flip, cutout, colour jitter, grayscale, blur, solarize, normalise.
  *
- * The operations and their order are those of pipelines/views/ops/*.py in float32, so the values are the reference's bit
+ * The operations and their order are those of the modules in pipelines/views/ops in float32, so the values are the reference's bit
  * for bit (built without contraction to fused multiply-add). An image stays in the cache from its bytes to its view.
  */
 
@@ -13,6 +13,7 @@ enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 /* The decisions for one image; the layout is that of `Job` in engine.py. */
 typedef struct {
+    int32_t flip;
     int32_t cutout[4]; /* top, left, height, width; height 0 makes none */
     int32_t jitter;    /* bit k: operation k is applied */
     int32_t order[4];
@@ -121,14 +122,14 @@ static inline uint16_t to_bfloat16(float x) {
     return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16); /* half to even; views are finite */
 }
 
-static void store(const float *planes, int64_t area, int32_t dtype, void *out, int64_t at) {
+static void store(const float *planes, int64_t area, int32_t dtype, void *out) {
     for (int64_t i = 0; i < area; i++) {
         for (int c = 0; c < 3; c++) {
             float value = planes[c * area + i];
-            if (dtype == FLOAT32) ((float *)out)[at + 3 * i + c] = value;
-            if (dtype == BFLOAT16) ((uint16_t *)out)[at + 3 * i + c] = to_bfloat16(value);
+            if (dtype == FLOAT32) ((float *)out)[3 * i + c] = value;
+            if (dtype == BFLOAT16) ((uint16_t *)out)[3 * i + c] = to_bfloat16(value);
 #ifdef __FLT16_MAX__
-            if (dtype == FLOAT16) ((_Float16 *)out)[at + 3 * i + c] = (_Float16)value;
+            if (dtype == FLOAT16) ((_Float16 *)out)[3 * i + c] = (_Float16)value;
 #endif
         }
     }
@@ -143,50 +144,62 @@ int32_t has_float16(void) {
 #endif
 }
 
-/* Make `count` views from resized images [size, size, 3].
+/* Spread a row of pixels over the planes, from the left or from the right. */
+static void load_row(const uint8_t *restrict source, float *restrict r, float *restrict g, float *restrict b, int64_t size,
+                     int32_t flip) {
+    const float unit = (float)(1.0 / 255.0);
+    if (flip)
+        for (int64_t x = 0; x < size; x++) {
+            const uint8_t *pixel = source + 3 * (size - 1 - x);
+            r[x] = (float)pixel[0] * unit;
+            g[x] = (float)pixel[1] * unit;
+            b[x] = (float)pixel[2] * unit;
+        }
+    else
+        for (int64_t x = 0; x < size; x++) {
+            r[x] = (float)source[3 * x] * unit;
+            g[x] = (float)source[3 * x + 1] * unit;
+            b[x] = (float)source[3 * x + 2] * unit;
+        }
+}
+
+/* Make a view from a resized image [size, size, 3].
  *
- * taps: [count, width] of the blur, the middle one first. planes: scratch of 6 size * size + 3 size floats.
- * out: [count, size, size, 3] of the dtype.
+ * taps: of the blur, the middle one first. planes: scratch of 4 size * size + 3 size floats.
+ * out: [size, size, 3] of the dtype.
  */
-void make_views(const uint8_t *pixels, const Job *jobs, const float *taps, int64_t width, float threshold, int64_t count,
-                int64_t size, int32_t dtype, float *planes, void *out) {
+void make_view(const uint8_t *pixels, const Job *job, const float *taps, float threshold, int64_t size, int32_t dtype,
+               float *planes, void *out) {
     int64_t area = size * size;
-    float *r = planes, *g = planes + area, *b = planes + 2 * area, *half = planes + 3 * area, *line = half + 3 * area;
-    for (int64_t n = 0; n < count; n++) {
-        const Job *job = jobs + n;
-        const uint8_t *source = pixels + n * area * 3;
-        for (int64_t i = 0; i < area; i++) {
-            r[i] = (float)source[3 * i] * (float)(1.0 / 255.0);
-            g[i] = (float)source[3 * i + 1] * (float)(1.0 / 255.0);
-            b[i] = (float)source[3 * i + 2] * (float)(1.0 / 255.0);
-        }
-        for (int64_t y = job->cutout[0]; y < job->cutout[0] + job->cutout[2]; y++)
-            for (int c = 0; c < 3; c++)
-                for (int64_t x = job->cutout[1]; x < job->cutout[1] + job->cutout[3]; x++)
-                    planes[c * area + y * size + x] = MEAN[c];
-        for (int turn = 0; turn < 4; turn++) {
-            int32_t operation = job->order[turn];
-            float factor = job->factors[operation];
-            if (!(job->jitter >> operation & 1)) continue;
-            if (operation == BRIGHTNESS) brightness(planes, 3 * area, factor);
-            if (operation == CONTRAST) contrast(r, g, b, area, factor);
-            if (operation == SATURATION) saturation(r, g, b, area, factor);
-            if (operation == HUE) hue(r, g, b, area, factor);
-        }
-        if (job->gray) {
-            for (int64_t i = 0; i < area; i++) r[i] = luma(r[i], g[i], b[i]);
-            memcpy(g, r, area * sizeof(float));
-            memcpy(b, r, area * sizeof(float));
-        }
-        if (job->reach >= 0)
-            for (int c = 0; c < 3; c++)
-                blur(planes + c * area, half, line, size, taps + n * width, job->reach);
-        for (int c = 0; c < 3; c++) {
-            float *plane = planes + c * area;
-            if (job->solarize)
-                for (int64_t i = 0; i < area; i++) plane[i] = plane[i] >= threshold ? 1.0f - plane[i] : plane[i];
-            for (int64_t i = 0; i < area; i++) plane[i] = (plane[i] - MEAN[c]) / STD[c];
-        }
-        store(planes, area, dtype, out, n * area * 3);
+    float *r = planes, *g = planes + area, *b = planes + 2 * area, *half = planes + 3 * area, *line = half + area;
+    for (int64_t y = 0; y < size; y++)
+        load_row(pixels + 3 * y * size, r + y * size, g + y * size, b + y * size, size, job->flip);
+    for (int64_t y = job->cutout[0]; y < job->cutout[0] + job->cutout[2]; y++)
+        for (int c = 0; c < 3; c++)
+            for (int64_t x = job->cutout[1]; x < job->cutout[1] + job->cutout[3]; x++)
+                planes[c * area + y * size + x] = MEAN[c];
+    for (int turn = 0; turn < 4; turn++) {
+        int32_t operation = job->order[turn];
+        float factor = job->factors[operation];
+        if (!(job->jitter >> operation & 1)) continue;
+        if (operation == BRIGHTNESS) brightness(planes, 3 * area, factor);
+        if (operation == CONTRAST) contrast(r, g, b, area, factor);
+        if (operation == SATURATION) saturation(r, g, b, area, factor);
+        if (operation == HUE) hue(r, g, b, area, factor);
     }
+    if (job->gray) {
+        for (int64_t i = 0; i < area; i++) r[i] = luma(r[i], g[i], b[i]);
+        memcpy(g, r, area * sizeof(float));
+        memcpy(b, r, area * sizeof(float));
+    }
+    if (job->reach >= 0)
+        for (int c = 0; c < 3; c++)
+            blur(planes + c * area, half, line, size, taps, job->reach);
+    for (int c = 0; c < 3; c++) {
+        float *plane = planes + c * area;
+        if (job->solarize)
+            for (int64_t i = 0; i < area; i++) plane[i] = plane[i] >= threshold ? 1.0f - plane[i] : plane[i];
+        for (int64_t i = 0; i < area; i++) plane[i] = (plane[i] - MEAN[c]) / STD[c];
+    }
+    store(planes, area, dtype, out);
 }
