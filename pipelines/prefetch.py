@@ -10,6 +10,7 @@ from collections.abc import Generator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+_PATROL = 1.0  # seconds of waiting after which the consumer looks whether the producer still lives
 
 
 class _Queue(Generic[T]):
@@ -38,23 +39,29 @@ class _Queue(Generic[T]):
             self.error = error
             self.changed.notify_all()
 
-    def get(self) -> T:
-        """Wait for the next item.
+    def get(self, producer: threading.Thread) -> T:
+        """Wait for the next item of this thread.
 
         Raises:
             StopIteration: there is none.
-            BaseException: what the producer raised, after the items it had made before.
+            Exception: what the producer raised, after the items it had made before.
+            RuntimeError: the producer is gone, or ended by what is no Exception (SystemExit, KeyboardInterrupt).
         """
         with self.changed:
-            self.changed.wait_for(lambda: self.items or self.ended or self.stopped)
+            while not self.changed.wait_for(lambda: self.items or self.ended or self.stopped, timeout=_PATROL):
+                if not producer.is_alive() and not self.ended:
+                    raise RuntimeError(f"The thread {producer.name} is gone without a word.")
             if self.items:
                 item = self.items.popleft()
                 self.changed.notify_all()
                 return item
             error, self.error = self.error, None
-        if error is not None:
+        if error is None:
+            raise StopIteration
+        if isinstance(error, Exception):
             raise error
-        raise StopIteration
+        # Not the consumer's own: a SystemExit raised here would end its program as if all had gone well.
+        raise RuntimeError(f"The thread {producer.name} was ended by {error!r}.") from error
 
     def stop(self) -> None:
         with self.changed:
@@ -66,7 +73,8 @@ class _Queue(Generic[T]):
 class Prefetcher(Generic[T]):
     """An iterator over a generator that runs in a thread of its own, at most `depth` items ahead.
 
-    What the generator raises is raised to the consumer, at its place among the items. `close`, garbage collection and
+    What the generator raises is raised to the consumer, at its place among the items; however the thread ends, the
+    consumer does not wait for ever. `close`, garbage collection and
     the interpreter's exit all stop the thread: it finishes the item it is at, closes the generator and ends.
 
     Attributes:
@@ -87,7 +95,7 @@ class Prefetcher(Generic[T]):
     def __next__(self) -> T:
         start = time.monotonic()
         try:
-            return self._queue.get()
+            return self._queue.get(self._thread)
         finally:
             self.wait_seconds += time.monotonic() - start
 
@@ -105,8 +113,11 @@ def _produce(items: Generator[T, None, None], queue: _Queue[T]) -> None:
         pass
     except BaseException as caught:  # everything goes to the consumer, which decides
         error = caught
-    finally:
+    try:
         items.close()
+    except BaseException as caught:
+        error = error or caught
+    finally:
         queue.end(error)
 
 

@@ -67,7 +67,9 @@ class BetonSource:
         """Encoded image: read-only uint8 [bytes]; of a JPEG a view into the mapped file, of pixels a PPM file.
 
         Raises:
-            InputError: the file has become shorter since it was opened.
+            InputError: the file has become shorter since it was opened, or is not there or another one when the first
+                image is read.
+            OSError: it cannot be opened.
         """
         # No lock: two threads that map the file at once do no harm, and a lock would not survive a fork.
         mapped = self._mapped or self._map()
@@ -97,7 +99,11 @@ class BetonSource:
         self._mapped = None
 
     def _map(self) -> mmap.mmap:
-        with self.location.open("rb") as file:
+        try:
+            opened = self.location.open("rb")
+        except FileNotFoundError:
+            raise damaged(self.location, "is missing") from None
+        with opened as file:
             size = os.fstat(file.fileno()).st_size
             if size != self._bytes or file.read(len(self._head)) != self._head:
                 raise damaged(self.location, "is no longer the file that was opened")

@@ -6,8 +6,9 @@ import hashlib
 import mmap
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,8 @@ class ShardSource:
     """Images in tar shards. Meets the `Source` contract.
 
     What is checked: at open, the format version, the checksums of the index, and of every shard that it is there, its
-    size and its first 4 KiB; at `read`, that the mapped shard has not become shorter. `verify` reads everything. What
+    size and its first 4 KiB, once more when a shard is mapped for its first image; at `read`, that the mapped shard
+    has not become shorter. `verify` reads everything. What
     is guaranteed: replacing a shard by renaming is safe (the old file stays mapped). A shard cut short in place is
     named by the next `read`; only bytes cut off between a `read` and their decoding kill the process (SIGBUS), which
     no reader of mapped files can prevent.
@@ -54,7 +56,7 @@ class ShardSource:
                 "raise the hard limit on open files (ulimit -Hn), or convert again with a larger --shard-size."
             )
         for shard in self.manifest.shards:
-            _check_quickly(folder / shard.name, shard)
+            _open_checked(folder / shard.name, shard).close()
         self._shard = rows["shard"]  # views into the mapped index
         self._offset = rows["offset"]
         self._keys = KeyTable(blob=blob, ends=rows["key_end"])
@@ -71,7 +73,9 @@ class ShardSource:
         """Encoded image: read-only uint8 [bytes], a view into the mapped shard.
 
         Raises:
-            InputError: the shard has become shorter since it was opened.
+            InputError: the shard has become shorter since it was opened, or is not there or another one when it is
+                needed first.
+            OSError: it cannot be opened.
         """
         number, offset, size = int(self._shard[index]), int(self._offset[index]), int(self.nbytes[index])
         # No lock: two threads that map the same shard at once do no harm, and a lock would not survive a fork.
@@ -119,10 +123,7 @@ class ShardSource:
 
     def _map(self, number: int) -> mmap.mmap:
         shard = self.manifest.shards[number]
-        path = self.location / shard.name
-        with path.open("rb") as file:
-            if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
-                raise _damaged(path, f"has {size} bytes but must have {shard.bytes}")
+        with _open_checked(self.location / shard.name, shard) as file:
             make_room(file.fileno())
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # keeps a descriptor of its own
         self._maps[number] = mapped
@@ -143,17 +144,20 @@ class ShardSource:
         return array
 
 
-def _check_quickly(path: Path, shard: Shard) -> None:
+def _open_checked(path: Path, shard: Shard) -> BinaryIO:
+    """Open a shard whose size and first bytes are those that were converted."""
     try:
-        size = path.stat().st_size
-        if size != shard.bytes:
-            raise _damaged(path, f"has {size} bytes but must have {shard.bytes}")
-        with path.open("rb") as file:
-            head = hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
+        file = path.open("rb")
     except FileNotFoundError:
         raise _damaged(path, "is missing") from None
-    if head != shard.head:
-        raise _damaged(path, "has other contents than the manifest says (swapped with another shard?)")
+    with ExitStack() as stack:
+        stack.enter_context(file)
+        if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
+            raise _damaged(path, f"has {size} bytes but must have {shard.bytes}")
+        if hashlib.sha256(file.read(HEAD_BYTES)).hexdigest() != shard.head:
+            raise _damaged(path, "has other contents than the manifest says (swapped with another shard?)")
+        stack.pop_all()
+    return file
 
 
 def _damaged(path: Path, what: str) -> InputError:

@@ -147,7 +147,7 @@ def test_replaced_and_deleted_files_stay_readable(made: tuple[Path, list[np.ndar
     kept = source.read(2)
     source.close()
     assert np.array_equal(kept, encoded[2])
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match="is missing: restore it"):
         source.read(2)
 
 

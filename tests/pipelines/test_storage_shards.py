@@ -215,7 +215,7 @@ def test_shard_cut_or_replaced_while_in_use(shards: Path) -> None:
         source.read(last)
     path.unlink()
     source.close()
-    with pytest.raises(OSError, match=r"No such file"):
+    with pytest.raises(InputError, match=rf"{path.name} is missing: restore it"):
         source.read(last)
     first = shards / "shard-000000.tar"
     source.read(0)
