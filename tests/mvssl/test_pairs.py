@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import mvssl
 from mvssl.methods import get_method, methods
 from mvssl.pairs import online_views, predictor_slots, target_views, task_pairs
 from pipelines.errors import InputError
@@ -23,8 +24,8 @@ def test_paper_views() -> None:
     )
     assert online_views(specs) == (0, 1, 2, 3, 4)
     assert target_views(specs) == (0, 1)
-    assert predictor_slots(specs, "per-view") == (0, 0, 1, 1, 2)
-    assert predictor_slots(specs, "shared") == (0, 0, 0, 0, 0)
+    assert predictor_slots(specs, "per-view") == {0: 0, 1: 0, 2: 1, 3: 1, 4: 2}
+    assert predictor_slots(specs, "shared") == {0: 0, 1: 0, 2: 0, 3: 0, 4: 0}
 
 
 def test_two_views() -> None:
@@ -37,12 +38,19 @@ def test_target_only_view_has_no_prediction() -> None:
     specs = (clean, *(replace(spec, is_target=False) for spec in paper_views(num_local=1, num_cutout=0)))
     assert task_pairs(specs, {}) == (("global", 1.0, ((1, 0), (2, 0))), ("local", 1.0, ((3, 0),)))
     assert online_views(specs) == (1, 2, 3)
-    assert predictor_slots(specs, "per-view") == (0, 0, 1)
+    assert predictor_slots(specs, "per-view") == {1: 0, 2: 0, 3: 1}
+
+
+def test_targets_go_first_through_the_online_network() -> None:
+    late = ViewSpec(name="late", task="late", is_target=True)
+    specs = (*paper_views(num_local=1, num_cutout=0), late)
+    assert online_views(specs) == (0, 1, 3, 2)
+    assert predictor_slots(specs, "per-view") == {0: 0, 1: 0, 3: 2, 2: 1}
 
 
 def test_methods_are_found_by_name() -> None:
     assert get_method("byol").name == "byol"
-    assert "byol" in methods()
+    assert set(methods()) == {"byol", "mocov3", "simsiam"}
     with pytest.raises(InputError, match=r"Recipe.method is 'boyl' .* did you mean byol\?"):
         get_method("boyl")
 
@@ -51,7 +59,7 @@ def test_byol_loss_on_known_angles() -> None:
     prediction = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
     target = torch.tensor([[5.0, 0.0], [0.0, -1.0], [1.0, 0.0]])
     expected = (0.0 + 4.0 + 2 - 2**0.5) / 3  # the same way, opposite, 45 degrees
-    loss = get_method("byol").pair_loss
+    loss = get_method("byol").make_loss(mvssl.recipes.demo())
     assert loss(prediction, target).item() == pytest.approx(expected, rel=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         low = loss(prediction.bfloat16(), target.bfloat16())
