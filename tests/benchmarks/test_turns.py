@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 import time
@@ -84,10 +85,11 @@ def test_rates_and_ratios() -> None:
 def test_memory_is_sampled_while_it_is_held() -> None:
     before = memory_of(os.getpid())
     with PeakMemory(os.getpid(), every=0.01) as watch:
-        block = bytearray(50 * 2**20)
-        block[::4096] = b"x" * len(block[::4096])
+        block = mmap.mmap(-1, 50 * 2**20)  # not the allocator's, which may have pages to spare
+        for start in range(0, len(block), 4096):
+            block[start] = 1
         time.sleep(0.2)
-        del block
+        block.close()
     assert 45 < watch.peak.rss - before.rss < 70
     assert largest(before, watch.peak).rss == watch.peak.rss
     assert memory_of(2**30) == Memory(processes=1)  # there is no such process
