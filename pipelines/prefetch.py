@@ -74,8 +74,8 @@ class Prefetcher(Generic[T]):
     """An iterator over a generator that runs in a thread of its own, at most `depth` items ahead.
 
     What the generator raises is raised to the consumer, at its place among the items; however the thread ends, the
-    consumer does not wait for ever. `close`, garbage collection and
-    the interpreter's exit all stop the thread: it finishes the item it is at, closes the generator and ends.
+    consumer does not wait for ever. `close`, garbage collection and the interpreter's exit all stop the thread: it
+    finishes the item it is at, closes the generator and ends.
 
     Attributes:
         wait_seconds: time the consumer has waited for items so far (monotonic clock).

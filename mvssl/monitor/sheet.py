@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mvssl.experiment import Experiment
 from pipelines.batch import DecodedBatch
 from pipelines.decode import make_decoder
+from pipelines.storage.source import Source
 from pipelines.views.draw import draw
 from pipelines.views.engine import ViewEngine
 from pipelines.views.sheet import view_sheet
@@ -21,7 +24,7 @@ def write_view_sheet(experiment: Experiment, out: Path, *, num_images: int = 4) 
     index = torch.from_numpy(experiment.order.permutation(0)[:num_images])  # [N]
     decoder = make_decoder("pillow", device="cpu", batch_size=len(index), threads=1)
     try:
-        decoded = decoder([experiment.source.read(i) for i in index.tolist()])
+        decoded = decoder([_read(experiment.source, i) for i in index.tolist()])
     finally:
         decoder.close()
     good = torch.tensor([n not in decoded.failures for n in range(len(index))])  # [N]
@@ -33,3 +36,11 @@ def write_view_sheet(experiment: Experiment, out: Path, *, num_images: int = 4) 
     aside = out.with_name(f".{out.name}")
     view_sheet(batch, specs, params, views).save(aside, format="png")
     os.replace(aside, out)
+
+
+def _read(source: Source, index: int) -> NDArray[np.uint8]:
+    """The encoded image; nothing where it cannot be read, which the loader will say."""
+    try:
+        return source.read(index)
+    except OSError:
+        return np.empty(0, np.uint8)

@@ -26,11 +26,10 @@ class ShardSource:
     """Images in tar shards. Meets the `Source` contract.
 
     What is checked: at open, the format version, the checksums of the index, and of every shard that it is there, its
-    size and its first 4 KiB, once more when a shard is mapped for its first image; at `read`, that the mapped shard
-    has not become shorter. `verify` reads everything. What
-    is guaranteed: replacing a shard by renaming is safe (the old file stays mapped). A shard cut short in place is
-    named by the next `read`; only bytes cut off between a `read` and their decoding kill the process (SIGBUS), which
-    no reader of mapped files can prevent.
+    size and its first 4 KiB (the shard's once more when it is mapped for its first image); at `read`, that the mapped
+    shard has not become shorter. `verify` reads everything. What is guaranteed: replacing or deleting a mapped shard is
+    safe (the old file stays mapped). A shard cut short in place is named by the next `read`; only bytes cut off between
+    a `read` and their decoding kill the process (SIGBUS), which no reader of mapped files can prevent.
     """
 
     def __init__(self, folder: Path) -> None:
