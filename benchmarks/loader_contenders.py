@@ -199,8 +199,6 @@ def timed(batches: Iterator[Sequence[Tensor]], setup: Setup, source: Source) -> 
         del views
     wait()
     report |= {"seconds": time.perf_counter() - began, "images": images}
-    if setup.cold:
-        source.close()  # what a process has mapped, nobody can drop
     expected = tuple((setup.batch_size, 3, spec.size, spec.size) for spec in setup.specs)
     if images != setup.batch_size * setup.num_batches or shapes != {expected}:
         raise InputError(f"{images} images in views of {shapes} came instead of {expected}: this is a bug, report it.")

@@ -13,7 +13,7 @@ _KIB_PER_MIB = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What a tree of processes holds in memory, in MiB. Files that are mapped (shards) count as far as they are read.
+    """What a tree of processes holds in memory, in MiB. Files that are mapped (FFCV's) count as far as they are read.
 
     Attributes:
         rss: sum of the resident sets; a page that several of the processes share (after a fork) counts in each.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,8 @@ import torch
 
 from pipelines.batch import DecodedBatch
 from pipelines.decode import Decoder
-from pipelines.storage.source import Source
+from pipelines.errors import InputError
+from pipelines.storage.source import ReadsAhead, Source
 
 _READERS = 8  # reading waits for disks and networks, not for cores
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # this process or machine ran out of something: no image's fault
@@ -82,10 +84,21 @@ class Fetcher:
         )
         return Fetched(batch=batch, failures=failures, encoded=encoded)
 
+    def will_need(self, indices: Sequence[int]) -> None:
+        """Let the storage hear of images that are asked for some calls later; returns at once."""
+        self._pool.submit(self._hint, indices)
+
     def close(self) -> None:
         """End the reading threads and close the decoder."""
         self._pool.shutdown()
         self._decoder.close()
+
+    def _hint(self, indices: Sequence[int]) -> None:
+        # In a thread that reads: opening a file on a network, or a disk with a full queue, keeps the caller waiting.
+        if isinstance(self._source, ReadsAhead):
+            for index in indices:
+                with contextlib.suppress(OSError, InputError):  # reading it says so again, in its place
+                    self._source.will_need(index)
 
     def _read(self, indices: Sequence[int]) -> list[np.ndarray | str]:
         read: list[np.ndarray | str] = []

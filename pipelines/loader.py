@@ -25,7 +25,7 @@ from pipelines.fetch import Fetcher
 from pipelines.order import Order
 from pipelines.prefetch import Prefetcher
 from pipelines.side_stream import SideStream, receive, with_index
-from pipelines.storage.source import ReadsAhead, Source
+from pipelines.storage.source import Source
 from pipelines.substitute import fetch_complete
 from pipelines.views.draw import draw
 from pipelines.views.engine import ViewEngine
@@ -281,10 +281,9 @@ class Loader:
 
     def _read_ahead(self, permutation: NDArray[np.int64], step: int) -> None:
         """Tell the storage of the batch that comes a few steps later in this epoch."""
-        if isinstance(self._source, ReadsAhead) and step + _READ_AHEAD < self.steps_per_epoch:
+        if step + _READ_AHEAD < self.steps_per_epoch:
             later = self._order.positions(step + _READ_AHEAD, rank=self._rank, world_size=self._world_size)
-            for index in permutation[later].tolist():
-                self._source.will_need(index)
+            self._fetch.will_need(permutation[later].tolist())
 
     def _found_bad(self, index: int, reason: str) -> None:
         key = self._source.key(index)

@@ -105,7 +105,7 @@ class TorchvisionLoader:
             num_workers=workers,
             persistent_workers=True,
             pin_memory=device.type == "cuda",
-            multiprocessing_context="fork",  # a source with mapped files cannot be pickled
+            multiprocessing_context="fork",  # a source with open files cannot be pickled
         )
 
     @property

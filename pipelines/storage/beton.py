@@ -1,9 +1,7 @@
-"""FFCV's .beton files as a source, read without FFCV: memory-mapped, any image at any time."""
+"""FFCV's .beton files as a source, read without FFCV: any image at any time."""
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +12,8 @@ from pipelines.storage.beton_format import RAW, class_labels, damaged, is_beton_
 from pipelines.storage.beton_index import BETON, load_index
 from pipelines.storage.keys import KeyTable
 from pipelines.storage.manifest import BETON_FORMAT, format_of
-from pipelines.storage.mapped import mapped_bytes, read_ahead
 from pipelines.storage.open_files import make_room
+from pipelines.storage.random_access import RandomAccessFile
 from pipelines.storage.source import fingerprint
 
 
@@ -23,9 +21,9 @@ class BetonSource:
     """Images in a .beton file, of mvssl-convert or of FFCV's own writer. Meets the `Source` contract.
 
     JPEG samples are the bytes as they lie in the file. Samples of pixels get a PPM header in front, which every decoder
-    takes; that copies them. What is checked: at open, that the file is whole (see `read_layout`) and the checksum of
-    our index; at `read`, that the file has not become shorter. Replacing or deleting the file is safe, the old one
-    stays mapped. FFCV's own files hold neither keys nor class names: keys are sample numbers, classes are labels.
+    takes. What is checked: at open, that the file is whole (see `read_layout`) and the checksum of our index; at
+    `read`, that the file has not become shorter. Replacing or deleting the open file is safe: the old one is still
+    read. FFCV's own files hold neither keys nor class names: keys are sample numbers, classes are labels.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,59 +56,53 @@ class BetonSource:
         self._bytes, self._head = layout.file_bytes, layout.head
         self._offset = layout.images["pointer"].astype(np.int64)
         self._images = layout.images
-        self._mapped: mmap.mmap | None = None
+        self._file: RandomAccessFile | None = None
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
-        """Encoded image: read-only uint8 [bytes]; of a JPEG a view into the mapped file, of pixels a PPM file.
+        """Encoded image: read-only uint8 [bytes]: a JPEG's bytes, or pixels as a PPM file.
 
         Raises:
             InputError: the file has become shorter since it was opened, or is not there or another one when the first
                 image is read.
-            OSError: it cannot be opened.
+            OSError: it cannot be opened or read.
         """
-        # No lock: two threads that map the file at once do no harm, and a lock would not survive a fork.
-        mapped = self._mapped or self._map()
-        offset, size = int(self._offset[index]), int(self.nbytes[index])
-        if mapped.size() < offset + size:
-            raise damaged(self.location, f"was cut short to {mapped.size()} of {self._bytes} bytes")
-        data = mapped_bytes(mapped, offset=offset, size=size)
+        # No lock: two threads that open the file at once do no harm, and a lock would not survive a fork.
+        file = self._file or self._open()
         image = self._images[index]
-        if image["mode"] != RAW:
-            return data
-        header = f"P6\n{image['width']} {image['height']}\n255\n".encode()
-        return np.concatenate([np.frombuffer(header, np.uint8), data])
+        head = b"" if image["mode"] != RAW else f"P6\n{image['width']} {image['height']}\n255\n".encode()
+        data = file.read(offset=int(self._offset[index]), size=int(self.nbytes[index]), head=head)
+        if data is None:
+            left = file.nbytes
+            raise damaged(self.location, f"was cut short to {left} of {self._bytes} bytes")
+        return data
 
     def will_need(self, index: int) -> None:
-        """Let the operating system begin to read an image into memory; returns at once."""
-        mapped = self._mapped or self._map()
-        offset, size = int(self._offset[index]), int(self.nbytes[index])
-        if offset + size <= mapped.size():  # else `read` says what is wrong
-            read_ahead(mapped, offset=offset, size=size)
+        """Let the operating system begin to read an image into memory."""
+        file = self._file or self._open()
+        file.will_read(offset=int(self._offset[index]), size=int(self.nbytes[index]))
 
     def key(self, index: int) -> str:
         """The key that mvssl-convert gave, or the sample's number in FFCV's own files."""
         return self._keys[index]
 
     def close(self) -> None:
-        """Let go of the mapped file; arrays given by `read` keep it alive. Reading maps it again."""
-        self._mapped = None
+        """Let go of the open file, which threads that read may still end with. Reading opens it again."""
+        self._file = None
 
-    def _map(self) -> mmap.mmap:
+    def _open(self) -> RandomAccessFile:
         try:
-            opened = self.location.open("rb")
+            file = RandomAccessFile(self.location)
         except FileNotFoundError:
             raise damaged(self.location, "is missing") from None
-        with opened as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != self._bytes or file.read(len(self._head)) != self._head:
-                raise damaged(self.location, "is no longer the file that was opened")
-            make_room(file.fileno())
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # keeps a descriptor of its own
-        self._mapped = mapped
-        return mapped
+        head = file.read(offset=0, size=len(self._head))
+        if file.nbytes != self._bytes or head is None or head.tobytes() != self._head:
+            raise damaged(self.location, "is no longer the file that was opened")
+        make_room(file.descriptor)
+        self._file = file
+        return file
 
 
 def claims(path: Path) -> bool:

@@ -13,6 +13,7 @@ from pipelines.errors import InputError
 from pipelines.storage.cache import load_index, save_index
 from pipelines.storage.index import IMAGE_EXTENSIONS, FileIndex
 from pipelines.storage.listing import index_list
+from pipelines.storage.random_access import RandomAccessFile
 from pipelines.storage.scan import scan_folder
 from pipelines.storage.source import fingerprint
 
@@ -35,7 +36,11 @@ class FolderSource:
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
         """Whole file: uint8 [bytes]; empty for an empty file. Raises OSError if the file cannot be read."""
-        return np.fromfile(os.path.join(self._index.root, self._index.keys[index]), dtype=np.uint8)
+        return np.fromfile(self._path(index), dtype=np.uint8)
+
+    def will_need(self, index: int) -> None:
+        """Let the operating system begin to read a file into memory."""
+        RandomAccessFile(self._path(index)).will_read()
 
     def key(self, index: int) -> str:
         """Path relative to the folder (or to the list's folder; absolute where the list says so)."""
@@ -43,6 +48,9 @@ class FolderSource:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self._index.root, self._index.keys[index])
 
 
 def claims(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The limit on open files (``ulimit -n``): a mapped shard keeps its file open, and often only 1024 may be."""
+"""The limit on open files (``ulimit -n``): a shard stays open, and often only 1024 may be."""
 
 from __future__ import annotations
 

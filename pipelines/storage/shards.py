@@ -1,14 +1,12 @@
-"""Tar shards with an index as a source: memory-mapped, any image at any time, no copy."""
+"""Tar shards with an index as a source: any image at any time."""
 
 from __future__ import annotations
 
 import hashlib
-import mmap
-import os
+import io
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +14,8 @@ import numpy.typing as npt
 from pipelines.errors import InputError
 from pipelines.storage.keys import KeyTable
 from pipelines.storage.manifest import HEAD_BYTES, INDEX, INDEX_DTYPE, KEYS, MANIFEST, Manifest, Shard, is_ours
-from pipelines.storage.mapped import mapped_bytes, read_ahead
 from pipelines.storage.open_files import make_room, most_open_files
+from pipelines.storage.random_access import RandomAccessFile
 
 _CHUNK = 1 << 22  # bytes hashed at a time
 
@@ -26,10 +24,9 @@ class ShardSource:
     """Images in tar shards. Meets the `Source` contract.
 
     What is checked: at open, the format version, the checksums of the index, and of every shard that it is there, its
-    size and its first 4 KiB (the shard's once more when it is mapped for its first image); at `read`, that the mapped
-    shard has not become shorter. `verify` reads everything. What is guaranteed: replacing or deleting a mapped shard is
-    safe (the old file stays mapped). A shard cut short in place is named by the next `read`; only bytes cut off between
-    a `read` and their decoding kill the process (SIGBUS), which no reader of mapped files can prevent.
+    size and its first 4 KiB (the shard's once more when it is opened for its first image); at `read`, that the shard
+    has not become shorter. `verify` reads everything. Replacing or deleting an open shard is safe: the old file is
+    still read. One cut short in place is named by the next `read`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,11 +52,11 @@ class ShardSource:
                 "raise the hard limit on open files (ulimit -Hn), or convert again with a larger --shard-size."
             )
         for shard in self.manifest.shards:
-            _open_checked(folder / shard.name, shard).close()
-        self._shard = rows["shard"]  # views into the mapped index
+            _open_checked(folder / shard.name, shard)
+        self._shard = rows["shard"]
         self._offset = rows["offset"]
         self._keys = KeyTable(blob=blob, ends=rows["key_end"])
-        self._maps: list[mmap.mmap | None] = [None] * len(self.manifest.shards)
+        self._files: list[RandomAccessFile | None] = [None] * len(self.manifest.shards)
         self.nbytes: npt.NDArray[np.int64] = rows["size"]
         self.labels: npt.NDArray[np.int64] = rows["label"].astype(np.int64)
         self.sizes: npt.NDArray[np.int64] = np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
@@ -69,35 +66,35 @@ class ShardSource:
         return self.manifest.count
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
-        """Encoded image: read-only uint8 [bytes], a view into the mapped shard.
+        """Encoded image: read-only uint8 [bytes].
 
         Raises:
             InputError: the shard has become shorter since it was opened, or is not there or another one when it is
                 needed first.
-            OSError: it cannot be opened.
+            OSError: it cannot be opened or read.
         """
-        number, offset, size = int(self._shard[index]), int(self._offset[index]), int(self.nbytes[index])
-        # No lock: two threads that map the same shard at once do no harm, and a lock would not survive a fork.
-        mapped = self._maps[number] or self._map(number)
-        if mapped.size() < offset + size:
-            shard = self.manifest.shards[number]
-            raise _damaged(self.location / shard.name, f"was cut short to {mapped.size()} of {shard.bytes} bytes")
-        return mapped_bytes(mapped, offset=offset, size=size)
+        number = int(self._shard[index])
+        # No lock: two threads that open the same shard at once do no harm, and a lock would not survive a fork.
+        file = self._files[number] or self._open(number)
+        data = file.read(offset=int(self._offset[index]), size=int(self.nbytes[index]))
+        if data is None:
+            shard, left = self.manifest.shards[number], file.nbytes
+            raise _damaged(self.location / shard.name, f"was cut short to {left} of {shard.bytes} bytes")
+        return data
 
     def will_need(self, index: int) -> None:
-        """Let the operating system begin to read an image into memory; returns at once."""
-        number, offset, size = int(self._shard[index]), int(self._offset[index]), int(self.nbytes[index])
-        mapped = self._maps[number] or self._map(number)
-        if offset + size <= mapped.size():  # else `read` says what is wrong
-            read_ahead(mapped, offset=offset, size=size)
+        """Let the operating system begin to read an image into memory."""
+        number = int(self._shard[index])
+        file = self._files[number] or self._open(number)
+        file.will_read(offset=int(self._offset[index]), size=int(self.nbytes[index]))
 
     def key(self, index: int) -> str:
         """Stem of the tar member, e.g. ``n01440764/n01440764_10026``."""
         return self._keys[index]
 
     def close(self) -> None:
-        """Let go of the mapped shards; arrays given by `read` keep theirs alive. Reading maps them again."""
-        self._maps = [None] * len(self._maps)
+        """Let go of the open shards, which threads that read may still end with. Reading opens them again."""
+        self._files = [None] * len(self._files)
 
     def verify(self, *, progress: Callable[[int], None] | None = None) -> None:
         """Read every shard and compare checksums.
@@ -120,42 +117,38 @@ class ShardSource:
             if digest.hexdigest() != shard.sha256:
                 raise _damaged(self.location / shard.name, "does not have the checksum in the manifest")
 
-    def _map(self, number: int) -> mmap.mmap:
+    def _open(self, number: int) -> RandomAccessFile:
         shard = self.manifest.shards[number]
-        with _open_checked(self.location / shard.name, shard) as file:
-            make_room(file.fileno())
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # keeps a descriptor of its own
-        self._maps[number] = mapped
-        return mapped
+        file = _open_checked(self.location / shard.name, shard)
+        make_room(file.descriptor)
+        self._files[number] = file
+        return file
 
     def _load_checked(self, name: str) -> npt.NDArray[Any]:
         path = self.location / name
         try:
-            array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # still mapped, without memmap's cost
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            content = path.read_bytes()  # not mapped, for the same reason as the images
+            array = np.asarray(np.load(io.BytesIO(content), allow_pickle=False))
         except FileNotFoundError:
             raise _damaged(path, "is missing") from None
         except (ValueError, EOFError):
             raise _damaged(path, "cannot be read as an array") from None
-        if digest != self.manifest.sha256.get(name):
+        if hashlib.sha256(content).hexdigest() != self.manifest.sha256.get(name):
             raise _damaged(path, f"does not have the checksum in {MANIFEST}")
         return array
 
 
-def _open_checked(path: Path, shard: Shard) -> BinaryIO:
+def _open_checked(path: Path, shard: Shard) -> RandomAccessFile:
     """Open a shard whose size and first bytes are those that were converted."""
     try:
-        file = path.open("rb")
+        file = RandomAccessFile(path)
     except FileNotFoundError:
         raise _damaged(path, "is missing") from None
-    with ExitStack() as stack:
-        stack.enter_context(file)
-        if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
-            raise _damaged(path, f"has {size} bytes but must have {shard.bytes}")
-        if hashlib.sha256(file.read(HEAD_BYTES)).hexdigest() != shard.head:
-            raise _damaged(path, "has other contents than the manifest says (swapped with another shard?)")
-        stack.pop_all()
+    if file.nbytes != shard.bytes:
+        raise _damaged(path, f"has {file.nbytes} bytes but must have {shard.bytes}")
+    head = file.read(offset=0, size=min(HEAD_BYTES, shard.bytes))
+    if head is None or hashlib.sha256(head.data).hexdigest() != shard.head:
+        raise _damaged(path, "has other contents than the manifest says (swapped with another shard?)")
     return file
 
 

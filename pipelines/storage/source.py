@@ -41,7 +41,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
-        """Encoded bytes of one image: uint8 [bytes], to be read only (shards give a view into the mapped file).
+        """Encoded bytes of one image: uint8 [bytes], to be read only.
 
         Raises:
             OSError: this image cannot be read (gone, disk error); the others may well be.
@@ -60,7 +60,11 @@ class ReadsAhead(Protocol):
     """A source that can be told what is read soon."""
 
     def will_need(self, index: int) -> None:
-        """Let the operating system begin to read an image into memory; returns at once."""
+        """Let the operating system begin to read an image into memory; may be called from any thread.
+
+        Raises:
+            OSError, InputError: as `read`, which will say so again.
+        """
 
 
 def fingerprint(

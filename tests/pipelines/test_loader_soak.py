@@ -130,7 +130,7 @@ def folder(base: Path) -> Callable[[], Source]:
 
 
 def shards(base: Path) -> Callable[[], Source]:
-    """Tar shards, mapped into memory."""
+    """Tar shards."""
     (base / "images").mkdir()
     folder(base / "images")
     convert(Convert(src=base / "images", dst=base / "shards"))

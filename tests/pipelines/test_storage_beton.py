@@ -175,7 +175,7 @@ def test_missing_file_of_a_converted_folder(made: tuple[Path, list[np.ndarray]])
 def test_jpeg_damaged_in_mid_epoch_is_named_and_replaced(
     made: tuple[Path, list[np.ndarray]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The damage is done in place, behind the back of the mapping, while an epoch runs."""
+    """The damage is done in place, while an epoch runs."""
     path, _ = made
     source = BetonSource(path)
     order = Order(num_images=COUNT, batch_size=2, seed=3)

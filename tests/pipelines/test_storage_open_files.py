@@ -42,9 +42,9 @@ def few_files() -> Iterator[int]:
 
 def test_more_shards_than_the_soft_limit(shards: Path, few_files: int) -> None:
     source = open_source(shards)
-    held = [source.read(i) for i in range(COUNT)]  # keeps every shard mapped
+    read = [source.read(i) for i in range(COUNT)]  # opens every shard
     source.close()
-    for number, data in enumerate(held):
+    for number, data in enumerate(read):
         assert data.tobytes() == (shards.parent / "src" / f"{number:02d}.png").read_bytes()
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > few_files
 
