@@ -1,17 +1,19 @@
 """Source images/s of our loader from each storage against a DataLoader with worker processes, taking turns.
 
-python -m benchmarks.bench_loader FOLDER [SHARDS ...] [--workers 2] [--cold] [--device cuda] [--out results.json]
+python -m benchmarks.bench_loader FOLDER [SHARDS ...] [--workers 2] [--device cuda] [--cold [--chunk 64]] [--out FILE]
 
 A turn loads `--num-batches` batches of the paper's views and throws them away: storage, decoding and views, from the
 first request to the last batch, nothing prepared before and nothing left over. All load the same images in the same
 order, each in a process of its own that stays (its workers too), so that memory can be told apart; one works at a time.
 FFCV takes part where a .beton file is among the data, once complete and once with less work (see its `what`).
-Files are in the system's cache, or with --cold dropped from it before each turn.
+Files are in the system's cache, or with --cold dropped from it before each turn. With --chunk each of our contenders
+takes part a second time, in the chunked order of `pipelines.order.Order`, which reads in long pieces.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,6 +51,9 @@ class Arguments:
         num_batches: batches of a turn.
         repeats: turns each takes after a warm-up; the median counts.
         cold: drop the files from the system's cache before each turn.
+        chunk: images of a run in the chunked order; 0 leaves it out.
+        window: images that the chunked order mixes at a time.
+        disk: what the data lies on, in words, for the result.
         size: side of the global and cutout views in pixels.
         local_size: side of the local views in pixels.
         blur_kernel: taps of the blur.
@@ -64,6 +69,9 @@ class Arguments:
     num_batches: int = 6
     repeats: int = 3
     cold: bool = False
+    chunk: int = 0
+    window: int = 32_768
+    disk: str = ""
     size: int = 224
     local_size: int = 96
     blur_kernel: int = 23
@@ -110,11 +118,20 @@ def setups(arguments: Arguments) -> dict[str, Setup]:
         for decoder in arguments.decoders:
             name = f"{kind} + {decoder}"
             found[name] = replace(shared, name=name, data=data, decoder=decoder)
+            if arguments.chunk:
+                chunked = replace(found[name], chunk=arguments.chunk, window=arguments.window)
+                found[f"{name}, chunked order"] = replace(chunked, name=f"{name}, chunked order")
         if kind == "beton":
             ffcv |= {name: replace(shared, name=name, data=data, photometric=full) for name, full in FFCV.items()}
     if len(set(images.values())) != 1:
         raise InputError(f"data holds different numbers of images ({images}): give the same images in each storage.")
-    order = Order(num_images=next(iter(images.values())), batch_size=arguments.batch_size, seed=0)
+    order = Order(
+        num_images=next(iter(images.values())),
+        batch_size=arguments.batch_size,
+        seed=0,
+        chunk=arguments.chunk,
+        window=arguments.window,
+    )
     most = order.steps_per_epoch
     if arguments.cold and arguments.num_batches > most:
         raise invalid("num_batches", arguments.num_batches, f"at most {most} (one epoch) with --cold", "lower it")
@@ -138,6 +155,9 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         "benchmark": "loader",
         "device": arguments.device,
         "cold": arguments.cold,
+        "disk": arguments.disk,
+        "chunk": arguments.chunk,
+        "window": arguments.window,
         "batch_size": arguments.batch_size,
         "batches": arguments.num_batches,
         "views_per_image": len(specs),
@@ -175,6 +195,8 @@ def command(arguments: Arguments) -> str:
         f"--size {arguments.size} --local-size {arguments.local_size} --blur-kernel {arguments.blur_kernel}"
         + (f" --threads {arguments.threads}" if arguments.threads is not None else "")
         + (" --cold" if arguments.cold else "")
+        + (f" --chunk {arguments.chunk} --window {arguments.window}" if arguments.chunk else "")
+        + (f" --disk {shlex.quote(arguments.disk)}" if arguments.disk else "")
     )
 
 

@@ -39,6 +39,7 @@ class Setup:
         threads: of our loader's decoder; None takes its default.
         workers: processes of the DataLoader, threads of FFCV.
         cold: whether the data set's files are dropped from the system's cache before each turn.
+        chunk, window: of the order that our loader takes.
         photometric: whether FFCV's views are completed; without, they are crops, flips and normalisation only.
     """
 
@@ -52,6 +53,8 @@ class Setup:
     threads: int | None = None
     workers: int = 2
     cold: bool = False
+    chunk: int = 0
+    window: int = 32_768
     photometric: bool = True
 
 
@@ -69,7 +72,7 @@ def batches_of_turn(order: Order, *, num_batches: int, first_epoch: int) -> list
 def our_loader(setup: Setup) -> Iterator[Turns]:
     """Our loader with the views of the setup."""
     source = open_train(setup.data)
-    order = Order(num_images=len(source), batch_size=setup.batch_size, seed=0)
+    order = Order(num_images=len(source), batch_size=setup.batch_size, seed=0, chunk=setup.chunk, window=setup.window)
     loader = Loader(
         source,
         setup.specs,

@@ -88,7 +88,13 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
         _check_same_data(source, world)
         if recipe.evaluation.every_epochs and labelled(source, val):
             check_knn_data(source, val, recipe.evaluation)
-        order = Order(num_images=len(source), batch_size=recipe.batch_size, seed=recipe.seed, chunk=recipe.order_chunk)
+        order = Order(
+            num_images=len(source),
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            chunk=recipe.order_chunk,
+            window=recipe.order_window,
+        )
         step = TrainStep(
             recipe,
             device=device,

@@ -179,8 +179,10 @@ class Recipe:
         optimizer: optimiser and learning rate.
         epochs: passes over the data set.
         batch_size: images per step over all ranks.
-        order_chunk: 0 mixes all images of an epoch; a number of images for data that does not fit in memory on a disk
-            that is slow at random places (see `pipelines.order.Order`), which mixes less.
+        order_chunk: 0 mixes all images of an epoch; a number of neighbouring images to be read in one piece, for data
+            that does not fit in memory on a disk that is slow at random places (see `pipelines.order.Order`).
+        order_window: images that are mixed at a time where order_chunk is given; memory has to hold two times as many
+            encoded images.
         accumulate: parts that each rank's share of the batch goes through one after the other, with one update for all;
             only for networks without BatchNorm and losses without in-batch negatives, where the numbers stay the same
             (stochastic depth draws anew for each part).
@@ -208,6 +210,7 @@ class Recipe:
     epochs: int = 200
     batch_size: int = 1024
     order_chunk: int = 0
+    order_window: int = 32_768
     accumulate: int = 1
     target_decay: float = 0.996
     temperature: float | None = None
@@ -238,6 +241,13 @@ class Recipe:
                 raise invalid(f"Recipe.{name}", getattr(self, name), f"one of {', '.join(allowed)}", "choose one")
         _fraction(self, "target_decay")
         _at_least_zero(self, "order_chunk")
+        if self.order_window < max(1, self.order_chunk):
+            raise invalid(
+                "Recipe.order_window",
+                self.order_window,
+                f"at least order_chunk ({self.order_chunk}) and 1",
+                "mix more images, or read shorter pieces",
+            )
         if self.batch_size < 2:
             raise invalid("Recipe.batch_size", self.batch_size, "at least 2", "BatchNorm needs two images or more")
         if self.accumulate < 1 or self.batch_size % self.accumulate:

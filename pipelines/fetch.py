@@ -95,10 +95,9 @@ class Fetcher:
 
     def _hint(self, indices: Sequence[int]) -> None:
         # In a thread that reads: opening a file on a network, or a disk with a full queue, keeps the caller waiting.
-        if isinstance(self._source, ReadsAhead):
-            for index in indices:
-                with contextlib.suppress(OSError, InputError):  # reading it says so again, in its place
-                    self._source.will_need(index)
+        with contextlib.suppress(OSError, InputError):  # reading says so again, in its place
+            if isinstance(self._source, ReadsAhead):
+                self._source.will_need(indices)
 
     def _read(self, indices: Sequence[int]) -> list[np.ndarray | str]:
         read: list[np.ndarray | str] = []

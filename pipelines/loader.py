@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -32,7 +33,6 @@ from pipelines.views.engine import ViewEngine
 from pipelines.views.spec import ViewSpec
 
 _log = logging.getLogger("mvssl.data")
-_READ_AHEAD = 4  # batches before a batch is read that the operating system hears of it
 
 _Prepared = tuple[ViewBatch, torch.cuda.Event | None]
 
@@ -240,11 +240,14 @@ class Loader:
                 else:
                     self._stop()
 
-    def _produce(self, epochs: Iterable[int], first_step: int) -> Generator[_Prepared, None, None]:
+    def _produce(self, epochs: Sequence[int], first_step: int) -> Generator[_Prepared, None, None]:
         """Runs in the producer's thread."""
+        ahead = self._reading(epochs, first_step)
+        self._fetch.will_need(list(chain.from_iterable(islice(ahead, self._order.steps_ahead))))
         for epoch in epochs:
             permutation = self._order.permutation(epoch)
             for step in range(first_step, self.steps_per_epoch):
+                self._fetch.will_need(next(ahead, []))
                 try:
                     yield self._prepare(permutation, epoch, step)
                 except InputError:
@@ -254,10 +257,18 @@ class Loader:
                     raise
             first_step = 0
 
+    def _reading(self, epochs: Iterable[int], first_step: int) -> Iterator[list[int]]:
+        """A batch's worth of dataset indices after the other, as they are best read ahead."""
+        for epoch in epochs:
+            permutation = self._order.permutation(epoch)
+            yield from self._order.reading(
+                permutation, epoch, first_step=first_step, rank=self._rank, world_size=self._world_size
+            ).tolist()
+            first_step = 0
+
     @torch.no_grad()
     def _prepare(self, permutation: NDArray[np.int64], epoch: int, step: int) -> _Prepared:
         positions = self._order.positions(step, rank=self._rank, world_size=self._world_size)
-        self._read_ahead(permutation, step)
         with self._side.use():
             complete = fetch_complete(
                 self._fetch,
@@ -278,12 +289,6 @@ class Loader:
         stages.views += time.monotonic() - began
         self.stats.prepared += len(batch)
         return ViewBatch(views=views, index=batch.index, labels=batch.labels), event
-
-    def _read_ahead(self, permutation: NDArray[np.int64], step: int) -> None:
-        """Tell the storage of the batch that comes a few steps later in this epoch."""
-        if step + _READ_AHEAD < self.steps_per_epoch:
-            later = self._order.positions(step + _READ_AHEAD, rank=self._rank, world_size=self._world_size)
-            self._fetch.will_need(permutation[later].tolist())
 
     def _found_bad(self, index: int, reason: str) -> None:
         key = self._source.key(index)

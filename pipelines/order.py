@@ -13,9 +13,7 @@ from pipelines.errors import InputError, invalid
 from pipelines.views import rng
 
 _KEYS = 1 << 15  # images whose keys are made at once: what fits in a core's cache
-
-WINDOW = 16
-"""Chunks whose images are mixed with one another in a chunked order."""
+_AHEAD = 4  # batches that reading is ahead of use: a disk's queue stays full, and little memory is taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,20 +25,23 @@ class Order:
     dropped.
 
     With `chunk`, for data that does not fit in memory on a disk that is slow at random places: runs of `chunk` images
-    that lie one behind the other are put in a random order, and only the images of each `WINDOW` such runs are mixed:
-    an epoch reads one such part of the data after the other.
+    that lie one behind the other are put in a random order, and only the images of the runs of one window after the
+    other are mixed. Reading is a window ahead then, run by run (see `reading`), so that a disk reads in long pieces
+    and memory has to hold two windows' encoded bytes.
 
     Attributes:
         num_images: images in the data set.
         batch_size: images per step over all ranks.
         seed: in [0, 2**64).
         chunk: images of a run; 0 mixes all images.
+        window: images that are mixed at a time where `chunk` is given; whole runs, so up to `chunk - 1` fewer.
     """
 
     num_images: int
     batch_size: int
     seed: int
     chunk: int = 0
+    window: int = 32_768
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
@@ -56,6 +57,10 @@ class Order:
             raise invalid("seed", self.seed, "between 0 and 2**64 - 1", "give another seed")
         if self.chunk < 0:
             raise invalid("chunk", self.chunk, "0 or more images", "give 0 to mix all images")
+        if self.window < max(1, self.chunk):
+            raise invalid(
+                "window", self.window, f"at least the {max(1, self.chunk)} images of a run", "mix more, or shorter runs"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -70,10 +75,44 @@ class Order:
         """
         order = self._shuffled(self.num_images, epoch, block=0)
         if self.chunk:
-            place = np.argsort(self._shuffled(-(-self.num_images // self.chunk), epoch, block=1))  # of each run
-            window = place[order // self.chunk] // WINDOW
-            order = order[np.argsort(window, kind="stable")]
+            order = order[np.argsort(self._window_of(order, epoch), kind="stable")]
         return order
+
+    @property
+    def steps_ahead(self) -> int:
+        """Batches that reading should be ahead of their use."""
+        mixed = min(self.window, self.num_images) if self.chunk else 0
+        return _AHEAD + -(-mixed // self.batch_size)
+
+    def reading(
+        self, permutation: NDArray[np.int64], epoch: int, *, first_step: int = 0, rank: int = 0, world_size: int = 1
+    ) -> NDArray[np.int64]:
+        """A rank's images of an epoch from a step on, as they are best read ahead: int64 [steps, share of a batch].
+
+        That is the order of their use, and in a chunked order one window after the other, each in the data set's order.
+
+        Args:
+            permutation: int64 [num_images], that of the epoch.
+            epoch: its number.
+            first_step: images of earlier steps are left out.
+            rank, world_size: whose.
+
+        Raises:
+            InputError: as `positions`.
+        """
+        share = self.positions(0, rank=rank, world_size=world_size)
+        used = permutation[first_step * self.batch_size : self.steps_per_epoch * self.batch_size]
+        own = used.reshape(-1, self.batch_size)[:, share].reshape(-1)
+        if self.chunk:
+            own = own[np.lexsort((own, self._window_of(own, epoch)))]
+        return own.reshape(-1, self.batch_size // world_size)
+
+    def _window_of(self, index: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """In which window of a chunked epoch each of these images is: int64, the shape of `index`."""
+        runs = -(-self.num_images // self.chunk)
+        place = np.argsort(self._shuffled(runs, epoch, block=1))  # [runs]
+        windows: NDArray[np.int64] = place[index // self.chunk] // (self.window // self.chunk)
+        return windows
 
     def _shuffled(self, count: int, epoch: int, *, block: int) -> NDArray[np.int64]:
         """The numbers below `count` in a random order: int64 [count]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +79,11 @@ class BetonSource:
             raise damaged(self.location, f"was cut short to {left} of {self._bytes} bytes")
         return data
 
-    def will_need(self, index: int) -> None:
-        """Let the operating system begin to read an image into memory."""
+    def will_need(self, indices: Sequence[int]) -> None:
+        """Let the operating system begin to read images into memory: what lies side by side in one piece."""
+        index = np.asarray(indices, dtype=np.int64)
         file = self._file or self._open()
-        file.will_read(offset=int(self._offset[index]), size=int(self.nbytes[index]))
+        file.will_read(self._offset[index], self.nbytes[index])
 
     def key(self, index: int) -> str:
         """The key that mvssl-convert gave, or the sample's number in FFCV's own files."""

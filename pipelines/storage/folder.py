@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,12 @@ class FolderSource:
         """Whole file: uint8 [bytes]; empty for an empty file. Raises OSError if the file cannot be read."""
         return np.fromfile(self._path(index), dtype=np.uint8)
 
-    def will_need(self, index: int) -> None:
-        """Let the operating system begin to read a file into memory."""
-        RandomAccessFile(self._path(index)).will_read()
+    def will_need(self, indices: Sequence[int]) -> None:
+        """Let the operating system begin to read files into memory."""
+        for index in indices:
+            with contextlib.suppress(OSError):  # the other files may well be there
+                file = RandomAccessFile(self._path(index))
+                file.will_read([0], [file.nbytes])
 
     def key(self, index: int) -> str:
         """Path relative to the folder (or to the list's folder; absolute where the list says so)."""

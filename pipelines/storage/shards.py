@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,13 @@ class ShardSource:
             raise _damaged(self.location / shard.name, f"was cut short to {left} of {shard.bytes} bytes")
         return data
 
-    def will_need(self, index: int) -> None:
-        """Let the operating system begin to read an image into memory."""
-        number = int(self._shard[index])
-        file = self._files[number] or self._open(number)
-        file.will_read(offset=int(self._offset[index]), size=int(self.nbytes[index]))
+    def will_need(self, indices: Sequence[int]) -> None:
+        """Let the operating system begin to read images into memory: what lies side by side in one piece."""
+        index = np.asarray(indices, dtype=np.int64)
+        for number in dict.fromkeys(self._shard[index].tolist()):
+            here = index[self._shard[index] == number]
+            file = self._files[number] or self._open(number)
+            file.will_read(self._offset[here], self.nbytes[here])
 
     def key(self, index: int) -> str:
         """Stem of the tar member, e.g. ``n01440764/n01440764_10026``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -59,8 +60,8 @@ class Source(Protocol):
 class ReadsAhead(Protocol):
     """A source that can be told what is read soon."""
 
-    def will_need(self, index: int) -> None:
-        """Let the operating system begin to read an image into memory; may be called from any thread.
+    def will_need(self, indices: Sequence[int]) -> None:
+        """Let the operating system begin to read images into memory; may be called from any thread.
 
         Raises:
             OSError, InputError: as `read`, which will say so again.

@@ -27,8 +27,8 @@ def source_with(bad: tuple[int, ...] = BAD, count: int = COUNT) -> MemorySource:
     return MemorySource(files)
 
 
-def loader_of(source: MemorySource, *, batch_size: int = BATCH, **options: Any) -> Loader:
-    order = Order(num_images=len(source), batch_size=batch_size, seed=SEED)
+def loader_of(source: MemorySource, *, batch_size: int = BATCH, order: Order | None = None, **options: Any) -> Loader:
+    order = order or Order(num_images=len(source), batch_size=batch_size, seed=SEED)
     return Loader(source, SPECS, order, **{"threads": 1, "decoder": "pillow", **options})
 
 

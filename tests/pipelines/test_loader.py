@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -29,24 +31,24 @@ def same(a: ViewBatch, b: ViewBatch) -> bool:
     )
 
 
-def test_the_storage_hears_of_batches_before_they_are_read() -> None:
+@pytest.mark.parametrize("chunk", [0, 5])
+def test_the_storage_hears_of_images_before_they_are_read(chunk: int) -> None:
     class Told(MemorySource):
-        def will_need(self, index: int) -> None:
-            told.append(index)
-            late.extend([index] * self.reads[index])
+        def will_need(self, indices: Sequence[int]) -> None:
+            told.append(list(indices))
 
-    told: list[int] = []
-    late: list[int] = []
+    told: list[list[int]] = []
     whole = source_with(())
     source = Told([whole.read(i) for i in range(COUNT)])
-    loader, plain = loader_of(source, prefetch=1), loader_of(whole)
-    batches = list(loader.epoch(0))
-    order = Order(num_images=COUNT, batch_size=BATCH, seed=SEED).permutation(0)
-    assert all(map(same, batches, plain.epoch(0)))
+    order = Order(num_images=COUNT, batch_size=BATCH, seed=SEED, chunk=chunk, window=10)
+    loader, plain = loader_of(source, prefetch=1, order=order), loader_of(whole, order=order)
+    batches = [batch for epoch in (0, 1) for batch in loader.epoch(epoch, first_step=1 - epoch, until=2)]
+    assert all(map(same, batches, [*plain.epoch(0, first_step=1), *plain.epoch(1)]))
     loader.close()
     plain.close()
-    assert sorted(told) == sorted(order[4 * BATCH : COUNT // BATCH * BATCH].tolist())  # from the fifth batch on
-    assert late == []
+    reading = [order.reading(order.permutation(epoch), epoch, first_step=1 - epoch).tolist() for epoch in (0, 1)]
+    assert max(map(len, told)) == order.steps_ahead * BATCH
+    assert sorted(chain.from_iterable(told)) == sorted(np.ravel(reading[0] + reading[1]).tolist())
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import InputError
-from pipelines.order import WINDOW, Order, replacement
+from pipelines.order import Order, replacement
 
 
 @settings(max_examples=50, deadline=None)
@@ -37,31 +37,80 @@ def test_changes_with_seed_and_epoch_only() -> None:
     assert len({tuple(first(seed, epoch)) for seed in (0, 1, 2**32) for epoch in range(4)}) == 12
 
 
+CHUNKED = given(
+    n=st.integers(1, 3000),
+    chunk=st.integers(1, 200),
+    runs=st.integers(1, 20),
+    seed=st.integers(0, 2**32),
+    epoch=st.integers(0, 100),
+)
+
+
 @settings(max_examples=50, deadline=None)
-@given(n=st.integers(1, 3000), chunk=st.integers(1, 200), seed=st.integers(0, 2**32), epoch=st.integers(0, 100))
+@CHUNKED
 def test_a_chunked_epoch_is_a_permutation_that_reads_one_window_after_the_other(
-    n: int, chunk: int, seed: int, epoch: int
+    n: int, chunk: int, runs: int, seed: int, epoch: int
 ) -> None:
-    permutation = Order(num_images=n, batch_size=1, seed=seed, chunk=chunk).permutation(epoch)
+    order = Order(num_images=n, batch_size=1, seed=seed, chunk=chunk, window=runs * chunk + chunk // 2)
+    permutation = order.permutation(epoch)
     assert np.array_equal(np.sort(permutation), np.arange(n))
-    runs = permutation // chunk
-    last = {run: place for place, run in enumerate(runs.tolist())}  # where each run is read last
-    first = {run: n - 1 - place for place, run in enumerate(runs[::-1].tolist())}
+    run = permutation // chunk
+    last = {number: place for place, number in enumerate(run.tolist())}  # where each run is read last
+    first = {number: n - 1 - place for place, number in enumerate(run[::-1].tolist())}
     for place in range(0, n, max(1, n // 20)):
-        reading = sum(first[run] <= place <= last[run] for run in last)
-        assert reading <= WINDOW
+        reading = sum(first[number] <= place <= last[number] for number in last)
+        assert reading <= runs
 
 
 def test_chunks_change_with_the_epoch_and_are_mixed() -> None:
-    order = Order(num_images=16_000, batch_size=1, seed=0, chunk=100)  # 160 runs, 10 windows
+    order = Order(num_images=16_000, batch_size=1, seed=0, chunk=100, window=1600)  # 160 runs, 10 windows
     epochs = [order.permutation(epoch) for epoch in range(3)]
     beginnings = [frozenset((epoch[:1600] // 100).tolist()) for epoch in epochs]
-    assert all(len(runs) == WINDOW for runs in beginnings)
+    assert all(len(runs) == 16 for runs in beginnings)
     assert len(set(beginnings)) == 3  # other runs together in each epoch
     inside = epochs[0][:1600]
     assert abs(float(np.corrcoef(np.arange(1600), inside % 100)[0, 1])) < 0.1  # mixed within the window
     whole = Order(num_images=100, batch_size=1, seed=0, chunk=100).permutation(0)
     assert np.array_equal(whole, Order(num_images=100, batch_size=1, seed=0).permutation(0))  # one window mixes all
+
+
+def test_without_chunks_images_are_read_ahead_in_the_order_of_their_use() -> None:
+    order = Order(num_images=50, batch_size=6, seed=1)
+    permutation = order.permutation(3)
+    for rank in range(3):
+        reading = order.reading(permutation, 3, first_step=2, rank=rank, world_size=3)
+        assert reading.tolist() == [order.batch(3, step, rank=rank, world_size=3).tolist() for step in range(2, 8)]
+    assert order.steps_ahead == 4
+
+
+@settings(max_examples=50, deadline=None)
+@CHUNKED
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_chunks_are_read_ahead_in_long_pieces_and_never_too_late(
+    world_size: int, n: int, chunk: int, runs: int, seed: int, epoch: int
+) -> None:
+    """Loops instead of sorting: what a batch needs is among what was read `steps_ahead` batches before it is used."""
+    batch = 3 * world_size
+    n = max(n, batch)
+    order = Order(num_images=n, batch_size=batch, seed=seed, chunk=chunk, window=runs * chunk)
+    permutation = order.permutation(epoch)
+    first_step = order.steps_per_epoch // 3
+    for rank in range(world_size):
+        reading = order.reading(permutation, epoch, first_step=first_step, rank=rank, world_size=world_size)
+        assert reading.shape == (order.steps_per_epoch - first_step, 3)
+        here: set[int] = set()
+        for step in range(first_step, order.steps_per_epoch):
+            done = step - first_step + order.steps_ahead
+            here.update(reading[:done].reshape(-1).tolist())
+            assert here.issuperset(order.batch(epoch, step, rank=rank, world_size=world_size).tolist())
+        assert sorted(here) == sorted(
+            permutation[first_step * batch : order.steps_per_epoch * batch]
+            .reshape(-1, world_size, 3)[:, rank]
+            .reshape(-1)
+            .tolist()
+        )
+        backward = int((np.diff(reading.reshape(-1)) < 0).sum())  # once from each window to the next
+        assert backward <= -(-n // (chunk * runs))
 
 
 def test_every_arrangement_is_equally_likely() -> None:
@@ -92,6 +141,8 @@ def test_bad_input_is_named() -> None:
             Order(**{"num_images": 10, "batch_size": 2, "seed": 0, **values})
     with pytest.raises(InputError, match="chunk is -1 but must be 0 or more"):
         Order(num_images=10, batch_size=2, seed=0, chunk=-1)
+    with pytest.raises(InputError, match="window is 4 but must be at least the 5 images of a run"):
+        Order(num_images=10, batch_size=2, seed=0, chunk=5, window=4)
     order = Order(num_images=10, batch_size=4, seed=0)
     with pytest.raises(InputError, match="a multiple of the 3 ranks"):
         order.batch(0, 0, world_size=3)
