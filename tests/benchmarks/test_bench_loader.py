@@ -45,13 +45,15 @@ def test_the_command_writes_what_it_promises(
     out = tmp_path / "results" / "loader.json"
     words = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [str(folder), "--decoders", "pillow", "--workers", "2", *words, "--cold", "--out", str(out)]
+    command += ["--chunk", "2", "--window", "4", "--disk", "any disk"]
     monkeypatch.setattr(sys, "argv", ["bench_loader", *command])
     assert bench_loader.body() == 0
     result = json.loads(out.read_text())
     assert json.loads(capsys.readouterr().out) == result
     assert (result["benchmark"], result["device"], result["cold"]) == ("loader", "cpu", True)
+    assert (result["chunk"], result["window"], result["disk"]) == (2, 4, "any disk")
     assert (result["views_per_image"], result["sizes"]) == (5, [32, 32, 16, 16, 32])
-    assert set(result["contenders"]) == {"folder + pillow", "DataLoader"}
+    assert set(result["contenders"]) == {"folder + pillow", "folder + pillow, chunked order", "DataLoader"}
     for row in result["contenders"].values():
         assert row["views_per_second"] == pytest.approx(5 * row["images_per_second"])
         assert row["spread"]["min"] <= row["images_per_second"] <= row["spread"]["max"]
@@ -65,10 +67,11 @@ def test_the_command_writes_what_it_promises(
         assert (ours["peak_memory_mib"]["processes"], theirs["peak_memory_mib"]["processes"]) == (1, 3)
         for row in (ours, theirs):
             assert 50 < row["peak_memory_mib"]["pss"] <= row["peak_memory_mib"]["rss"]
-    assert set(result["times_dataloader"]) == {"folder + pillow"}
+    assert set(result["times_dataloader"]) == {"folder + pillow", "folder + pillow, chunked order"}
     assert (result["left_out"], result["failed"]) == ({}, {})
     assert {"packages", "cores", "gpus"} <= set(result["environment"])
     assert result["environment"]["command"].startswith(f"python -m benchmarks.bench_loader {folder.name} --device cpu")
+    assert result["environment"]["command"].endswith("--cold --chunk 2 --window 4 --disk 'any disk'")
     assert str(folder) not in out.read_text()
 
 
@@ -100,6 +103,8 @@ def test_data_that_does_not_fit_is_refused(folder: Path) -> None:
         setups(Arguments(data=(folder, folder)))
     with pytest.raises(InputError, match="at most 3"):
         setups(Arguments(data=(folder,), batch_size=4, num_batches=4, cold=True))
+    with pytest.raises(InputError, match="window is 8 but must be at least the 9 images"):
+        setups(Arguments(data=(folder,), batch_size=4, chunk=9, window=8))
     with pytest.raises(InputError, match="lower batch_size"):
         setups(Arguments(data=(folder,), batch_size=13))
 
