@@ -155,18 +155,18 @@ class World:
         """Do something on every rank, and let all know whether it worked everywhere.
 
         Raises:
-            FailedElsewhere: it failed on another rank (on that one: what it raised).
+            FailedElsewhere: it failed on another rank (on that one: what it raised), or here as on a rank before.
         """
         error: Exception | None = None
         try:
             result = work()
         except Exception as caught:
             error = caught
-        failed = self.any(error is not None)
-        if error is not None:
-            raise error
-        if failed:
-            raise FailedElsewhere("another process of the run failed and says why.")
+        if self.any(error is not None):
+            said = self.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+            if error is not None and said.index(said[self.rank]) == self.rank:
+                raise error
+            raise FailedElsewhere("another process of the run failed and says why.") from error
         return result
 
     def main_first(self, work: Callable[[], T]) -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,15 +87,7 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
             stack.callback(val.close)
             _check_same_data(val, world)
         _check_same_data(source, world)
-        if recipe.evaluation.every_epochs and labelled(source, val):
-            check_knn_data(source, val, recipe.evaluation)
-        order = Order(
-            num_images=len(source),
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            chunk=recipe.order_chunk,
-            window=recipe.order_window,
-        )
+        order = world.together(partial(_order, recipe, source, val, world))
         step = TrainStep(
             recipe,
             device=device,
@@ -127,6 +120,25 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
             step=step,
             world=world,
         )
+
+
+def _order(recipe: Recipe, source: Source, val: Source | None, world: World) -> Order:
+    """The order of the images, with everything checked that recipe and data must agree on.
+
+    Raises:
+        InputError: they do not; the message says where.
+    """
+    if recipe.evaluation.every_epochs and labelled(source, val):
+        check_knn_data(source, val, recipe.evaluation)
+    order = Order(
+        num_images=len(source),
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        chunk=recipe.order_chunk,
+        window=recipe.order_window,
+    )
+    order.positions(0, rank=world.rank, world_size=world.size)
+    return order
 
 
 def _open(path: Path, console: Console, world: World) -> Source:

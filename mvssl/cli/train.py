@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -12,7 +14,7 @@ import tyro
 from rich.console import Console
 
 from mvssl.cli.recipe_table import print_recipes
-from mvssl.distributed import FailedElsewhere, process_rank
+from mvssl.distributed import FailedElsewhere, process_local_rank, process_rank
 from mvssl.dry_run import dry_run
 from mvssl.monitor.failure import Diverged
 from mvssl.options import RunOptions
@@ -71,6 +73,17 @@ def parse(arguments: Sequence[str]) -> TrainArguments:
     )
 
 
+@contextmanager
+def _heard_once() -> Iterator[None]:
+    """Let the first process of a machine alone speak: what is wrong with a command is wrong for all of them."""
+    with ExitStack() as stack:
+        if process_local_rank():
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield
+
+
 def body(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     console = Console()
@@ -81,7 +94,13 @@ def body(arguments: Sequence[str]) -> int:
     if arguments[0] == "--list":
         print_recipes(console)
         return 0
-    parsed = parse(arguments)
+    try:
+        with _heard_once():
+            parsed = parse(arguments)
+    except InputError:
+        if process_local_rank():
+            return EXIT_ERROR
+        raise
     if parsed.print_config:
         print(json.dumps(to_dict(parsed.recipe), indent=2))
         return 0

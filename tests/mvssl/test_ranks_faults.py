@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 import torch.distributed as dist
 from ranks import results, run_ranks
 
+from mvssl.cli.train import body
 from mvssl.distributed import FailedElsewhere, join_world
 from mvssl.options import RunOptions
 from mvssl.recipe import Recipe
 from mvssl.trainer import run
+from pipelines.console import run_cli
 from pipelines.errors import InputError
 
 
@@ -34,6 +37,59 @@ def test_a_rank_that_fails_alone_ends_the_others() -> None:
     assert message.startswith("another process of the run is gone (")
     assert own == "a fault of rank 1 alone"
     assert connected  # to disconnect may wait for the others (NCCL), before the message is seen
+
+
+def what_each_meets(messages: list[str]) -> str:
+    """What a rank meets where each fails with its message ("" does not fail) at what all do together."""
+
+    def work() -> None:
+        if messages[world.rank]:
+            raise InputError(messages[world.rank])
+
+    with join_world(cuda=False) as world:
+        try:
+            world.together(work)
+        except (FailedElsewhere, InputError) as error:
+            return f"{type(error).__name__} {error}"
+        return "nothing"
+
+
+@pytest.mark.parametrize("messages", [["", ""], ["same", "same"], ["one", "two"], ["", "two"], ["one", ""]])
+def test_what_is_wrong_everywhere_is_said_once(messages: list[str]) -> None:
+    met = results(run_ranks(what_each_meets, 2, messages))
+    expected = [f"InputError {message}" if message else "" for message in messages]
+    if messages == ["same", "same"]:
+        expected[1] = ""
+    elsewhere = "FailedElsewhere another process of the run failed and says why." if any(messages) else "nothing"
+    assert met == [message or elsewhere for message in expected]
+
+
+def test_a_batch_larger_than_the_data_is_said_by_the_first_rank(
+    images: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(tiny_recipe, batch_size=64)
+    first, second = run_ranks(run, 2, recipe, RunOptions(data=images, out=tmp_path / "run", device="cpu"))
+    assert (first.error, second.error) == ("InputError", "FailedElsewhere")
+    assert "batch_size is 64 but the data set has only 36 images" in first.message
+
+
+@pytest.mark.parametrize("arguments", [["nope"], ["demo", "--epochs", "x"], ["demo", "--epochs", "0"]])
+def test_a_wrong_command_is_explained_once_on_each_machine(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said, codes = [], []
+    for rank, local in ((0, 0), (1, 1), (2, 0)):
+        for name, value in {"WORLD_SIZE": 3, "RANK": rank, "LOCAL_RANK": local}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(SystemExit) as left:
+            run_cli(lambda: body(arguments))
+        codes.append(left.value.code)
+        captured = capfd.readouterr()
+        said.append(captured.out + captured.err)
+    assert len(set(codes)) == 1
+    assert codes[0] in (1, 2)
+    assert said[0] == said[2] != ""
+    assert said[1] == ""
 
 
 def test_more_processes_than_gpus_are_refused_before_one_is_taken(
