@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from pipelines.decode import DaliOptions, default_threads, make_decoder
 from pipelines.errors import InputError, invalid
-from pipelines.fetch import Fetcher
+from pipelines.fetch import BATCHES_AHEAD, Fetcher
 from pipelines.prefetch import Prefetcher
 from pipelines.side_stream import SideStream, receive, with_index
 from pipelines.storage.source import Source
@@ -101,7 +102,10 @@ def _produce(
     """Runs in the producer's thread."""
     reasons: list[str] = []
     found = 0
+    ahead = iter(batches)
+    fetch.will_need(list(chain.from_iterable(islice(ahead, BATCHES_AHEAD))))
     for indices in batches:
+        fetch.will_need(next(ahead, []))
         with side.use(), torch.no_grad():
             fetched = fetch(indices)
             for n, reason in fetched.failures.items():

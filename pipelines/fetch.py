@@ -17,6 +17,9 @@ from pipelines.decode import Decoder
 from pipelines.errors import InputError
 from pipelines.storage.source import ReadsAhead, Source
 
+BATCHES_AHEAD = 4
+"""Batches that the storage hears of before they are read: a disk's queue stays full, and little memory is taken."""
+
 _READERS = 8  # reading waits for disks and networks, not for cores
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # this process or machine ran out of something: no image's fault
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pipelines.batch import ViewBatch
 from pipelines.decode import DaliOptions, default_threads, make_decoder
 from pipelines.errors import InputError, invalid
-from pipelines.fetch import Fetcher
+from pipelines.fetch import BATCHES_AHEAD, Fetcher
 from pipelines.order import Order
 from pipelines.prefetch import Prefetcher
 from pipelines.side_stream import SideStream, receive, with_index
@@ -243,7 +243,8 @@ class Loader:
     def _produce(self, epochs: Sequence[int], first_step: int) -> Generator[_Prepared, None, None]:
         """Runs in the producer's thread."""
         ahead = self._reading(epochs, first_step)
-        self._fetch.will_need(list(chain.from_iterable(islice(ahead, self._order.steps_ahead))))
+        first = islice(ahead, self._order.window_steps + BATCHES_AHEAD)
+        self._fetch.will_need(list(chain.from_iterable(first)))
         for epoch in epochs:
             permutation = self._order.permutation(epoch)
             for step in range(first_step, self.steps_per_epoch):

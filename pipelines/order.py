@@ -13,7 +13,6 @@ from pipelines.errors import InputError, invalid
 from pipelines.views import rng
 
 _KEYS = 1 << 15  # images whose keys are made at once: what fits in a core's cache
-_AHEAD = 4  # batches that reading is ahead of use: a disk's queue stays full, and little memory is taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +78,9 @@ class Order:
         return order
 
     @property
-    def steps_ahead(self) -> int:
-        """Batches that reading should be ahead of their use."""
-        mixed = min(self.window, self.num_images) if self.chunk else 0
-        return _AHEAD + -(-mixed // self.batch_size)
+    def window_steps(self) -> int:
+        """Batches that `reading` must be ahead of their use so that a window is there when it is needed; 0 of none."""
+        return 1 + -(-min(self.window, self.num_images) // self.batch_size) if self.chunk else 0
 
     def reading(
         self, permutation: NDArray[np.int64], epoch: int, *, first_step: int = 0, rank: int = 0, world_size: int = 1

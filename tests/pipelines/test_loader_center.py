@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import threading
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -54,6 +56,17 @@ def test_bad_images_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> 
     assert [record.getMessage().split()[1] for record in caplog.records] == [
         f"image{n}.jpg" for n in (2, *range(8, 16))
     ]
+
+
+def test_the_storage_hears_of_all_images_once() -> None:
+    class Told(MemorySource):
+        def will_need(self, indices: Sequence[int]) -> None:
+            told.append(list(indices))
+
+    told: list[list[int]] = []
+    list(iterate_center(Told(jpegs(50)), **options()))
+    assert sorted(chain.from_iterable(told)) == list(range(50))
+    assert max(map(len, told)) == 4 * 8  # at first
 
 
 def test_the_given_indices_are_taken_in_their_order() -> None:

@@ -80,7 +80,7 @@ def test_without_chunks_images_are_read_ahead_in_the_order_of_their_use() -> Non
     for rank in range(3):
         reading = order.reading(permutation, 3, first_step=2, rank=rank, world_size=3)
         assert reading.tolist() == [order.batch(3, step, rank=rank, world_size=3).tolist() for step in range(2, 8)]
-    assert order.steps_ahead == 4
+    assert order.window_steps == 0
 
 
 @settings(max_examples=50, deadline=None)
@@ -89,7 +89,7 @@ def test_without_chunks_images_are_read_ahead_in_the_order_of_their_use() -> Non
 def test_chunks_are_read_ahead_in_long_pieces_and_never_too_late(
     world_size: int, n: int, chunk: int, runs: int, seed: int, epoch: int
 ) -> None:
-    """Loops instead of sorting: what a batch needs is among what was read `steps_ahead` batches before it is used."""
+    """Loops instead of sorting: what a batch needs is among what was read `window_steps` batches before it is used."""
     batch = 3 * world_size
     n = max(n, batch)
     order = Order(num_images=n, batch_size=batch, seed=seed, chunk=chunk, window=runs * chunk)
@@ -100,7 +100,7 @@ def test_chunks_are_read_ahead_in_long_pieces_and_never_too_late(
         assert reading.shape == (order.steps_per_epoch - first_step, 3)
         here: set[int] = set()
         for step in range(first_step, order.steps_per_epoch):
-            done = step - first_step + order.steps_ahead
+            done = step - first_step + order.window_steps
             here.update(reading[:done].reshape(-1).tolist())
             assert here.issuperset(order.batch(epoch, step, rank=rank, world_size=world_size).tolist())
         assert sorted(here) == sorted(
