@@ -6,12 +6,15 @@ import gc
 import os
 import sys
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from decode_samples import MemorySource, jpegs
 from loader_samples import Clock, loader_of, source_with
+
+from pipelines.order import Order
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -45,6 +48,22 @@ def test_epochs_leave_no_tensors_behind() -> None:
         alive.append(sum(type(thing) is torch.Tensor for thing in gc.get_objects()))
     assert len(set(alive[2:])) == 1
     loader.close()
+
+
+def test_closing_does_not_wait_for_all_that_was_to_be_read_ahead() -> None:
+    class Slow(MemorySource):
+        def will_need(self, indices: Sequence[int]) -> None:
+            told.append(len(indices))
+            closing.wait(60)
+
+    told: list[int] = []
+    closing = threading.Event()
+    loader = loader_of(Slow(jpegs(1) * 3000), order=Order(num_images=3000, batch_size=8, seed=0, chunk=10, window=3000))
+    next(loader.epoch(0))
+    threading.Timer(0.3, closing.set).start()
+    loader.close()
+    assert 256 in told
+    assert sum(told) < 1500
 
 
 def test_an_exception_in_the_loop_ends_the_thread() -> None:
