@@ -2,10 +2,11 @@
 
 python -m benchmarks.bench_loader FOLDER [SHARDS ...] [--workers 2] [--device cuda] [--cold [--chunk 64]] [--out FILE]
 
-A turn loads `--num-batches` batches of the paper's views and throws them away: storage, decoding and views, from the
+A turn loads `--num-batches` batches of a recipe's views and throws them away: storage, decoding and views, from the
 first request to the last batch, nothing prepared before and nothing left over. All load the same images in the same
 order, each in a process of its own that stays (its workers too), so that memory can be told apart; one works at a time.
-FFCV takes part where a .beton file is among the data, once complete and once with less work (see its `what`).
+DALI with its own views takes part where it is installed, and FFCV where a .beton file is among the data, once complete
+and once with less work (see their `what`).
 Files are in the system's cache, or with --cold dropped from it before each turn. With --chunk each of our contenders
 takes part a second time, in the chunked order of `pipelines.order.Order`, which reads in long pieces.
 """
@@ -24,15 +25,16 @@ import torch
 import tyro
 
 from benchmarks.isolated import Turn
-from benchmarks.loader_contenders import Setup, data_loader, ffcv_loader, open_train, our_loader
+from benchmarks.loader_contenders import Setup, dali_loader, data_loader, ffcv_loader, open_train, our_loader
 from benchmarks.turns import rates, ratios, take_turns
 from mvssl.environment import environment
+from mvssl.recipe_file import resolve_recipe
 from pipelines.console import run_cli
 from pipelines.errors import InputError, invalid
 from pipelines.order import Order
-from pipelines.views.presets import paper_views
 
 BASELINE = "DataLoader"
+ONE_GRAPH = "DALI, one graph"
 FFCV = {"ffcv": True, "ffcv, crops and flips only": False}
 """FFCV's contenders, which read a .beton file among the data, and whether their views are complete."""
 
@@ -42,7 +44,8 @@ class Arguments:
     """Time loaders.
 
     Attributes:
-        data: the same images in one or more storages (folder, shards, ...); the DataLoader reads the first.
+        data: the same images in one or more storages (folder, shards, ...); the DataLoader reads the first, DALI's
+            own graph the last.
         device: where the views are handed over.
         decoders: of our loader, each with each storage.
         workers: processes of the DataLoader, threads of FFCV.
@@ -54,9 +57,7 @@ class Arguments:
         chunk: images of a run in the chunked order; 0 leaves it out.
         window: images that the chunked order mixes at a time.
         disk: what the data lies on, in words, for the result.
-        size: side of the global and cutout views in pixels.
-        local_size: side of the local views in pixels.
-        blur_kernel: taps of the blur.
+        recipe: whose views are made, by its name or its file.
         out: JSON file to write.
     """
 
@@ -72,9 +73,7 @@ class Arguments:
     chunk: int = 0
     window: int = 32_768
     disk: str = ""
-    size: int = 224
-    local_size: int = 96
-    blur_kernel: int = 23
+    recipe: str = "byol_resnet50_200ep"
     out: Path | None = None
 
     def __post_init__(self) -> None:
@@ -97,7 +96,7 @@ def setups(arguments: Arguments) -> dict[str, Setup]:
     shared = Setup(
         name=BASELINE,
         data=arguments.data[0],
-        specs=paper_views(size=arguments.size, local_size=arguments.local_size, blur_kernel=arguments.blur_kernel),
+        specs=resolve_recipe(arguments.recipe).views,
         batch_size=arguments.batch_size,
         num_batches=arguments.num_batches,
         device=arguments.device,
@@ -135,7 +134,8 @@ def setups(arguments: Arguments) -> dict[str, Setup]:
     most = order.steps_per_epoch
     if arguments.cold and arguments.num_batches > most:
         raise invalid("num_batches", arguments.num_batches, f"at most {most} (one epoch) with --cold", "lower it")
-    return found | ffcv | {BASELINE: shared}
+    peers = {ONE_GRAPH: replace(shared, name=ONE_GRAPH, data=arguments.data[-1])} | ffcv
+    return found | peers | {BASELINE: shared}
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device is cuda but torch finds no CUDA device here: take --device cpu.")
     planned = setups(arguments)
-    others = {BASELINE: data_loader} | dict.fromkeys(FFCV, ffcv_loader)
+    others = {BASELINE: data_loader, ONE_GRAPH: dali_loader} | dict.fromkeys(FFCV, ffcv_loader)
     builds = {name: partial(others.get(name, our_loader), setup) for name, setup in planned.items()}
     outcome = take_turns(builds, repeats=arguments.repeats)
     specs = planned[BASELINE].specs
@@ -160,6 +160,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         "window": arguments.window,
         "batch_size": arguments.batch_size,
         "batches": arguments.num_batches,
+        "recipe": Path(arguments.recipe).name,
         "views_per_image": len(specs),
         "sizes": [spec.size for spec in specs],
         "contenders": {name: summary(taken, views=len(specs)) for name, taken in outcome.turns.items()},
@@ -192,7 +193,7 @@ def command(arguments: Arguments) -> str:
         f"python -m benchmarks.bench_loader {' '.join(data.name for data in arguments.data)} "
         f"--device {arguments.device} --decoders {' '.join(arguments.decoders)} --workers {arguments.workers} "
         f"--batch-size {arguments.batch_size} --num-batches {arguments.num_batches} --repeats {arguments.repeats} "
-        f"--size {arguments.size} --local-size {arguments.local_size} --blur-kernel {arguments.blur_kernel}"
+        f"--recipe {Path(arguments.recipe).name}"
         + (f" --threads {arguments.threads}" if arguments.threads is not None else "")
         + (" --cold" if arguments.cold else "")
         + (f" --chunk {arguments.chunk} --window {arguments.window}" if arguments.chunk else "")

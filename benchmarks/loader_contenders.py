@@ -1,4 +1,4 @@
-"""What loads batches of views in the benchmark of loaders: our loader, a DataLoader, and FFCV."""
+"""What loads batches of views in the benchmark of loaders: our loader, a DataLoader, DALI alone, and FFCV."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.isolated import Turns
 from benchmarks.page_cache import cached_share, drop, files_of
+from pipelines.decode import default_threads
 from pipelines.errors import InputError
 from pipelines.loader import Loader
 from pipelines.order import Order
@@ -130,6 +131,40 @@ def data_loader(setup: Setup) -> Iterator[Turns]:
         return timed(loader(indices_of(order, steps)), setup, source) | {"decoder": "PIL", "workers": setup.workers}
 
     yield {setup.name: turn}
+    source.close()
+
+
+DALI_WHAT = (
+    "DALI decodes once and makes the views with its own operators, whose jitter and resize are not torchvision's"
+)
+
+
+@contextmanager
+def dali_loader(setup: Setup) -> Iterator[Turns]:
+    """All in one DALI graph, with the same batches."""
+    try:
+        from benchmarks.baselines.dali_loader import DaliLoader
+    except ImportError as error:
+        raise InputError(f"DALI is missing ({error}): install nvidia-dali-cuda120 to measure it.") from error
+    source = open_train(setup.data)
+    order = Order(num_images=len(source), batch_size=setup.batch_size, seed=0)
+    loader = DaliLoader(
+        source,
+        setup.specs,
+        batch_size=setup.batch_size,
+        threads=default_threads() if setup.threads is None else setup.threads,
+        device=torch.device(setup.device),
+        dtype=torch.bfloat16 if setup.device == "cuda" else torch.float32,
+    )
+    epochs = count(0, -(-setup.num_batches // order.steps_per_epoch))
+
+    def turn() -> dict[str, Any]:
+        passes = batches_of_turn(order, num_batches=setup.num_batches, first_epoch=next(epochs))
+        steps = [(epoch, step) for epoch, first in passes for step in range(first, order.steps_per_epoch)]
+        return timed(loader(indices_of(order, steps)), setup, source) | {"decoder": "dali", "what": DALI_WHAT}
+
+    yield {setup.name: turn}
+    loader.close()
     source.close()
 
 

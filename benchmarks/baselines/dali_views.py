@@ -80,10 +80,10 @@ def _graph(specs: Sequence[ViewSpec], dtype: Any, device: str) -> Any:
     images = fn.external_source(
         name="images", device=device, no_copy=True, dtype=types.UINT8, ndim=3, layout="HWC", batch=True
     )
-    return tuple(_view(images, spec, dtype) for spec in specs)
+    return tuple(dali_view(images, spec, dtype) for spec in specs)
 
 
-def _view(images: Any, spec: ViewSpec, dtype: Any) -> Any:
+def dali_view(images: Any, spec: ViewSpec, dtype: Any) -> Any:
     """One view of ragged uint8 images [H, W, 3]: [S, S, 3] in `dtype`, normalised."""
     if spec.area is None:
         view = fn.resize(images, size=[spec.size, spec.size], interp_type=types.INTERP_CUBIC, antialias=True)
