@@ -12,6 +12,7 @@
 #   train_cuda.json            the same end to end with ResNet-50, batch 128, and against our step on noise
 #   tune_fused.json            time of each kernel of the fused engine, with the block sizes it has and with others
 #   view_bytes.md              bytes each kernel of the fused engine must move; to be filled in from a profiler
+# `python -m benchmarks.tables` then writes them into the tables of the READMEs.
 # benchmarks.paper_small is not part of it: it trains, and takes longer.
 #
 # Nothing is run where there is no CUDA device or a package is missing (tyro is, on some GPU machines): it says so and

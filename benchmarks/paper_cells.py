@@ -12,6 +12,7 @@ from pipelines.views.presets import byol_views, mocov3_views, paper_views, simsi
 from pipelines.views.spec import ViewSpec, tasks
 
 METHODS = ("byol", "simsiam", "mocov3")
+TITLES = {"byol": "BYOL", "simsiam": "SimSiam", "mocov3": "MoCo v3"}
 VARIANTS = ("two-view", "shared", "per-view", "per-view + cutout")
 TWO_VIEWS: dict[str, Callable[..., tuple[ViewSpec, ...]]] = {
     "byol": byol_views,

@@ -17,7 +17,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -29,7 +29,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from benchmarks.paper_cells import METHODS, SETTINGS, VARIANTS, Cell, Setting, make_recipe
+from benchmarks.paper_cells import METHODS, SETTINGS, TITLES, VARIANTS, Cell, Setting, make_recipe
 from mvssl.environment import environment
 from mvssl.evaluate.online import evaluate_knn
 from mvssl.monitor.jsonl import read_jsonl
@@ -202,7 +202,7 @@ def measure(arguments: Arguments, data: Path, console: Console) -> dict[str, Any
     }
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """The result as a Markdown table: kNN top-1 (k = 20) in percent, mean over the seeds, and the seeds apart."""
     lines = ["| method | " + " | ".join(VARIANTS) + " |", "|---" * (len(VARIANTS) + 1) + "|"]
     for method in METHODS:
@@ -210,7 +210,7 @@ def table(result: dict[str, Any]) -> str:
             [100 * row["knn_k20"] for row in result["rows"] if (row["method"], row["variant"]) == (method, variant)]
             for variant in VARIANTS
         ]
-        lines.append(f"| {method} | " + " | ".join(map(_percent, found)) + " |")
+        lines.append(f"| {TITLES[method]} | " + " | ".join(map(_percent, found)) + " |")
     return "\n".join(lines) + f"\n\nUntrained: {_percent([100 * row['knn_k20'] for row in result['untrained']])}"
 
 

@@ -131,7 +131,14 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         kernels[name] = {"best": rows[0], "now": now | {"milliseconds": current}, "all": rows}
         microseconds = 1000 * current / count
         print(f"{name:8} now {microseconds:.2f} us per image, best {rows[0]}")
-    return {"benchmark": "tune_fused", "images": count, "kernels": kernels, "environment": environment()}
+    command = f"python -m benchmarks.tune_fused --num-images {count} --repeats {arguments.repeats}"
+    return {
+        "benchmark": "tune_fused",
+        "device": "cuda",
+        "images": count,
+        "kernels": kernels,
+        "environment": environment() | {"command": command},
+    }
 
 
 def body() -> int:

@@ -9,7 +9,7 @@ a view, are left out. What a view needs depends on its crop and its blur; the nu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,13 +82,17 @@ def mean_bytes(*, height: int, width: int, value_bytes: int) -> dict[str, float]
     return {name: float(moved.sum(dim=0).double().mean()) for name, moved in per_job.items()}
 
 
-def table(arguments: Arguments) -> str:
-    """The table in Markdown: KB and microseconds per image; what was measured is left blank."""
+def table(arguments: Arguments, *, measured: Mapping[str, float] | None = None) -> str:
+    """The table in Markdown: KB and microseconds per image; cells of kernels that were not `measured` are blank."""
     moved = mean_bytes(height=arguments.height, width=arguments.width, value_bytes=VALUE_BYTES[arguments.dtype])
+    times = dict(measured or {})
+    if times.keys() == moved.keys():
+        times["all"] = sum(times.values())
     lines = ["| kernel | KB per image | floor, us per image | measured, us per image |", "|---|---:|---:|---:|"]
     for name, count in [*moved.items(), ("all", sum(moved.values()))]:
         microseconds = count / (arguments.terabytes_per_second * 1e6)
-        lines.append(f"| {name} | {count / 1e3:,.0f} | {microseconds:.3f} | |")
+        time = f"{times[name]:.3f} " if name in times else ""
+        lines.append(f"| {name} | {count / 1e3:,.0f} | {microseconds:.3f} | {time}|")
     return "\n".join(lines)
 
 

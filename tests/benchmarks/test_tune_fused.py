@@ -33,3 +33,4 @@ def test_it_times_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.tune_fused.WARPS", (4,))
     result = measure(Arguments(num_images=8, repeats=2))
     assert all(kernel["best"]["milliseconds"] > 0 for kernel in result["kernels"].values())
+    assert result["environment"]["command"] == "python -m benchmarks.tune_fused --num-images 8 --repeats 2"

@@ -1,0 +1,366 @@
+"""The tables of the READMEs are what the results say; they fill themselves in; what is broken changes nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import bench_train, bench_views, result_tables
+from benchmarks.isolated import Turn
+from benchmarks.markers import fill, stale
+from benchmarks.origins import MADE_BY, machine, origin
+from benchmarks.process_memory import Memory
+from benchmarks.rounding import percent, scientific, significant, with_spread
+from benchmarks.tables import COMMAND, RESULTS, TABLES, load, render, update
+from benchmarks.timing import Times
+from benchmarks.train_contenders import OURS, OURS_SYNTHETIC, PLAIN, PLAIN_SYNTHETIC
+from benchmarks.turns import ratios
+from mvssl.environment import environment
+from pipelines.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+GPU = environment() | {
+    "gpus": ["NVIDIA H100"],
+    "cores": 16,
+    "machine": "x86_64",
+    "command": "python -m benchmarks.made_up",
+}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """The READMEs and the results in a folder of their own."""
+    for file in TABLES:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    shutil.copytree(ROOT / RESULTS, tmp_path / RESULTS)
+    update(tmp_path, check=False)
+    return tmp_path
+
+
+def texts(tree: Path) -> list[str]:
+    return [(tree / file).read_text() for file in TABLES]
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def cells(lines: list[str], *first: str) -> list[str]:
+    """The cells after the first of the one row that begins with these."""
+    start = "".join(f"| {cell} " for cell in first) + "|"
+    (row,) = [line for line in lines if line.startswith(start)]
+    return [cell.strip() for cell in row.removeprefix(start).removesuffix("|").split("|")]
+
+
+def turn(images_per_second: float, **report: float) -> Turn:
+    return Turn(report={"images": images_per_second, "seconds": 1.0, **report}, memory=Memory(rss=2e3, pss=1234.0))
+
+
+def views_result(dtype: str) -> dict[str, Any]:
+    """What bench_views writes, with numbers that are made up."""
+    times = {
+        name: Times(seconds=seconds, host_seconds=[0.5 * second for second in seconds])
+        for name, seconds in {"fused": [0.01, 0.02, 0.04], "torchvision": [1.0, 1.0, 1.0]}.items()
+    }
+    faster = bench_views.ratios(times, "torchvision")
+    contenders = {
+        name: bench_views.summary(own, images=100, views=5)
+        | {
+            "times_torchvision": faster.get(name),
+            "difference_from_torchvision_cpu": {"normalised": 0.0312, "levels": 1.8, "mean_levels": 0.1},
+        }
+        for name, own in times.items()
+    }
+    shared = {"device": "cuda", "dtype": dtype, "threads": 8, "mean_megapixels": 0.1875}
+    return shared | {"contenders": contenders, "failed": {"compiled": "RuntimeError: no"}, "environment": GPU}
+
+
+def loader_result() -> dict[str, Any]:
+    """What bench_loader writes, as far as the tables need it."""
+    turns = {"folder + auto": [turn(4321.0), turn(4400.0)], "DataLoader": [turn(400.0), turn(440.0)]}
+    contenders = {
+        name: bench_train.rates(taken, views=5) | {"device_mib": 77.7, "cached_share_before_turns": 0.021}
+        for name, taken in turns.items()
+    }
+    shared = {"device": "cuda", "cold": False, "disk": "", "times_dataloader": ratios(turns, "DataLoader")}
+    return shared | {"contenders": contenders, "failed": {}, "environment": GPU}
+
+
+def train_result() -> dict[str, Any]:
+    """What bench_train writes, as far as the tables need it."""
+    speeds = {OURS: 970.0, OURS_SYNTHETIC: 1000.0, PLAIN: 250.0, PLAIN_SYNTHETIC: 500.0}
+    turns = {
+        name: [turn(speed, steps=8, data_wait=0.0123, device_idle=0.0456, device_mib=54321.0)]
+        for name, speed in speeds.items()
+    }
+    return {
+        "device": "cuda",
+        "recipe": {"name": "byol_resnet50_200ep", "backbone": {"name": "resnet50"}, "batch_size": 128},
+        "contenders": {name: bench_train.summary(taken, views=5) for name, taken in turns.items()},
+        "loaded_over_synthetic": bench_train.ratio(turns, OURS, OURS_SYNTHETIC),
+        "plain_loaded_over_synthetic": bench_train.ratio(turns, PLAIN, PLAIN_SYNTHETIC),
+        "times_plain_with_dataloader": bench_train.ratio(turns, OURS, PLAIN),
+        "failed": {},
+        "environment": GPU,
+    }
+
+
+def test_the_readmes_are_up_to_date() -> None:
+    """Fails after a number was edited by hand or a result changed: run python -m benchmarks.tables."""
+    assert update(ROOT, check=True) == {}
+
+
+def test_every_result_that_is_there_is_shown_with_its_command() -> None:
+    results = load(ROOT)
+    lines = result_tables.overview(results)
+    assert {"views_cpu", "loader_cpu", "paper_small_cpu"} <= results.keys()
+    for name, result in results.items():
+        assert cells(lines, f"[`{name}.json`](results/{name}.json)")[-1] == f"`{result['environment']['command']}`"
+    for name in MADE_BY.keys() - results.keys():
+        assert cells(lines, f"`{name}.json`")[0] == "not measured yet"
+
+
+def test_no_result_at_all_still_gives_every_table() -> None:
+    for tables in render({}).values():
+        for name, lines in tables.items():
+            assert any("not measured yet" in line for line in lines), name
+            heights = {line.count("|") for line in lines if line.startswith("|")}
+            assert len(heights) == 1, f"{name} has rows of different lengths"
+
+
+def test_generating_again_changes_nothing(tree: Path) -> None:
+    before = texts(tree)
+    assert update(tree, check=False) == {}
+    assert texts(tree) == before
+
+
+def test_a_number_edited_by_hand_is_found_and_put_right(tree: Path) -> None:
+    before = texts(tree)
+    views = result_tables.views(load(tree))
+    row = next(line for line in views if line.startswith("| native |"))
+    edit(tree / "README.md", row, row.replace("| native | ", "| native | 9"))
+    edit(tree / "benchmarks/README.md", "| columns | 1,789 |", "| columns | 1,788 |")
+    after = texts(tree)
+    with pytest.raises(InputError) as caught:
+        update(tree, check=True)
+    assert str(caught.value) == (
+        "Tables are not what benchmarks/results says (views in README.md; kernels in benchmarks/README.md): "
+        "run python -m benchmarks.tables."
+    )
+    assert texts(tree) == after, "--check must not write"
+    assert update(tree, check=False) == {"README.md": ["views"], "benchmarks/README.md": ["kernels"]}
+    assert texts(tree) == before
+
+
+def test_text_beside_the_tables_is_left_alone() -> None:
+    text = "# A\n\n<!-- table: one -->\nold\n<!-- end -->\n\u2028kept\x0c\n`<!-- table: two -->` in a sentence\n"
+    expected = text.replace("old", "\n| new |\n")
+    assert fill(text, {"one": ["| new |"]}, file="A.md") == expected
+    assert stale(text, {"one": ["| new |"]}, file="A.md") == ["one"]
+    assert stale(expected, {"one": ["| new |"]}, file="A.md") == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "message"),
+    [
+        (
+            r"<!-- table: train -->(.*?)<!-- end -->",
+            r"\1",
+            r"README\.md has no marker of the table 'train': put a line <!-- table: train --> and a line <!-- end -->",
+        ),
+        (
+            r"(<!-- table: train -->.*?)<!-- end -->",
+            r"\1",
+            r"README\.md, line \d+: the table 'train' has no end: put a line <!-- end --> below it\.",
+        ),
+        (
+            r"(<!-- table: paper -->.*?)<!-- end -->",
+            r"\1",
+            r"README\.md, line \d+: the table 'paper' has no end: put a line <!-- end --> below it\.",
+        ),
+        (
+            r"<!-- table: views -->",
+            "",
+            r"README\.md, line \d+ has an <!-- end --> without a table before it: put <!-- table: NAME --> above",
+        ),
+        (
+            r"<!-- table: train -->",
+            "<!-- table: trian -->",
+            r"README\.md, line \d+ has a marker of the table 'trian', but the tables there are views, .*: correct",
+        ),
+    ],
+    ids=["no marker", "no end", "no end at the end", "no begin", "unknown name"],
+)
+@pytest.mark.parametrize("check", [False, True])
+def test_a_wrong_marker_is_named_and_nothing_is_written(
+    tree: Path, pattern: str, replacement: str, message: str, check: bool
+) -> None:
+    edit(tree / "benchmarks/README.md", "| columns | 1,789 |", "| columns | 1,788 |")  # would be rewritten
+    text = (tree / "README.md").read_text()
+    (tree / "README.md").write_text(re.sub(pattern, replacement, text, count=1, flags=re.DOTALL))
+    before = texts(tree)
+    with pytest.raises(InputError, match=message) as caught:
+        update(tree, check=check)
+    assert "\n" not in str(caught.value)
+    assert texts(tree) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"device": "cpu", ', r"cannot be read as JSON \(.*line 1 column"),
+        ("\udcff", r"cannot be read as JSON \(.*can't decode byte 0xff"),
+        ("[]", "does not hold a JSON object"),
+        ("{}", r"does not hold what the table '[\w-]+' shows \(it lacks '\w+'\)"),
+        ('{"contenders": 3}', r"does not hold what the table '[\w-]+' shows \(TypeError"),
+    ],
+    ids=["cut short", "not text", "a list", "empty", "other values"],
+)
+def test_a_broken_result_is_named_and_nothing_is_written(tree: Path, content: str, message: str) -> None:
+    (tree / RESULTS / "loader_cpu.json").write_text(content, errors="surrogateescape")
+    before = texts(tree)
+    ending = "restore it with git checkout, or measure it again with python -m benchmarks.bench_loader"
+    with pytest.raises(InputError, match=rf"^benchmarks/results/loader_cpu\.json {message}.*: {ending}") as caught:
+        update(tree, check=False)
+    assert "\n" not in str(caught.value)
+    assert texts(tree) == before
+
+
+def test_a_result_that_nobody_knows_is_shown_or_named(tree: Path) -> None:
+    path = tree / RESULTS / "new.json"
+    path.write_text(json.dumps({"environment": GPU}))
+    assert update(tree, check=False) == {"benchmarks/README.md": ["overview"]}
+    path.write_text("{}")
+    with pytest.raises(InputError, match=r"results/new\.json does not hold .* git checkout, or take it out\."):
+        update(tree, check=False)
+
+
+def test_made_up_gpu_results_fill_the_tables(tree: Path) -> None:
+    made_up = {
+        "views_cuda_bfloat16": views_result("bfloat16"),
+        "views_cuda_float32": views_result("float32"),
+        "loader_cuda": loader_result(),
+        "train_cuda": train_result(),
+    }
+    for name, result in made_up.items():
+        (tree / RESULTS / f"{name}.json").write_text(json.dumps(result))
+    assert update(tree, check=False) == {
+        "README.md": ["views", "loader", "train"],
+        "benchmarks/README.md": ["overview", "views-details"],
+    }
+    readme, details = (text.splitlines() for text in texts(tree))
+    dash = "\N{EN DASH}"
+    assert cells(readme, "fused")[3:] == [f"5,000 (2,500{dash}10,000)", "25,000", f"50.0 (25.0{dash}100)"]
+    assert cells(readme, "torchvision")[3:] == [f"100 (100{dash}100)", "500", "1"]
+    assert cells(readme, "compiled")[3:] == ["failed", "", ""]
+    assert cells(readme, "native")[3:] == ["", "", ""], "it runs on the CPU only"
+    assert cells(details, "GPU, float32", "fused")[-3:] == ["50.0 %", "3e-2", "2e0"]
+    assert cells(readme, "GPU", "folder + auto") == [
+        f"4,360 (4,320{dash}4,400)",
+        "21,800",
+        "1,230 + 77.7 on the GPU",
+        f"10.4 (10.0{dash}10.8)",
+    ]
+    assert cells(readme, "GPU", OURS) == ["970", "1.2 %", "4.6 %", "1,230 + 54,300 on the GPU"]
+    assert any(
+        line.startswith("Loaded over synthetic input: ")
+        and all(words in line for words in ("GPU 0.970", "DataLoader: ", "GPU 0.500", "GPU 3.88"))
+        for line in readme
+    )
+    versions = f"torch {GPU['packages']['torch']}"
+    (train_line,) = [line for line in readme if "results/train_cuda.json)" in line]
+    assert train_line.startswith(
+        f"- [GPU](benchmarks/results/train_cuda.json): NVIDIA H100, 16 cores (x86_64), {versions}"
+    )
+    assert train_line.endswith("`byol_resnet50_200ep`, resnet50, batch 128, one turn: `python -m benchmarks.made_up`")
+
+
+def test_cpu_results_that_are_measured_now_fill_the_tables() -> None:
+    cpu = {"device": "cpu", "environment": GPU | {"gpus": []}}
+    trained = train_result() | cpu
+    for contender in trained["contenders"].values():
+        del contender["device_idle"], contender["device_mib"]
+    lines = result_tables.train({"train_cpu": trained})
+    assert cells(lines, "CPU", OURS) == ["970", "1.2 %", "", "1,230"]
+    assert cells(lines, "GPU")[0] == "not measured yet"
+    cold = loader_result() | cpu | {"cold": True, "disk": "100 reads a second", "more": "fields"}
+    lines = result_tables.loader_cold({"loader_cold_cpu": cold})
+    assert cells(lines, "CPU", "DataLoader")[-1] == "1"
+    assert "100 reads a second, at most 2.1 % of the files in memory before a turn, median of 2 turns" in lines[-1]
+
+
+def test_kernel_times_fill_the_last_column() -> None:
+    times = {
+        name: {"now": {"milliseconds": 0.128}} for name in ("weights", "columns", "rows", "color", "down", "along")
+    }
+    lines = result_tables.kernels({"tune_fused": {"images": 256, "kernels": times, "environment": GPU}})
+    assert cells(lines, "columns")[-1] == "0.500"
+    assert cells(lines, "all")[-1] == "3.000"
+    assert lines[-1].startswith("- [Times](results/tune_fused.json): NVIDIA H100, 16 cores")
+
+
+def test_a_contender_that_failed_stays_in_the_table() -> None:
+    result = train_result()
+    del result["contenders"][PLAIN]
+    result |= {"failed": {PLAIN: "out of memory"}, "times_plain_with_dataloader": None}
+    lines = result_tables.train({"train_cuda": result})
+    assert cells(lines, "GPU", PLAIN) == ["failed", "", "", ""]
+    assert any("mvssl over the plain step with a DataLoader: GPU not measured" in line for line in lines)
+
+
+def test_where_a_result_is_from() -> None:
+    assert machine({"device": "cpu", "environment": GPU}) == "16 cores (x86_64)", "the GPU was not used"
+    assert origin({}, "train_cpu", "CPU", folder="results") == (
+        "- CPU: not measured yet (`python -m benchmarks.bench_train DATA`)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (347.7997, "348"),
+        (1738.998, "1,740"),
+        (10.496, "10.5"),
+        (9.996, "10.0"),
+        (999.6, "1,000"),
+        (0.7352, "0.735"),
+        (0.09996, "0.100"),
+        (1.0, "1.00"),
+        (123456.0, "123,000"),
+        (0.0, "0"),
+        (-2.4045, "-2.40"),
+        (float("nan"), "nan"),
+    ],
+)
+def test_three_digits_count(value: float, shown: str) -> None:
+    assert significant(value) == shown
+
+
+def test_rounding_of_spread_shares_and_small_numbers() -> None:
+    assert with_spread(347.8, {"min": 270.83, "max": 368.88, "n": 5}) == "348 (271\N{EN DASH}369)"
+    assert with_spread(347.8, {"min": 347.8, "max": 347.8, "n": 1}) == "348"
+    assert (percent(0.0324), percent(1.0), percent(0)) == ("3.2 %", "100.0 %", "0.0 %")
+    assert (scientific(5.54e-6), scientific(0.0), scientific(9.7e-4)) == ("6e-6", "0", "1e-3")
+
+
+def test_the_command_checks_and_says_what_it_found() -> None:
+    result = subprocess.run(
+        [sys.executable, *COMMAND.split()[1:], "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "All tables are what the results say.\n"
