@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from mvssl.distributed import World
 from mvssl.recipe import Evaluation
 from pipelines.decode import DaliOptions
+from pipelines.errors import InputError
 from pipelines.evaluation import iterate_center
 from pipelines.storage.source import Source
+from pipelines.substitute import too_many_bad
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +53,9 @@ def extract_features(
 ) -> Features:
     """Embed the centre crop of each image (SPEC section 6) with the backbone in eval mode.
 
-    The backbone's training mode is put back afterwards. Undecodable images are left out and named in the log. Several
-    ranks embed a share each; all get the features of all images, in one order.
+    The backbone's training mode is put back afterwards. Undecodable images are left out and named in the log, unless
+    they are so many that the data is mostly broken. Several ranks embed a share each; all get the features of all
+    images, in one order.
 
     Args:
         backbone: maps [B, 3, S, S] to [B, D].
@@ -69,6 +72,7 @@ def extract_features(
         world: the ranks that embed together; None is this process alone.
 
     Raises:
+        InputError: too many images cannot be decoded (see `too_many_bad`), or the storage is damaged.
         FailedElsewhere: another rank failed.
     """
     world = world or World()
@@ -146,4 +150,10 @@ def _extract(
                 progress(done)
     finally:
         backbone.train(was_training)
+    if too_many_bad(len(indices) - done, len(indices)):  # a disk that fails meanwhile: no accuracy of what is left
+        raise InputError(
+            f"{len(indices) - done} of the {len(indices)} images of {source.location} cannot be decoded, too many to "
+            "evaluate the others: check the data (the log names them), or run mvssl-convert on it, which puts the bad "
+            "images into quarantine."
+        )
     return Features(values=torch.cat(values), labels=torch.cat(labels).to(device), index=torch.cat(index))

@@ -1,0 +1,143 @@
+"""For the tests of faults of the data: data sets in every storage, and damage at a known moment of a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pipelines.loader
+from mvssl import checkpoint, trainer
+from mvssl.recipe import Recipe
+from pipelines.order import Order
+from pipelines.storage import open_source
+from tools.convert import Convert, convert
+
+CONVERTED = ("shards", "beton")
+FORMS = ("folder", *CONVERTED)
+EPOCH, STEP = 1, 2  # of the batch that the damage comes before, in runs of 4 steps an epoch,
+DAMAGED, SAVED = 6, 4  # that is batch 6 of the run, with the checkpoint of step 4 behind it
+
+
+def write_forms(images: Path, base: Path) -> dict[str, Path]:
+    """The same images in every storage, a dozen to a shard."""
+    convert(Convert(src=images, dst=base / "shards", shard_size=0.02))
+    convert(Convert(src=images, dst=base / "beton", format="beton", shard_size=0.02))
+    return {"folder": images, "shards": base / "shards", "beton": base / "beton"}
+
+
+def copy_of(data: Path, to: Path) -> Path:
+    """The data set once more, to be damaged."""
+    shutil.copytree(data, to / "data")
+    return to / "data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Victim:
+    """A training image: its number, its name, its bytes, and the file and place where they lie."""
+
+    index: int
+    key: str
+    image: bytes
+    path: Path
+    offset: int
+
+    def overwrite(self, broken: bytes) -> None:
+        """Put other bytes in its place: a file of its own becomes as short as they are, a large one keeps its size."""
+        content = self.path.read_bytes()
+        same_size = broken[: len(self.image)].ljust(len(self.image), b"\0")
+        self.path.write_bytes(broken if content == self.image else content.replace(self.image, same_size))
+
+
+def victims(data: Path, recipe: Recipe, count: int = 1, *, spared: tuple[str, ...] = ()) -> list[Victim]:
+    """The images (but those of these stems) that come up first when the damage is done, in the order of their use."""
+    source = open_source(data / "train")
+    order = Order(num_images=len(source), batch_size=recipe.batch_size, seed=recipe.seed).permutation(EPOCH)
+    found: list[Victim] = []
+    for index in order[STEP * recipe.batch_size :].tolist():
+        key, image = source.key(index), source.read(index).tobytes()
+        if len(found) < count and Path(key).stem not in spared:
+            path = next(path for path in sorted((data / "train").rglob("*.*")) if image in path.read_bytes())
+            offset = path.read_bytes().index(image)
+            found.append(Victim(index=index, key=key, image=image, path=path, offset=offset))
+    source.close()
+    return found
+
+
+@contextmanager
+def before_batch(damage: Callable[[], object]) -> Iterator[list[list[int]]]:
+    """Do damage in the producer's thread before it reads batch DAMAGED, for a run with `prefetch=1`.
+
+    The evaluation of the epoch before is over then, whereas the first two batches of an epoch are prepared meanwhile.
+
+    Yields:
+        dataset indices of the batches prepared, as they come.
+    """
+    original = pipelines.loader.fetch_complete
+    prepared: list[list[int]] = []
+
+    def fetch_complete(*arguments: Any, **options: Any) -> Any:
+        if len(prepared) == DAMAGED:
+            damage()
+        complete = original(*arguments, **options)
+        prepared.append(complete.batch.index.tolist())
+        return complete
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelines.loader, "fetch_complete", fetch_complete)
+        yield prepared
+
+
+@contextmanager
+def before_second_evaluation(damage: Callable[[], object]) -> Iterator[None]:
+    """Do damage when the kNN behind the second epoch, step 8, begins."""
+    original, calls = trainer.evaluate_knn, []
+
+    def evaluate_knn(*arguments: Any, **options: Any) -> dict[int, float]:
+        calls.append(None)
+        if len(calls) == 2:
+            damage()
+        return original(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "evaluate_knn", evaluate_knn)
+        yield
+
+
+@contextmanager
+def disk(fault: Callable[[Path, int], object]) -> Iterator[None]:
+    """Call `fault` with file and place before each reading of an image: it waits, or raises what the disk would."""
+    fromfile, preadv = np.fromfile, os.preadv
+
+    def reading_files(file: Any, *arguments: Any, **options: Any) -> Any:
+        fault(Path(file), 0)
+        return fromfile(file, *arguments, **options)
+
+    def reading_places(descriptor: int, buffers: Any, offset: int) -> int:
+        fault(Path(os.readlink(f"/proc/self/fd/{descriptor}")), offset)
+        return preadv(descriptor, buffers, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "fromfile", reading_files)  # a folder's images
+        patch.setattr(os, "preadv", reading_places)
+        yield
+
+
+def last_step(out: Path) -> int:
+    """Step of the last checkpoint, which loads."""
+    return int(checkpoint.load(out / "checkpoints" / "last").meta["step"])
+
+
+def metrics(out: Path) -> bytes:
+    return (out / "metrics.jsonl").read_bytes()
+
+
+def log(out: Path) -> str:
+    return (out / "train.log").read_text()
