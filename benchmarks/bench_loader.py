@@ -151,6 +151,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     builds = {name: partial(others.get(name, our_loader), setup) for name, setup in planned.items()}
     outcome = take_turns(builds, repeats=arguments.repeats)
     specs = planned[BASELINE].specs
+    source = open_train(arguments.data[0])
     return {
         "benchmark": "loader",
         "device": arguments.device,
@@ -158,6 +159,8 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         "disk": arguments.disk,
         "chunk": arguments.chunk,
         "window": arguments.window,
+        "images": len(source),
+        "mean_kilobytes": float(source.nbytes.mean()) / 1e3,
         "batch_size": arguments.batch_size,
         "batches": arguments.num_batches,
         "recipe": Path(arguments.recipe).name,

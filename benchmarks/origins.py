@@ -54,7 +54,7 @@ def machine(result: Result) -> str:
     environment = result["environment"]
     on_gpu = result.get("device", "cuda") == "cuda"
     gpu = environment["gpus"][:1] if on_gpu else []
-    return ", ".join([*gpu, f"{environment['cores']} cores ({environment['machine']})"])
+    return ", ".join([*gpu, f"{environment['cores']} cores ({environment.get('processor') or environment['machine']})"])
 
 
 def turns(result: Result) -> int:

@@ -138,11 +138,12 @@ def _of_views(result: Result) -> list[str]:
 
 
 def _of_loader(result: Result) -> list[str]:
-    disk = [result["disk"]] if result.get("disk") else []
+    shown = [f"{result['images']:,} images of {significant(result['mean_kilobytes'])} KB"]
+    shown += [result["disk"]] if result.get("disk") else []
     if result["cold"]:
         cached = max((own.get("cached_share_before_turns", 0) for own in result["contenders"].values()), default=0)
-        disk.append(f"at most {percent(cached)} of the files in memory before a turn")
-    return disk
+        shown.append(f"at most {percent(cached)} of the files in memory before a turn")
+    return shown
 
 
 def _of_train(result: Result) -> list[str]:

@@ -79,8 +79,8 @@ def what_limits(wait: float, stages: StageSeconds, images: int, *, device: torch
         (("storage", stages.storage), ("decode", stages.decode), ("views", stages.views)), key=lambda stage: stage[1]
     )
     remedies = {
-        "storage": "reading the images limits the run: convert them (mvssl-convert), on a disk that is slow at random places "
-        "add --order-chunk 16 then, or put them on a faster disk",
+        "storage": "reading the images limits the run: convert them if they are plain files (mvssl-convert), then add "
+        "--order-chunk 16 where the disk is slow at random places, or put them on a faster disk",
         "decode": "decoding limits the run: give it more --threads, convert with --max-size"
         + ("" if device.type == "cuda" else ", or train on a GPU, which decodes too"),
         "views": "making the views limits the run: "

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GPU = environment() | {
     "gpus": ["NVIDIA H100"],
     "cores": 16,
-    "machine": "x86_64",
+    "processor": "Xeon",
     "command": "python -m benchmarks.made_up",
 }
 
@@ -92,7 +92,14 @@ def loader_result() -> dict[str, Any]:
         name: bench_train.rates(taken, views=5) | {"device_mib": 77.7, "cached_share_before_turns": 0.021}
         for name, taken in turns.items()
     }
-    shared = {"device": "cuda", "cold": False, "disk": "", "times_dataloader": ratios(turns, "DataLoader")}
+    shared = {
+        "device": "cuda",
+        "cold": False,
+        "disk": "",
+        "images": 512,
+        "mean_kilobytes": 61.2,
+        "times_dataloader": ratios(turns, "DataLoader"),
+    }
     return shared | {"contenders": contenders, "failed": {}, "environment": GPU}
 
 
@@ -280,7 +287,7 @@ def test_made_up_gpu_results_fill_the_tables(tree: Path) -> None:
     versions = f"torch {GPU['packages']['torch']}"
     (train_line,) = [line for line in readme if "results/train_cuda.json)" in line]
     assert train_line.startswith(
-        f"- [GPU](benchmarks/results/train_cuda.json): NVIDIA H100, 16 cores (x86_64), {versions}"
+        f"- [GPU](benchmarks/results/train_cuda.json): NVIDIA H100, 16 cores (Xeon), {versions}"
     )
     assert train_line.endswith("`byol_resnet50_200ep`, resnet50, batch 128, one turn: `python -m benchmarks.made_up`")
 
@@ -319,7 +326,9 @@ def test_a_contender_that_failed_stays_in_the_table() -> None:
 
 
 def test_where_a_result_is_from() -> None:
-    assert machine({"device": "cpu", "environment": GPU}) == "16 cores (x86_64)", "the GPU was not used"
+    assert machine({"device": "cpu", "environment": GPU}) == "16 cores (Xeon)", "the GPU was not used"
+    unnamed = GPU | {"processor": None, "machine": "aarch64"}
+    assert machine({"device": "cpu", "environment": unnamed}) == "16 cores (aarch64)"
     assert origin({}, "train_cpu", "CPU", folder="results") == (
         "- CPU: not measured yet (`python -m benchmarks.bench_train DATA`)."
     )
