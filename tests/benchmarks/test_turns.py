@@ -63,7 +63,8 @@ def test_failures_cost_the_others_nothing(capfd: pytest.CaptureFixture[str]) -> 
         large, small = (outcome.turns[name][-1].memory for name in ("large", "small"))
         assert large.processes == small.processes == 1
         assert 90 < large.rss - small.rss < 110
-        assert 90 < large.pss - small.pss < 110
+        # Wider: other tests' processes come and go, and with them the share of the libraries' pages that counts here.
+        assert 30 < large.pss - small.pss < 170
 
 
 def test_rates_and_ratios() -> None:
