@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
-from itertools import chain, islice
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pipelines.decode import DaliOptions, default_threads, make_decoder
 from pipelines.errors import InputError, invalid
-from pipelines.fetch import BATCHES_AHEAD, Fetcher
+from pipelines.fetch import Fetcher
 from pipelines.prefetch import Prefetcher
+from pipelines.read_ahead import BATCHES_AHEAD, ReadAhead
 from pipelines.side_stream import SideStream, receive, with_index
 from pipelines.storage.source import Source
 from pipelines.views.center import center_views
@@ -102,23 +103,22 @@ def _produce(
     """Runs in the producer's thread."""
     reasons: list[str] = []
     found = 0
-    ahead = iter(batches)
-    fetch.will_need(list(chain.from_iterable(islice(ahead, BATCHES_AHEAD))))
-    for indices in batches:
-        fetch.will_need(next(ahead, []))
-        with side.use(), torch.no_grad():
-            fetched = fetch(indices)
-            for n, reason in fetched.failures.items():
-                key = source.key(indices[n])
-                reasons.append(f"{key} ({reason})")
-                _log.warning("Image %s cannot be decoded (%s): it is left out of the evaluation.", key, reason)
-            if not len(fetched.batch):
-                continue
-            found += len(fetched.batch)
-            batch = side.upload(fetched.batch)
-            views = center_views(batch, resize=resize, crop=crop, dtype=dtype)  # [N, 3, crop, crop]
-            event = side.mark(fetched.encoded, fetched.batch, batch)
-        yield (views, batch.index, batch.labels), event
+    with closing(ReadAhead(source, iter(batches), lead=BATCHES_AHEAD)) as ahead:
+        for indices in batches:
+            ahead.advance()
+            with side.use(), torch.no_grad():
+                fetched = fetch(indices)
+                for n, reason in fetched.failures.items():
+                    key = source.key(indices[n])
+                    reasons.append(f"{key} ({reason})")
+                    _log.warning("Image %s cannot be decoded (%s): it is left out of the evaluation.", key, reason)
+                if not len(fetched.batch):
+                    continue
+                found += len(fetched.batch)
+                batch = side.upload(fetched.batch)
+                views = center_views(batch, resize=resize, crop=crop, dtype=dtype)  # [N, 3, crop, crop]
+                event = side.mark(fetched.encoded, fetched.batch, batch)
+            yield (views, batch.index, batch.labels), event
     if batches and not found:
         raise InputError(
             f"None of the {len(reasons)} images of {source.location} can be decoded, for example "

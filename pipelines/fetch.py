@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import time
 from collections.abc import Mapping, Sequence
@@ -14,14 +13,9 @@ import torch
 
 from pipelines.batch import DecodedBatch
 from pipelines.decode import Decoder
-from pipelines.errors import InputError
-from pipelines.storage.source import ReadsAhead, Source
-
-BATCHES_AHEAD = 4
-"""Batches that the storage hears of before they are read: a disk's queue stays full, and little memory is taken."""
+from pipelines.storage.source import Source
 
 _READERS = 8  # reading waits for disks and networks, not for cores
-_HINTED = 256  # images that the storage hears of at once: closing waits no longer than that
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # this process or machine ran out of something: no image's fault
 
 
@@ -51,7 +45,6 @@ class Fetcher:
         self._source = source
         self._decoder = decoder
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="mvssl-read")
-        self._closed = False
         self.reading_seconds = 0.0
         self.decoding_seconds = 0.0
 
@@ -89,25 +82,10 @@ class Fetcher:
         )
         return Fetched(batch=batch, failures=failures, encoded=encoded)
 
-    def will_need(self, indices: Sequence[int]) -> None:
-        """Let the storage hear of images that are asked for some calls later; returns at once."""
-        self._pool.submit(self._hint, indices)
-
     def close(self) -> None:
         """End the reading threads and close the decoder."""
-        self._closed = True
         self._pool.shutdown()
         self._decoder.close()
-
-    def _hint(self, indices: Sequence[int]) -> None:
-        # In a thread that reads: opening a file on a network, or a disk with a full queue, keeps the caller waiting.
-        if not isinstance(self._source, ReadsAhead):
-            return
-        for at in range(0, len(indices), _HINTED):
-            if self._closed:
-                return
-            with contextlib.suppress(OSError, InputError):  # reading says so again, in its place
-                self._source.will_need(indices[at : at + _HINTED])
 
     def _read(self, indices: Sequence[int]) -> list[np.ndarray | str]:
         read: list[np.ndarray | str] = []

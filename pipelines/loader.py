@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from pipelines.batch import ViewBatch
 from pipelines.decode import DaliOptions, default_threads, make_decoder
 from pipelines.errors import InputError, invalid
-from pipelines.fetch import BATCHES_AHEAD, Fetcher
+from pipelines.fetch import Fetcher
 from pipelines.order import Order
 from pipelines.prefetch import Prefetcher
+from pipelines.read_ahead import BATCHES_AHEAD, ReadAhead
 from pipelines.side_stream import SideStream, receive, with_index
 from pipelines.storage.source import Source
 from pipelines.substitute import fetch_complete
@@ -242,29 +243,28 @@ class Loader:
 
     def _produce(self, epochs: Sequence[int], first_step: int) -> Generator[_Prepared, None, None]:
         """Runs in the producer's thread."""
-        ahead = self._reading(epochs, first_step)
-        first = islice(ahead, self._order.window_steps + BATCHES_AHEAD)
-        self._fetch.will_need(list(chain.from_iterable(first)))
-        for epoch in epochs:
-            permutation = self._order.permutation(epoch)
-            for step in range(first_step, self.steps_per_epoch):
-                self._fetch.will_need(next(ahead, []))
-                try:
-                    yield self._prepare(permutation, epoch, step)
-                except InputError:
-                    raise
-                except Exception as error:
-                    error.add_note(f"while batch {step} of epoch {epoch} of {self._source.location} was prepared")
-                    raise
-            first_step = 0
+        lead = self._order.window_steps + BATCHES_AHEAD
+        with closing(ReadAhead(self._source, self._reading(epochs, first_step), lead=lead)) as ahead:
+            for epoch in epochs:
+                permutation = self._order.permutation(epoch)
+                for step in range(first_step, self.steps_per_epoch):
+                    ahead.advance()
+                    try:
+                        yield self._prepare(permutation, epoch, step)
+                    except InputError:
+                        raise
+                    except Exception as error:
+                        error.add_note(f"while batch {step} of epoch {epoch} of {self._source.location} was prepared")
+                        raise
+                first_step = 0
 
     def _reading(self, epochs: Iterable[int], first_step: int) -> Iterator[list[int]]:
         """A batch's worth of dataset indices after the other, as they are best read ahead."""
         for epoch in epochs:
             permutation = self._order.permutation(epoch)
-            yield from self._order.reading(
-                permutation, epoch, first_step=first_step, rank=self._rank, world_size=self._world_size
-            ).tolist()
+            share = {"rank": self._rank, "world_size": self._world_size}
+            for indices in self._order.reading(permutation, epoch, first_step=first_step, **share):
+                yield indices.tolist()
             first_step = 0
 
     @torch.no_grad()
