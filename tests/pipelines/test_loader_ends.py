@@ -59,7 +59,8 @@ def test_closing_does_not_wait_for_all_that_was_to_be_read_ahead() -> None:
     told: list[int] = []
     closing = threading.Event()
     loader = loader_of(Slow(jpegs(1) * 3000), order=Order(num_images=3000, batch_size=8, seed=0, chunk=10, window=3000))
-    next(loader.epoch(0))
+    batches = loader.epoch(0)
+    next(batches)
     timer = threading.Timer(0.3, closing.set)
     timer.start()
     loader.close()
