@@ -8,7 +8,7 @@ order, each in a process of its own that stays (its workers too), so that memory
 DALI with its own views takes part where it is installed, and FFCV where a .beton file is among the data, once complete
 and once with less work (see their `what`).
 Files are in the system's cache, or with --cold dropped from it before each turn. With --chunk each of our contenders
-takes part a second time, in the chunked order of `pipelines.order.Order`, which reads in long pieces.
+takes part a second time, in the chunked order of `pipelines.order.Order`, another one, which reads in long pieces.
 """
 
 from __future__ import annotations

@@ -53,18 +53,25 @@ class World:
         rank: of this process, 0 to size - 1.
         size: processes of the run.
         local_rank: of this process on its machine.
+        local_size: processes of the run on this machine.
         hosts: gloo group of all ranks; None in a run of one process.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
     hosts: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which alone writes files and talks to the user."""
         return self.rank == 0
+
+    @property
+    def beside(self) -> range:
+        """The ranks on this machine, which torchrun numbers one behind the other."""
+        return range(self.rank - self.local_rank, self.rank - self.local_rank + self.local_size)
 
     def max(self, value: float) -> float:
         """The largest of all ranks' values. Waits for the other hosts, not for a device."""
@@ -237,6 +244,7 @@ def join_world(*, cuda: bool) -> Iterator[World]:
         ) from error
     if not isinstance(hosts, dist.ProcessGroup):
         raise InputError(f"Rank {rank} is no member of the run's process group: start all ranks with one torchrun.")
-    yield World(rank=rank, size=rank_count(), local_rank=local_rank, hosts=hosts)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", rank_count()))
+    yield World(rank=rank, size=rank_count(), local_rank=local_rank, local_size=local_size, hosts=hosts)
     if ours:
         dist.destroy_process_group()

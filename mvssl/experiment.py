@@ -77,11 +77,10 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
         raise InputError("data is missing: give the folder of images, or a converted data set, with --data PATH.")
     device = resolve_device(options.device, local_rank=world.local_rank if world.size > 1 else None)
     with ExitStack() as stack:
-        train_path, val_path = split_paths(options.data)
+        train_path, val_path = world.together(partial(_paths, options.data, options.val, world))
         source = _open(train_path, console, world)
         stack.callback(source.close)
         val = None
-        val_path = options.val or val_path
         if val_path is not None:
             val = _open(val_path, console, world)
             stack.callback(val.close)
@@ -107,6 +106,7 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
             prefetch=options.prefetch,
             rank=world.rank,
             world_size=world.size,
+            beside=world.beside,
         )
         stack.callback(loader.close)
         yield Experiment(
@@ -139,6 +139,30 @@ def _order(recipe: Recipe, source: Source, val: Source | None, world: World) -> 
     )
     order.positions(0, rank=world.rank, world_size=world.size)
     return order
+
+
+def _paths(data: Path, val: Path | None, world: World) -> tuple[Path, Path | None]:
+    """Where the training images lie and, if there are any, the validation images.
+
+    Raises:
+        InputError: there is nothing, or a validation part on some ranks only.
+    """
+    failure: Exception | None = None
+    train = data
+    try:
+        train, found = split_paths(data)
+        val = val or found
+    except (InputError, OSError) as error:
+        failure = error
+    first, *_ = has_val = world.gather_objects(val is not None)  # on every rank, also on one that fails
+    if failure is not None:
+        raise failure
+    if has_val[world.rank] != first:
+        raise InputError(
+            f"data is {str(data)!r}, which has {'no' if first else 'a'} validation part on rank {world.rank} but "
+            f"{'one' if first else 'none'} on rank 0: give every machine the same data set."
+        )
+    return train, val
 
 
 def _open(path: Path, console: Console, world: World) -> Source:

@@ -100,6 +100,7 @@ class Loader:
         prefetch: int = 2,
         rank: int = 0,
         world_size: int = 1,
+        beside: range | None = None,
     ) -> None:
         """Make a loader; nothing is read before an epoch is iterated.
 
@@ -115,6 +116,7 @@ class Loader:
             dali: of DALI on a GPU; None takes `DaliOptions()`.
             prefetch: finished batches that may wait.
             rank: of this process among `world_size`.
+            beside: the ranks on this machine, which share its cache of files; None takes all.
 
         Raises:
             InputError: `order` is for another number of images, a number is below 1, or an argument is unknown.
@@ -130,6 +132,7 @@ class Loader:
         self._order = order
         self._rank = rank
         self._world_size = world_size
+        self._beside = range(world_size) if beside is None else beside
         self._prefetch = prefetch
         self._device = with_index(device)
         self._engine = ViewEngine(self._specs, device=self._device, backend=backend, dtype=dtype)
@@ -243,8 +246,9 @@ class Loader:
 
     def _produce(self, epochs: Sequence[int], first_step: int) -> Generator[_Prepared, None, None]:
         """Runs in the producer's thread."""
-        lead = self._order.window_steps + BATCHES_AHEAD
-        with closing(ReadAhead(self._source, self._reading(epochs, first_step), lead=lead)) as ahead:
+        window = self._order.window_steps
+        reading = self._reading(epochs, first_step)
+        with closing(ReadAhead(self._source, reading, lead=window + BATCHES_AHEAD, late=window)) as ahead:
             for epoch in epochs:
                 permutation = self._order.permutation(epoch)
                 for step in range(first_step, self.steps_per_epoch):
@@ -262,8 +266,14 @@ class Loader:
         """A batch's worth of dataset indices after the other, as they are best read ahead."""
         for epoch in epochs:
             permutation = self._order.permutation(epoch)
-            share = {"rank": self._rank, "world_size": self._world_size}
-            for indices in self._order.reading(permutation, epoch, first_step=first_step, **share):
+            for indices in self._order.reading(
+                permutation,
+                epoch,
+                first_step=first_step,
+                rank=self._rank,
+                world_size=self._world_size,
+                beside=self._beside,
+            ):
                 yield indices.tolist()
             first_step = 0
 

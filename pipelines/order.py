@@ -83,27 +83,40 @@ class Order:
         return 1 + -(-min(self.window, self.num_images) // self.batch_size) if self.chunk else 0
 
     def reading(
-        self, permutation: NDArray[np.int64], epoch: int, *, first_step: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        permutation: NDArray[np.int64],
+        epoch: int,
+        *,
+        first_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        beside: range | None = None,
     ) -> NDArray[np.int64]:
-        """A rank's images of an epoch from a step on, as they are best read ahead: int64 [steps, share of a batch].
+        """What a rank should read ahead in an epoch from a step on: int64 [steps, share of a batch].
 
-        That is the order of their use, and in a chunked order one window after the other, each in the data set's order.
+        That are its own images in the order of their use. In a chunked order it is its part of all that the ranks on
+        its machine use, which share a cache of files: one window after the other, each in the data set's order.
 
         Args:
             permutation: int64 [num_images], that of the epoch.
             epoch: its number.
             first_step: images of earlier steps are left out.
             rank, world_size: whose.
+            beside: the ranks on its machine; None takes all.
 
         Raises:
             InputError: as `positions`.
         """
         share = self.positions(0, rank=rank, world_size=world_size)
+        size = share.stop - share.start
         used = permutation[first_step * self.batch_size : self.steps_per_epoch * self.batch_size]
-        own = used.reshape(-1, self.batch_size)[:, share].reshape(-1)
-        if self.chunk:
-            own = own[np.lexsort((own, self._window_of(own, epoch)))]
-        return own.reshape(-1, self.batch_size // world_size)
+        used = used.reshape(-1, self.batch_size)  # [steps, batch]
+        if not self.chunk:
+            return used[:, share]
+        here = range(world_size) if beside is None else beside
+        used = used[:, here.start * size : here.stop * size].reshape(-1)
+        used = used[np.lexsort((used, self._window_of(used, epoch)))]
+        return used.reshape(-1, len(here), size)[:, rank - here.start]
 
     def _window_of(self, index: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         """In which window of a chunked epoch each of these images is: int64, the shape of `index`."""

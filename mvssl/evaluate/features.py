@@ -95,6 +95,10 @@ def extract_features(
             progress=progress,
         )
     )
+    counts = world.gather_objects((max(1, len(share)), len(mine.index)))  # images of each rank, and those it embedded
+    images = sum(count for count, _ in counts)
+    bad = images - sum(embedded for _, embedded in counts)
+    world.together(lambda: _check_enough(images, bad=bad, source=source))
     if world.size == 1:
         return mine
     index = world.gather_rows(mine.index.to(device))  # the order of the ranks, an image of a tiny set perhaps twice
@@ -105,6 +109,19 @@ def extract_features(
         labels=world.gather_rows(mine.labels)[order],
         index=index[order].cpu(),
     )
+
+
+def _check_enough(images: int, *, bad: int, source: Source) -> None:
+    """Check that no disk failed meanwhile: the accuracy of the few images left would be told as if it were of all.
+
+    Raises:
+        InputError: too many images are bad, of those of all ranks.
+    """
+    if too_many_bad(bad, images):
+        raise InputError(
+            f"{bad} of the {images} images of {source.location} cannot be decoded, too many to evaluate the others: "
+            "check the data (the log names them), or run mvssl-convert on it, which puts bad images into quarantine."
+        )
 
 
 def _extract(
@@ -150,10 +167,4 @@ def _extract(
                 progress(done)
     finally:
         backbone.train(was_training)
-    if too_many_bad(len(indices) - done, len(indices)):  # a disk that fails meanwhile: no accuracy of what is left
-        raise InputError(
-            f"{len(indices) - done} of the {len(indices)} images of {source.location} cannot be decoded, too many to "
-            "evaluate the others: check the data (the log names them), or run mvssl-convert on it, which puts the bad "
-            "images into quarantine."
-        )
     return Features(values=torch.cat(values), labels=torch.cat(labels).to(device), index=torch.cat(index))

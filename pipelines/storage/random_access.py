@@ -7,6 +7,8 @@ hundredths of a millisecond an image, in the threads that read, and a slow disk'
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-_PIECE = 1 << 20  # bytes: Linux reads no more at one call than the disk takes at once, often 1.25 MiB
+_PIECE = 1 << 20  # bytes, at most: longer pieces gain nothing
+_USUAL = 1 << 17  # bytes of Linux's read-ahead window
 _GAP = 1 << 16  # bytes of other things that are read along rather than begin a new piece
 
 
@@ -62,14 +65,17 @@ class RandomAccessFile:
         """
         if not hasattr(os, "posix_fadvise"):
             return
-        for start, end in pieces(np.asarray(offset, dtype=np.int64), np.asarray(size, dtype=np.int64)):
+        most = _most_at_once(os.fstat(self.descriptor).st_dev)
+        for start, end in pieces(np.asarray(offset, dtype=np.int64), np.asarray(size, dtype=np.int64), most=most):
             os.posix_fadvise(self.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
 
-def pieces(offset: npt.NDArray[np.int64], size: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+def pieces(
+    offset: npt.NDArray[np.int64], size: npt.NDArray[np.int64], *, most: int = _PIECE
+) -> Iterator[tuple[int, int]]:
     """(start, end) of few pieces of a file that hold these parts, from its beginning on.
 
-    Parts that lie side by side (with gaps of up to `_GAP` bytes) are one piece, of at most `_PIECE` bytes.
+    Parts that lie side by side (with gaps of up to `_GAP` bytes) are one piece, of at most `most` bytes.
 
     Args:
         offset, size: of each part, in bytes: int64 [N].
@@ -80,11 +86,29 @@ def pieces(offset: npt.NDArray[np.int64], size: npt.NDArray[np.int64]) -> Iterat
         if end > start and begin - end <= _GAP:
             end = max(end, stop)
         else:
-            yield from _split(start, end)
+            yield from _split(start, end, most)
             start, end = begin, stop
-    yield from _split(start, end)
+    yield from _split(start, end, most)
 
 
-def _split(start: int, end: int) -> Iterator[tuple[int, int]]:
-    for at in range(start, end, _PIECE):
-        yield at, min(at + _PIECE, end)
+def _split(start: int, end: int, most: int) -> Iterator[tuple[int, int]]:
+    for at in range(start, end, most):
+        yield at, min(at + most, end)
+
+
+@functools.lru_cache(maxsize=64)
+def _most_at_once(device: int) -> int:
+    """Bytes that Linux reads ahead at one call, the rest of which it drops without a word.
+
+    The larger of the device's read-ahead window and its largest request; the usual window where neither is told.
+    """
+    number = f"{os.major(device)}:{os.minor(device)}"
+    found = []  # KiB
+    for name in (
+        f"/sys/class/bdi/{number}/read_ahead_kb",
+        f"/sys/dev/block/{number}/queue/max_sectors_kb",
+        f"/sys/dev/block/{number}/../queue/max_sectors_kb",  # of a partition's disk
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(Path(name).read_text()))
+    return min(max(4, *found) << 10 if found else _USUAL, _PIECE)

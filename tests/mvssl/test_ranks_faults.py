@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,15 @@ from ranks import results, run_ranks
 
 from mvssl.cli.train import body
 from mvssl.distributed import FailedElsewhere, join_world
+from mvssl.evaluate.features import extract_features
+from mvssl.experiment import _paths
 from mvssl.options import RunOptions
-from mvssl.recipe import Recipe
+from mvssl.recipe import Evaluation, Recipe
 from mvssl.trainer import run
 from pipelines.console import run_cli
 from pipelines.errors import InputError
+from pipelines.storage import open_source
+from pipelines.substitute import too_many_bad
 
 
 def failing_on_rank_one() -> tuple[str, bool]:
@@ -71,6 +77,50 @@ def test_a_batch_larger_than_the_data_is_said_by_the_first_rank(
     first, second = run_ranks(run, 2, recipe, RunOptions(data=images, out=tmp_path / "run", device="cpu"))
     assert (first.error, second.error) == ("InputError", "FailedElsewhere")
     assert "batch_size is 64 but the data set has only 36 images" in first.message
+
+
+def where(data: list[str]) -> tuple[Path, Path | None]:
+    """Where the rank's images lie, as a run finds it out."""
+    with join_world(cuda=False) as world:
+        return world.together(partial(_paths, Path(data[world.rank]), None, world))
+
+
+def test_validation_images_on_one_machine_only_are_refused_and_not_waited_for(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "train").symlink_to(images / "train")
+    first, second = run_ranks(where, 2, [str(images), str(tmp_path)])
+    assert (first.error, second.error) == ("FailedElsewhere", "InputError")
+    assert "has no validation part on rank 1 but one on rank 0: give every machine the same data" in second.message
+    first, second = run_ranks(where, 2, [str(images), str(tmp_path / "missing")])
+    assert (first.error, second.error) == ("FailedElsewhere", "InputError")
+
+
+def embed(train: str) -> int:
+    """How many images are embedded, by as many ranks as there are."""
+    with join_world(cuda=False) as world:
+        features = extract_features(
+            torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()),
+            open_source(Path(train)),
+            Evaluation(resize=32, crop=32, k=(1,)),
+            device=torch.device("cpu"),
+            world=world,
+        )
+        return len(features.index)
+
+
+def test_all_ranks_together_judge_whether_too_many_images_are_bad(images: Path, tmp_path: Path) -> None:
+    """Every other image is bad on one rank only, which alone would be too many; of all they are not."""
+    shutil.copytree(images / "train", tmp_path / "train")
+    files = sorted((tmp_path / "train").rglob("*.jpg"))
+    for file in files[1:24:2]:
+        file.write_bytes(b"")
+    assert too_many_bad(12, 18)
+    assert not too_many_bad(12, 36)
+    assert results(run_ranks(embed, 2, str(tmp_path / "train"))) == [24, 24]
+    for file in files[:26]:
+        file.write_bytes(b"")
+    first, second = run_ranks(embed, 2, str(tmp_path / "train"))
+    assert (first.error, second.error) == ("InputError", "FailedElsewhere")
+    assert "26 of the 36 images" in first.message
 
 
 @pytest.mark.parametrize("arguments", [["nope"], ["demo", "--epochs", "x"], ["demo", "--epochs", "0"]])

@@ -85,32 +85,34 @@ def test_without_chunks_images_are_read_ahead_in_the_order_of_their_use() -> Non
 
 @settings(max_examples=50, deadline=None)
 @CHUNKED
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("beside", [range(1), range(3), range(2, 4)])
 def test_chunks_are_read_ahead_in_long_pieces_and_never_too_late(
-    world_size: int, n: int, chunk: int, runs: int, seed: int, epoch: int
+    beside: range, n: int, chunk: int, runs: int, seed: int, epoch: int
 ) -> None:
-    """Loops instead of sorting: what a batch needs is among what was read `window_steps` batches before it is used."""
+    """Loops instead of sorting: a machine's ranks have read what they use `window_steps` batches before they use it."""
+    world_size = beside.stop
     batch = 3 * world_size
     n = max(n, batch)
     order = Order(num_images=n, batch_size=batch, seed=seed, chunk=chunk, window=runs * chunk)
     permutation = order.permutation(epoch)
     first_step = order.steps_per_epoch // 3
-    for rank in range(world_size):
-        reading = order.reading(permutation, epoch, first_step=first_step, rank=rank, world_size=world_size)
-        assert reading.shape == (order.steps_per_epoch - first_step, 3)
-        here: set[int] = set()
-        for step in range(first_step, order.steps_per_epoch):
-            done = step - first_step + order.window_steps
-            here.update(reading[:done].reshape(-1).tolist())
-            assert here.issuperset(order.batch(epoch, step, rank=rank, world_size=world_size).tolist())
-        assert sorted(here) == sorted(
-            permutation[first_step * batch : order.steps_per_epoch * batch]
-            .reshape(-1, world_size, 3)[:, rank]
-            .reshape(-1)
-            .tolist()
-        )
-        backward = int((np.diff(reading.reshape(-1)) < 0).sum())  # once from each window to the next
-        assert backward <= -(-n // (chunk * runs))
+    parts = [
+        order.reading(permutation, epoch, first_step=first_step, rank=rank, world_size=world_size, beside=beside)
+        for rank in beside
+    ]
+    assert all(part.shape == (order.steps_per_epoch - first_step, 3) for part in parts)
+    reading = np.concatenate(parts, axis=1)  # [steps, what the machine reads in one]
+    here: set[int] = set()
+    everything: set[int] = set()
+    for step in range(first_step, order.steps_per_epoch):
+        here.update(reading[: step - first_step + order.window_steps].reshape(-1).tolist())
+        used = {int(i) for rank in beside for i in order.batch(epoch, step, rank=rank, world_size=world_size)}
+        assert here >= used
+        everything |= used
+    assert here == everything
+    assert len(reading.reshape(-1)) == len(everything)
+    backward = int((np.diff(reading.reshape(-1)) < 0).sum())  # once from each window to the next
+    assert backward <= -(-n // (chunk * runs))
 
 
 def test_every_arrangement_is_equally_likely() -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.storage import random_access
 from pipelines.storage.random_access import RandomAccessFile, pieces
 
 MIB = 1 << 20
@@ -62,6 +63,32 @@ def test_neighbours_are_read_ahead_in_one_piece_of_at_most_a_mebibyte() -> None:
         (10 + 2 * MIB, 10 + 2 * MIB + MIB // 2),
     ]
     assert found((0, 100), (20, 30)) == [(0, 100)]  # one within the other
+
+
+def test_pieces_are_no_longer_than_the_device_reads_at_once(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    told = {
+        "/sys/class/bdi/8:1/read_ahead_kb": "128",
+        "/sys/dev/block/8:1/../queue/max_sectors_kb": "256",
+        "/sys/class/bdi/8:16/read_ahead_kb": "8192",
+        "/sys/class/bdi/0:45/read_ahead_kb": "64",
+        "/sys/class/bdi/0:46/read_ahead_kb": "0",
+    }
+
+    def read_text(self: Path) -> str:
+        if str(self) not in told:
+            raise FileNotFoundError(str(self))
+        return told[str(self)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    random_access._most_at_once.cache_clear()
+    expected = {(8, 1): 256 << 10, (8, 16): MIB, (0, 45): 64 << 10, (0, 46): 4096, (0, 47): 128 << 10}
+    assert {pair: random_access._most_at_once(os.makedev(*pair)) for pair in expected} == expected
+    random_access._most_at_once.cache_clear()
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _file, start, size, _what: asked.append((start, size)))
+    monkeypatch.setattr(random_access, "_most_at_once", lambda _device: 4096)
+    RandomAccessFile(path).will_read([0, 6000], [5000, 3000])
+    assert asked == [(0, 4096), (4096, 4096), (8192, 808)]
 
 
 @given(parts=st.lists(st.tuples(st.integers(0, 10**7), st.integers(1, 10**6)), max_size=30))

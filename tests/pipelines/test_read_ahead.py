@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 
@@ -65,6 +67,29 @@ def test_batches_that_are_read_meanwhile_are_left_out() -> None:
     finished(source, 4)
     ahead.close()
     assert source.told == [[0], [10], [11], [12]]
+
+
+def test_what_may_be_used_for_long_is_kept_for_long() -> None:
+    source = Told(held=True)
+    ahead = ReadAhead(source, iter(batches(20)), lead=3, late=5)
+    assert source.entered.wait(60)
+    for _ in range(10):
+        ahead.advance()
+    source.released.set()
+    finished(source, 9)
+    ahead.close()
+    assert source.told == [[0], *batches(13)[5:]]
+
+
+def test_an_interpreter_ends_although_nobody_closes_it() -> None:
+    code = (
+        "import threading, time; from pipelines.read_ahead import ReadAhead\n"
+        "class Slow:\n"
+        "    def will_need(self, indices): began.set(); time.sleep(60)\n"
+        "began = threading.Event()\n"
+        "ahead = ReadAhead(Slow(), iter([[n] for n in range(100)]), lead=100); began.wait()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=50, check=True)
 
 
 def test_closing_waits_for_one_batch_only() -> None:
