@@ -4,27 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-from tiny_runs import train
+from tiny_runs import train, write_images
 
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from pipelines.views.presets import paper_views
-
-
-def write_images(root: Path, *, classes: int, per_class: int, seed: int) -> None:
-    """Write noisy JPEGs of varied sizes into one folder per class."""
-    generator = np.random.default_rng(seed)
-    for c in range(classes):
-        folder = root / f"class_{c}"
-        folder.mkdir(parents=True)
-        for i in range(per_class):
-            height, width = generator.integers(33, 60, size=2)
-            base = np.full((height, width, 3), 40 + 50 * c, dtype=np.int64)
-            noise = generator.integers(-40, 40, size=(height, width, 3))
-            pixels = np.clip(base + noise, 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i:03d}.jpg", quality=90)
 
 
 @pytest.fixture(scope="session")

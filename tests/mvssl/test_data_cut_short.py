@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_images
 from data_faults import (
     CONVERTED,
     SAVED,
@@ -25,7 +24,7 @@ from data_faults import (
     write_forms,
 )
 from PIL import Image
-from tiny_runs import STEPS, train
+from tiny_runs import STEPS, train, write_images
 
 from mvssl import checkpoint
 from mvssl.recipe import Recipe

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mvssl
 from mvssl.recipe import Recipe
@@ -17,6 +19,20 @@ STEPS = 12  # 3 epochs of 4 steps, see conftest
 
 class CrashError(Exception):
     """A crash in the middle of a run."""
+
+
+def write_images(root: Path, *, classes: int, per_class: int, seed: int) -> None:
+    """Write noisy JPEGs of varied sizes into one folder per class."""
+    generator = np.random.default_rng(seed)
+    for c in range(classes):
+        folder = root / f"class_{c}"
+        folder.mkdir(parents=True)
+        for i in range(per_class):
+            height, width = generator.integers(33, 60, size=2)
+            base = np.full((height, width, 3), 40 + 50 * c, dtype=np.int64)
+            noise = generator.integers(-40, 40, size=(height, width, 3))
+            pixels = np.clip(base + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i:03d}.jpg", quality=90)
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
