@@ -69,6 +69,16 @@ def batches_of_turn(order: Order, *, num_batches: int, first_epoch: int) -> list
     return [(first_epoch + n, skipped if n == 0 else 0) for n in range(epochs)]
 
 
+def indices_of_turns(order: Order, *, num_batches: int) -> Iterator[list[list[list[int]]]]:
+    """For turn after turn, the dataset indices of each batch of each of its passes."""
+    for first_epoch in count(0, -(-num_batches // order.steps_per_epoch)):
+        passes = batches_of_turn(order, num_batches=num_batches, first_epoch=first_epoch)
+        yield [
+            indices_of(order, [(epoch, step) for step in range(first, order.steps_per_epoch)])
+            for epoch, first in passes
+        ]
+
+
 @contextmanager
 def our_loader(setup: Setup) -> Iterator[Turns]:
     """Our loader with the views of the setup."""
@@ -123,12 +133,13 @@ def data_loader(setup: Setup) -> Iterator[Turns]:
     source = open_train(setup.data)
     order = Order(num_images=len(source), batch_size=setup.batch_size, seed=0)
     loader = TorchvisionLoader(source, setup.specs, workers=setup.workers, device=torch.device(setup.device))
-    epochs = count(0, -(-setup.num_batches // order.steps_per_epoch))
+    turns = indices_of_turns(order, num_batches=setup.num_batches)
 
     def turn() -> dict[str, Any]:
-        passes = batches_of_turn(order, num_batches=setup.num_batches, first_epoch=next(epochs))
-        steps = [(epoch, step) for epoch, first in passes for step in range(first, order.steps_per_epoch)]
-        return timed(loader(indices_of(order, steps)), setup, source) | {"decoder": "PIL", "workers": setup.workers}
+        return timed(loader(list(chain.from_iterable(next(turns)))), setup, source) | {
+            "decoder": "PIL",
+            "workers": setup.workers,
+        }
 
     yield {setup.name: turn}
     source.close()
@@ -156,12 +167,13 @@ def dali_loader(setup: Setup) -> Iterator[Turns]:
         device=torch.device(setup.device),
         dtype=torch.bfloat16 if setup.device == "cuda" else torch.float32,
     )
-    epochs = count(0, -(-setup.num_batches // order.steps_per_epoch))
+    turns = indices_of_turns(order, num_batches=setup.num_batches)
 
     def turn() -> dict[str, Any]:
-        passes = batches_of_turn(order, num_batches=setup.num_batches, first_epoch=next(epochs))
-        steps = [(epoch, step) for epoch, first in passes for step in range(first, order.steps_per_epoch)]
-        return timed(loader(indices_of(order, steps)), setup, source) | {"decoder": "dali", "what": DALI_WHAT}
+        return timed(loader(list(chain.from_iterable(next(turns)))), setup, source) | {
+            "decoder": "dali",
+            "what": DALI_WHAT,
+        }
 
     yield {setup.name: turn}
     loader.close()
@@ -193,12 +205,10 @@ def ffcv_loader(setup: Setup) -> Iterator[Turns]:
         device=torch.device(setup.device),
         photometric=setup.photometric,
     )
-    epochs = count(0, -(-setup.num_batches // order.steps_per_epoch))
+    turns = indices_of_turns(order, num_batches=setup.num_batches)
 
     def turn() -> dict[str, Any]:
-        passes = batches_of_turn(order, num_batches=setup.num_batches, first_epoch=next(epochs))
-        steps = [[(epoch, step) for step in range(first, order.steps_per_epoch)] for epoch, first in passes]
-        views = chain.from_iterable(loader(indices_of(order, of_pass)) for of_pass in steps)
+        views = chain.from_iterable(map(loader, next(turns)))
         what = FFCV_WHAT[setup.photometric]
         return timed(views, setup, source) | {"decoder": "ffcv", "workers": setup.workers, "what": what}
 

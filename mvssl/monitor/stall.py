@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipelines.loader import StageSeconds
+from pipelines.loader_stats import StageSeconds
 
 GOOD = 0.01
 """Share of the time that a step may wait for data: the loader keeps up."""

@@ -10,7 +10,7 @@ import torch
 from test_monitor import STATUS
 
 from mvssl.monitor.stall import DeviceClock, what_limits
-from pipelines.loader import StageSeconds
+from pipelines.loader_stats import StageSeconds
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
