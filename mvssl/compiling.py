@@ -1,13 +1,13 @@
-"""torch.compile for the encoders: one graph per network and view size, or plain Python with a loud message."""
+"""torch.compile for the passes of a step, or plain Python with a loud message."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mvssl.recipe import Recipe
 from pipelines.errors import InputError
@@ -31,30 +31,35 @@ def wants_compile(recipe: Recipe, device: torch.device, *, ranks: int) -> bool:
     return recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda" and not synchronised)
 
 
-class Encoders:
-    """Calls modules through torch.compile as long as that works.
+class Compiler:
+    """Calls functions through torch.compile as long as that works.
 
-    Shapes are static and a graph break is an error, so each module has one graph per input size. Every convolution and
-    attention of a step is in these graphs; what is outside are the small predictors, the loss and fused updates.
+    Shapes are static and a graph break is an error, so each function has one graph per input size.
+
+    Attributes:
+        compiled: whether functions run compiled (not after a failure to compile).
     """
 
-    def __init__(self, modules: Sequence[nn.Module], *, compiled: bool, ranks: int = 1) -> None:
+    def __init__(self, modules: Sequence[nn.Module], *, enabled: bool, ranks: int = 1) -> None:
+        """`modules` are those whose buffers and gradients the functions change."""
         self._modules = tuple(modules)
         self._ranks = ranks
-        self.compiled = compiled
+        self.compiled = enabled
         self._proven = False
-        self._calls: tuple[Callable[[Tensor], Tensor], ...] = (
-            tuple(torch.compile(module, dynamic=False, fullgraph=True) for module in modules)
-            if compiled
-            else self._modules
-        )
 
-    def __call__(self, which: int, view: Tensor) -> Tensor:
-        """Call module number `which` on a view [B, 3, S, S]."""
-        return self._calls[which](view)
+    def __call__(self, function: Callable[..., Result]) -> Callable[..., Result]:
+        """The function, compiled at its first call if that is wanted."""
+        if not self.compiled:
+            return function
+        fast = torch.compile(function, dynamic=False, fullgraph=True)
+
+        def call(*arguments: Any) -> Result:
+            return (fast if self.compiled else function)(*arguments)
+
+        return call
 
     def run(self, work: Callable[[], Result]) -> Result:
-        """Do `work`, which calls the encoders; the first time, do it again without compiling if compiling fails.
+        """Do `work`, which calls the functions; the first time, do it again without compiling if compiling fails.
 
         Before the second attempt all buffers of the modules are put back and their gradients cleared. Once a whole
         `work` has gone through, all graphs exist and errors are passed on.
@@ -86,7 +91,7 @@ class Encoders:
                 buffer.copy_(value)
             for module in self._modules:
                 module.zero_grad(set_to_none=True)
-            self._calls, self.compiled = self._modules, False
+            self.compiled = False
             return work()
         self._proven = True
         return result

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor, nn
 
 from mvssl.backbones import build_backbone, feature_width
+from mvssl.grouped_batchnorm import Pass, group_batchnorms, ungroupable
 from mvssl.heads import MLP, PredictorBank
+from mvssl.passes import Group
 from mvssl.recipe import Recipe
 from pipelines.views.spec import tasks
 
 
 class Encoder(nn.Module):
-    """Backbone and projector. One forward per view: every BatchNorm normalises over one view (SPEC section 3).
+    """Backbone and projector. Every BatchNorm normalises over the images of one view (SPEC section 3).
 
     Attributes:
-        backbone: [B, 3, S, S] -> [B, D].
-        projector: [B, D] -> [B, out].
+        backbone: [N, 3, S, S] -> [N, D].
+        projector: [N, D] -> [N, out].
         feature_width: D.
+        ungroupable: the layer that forbids several views in one batch, which `forward` must not get then; or None.
     """
 
     def __init__(self, recipe: Recipe, *, drop_path: bool) -> None:
@@ -28,11 +29,45 @@ class Encoder(nn.Module):
         sizes = {view.size for view in recipe.views} | {recipe.evaluation.crop}
         self.feature_width = feature_width(self.backbone, sizes, name=recipe.backbone.name)
         self.projector = MLP(self.feature_width, recipe.projector)
+        self.ungroupable = ungroupable(self)
+        self._pass = Pass()
+        group_batchnorms(self, self._pass)
 
-    def forward(self, view: Tensor) -> Tensor:
-        """Embed one view: [B, 3, S, S] -> [B, out]."""
-        embedding: Tensor = self.projector(self.backbone(view))
+    def forward(self, batch: Tensor, places: tuple[int, ...] = (0,), of: int = 1, first: bool = True) -> Tensor:
+        """Embed one view [B, 3, S, S], or V views of one size as one batch [V * B, 3, S, S].
+
+        Args:
+            batch: the views one behind the other.
+            places: place of each among the views whose order running statistics follow.
+            of: how many those are in all; 1 for a view on its own.
+            first: whether this is the first forward for them.
+
+        Returns:
+            [V * B, out].
+        """
+        self._pass.set(places, of, first=first)
+        embedding: Tensor = self.projector(self.backbone(batch))
+        self._pass.reset()
         return embedding
+
+    def embed(self, batches: list[Tensor], group: Group) -> Tensor:
+        """Embed the views of a group.
+
+        Args:
+            batches: [V * B, 3, S, S] for each block of the group.
+            group: the views.
+
+        Returns:
+            [V, B, out], in the order of the group's views.
+        """
+        by_place: dict[int, Tensor] = {}
+        for number, (block, batch) in enumerate(zip(group.blocks, batches, strict=True)):
+            z: Tensor = self(batch, block.places, group.of, number == 0)  # [V * B, out]
+            embedded = torch.unflatten(z, 0, (len(block.places), -1))
+            if block.places == tuple(range(len(group.views))):
+                return embedded
+            by_place |= dict(zip(block.places, embedded.unbind(), strict=True))
+        return torch.stack([by_place[place] for place in range(len(group.views))])
 
 
 class OnlineNetwork(Encoder):
@@ -47,22 +82,3 @@ class OnlineNetwork(Encoder):
         # Drawn last, so that the encoder's initial weights do not depend on how many predictors there are.
         keys = tasks(recipe.views) if recipe.predictors == "per-view" else ("shared",)
         self.predictors = PredictorBank(keys, recipe.projector.out, recipe.predictor)
-
-
-class OnlinePass(nn.Module):
-    """One pass of some views through an online network, as one module: what DistributedDataParallel wraps."""
-
-    def __init__(self, online: OnlineNetwork, encode: Callable[[Tensor], Tensor]) -> None:
-        """`encode` calls the network's encoder (compiled or not) on one view."""
-        super().__init__()
-        self.online = online
-        self._encode = encode
-
-    def forward(self, views: Sequence[Tensor], slots: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Embed V views [B, 3, S, S], each in a forward of its own, and predict through the slots of their tasks.
-
-        Returns:
-            Embeddings and predictions, [V, B, out] each.
-        """
-        z = torch.stack([self._encode(view) for view in views])  # [V, B, out]
-        return z, self.online.predictors(z, slots)

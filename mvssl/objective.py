@@ -5,25 +5,39 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from mvssl.compiling import Encoders
+from mvssl.compiling import Compiler
 from mvssl.distributed import World
 from mvssl.methods import Method
-from mvssl.network import OnlineNetwork, OnlinePass
-from mvssl.pairs import online_views, predictor_slots, target_views, task_pairs
+from mvssl.network import OnlineNetwork
+from mvssl.online_pass import OnlinePass
+from mvssl.pairs import target_views, task_pairs
+from mvssl.passes import Plan
 from mvssl.recipe import Recipe
-from mvssl.stacked import StackedBatchNorm
 from mvssl.sync_batchnorm import SyncBatchNorm
 from mvssl.target import TargetNetwork
 from pipelines.errors import InputError, invalid
 
-_ONLINE, _TARGET = 0, 1  # positions in `Encoders`
+Part = TypeVar("Part")
+
+
+class Outcome(NamedTuple):
+    """What the objective of a batch is.
+
+    Attributes:
+        losses: float32 [T], each task's mean over its pairs, unweighted.
+        loss: float32 [], the weighted total.
+        embedding: [B, out], of the first online view.
+    """
+
+    losses: Tensor
+    loss: Tensor
+    embedding: Tensor
 
 
 def needs_target_network(recipe: Recipe, method: Method) -> bool:
@@ -36,36 +50,12 @@ def needs_target_network(recipe: Recipe, method: Method) -> bool:
     return method.target_rule != "same" or target_only or recipe.backbone.drop_path > 0
 
 
-def check_accumulation(recipe: Recipe, method: Method, online: nn.Module) -> None:
-    """Check that a batch that goes through in parts gives the numbers of the whole batch.
-
-    Raises:
-        InputError: it does not, because images of a batch meet in BatchNorm or in the loss.
-    """
-    if recipe.accumulate == 1:
-        return
-    if method.keys == "all":
-        raise InputError(
-            f"Recipe.accumulate is {recipe.accumulate} but must be 1 for {recipe.method}, whose loss compares all "
-            "images of a step: set accumulate to 1, and step_mode to per-view to save memory."
-        )
-    for name, module in online.named_modules():
-        if isinstance(module, _BatchNorm | StackedBatchNorm):
-            raise InputError(
-                f"Recipe.accumulate is {recipe.accumulate} but must be 1 for networks with BatchNorm (here {name}), "
-                "whose statistics are those of the whole batch: set accumulate to 1 and step_mode to per-view, or take "
-                "a backbone without BatchNorm and heads with norm layer."
-            )
-
-
 class Objective:
     """Adds the gradients of one batch to the online network's parameters.
 
-    One graph of all views (step_mode joint) or view by view (per-view) with the same numbers. On several ranks the
-    gradients are averaged over them during the last backward.
-
-    Attributes:
-        compiled: whether the encoders run compiled.
+    One graph of all views (step_mode joint) or view by view (per-view) with the same numbers. A batch in `accumulate`
+    parts gives the numbers of as many ranks with a part each, running statistics those of the first one. On several
+    ranks the gradients are averaged over them during the last backward.
     """
 
     def __init__(
@@ -74,95 +64,108 @@ class Objective:
         method: Method,
         online: OnlineNetwork,
         target: TargetNetwork | None,
+        plan: Plan,
         *,
         world: World,
         compiled: bool,
         autocast: torch.dtype | None,
         scaler: torch.amp.GradScaler,
     ) -> None:
-        """Wrap networks that are on their device; `target` is None where `needs_target_network` says so."""
+        """Wrap networks that are on their device; `target` is None where `needs_target_network` says so.
+
+        Raises:
+            InputError: the method's targets are online embeddings that meet those of all images, in several parts.
+        """
         self._recipe = recipe
-        self._loss = method.make_loss(recipe)
+        self._plan = plan
         self._gathers = method.keys == "all"
         self._world = world
         self._autocast_dtype = autocast
         self._scaler = scaler
         self._device_type = next(online.parameters()).device.type
-        self._tasks = task_pairs(recipe.views, recipe.task_weights)
+        self._target = target
         self._targets = target_views(recipe.views)
-        self._slots = predictor_slots(recipe.views, recipe.predictors)
-        self._has_target = target is not None
-        self._groups = _groups(recipe, shared_target=target is None)
+        weights = [task.weight for task in task_pairs(recipe.views, recipe.task_weights)]
+        self._weights = torch.tensor(weights, device=next(online.parameters()).device)  # [T]
         modules = [online] if target is None else [online, target]
-        self._encoders = Encoders(modules, compiled=compiled, ranks=world.size)
-        one_pass = OnlinePass(online, lambda view: self._encoders(_ONLINE, view))
+        self._online = online
+        self._compiler = Compiler(modules, enabled=compiled, ranks=world.size)
+        self._embed = None if target is None else self._compiler(target.embed)
+        one_pass = OnlinePass(online, recipe, method, plan, compiler=self._compiler)
         self._pass = one_pass if world.size == 1 else _data_parallel(one_pass)
+        if target is None and self._gathers and world.size * recipe.accumulate > 1:
+            raise InputError(
+                f"Recipe.method is {recipe.method!r}, whose targets are online embeddings of all images of a step: it "
+                "takes one process and accumulate 1, or a target network."
+            )
 
     @property
     def compiled(self) -> bool:
-        """Whether the encoders run compiled (not after a failure to compile)."""
-        return self._encoders.compiled
+        """Whether the passes run compiled (not after a failure to compile)."""
+        return self._compiler.compiled
 
-    def __call__(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def __call__(self, stacks: Sequence[Tensor]) -> Outcome:
         """Add up the gradients of a batch.
 
         Args:
-            views: one [B, 3, S, S] per view of the recipe, on the device.
-
-        Returns:
-            losses [T], each task's mean over its pairs, unweighted; embedding [B, out] of the first online view.
+            stacks: [parts, V * B / parts, 3, S, S] for each of the plan's stacks, on the device (`stack_views`).
         """
-        return self._encoders.run(lambda: self._parts(views))
+        return self._compiler.run(lambda: self._parts(stacks))
 
-    def total(self, losses: Tensor) -> Tensor:
-        """The weighted sum of the losses [T]."""
-        return torch.stack([task.weight * loss for task, loss in zip(self._tasks, losses, strict=True)]).sum()
+    def _parts(self, stacks: Sequence[Tensor]) -> Outcome:
+        """The batch in `accumulate` parts one after the other; all targets first, since parts may meet all of them."""
+        parts = [[stack[part] for stack in stacks] for part in range(self._recipe.accumulate)]
+        targets = self._embed_targets(parts)
+        outcomes = []
+        with _first_part_counts(self._online, parts) as each:
+            for number, part in each:
+                last = number == len(parts) - 1
+                outcomes.append(self._add(part, targets[number], share=1 / len(parts), last=last))
+        if len(outcomes) == 1:
+            return outcomes[0]
+        return Outcome(
+            losses=torch.stack([outcome.losses for outcome in outcomes]).mean(dim=0),
+            loss=torch.stack([outcome.loss for outcome in outcomes]).mean(),
+            embedding=torch.cat([outcome.embedding for outcome in outcomes]),
+        )
 
-    def _parts(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The batch in `accumulate` parts one after the other."""
-        parts = self._recipe.accumulate
-        results = [
-            self._add(chunks, share=1 / parts, last=n == parts - 1)
-            for n, chunks in enumerate(zip(*(view.chunk(parts) for view in views), strict=True))
-        ]
-        losses = torch.stack([losses for losses, _ in results]).mean(dim=0)  # [T]
-        return losses, torch.cat([embedding for _, embedding in results])
-
-    def _add(self, views: Sequence[Tensor], *, share: float, last: bool) -> tuple[Tensor, Tensor]:
+    def _add(self, stacks: Sequence[Tensor], targets: list[Tensor], *, share: float, last: bool) -> Outcome:
         """Add `share` of the gradients of these images; average them over the ranks with the `last` backward."""
-        targets = self._embed_targets(views) if self._has_target else {}
-        losses: list[list[Tensor]] = [[] for _ in self._tasks]  # of each task, detached
+        losses: list[Tensor] = []
         embedding: Tensor | None = None
-        for group in self._groups:
-            with self._gradients(averaged=last and group is self._groups[-1]):
+        for number, group in enumerate(self._plan.online):
+            with self._gradients(averaged=last and number == len(self._plan.online) - 1):
                 with self._autocast(), self._synchronised("online"):
-                    z, predictions = self._pass([views[v] for v in group], tuple(self._slots[v] for v in group))
-                    if not self._has_target:
-                        embeddings = dict(zip(group, z.detach(), strict=True))
-                        targets |= {v: self._keys(embeddings[v]) for v in group if v in self._targets}
-                    by_view = dict(zip(group, predictions, strict=True))
-                    weighted = []
-                    for task, terms in zip(self._tasks, losses, strict=True):
-                        pairs = [self._loss(by_view[v], targets[t]) for v, t in task.pairs if v in by_view]
-                        if pairs:
-                            term = torch.stack(pairs).sum() / len(task.pairs)
-                            weighted.append(task.weight * term)
-                            terms.append(term.detach())
-                torch.autograd.backward(self._scaler.scale(share * torch.stack(weighted).sum()))
+                    batches = [self._plan.cut(stacks, block) for block in group.blocks]
+                    z, added, total = self._pass(number, batches, targets)
+                torch.autograd.backward(self._scaler.scale(share * total))
+            losses.append(added)
             embedding = z[0].detach() if embedding is None else embedding
+            targets = targets or [z[group.views.index(t)].detach() for t in self._targets]
         if embedding is None:
             raise AssertionError("check_views makes sure that a view has a task")
-        return torch.stack([torch.stack(terms).sum() for terms in losses]), embedding
+        summed = losses[0] if len(losses) == 1 else torch.stack(losses).sum(dim=0)  # [T]
+        return Outcome(losses=summed, loss=(self._weights.to(summed.dtype) * summed).sum(), embedding=embedding)
 
     @torch.no_grad()
-    def _embed_targets(self, views: Sequence[Tensor]) -> dict[int, Tensor]:
-        """What predictions meet, by the position of the target view: [B, out], or [ranks * B, out]."""
-        with self._autocast(), self._synchronised("target"):
-            return {t: self._keys(self._encoders(_TARGET, views[t])) for t in self._targets}
+    def _embed_targets(self, parts: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """What predictions meet, for each part and target view: [B, out], or those of all parts and ranks.
 
-    def _keys(self, target: Tensor) -> Tensor:
-        """A target view's embeddings [B, out], with those of the other ranks behind them where the loss needs them."""
-        return self._world.gather_own_first(target) if self._gathers else target
+        Empty lists where the online embeddings are the targets.
+        """
+        if self._embed is None or self._target is None:
+            return [[] for _ in parts]
+        embedded: list[Tensor] = []  # [targets, B, out] of each part
+        blocks = self._plan.targets.blocks
+        with self._autocast(), self._synchronised("target"), _first_part_counts(self._target, parts) as each:
+            for _, stacks in each:
+                embedded.append(self._embed([self._plan.cut(stacks, block) for block in blocks], self._plan.targets))
+        if not self._gathers:
+            return [list(z.unbind()) for z in embedded]
+        images = embedded[0].shape[1]
+        keys = [self._world.gather_own_first(torch.cat(view)) for view in zip(*embedded, strict=True)]
+        # This rank's parts stand first; each meets its own keys first, then those behind it, in a ring.
+        return [[all_keys.roll(-number * images, 0) for all_keys in keys] for number in range(len(parts))]
 
     def _autocast(self) -> torch.autocast:
         """Autocast for a forward; a no-op in float32."""
@@ -183,20 +186,32 @@ class Objective:
                 yield
 
 
+@contextmanager
+def _first_part_counts(network: nn.Module, parts: Sequence[Part]) -> Iterator[Iterator[tuple[int, Part]]]:
+    """Number the parts of a batch, and leave the network's buffers (running statistics) as the first one leaves them.
+
+    They are those of rank 0 then, where each part is a rank's.
+    """
+    buffers = list(network.buffers()) if len(parts) > 1 else []
+    kept: list[Tensor] = []
+
+    def each() -> Iterator[tuple[int, Part]]:
+        for number, part in enumerate(parts):
+            if number == 1:
+                kept.extend(buffer.clone() for buffer in buffers)
+            yield number, part
+
+    yield each()
+    if kept:
+        with torch.no_grad():
+            torch._foreach_copy_(buffers, kept)
+
+
 def _data_parallel(one_pass: OnlinePass) -> DistributedDataParallel:
     """Average the gradients over the ranks; buffers stay each rank's own, as its BatchNorm statistics are."""
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # in torch 2.14
     own_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return DistributedDataParallel(one_pass, gradient_as_bucket_view=True, **own_buffers)
-
-
-def _groups(recipe: Recipe, *, shared_target: bool) -> tuple[tuple[int, ...], ...]:
-    """Positions of the views that share a graph: all, or each alone (but for targets that are online embeddings)."""
-    views = online_views(recipe.views)
-    if recipe.step_mode == "joint":
-        return (views,)
-    first = target_views(recipe.views) if shared_target else ()
-    return tuple(group for group in (first, *((v,) for v in views if v not in first)) if group)
 
 
 def check_batch(recipe: Recipe, world: World) -> int:
@@ -205,16 +220,19 @@ def check_batch(recipe: Recipe, world: World) -> int:
     Raises:
         InputError: the batch does not divide among the ranks and parts, or leaves BatchNorm a single image.
     """
-    if recipe.batch_size % (world.size * recipe.accumulate):
+    pieces = world.size * recipe.accumulate
+    if recipe.batch_size % pieces:
         raise invalid(
             "Recipe.batch_size",
             recipe.batch_size,
             f"a multiple of {world.size} ranks times {recipe.accumulate} parts (accumulate)",
             "give each rank and part as many images",
         )
-    share = recipe.batch_size // world.size
-    if share < 2:
+    if recipe.batch_size // pieces < 2:
         raise invalid(
-            "Recipe.batch_size", recipe.batch_size, f"at least {2 * world.size} on {world.size} ranks", "raise it"
+            "Recipe.batch_size",
+            recipe.batch_size,
+            f"at least {2 * pieces} on {world.size} ranks in {recipe.accumulate} parts (accumulate)",
+            "raise it, or take fewer parts",
         )
-    return share
+    return recipe.batch_size // world.size

@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mvssl.backbones import is_convolutional
+from mvssl.capture import StepGraph, wants_capture
 from mvssl.compiling import wants_compile
 from mvssl.distributed import World
 from mvssl.methods import get_method
-from mvssl.objective import Objective, check_accumulation, check_batch, needs_target_network
-from mvssl.optim import apply_rates, build_optimizer, target_decay
+from mvssl.objective import Objective, check_batch, needs_target_network
+from mvssl.optim import apply_rates, build_optimizer, hold_on_device, target_decay
+from mvssl.passes import make_plan, stack_views
 from mvssl.precision import autocast_dtype, check_bf16_on_cpu
 from mvssl.recipe import Recipe
 from mvssl.siamese import build_networks
@@ -48,6 +50,9 @@ class StepOutput:
 class TrainStep:
     """One optimiser update of a recipe (SPEC sections 3 to 5).
 
+    What differs from step to step (views, learning rates, decays) lies in tensors on the device, so every step is the
+    same operations on the same memory: on CUDA they are recorded once and replayed (`mvssl.capture`).
+
     Attributes:
         online: the network that is trained, on the device, in train mode.
         target: the target network likewise; None where the online embeddings are the targets (SimSiam).
@@ -55,6 +60,7 @@ class TrainStep:
         scaler: of fp16; does nothing in other precisions.
         autocast_dtype: the forward's dtype under autocast; None is plain float32.
         input_dtype: dtype that views are best given in.
+        view_by_view: why views of one size do not pass as one batch though all share a graph; None if they do.
     """
 
     def __init__(
@@ -65,6 +71,8 @@ class TrainStep:
         total_steps: int,
         steps_per_epoch: int,
         world: World | None = None,
+        cuda_graph: Literal["auto", "on", "off"] = "auto",
+        group_views: bool = True,
     ) -> None:
         """Build networks (from `recipe.seed`), optimiser and scaler.
 
@@ -74,10 +82,12 @@ class TrainStep:
             total_steps: updates in the whole run.
             steps_per_epoch: updates in an epoch.
             world: the ranks that train together, each on its share of the batch; None is this process alone.
+            cuda_graph: whether a step is one replay of a CUDA graph; auto: on CUDA, in a run of one process.
+            group_views: whether views of one size pass as one batch where the network allows it; off to compare.
 
         Raises:
             InputError: unknown method or backbone, settings that do not fit the method, view sizes that do not fit the
-                backbone, a batch that does not divide, or a precision the device lacks.
+                backbone, a batch that does not divide, a precision the device lacks, or a graph that cannot be.
         """
         self.recipe = recipe
         self.device = torch.device(device)
@@ -88,9 +98,9 @@ class TrainStep:
         self._world = world or World()
         method = get_method(recipe.method)
         check_batch(recipe, self._world)
+        captures = wants_capture(cuda_graph, self.device, ranks=self._world.size)
 
         online, target = build_networks(recipe)
-        check_accumulation(recipe, method, online)
         if self.device.type == "cpu" and self.autocast_dtype is torch.bfloat16:
             check_bf16_on_cpu(online.backbone, (view.size for view in recipe.views))
         channels_last = recipe.channels_last and is_convolutional(online.backbone)
@@ -99,27 +109,49 @@ class TrainStep:
         self.target = None
         if needs_target_network(recipe, method):
             self.target = target.to(self.device).to(memory_format=self._memory_format)
+        self.view_by_view = online.ungroupable
         self._target_rule = method.target_rule
         self._follow = None if self.target is None else Follow(self.target, self.online)
         self._parameters = [parameter for parameter in self.online.parameters() if parameter.requires_grad]
         self._draws = _draws(self.online)
         self.optimizer = build_optimizer(self.online, recipe.optimizer)
+        hold_on_device(self.optimizer, recipe.optimizer)
+        dtype = torch.promote_types(self._parameters[0].dtype, torch.float32)
+        self._pace = torch.zeros((), dtype=dtype, device=self.device)  # 1 - decay of the target network
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype is torch.float16)
+        self._plan = make_plan(
+            recipe.views,
+            joint=recipe.step_mode == "joint",
+            grouped=group_views and self.view_by_view is None,
+            targets_first=self.target is None,
+        )
         self._objective = Objective(
             recipe,
             method,
             self.online,
             self.target,
+            self._plan,
             world=self._world,
             compiled=wants_compile(recipe, self.device, ranks=self._world.size),
             autocast=self.autocast_dtype,
             scaler=self.scaler,
         )
+        self._graph = StepGraph(self._device_step, self._forget, wanted=captures, asked=cuda_graph == "on")
 
     @property
     def compiled(self) -> bool:
-        """Whether the encoders run compiled."""
+        """Whether the passes run compiled."""
         return self._objective.compiled
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are replays of a CUDA graph by now."""
+        return self._graph.captured
+
+    @property
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being recorded at this moment, when other threads should leave the device's queue."""
+        return self._graph.capturing
 
     def __call__(self, views: Sequence[Tensor], step: int) -> StepOutput:
         """Train on one batch.
@@ -128,16 +160,53 @@ class TrainStep:
             views: one [B, 3, S, S] tensor per view of the recipe, on the device, in `input_dtype` or float32; B is this
                 rank's share of the batch.
             step: number of this update in the run, from 0.
+
+        Raises:
+            InputError: the number, shapes or dtypes of the views are not those of the recipe, or of earlier steps.
         """
-        if len(views) != len(self.recipe.views):
-            raise InputError(
-                f"views has {len(views)} tensors but must have {len(self.recipe.views)}, one for each view of the "
-                "recipe: make them with ViewEngine(recipe.views)."
-            )
+        self._check(views)
         if self._draws:
             self._seed(step)
-        decay = self._move_target(step)
-        losses, embedding = self._objective([view.contiguous(memory_format=self._memory_format) for view in views])
+        lr, decay = self._set_numbers(step)
+        stacks = stack_views(
+            self._plan,
+            views,
+            parts=self.recipe.accumulate,
+            memory_format=self._memory_format,
+            out=self._graph.inputs,
+        )
+        losses, loss, embedding, grad_norm = self._graph(stacks)
+        return StepOutput(losses=losses, loss=loss, embedding=embedding, grad_norm=grad_norm, lr=lr, decay=decay)
+
+    def _check(self, views: Sequence[Tensor]) -> None:
+        """Check the shapes of a batch, which must be those of every batch.
+
+        Raises:
+            InputError: they are not.
+        """
+        specs = self.recipe.views
+        if len(views) != len(specs):
+            raise InputError(
+                f"views has {len(views)} tensors but must have {len(specs)}, one for each view of the "
+                "recipe: make them with ViewEngine(recipe.views)."
+            )
+        images = self.recipe.batch_size // self._world.size
+        for view, spec in zip(views, specs, strict=True):
+            wanted = (images, 3, spec.size, spec.size)
+            if tuple(view.shape) != wanted or view.dtype != views[0].dtype:
+                raise InputError(
+                    f"views[{spec.name!r}] is {list(view.shape)} of {view.dtype} but must be {list(wanted)} of "
+                    f"{views[0].dtype}: all batches of a run have one shape; drop the last short one of an epoch "
+                    "(pipelines.Order does)."
+                )
+
+    def _seed(self, step: int) -> None:
+        """Seed what layers draw (stochastic depth) by (seed, step, rank), so that a resumed run draws the same."""
+        words = np.random.SeedSequence([self.recipe.seed, step, self._world.rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(words[0] >> np.uint64(1)))
+
+    def _set_numbers(self, step: int) -> tuple[float, float]:
+        """Put the numbers of a step where its operations read them; the learning rate and the target's decay."""
         lr = apply_rates(
             self.optimizer,
             self.recipe.optimizer,
@@ -146,30 +215,20 @@ class TrainStep:
             steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
         )
-        return StepOutput(
-            losses=losses,
-            loss=self._objective.total(losses),
-            embedding=embedding,
-            grad_norm=self._update(),
-            lr=lr,
-            decay=decay,
-        )
+        if self._target_rule != "ema":
+            return lr, 0.0
+        decay = target_decay(step, self.total_steps, self.recipe.target_decay)
+        self._pace.fill_(1.0 - decay)
+        return lr, decay
 
-    def _seed(self, step: int) -> None:
-        """Seed what layers draw (stochastic depth) by (seed, step, rank), so that a resumed run draws the same."""
-        words = np.random.SeedSequence([self.recipe.seed, step, self._world.rank]).generate_state(1, np.uint64)
-        torch.manual_seed(int(words[0] >> np.uint64(1)))
-
-    def _move_target(self, step: int) -> float:
-        """Let the target network follow before the forward; the decay it did so with."""
-        if self._target_rule == "ema":
-            decay = target_decay(step, self.total_steps, self.recipe.target_decay)
-            if self._follow is not None:
-                self._follow.average(decay)
-            return decay
-        if self._follow is not None:
+    def _device_step(self, stacks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """All that the device does in a step; losses [T], loss [], embedding [B, out] and gradient norm []."""
+        if self._follow is not None and self._target_rule == "ema":
+            self._follow.average(self._pace)
+        elif self._follow is not None:
             self._follow.copy()
-        return 0.0
+        losses, loss, embedding = self._objective(stacks)
+        return losses, loss, embedding, self._update()
 
     def _update(self) -> Tensor:
         """Update the online network by its gradients and clear them; the gradient's norm before clipping."""
@@ -183,12 +242,23 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def _forget(self) -> None:
+        """Drop what a recording that failed left behind in Python; nothing of it ran on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        # A scaler that has unscaled waits for its update, which never ran.
+        self.scaler._per_optimizer_states.clear()
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training goes on from; tensors are not copied."""
+        """Everything that training goes on from; tensors are not copied. Waits for the device."""
+        optimizer = self.optimizer.state_dict()
+        groups = [
+            {name: float(value) if isinstance(value, Tensor) else value for name, value in group.items()}
+            for group in optimizer["param_groups"]
+        ]
         return {
             "online": self.online.state_dict(),
             "target": None if self.target is None else self.target.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer | {"param_groups": groups},
             "scaler": self.scaler.state_dict(),
         }
 
@@ -198,11 +268,13 @@ class TrainStep:
         Raises:
             RuntimeError: names or shapes are those of other networks.
         """
+        self._graph.drop()  # which replays on the tensors of before
         self.online.load_state_dict(state["online"])
         if self.target is not None:
             self.target.load_state_dict(state["target"])
         # torch's optimisers keep the tensors they are given.
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        hold_on_device(self.optimizer, self.recipe.optimizer)
         self.scaler.load_state_dict(state["scaler"])
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from mvssl.network import Encoder
+from mvssl.optim.scaled import lerp_
 from mvssl.recipe import Recipe
 
 
@@ -27,7 +26,7 @@ class TargetNetwork(Encoder):
 
 
 class Follow:
-    """Moves a target network behind its online network, all parameters in one fused pass."""
+    """Moves a target network behind its online network."""
 
     def __init__(self, target: nn.Module, online: nn.Module) -> None:
         parameters, buffers = dict(online.named_parameters()), dict(online.named_buffers())
@@ -36,9 +35,13 @@ class Follow:
         self._buffers = [b for _, b in target.named_buffers()]
         self._online_buffers = [buffers[name] for name, _ in target.named_buffers()]
 
-    def average(self, decay: float) -> None:
-        """The moving average of SPEC section 5: parameters only; to be called before the forward of the step."""
-        ema_update(self._parameters, self._online_parameters, decay)
+    def average(self, pace: Tensor) -> None:
+        """The moving average of SPEC section 5: parameters only; to be called before the forward of the step.
+
+        target = decay * target + (1 - decay) * online; `pace` is 1 - decay, a scalar on the networks' device: near the
+        end of a run a decay would not hold it in float32.
+        """
+        lerp_(self._parameters, self._online_parameters, pace)
 
     @torch.no_grad()
     def copy(self) -> None:
@@ -46,9 +49,3 @@ class Follow:
         torch._foreach_copy_(self._parameters, self._online_parameters)
         if self._buffers:  # networks without BatchNorm have none, which torch refuses
             torch._foreach_copy_(self._buffers, self._online_buffers)
-
-
-@torch.no_grad()
-def ema_update(target: Sequence[Tensor], online: Sequence[Tensor], decay: float) -> None:
-    """Move the target: target = decay * target + (1 - decay) * online, in place, in one fused pass."""
-    torch._foreach_lerp_(list(target), list(online), 1.0 - decay)

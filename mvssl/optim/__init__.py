@@ -9,7 +9,7 @@ from torch import nn
 
 from mvssl.optim.groups import parameter_groups
 from mvssl.optim.lars import LARS
-from mvssl.optim.rates import apply_rates
+from mvssl.optim.rates import apply_rates, hold_on_device
 from mvssl.optim.schedule import learning_rate, target_decay, weight_decay
 from mvssl.recipe import Optimizer
 
@@ -17,6 +17,7 @@ __all__ = [
     "LARS",
     "apply_rates",
     "build_optimizer",
+    "hold_on_device",
     "learning_rate",
     "parameter_groups",
     "target_decay",

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvssl.optim.scaled import subtract_
+
 
 def _slots(tensors: Sequence[Tensor], stacked: bool) -> list[Tensor]:
     """Views of the parameters that count as one each: the slots of stacked tensors [T, ...]."""
@@ -48,7 +50,8 @@ class LARS(torch.optim.Optimizer):
 
         Args:
             params: parameters or group dicts.
-            lr: learning rate; set `param_groups[i]["lr"]` before each step to schedule it.
+            lr: learning rate; set `param_groups[i]["lr"]` before each step to schedule it, to a number or to a scalar
+                tensor on the parameters' device.
             momentum: of the buffer.
             weight_decay: added to the gradient as weight_decay * p.
             eta: trust coefficient.
@@ -107,7 +110,10 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_mul_(update, torch.where(overflow, 0.0, 1.0))
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, update)
-        if self.found_inf is None:
-            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        lr: float | Tensor = group["lr"]
+        if self.found_inf is not None:
+            lr = torch.where(overflow, 0.0, lr)
+        if isinstance(lr, Tensor):
+            subtract_(params, buffers, lr)
         else:
-            torch._foreach_add_(params, torch._foreach_mul(buffers, torch.where(overflow, 0.0, -group["lr"])))
+            torch._foreach_add_(params, buffers, alpha=-lr)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
 from torch.optim import Optimizer as TorchOptimizer
 
 from mvssl.optim.schedule import learning_rate, weight_decay
@@ -15,7 +19,8 @@ def apply_rates(
 
     Vectors follow `bias_lr` where the recipe sets it. Predictors with a constant learning rate keep the peak of
     `base_lr`, their biases too. With lr_schedule "epoch" the values of an epoch's first step hold for the whole epoch,
-    so that an epoch that begins a warm-up has learning rate 0. Plain floats: nothing waits for the device.
+    so that an epoch that begins a warm-up has learning rate 0. Fills what `hold_on_device` made tensors, sets floats
+    otherwise; nothing waits for the device.
 
     Args:
         optimizer: made by `build_optimizer`, whose groups say what they hold in "vector", "predictor" and "decayed".
@@ -40,8 +45,54 @@ def apply_rates(
     decay = weight_decay(at, steps, config.weight_decay, end)
     for group in optimizer.param_groups:
         if group["predictor"] and config.constant_predictor_lr:
-            group["lr"] = config.base_lr * batch_size / 256
+            _set(group, "lr", config.base_lr * batch_size / 256)
         else:
-            group["lr"] = vectors if group["vector"] else main
-        group["weight_decay"] = decay if group["decayed"] else 0.0
+            _set(group, "lr", vectors if group["vector"] else main)
+        _set(group, "decay" if "decay" in group else "weight_decay", decay if group["decayed"] else 0.0)
     return main
+
+
+def _set(group: dict[str, Any], name: str, value: float) -> None:
+    """Give a group a number; a kernel's argument fills a tensor, so that no buffer of the host has to outlive it."""
+    if isinstance(group[name], Tensor):
+        group[name].fill_(value)
+    else:
+        group[name] = value
+
+
+def hold_on_device(optimizer: TorchOptimizer, config: Optimizer) -> None:
+    """Keep every rate that changes from step to step in a tensor on the parameters' device.
+
+    Then all updates are the same operations with the same arguments, which a CUDA graph can replay. A weight decay that
+    changes is taken out of the optimiser, whose kernels know numbers only, and applied just before its update. To be
+    called again after `load_state_dict`, which brings other groups.
+    """
+    like = optimizer.param_groups[0]["params"][0]
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    scheduled = config.weight_decay_end is not None
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(float(group["lr"]), dtype=dtype, device=like.device)
+        if scheduled and group["decayed"]:
+            group["weight_decay"] = 0.0
+            group["decay"] = torch.zeros((), dtype=dtype, device=like.device)
+        if "capturable" in group:
+            group["capturable"] = like.device.type == "cuda"
+    # torch would warn that this has to be paid for without a graph; with fused kernels it costs nothing.
+    optimizer._warned_capturable_if_run_uncaptured = True  # torch's own name for it
+    if scheduled and not hasattr(optimizer, "_decays"):
+        optimizer._decays = optimizer.register_step_pre_hook(_decay)  # type: ignore[attr-defined]  # hook, once
+
+
+@torch.no_grad()
+def _decay(optimizer: TorchOptimizer, *_: object) -> None:
+    """Decay parameters by `decay` of their group: AdamW scales them, the others add it to the gradient (SPEC 5)."""
+    overflow: Tensor | None = getattr(optimizer, "found_inf", None)  # of a GradScaler: then nothing may move
+    for group in optimizer.param_groups:
+        params = [p for p in group["params"] if p.grad is not None]
+        if "decay" not in group or not params:
+            continue
+        if isinstance(optimizer, torch.optim.AdamW):
+            factor = 1 - group["lr"] * group["decay"]
+            torch._foreach_mul_(params, factor if overflow is None else torch.where(overflow > 0, 1.0, factor))
+        else:
+            torch._foreach_add_([p.grad for p in params], torch._foreach_mul(params, group["decay"]))

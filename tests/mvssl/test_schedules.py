@@ -1,14 +1,15 @@
-"""Schedules against numbers worked out by hand, and the moment the target moves."""
+"""Schedules against numbers worked out by hand, and updates by a factor on the device."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from mvssl.optim import learning_rate, target_decay
-from mvssl.target import ema_update
+from mvssl.optim.scaled import lerp_, lerp_all_, subtract_, subtract_all_
 
 
 @pytest.mark.parametrize(
@@ -40,10 +41,31 @@ def test_target_decay(step: int, expected: float) -> None:
     assert target_decay(step, 100, 0.996) == pytest.approx(expected, rel=1e-14)
 
 
-def test_ema_moves_parameters_only_by_the_decay() -> None:
+@pytest.mark.parametrize("move", [lerp_, lerp_all_])
+def test_the_average_moves_by_its_pace(move: Callable[..., None]) -> None:
     target, online = [torch.tensor([1.0, 2.0]), torch.tensor(4.0)], [torch.tensor([3.0, 2.0]), torch.tensor(0.0)]
-    ema_update(target, online, 0.75)
+    move(target, online, torch.tensor(0.25))
     assert target[0].tolist() == [1.5, 2.0]
     assert target[1].item() == 3.0
-    ema_update(target, online, 1.0)
+    move(target, online, torch.tensor(0.0))
     assert target[0].tolist() == [1.5, 2.0]
+
+
+@pytest.mark.parametrize("move", [lerp_, lerp_all_])
+def test_a_small_pace_is_not_lost(move: Callable[..., None]) -> None:
+    """1 - decay near the end of a run: with float32 factors decay and 1 - decay, equal weights would drift apart."""
+    end, pace = torch.randn(1000, generator=torch.Generator().manual_seed(0)), 3e-8
+    at_rest, moved = end.clone(), torch.zeros(1000)
+    for _ in range(100):
+        move([at_rest, moved], [end, end], torch.tensor(pace))
+    assert torch.equal(at_rest, end)
+    torch.testing.assert_close(moved.double(), end.double() * (1 - (1 - pace) ** 100), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("move", [subtract_, subtract_all_])
+def test_an_update_is_scaled_by_the_rate(move: Callable[..., None]) -> None:
+    weights, updates = [torch.tensor([1.0, 2.0]), torch.tensor(4.0)], [torch.tensor([3.0, -2.0]), torch.tensor(0.5)]
+    move(weights, updates, torch.tensor(0.25))
+    assert weights[0].tolist() == [0.25, 2.5]
+    assert weights[1].item() == 3.875
+    assert updates[0].tolist() == [3.0, -2.0]

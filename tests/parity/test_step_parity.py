@@ -123,15 +123,20 @@ def truly_zero(recipe: Recipe) -> frozenset[str]:
 
 
 def assert_close(ours: dict[str, Tensor], plain: dict[str, Tensor], *, zeros: frozenset[str] = frozenset()) -> None:
-    """Every tensor equals its counterpart to a relative error (of norms) of 1e-10; those of `zeros` are both 0."""
+    """Every tensor equals its counterpart to a relative error (of norms) of 1e-10; those of `zeros` are both 0.
+
+    Vision transformers: 1e-8. timm interpolates the position embedding (and its gradient) in float32, here for all
+    views of a size at once; what that differs by reaches every weight with the second update.
+    """
     assert ours.keys() == plain.keys()
+    tolerance = 1e-8 if "backbone.pos_embed" in plain else 1e-10
     for name, expected in plain.items():
         if name in zeros:
             assert max(ours[name].norm(), expected.norm()) < 1e-13
             continue
         scale = expected.double().norm().item() or 1.0
         error = (ours[name].double() - expected.double()).norm().item() / scale
-        assert error <= 1e-10, f"{name}: relative error {error:.2e}"
+        assert error <= tolerance, f"{name}: relative error {error:.2e}"
 
 
 def twins(recipe: Recipe, total: Callable[[Terms], Tensor]) -> tuple[TrainStep, Plain, torch.Generator]:
@@ -165,13 +170,15 @@ def check(recipe: Recipe, total: Callable[[Terms], Tensor]) -> tuple[TrainStep, 
         gradients.update({name: p.grad.clone() for name, p in step.online.named_parameters()})
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, p in step.online.named_parameters():
-            pair = (group_of[id(p)]["lr"], group_of[id(p)]["weight_decay"])
+            group = group_of[id(p)]
+            pair = (float(group["lr"]), float(group.get("decay", group["weight_decay"])))
             slots = len(p) if name.startswith("predictors.") else 1
             singles = [name.replace("predictors.layers", f"predictors.{slot}") for slot in range(slots)]
             rates.update(dict.fromkeys(singles, pair))
 
     step.optimizer.register_step_pre_hook(record)
     norms, zeros = [], truly_zero(recipe)
+    tolerance = 1e-8 if "vit" in recipe.backbone.name else 1e-10  # see assert_close
     for k in (1, 2, 5):  # in the warm-up, at the peak, on the cosine
         views = [
             torch.randn(BATCH, 3, spec.size, spec.size, generator=generator, dtype=torch.float64)
@@ -179,10 +186,10 @@ def check(recipe: Recipe, total: Callable[[Terms], Tensor]) -> tuple[TrainStep, 
         ]
         output, expected = step(views, k), plain.step(views, k)
 
-        assert output.loss.item() == pytest.approx(expected.total.item(), rel=1e-10)
-        torch.testing.assert_close(output.losses, expected.losses, rtol=1e-10, atol=0)
+        assert output.loss.item() == pytest.approx(expected.total.item(), rel=tolerance)
+        torch.testing.assert_close(output.losses, expected.losses, rtol=tolerance, atol=0)
         assert_close(unstack(gradients), expected.gradients, zeros=zeros)
-        assert output.grad_norm.item() == pytest.approx(expected.norm, rel=1e-9)
+        assert output.grad_norm.item() == pytest.approx(expected.norm, rel=10 * tolerance)
         norms.append(expected.norm)
         assert rates.keys() == expected.rates.keys()
         for name, pair in expected.rates.items():

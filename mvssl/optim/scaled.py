@@ -1,0 +1,46 @@
+"""Updates of many tensors by one factor that is a tensor itself, which torch's foreach kernels take no alpha from.
+
+On CUDA a few launches for all tensors, with a temporary copy; on the CPU one pass over the memory of each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def lerp_(tensors: list[Tensor], ends: list[Tensor], weight: Tensor) -> None:
+    """Move each tensor towards its end, in place: t = t + weight * (end - t).
+
+    Args:
+        tensors, ends: of equal shapes, on one device.
+        weight: a scalar on that device, which is not read by the host.
+    """
+    if tensors and tensors[0].is_cuda:
+        lerp_all_(tensors, ends, weight)
+    else:
+        for tensor, end in zip(tensors, ends, strict=True):
+            tensor.lerp_(end, weight.to(tensor.dtype))
+
+
+@torch.no_grad()
+def subtract_(tensors: list[Tensor], others: list[Tensor], factor: Tensor) -> None:
+    """t = t - factor * other, in place; arguments as for `lerp_`."""
+    if tensors and tensors[0].is_cuda:
+        subtract_all_(tensors, others, factor)
+    else:
+        for tensor, other in zip(tensors, others, strict=True):
+            tensor.addcmul_(other, factor, value=-1)
+
+
+def lerp_all_(tensors: list[Tensor], ends: list[Tensor], weight: Tensor) -> None:
+    """`lerp_` in launches for all tensors. Not t * (1 - w) + end * w, whose factors do not add up to 1 in float32."""
+    way = torch._foreach_sub(ends, tensors)
+    torch._foreach_mul_(way, weight)
+    torch._foreach_add_(tensors, way)
+
+
+def subtract_all_(tensors: list[Tensor], others: list[Tensor], factor: Tensor) -> None:
+    """`subtract_` in launches for all tensors."""
+    torch._foreach_sub_(tensors, torch._foreach_mul(others, factor))
