@@ -153,9 +153,9 @@ def summary(turns: Sequence[Turn], *, views: int) -> dict[str, Any]:
     """Rates, waiting and memory of one contender with `views` views an image."""
     last = turns[-1].report
     result = rates(turns, views=views) | {"steps": last["steps"]}
-    for name in ("data_wait", "device_idle"):
-        if last.get(name) is not None:
-            result[name] = statistics.median(turn.report[name] for turn in turns)
+    for name in ("data_wait", "device_idle", "launching"):
+        if measured := [turn.report[name] for turn in turns if name in turn.report]:
+            result[name] = statistics.median(measured)
     for name in ("device_mib", "decoder", "view_engine", "workers", "bad", "stage_seconds"):
         if name in last:
             result[name] = last[name]

@@ -74,11 +74,12 @@ def _loaders(results: Results, sides: Sides) -> list[str]:
 def train(results: Results) -> list[str]:
     """Contenders of bench_train and the ratios that matter."""
     sides = {"CPU": "train_cpu", "GPU": "train_cuda"}
-    heads = ["source images/s", "wait for data", "GPU idle", "memory, MiB"]
+    heads = ["source images/s", "wait for data", "GPU idle", "of it launching", "memory, MiB"]
 
     def cells(result: Result, contender: str) -> list[str]:
         own = result["contenders"].get(contender)
-        shares = [percent(own[name]) if own and name in own else "" for name in ("data_wait", "device_idle")]
+        names = ("data_wait", "device_idle", "launching")
+        shares = [percent(own[name]) if own and name in own else "" for name in names]
         return [_rate(own), *shares, _memory(own)]
 
     ratios = {

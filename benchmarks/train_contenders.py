@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import count, repeat
 from pathlib import Path
@@ -19,7 +19,7 @@ from benchmarks.loader_contenders import indices_of, open_train, waiter
 from mvssl.distributed import World
 from mvssl.experiment import open_experiment
 from mvssl.memory import explain_out_of_memory
-from mvssl.monitor.stall import DeviceClock
+from mvssl.monitor.device_clock import DeviceClock
 from mvssl.options import RunOptions
 from mvssl.recipe import Recipe
 from pipelines.errors import InputError
@@ -65,7 +65,7 @@ def our_training(setup: Setup) -> Iterator[Turns]:
     options = RunOptions(data=setup.data, device=setup.device, decoder=setup.decoder, threads=setup.threads)
     with open_experiment(recipe, options, Console(quiet=True), World()) as experiment:
         step, loader, total = experiment.step, experiment.loader, experiment.total_steps
-        clock, epochs, number = DeviceClock(device), count(), count()
+        epochs, number = count(), count()
         noise = synthetic(recipe, device, step.input_dtype, memory_format=torch.channels_last)
 
         def train(views: Sequence[Tensor], at: int) -> object:
@@ -74,7 +74,7 @@ def our_training(setup: Setup) -> Iterator[Turns]:
         def loaded() -> dict[str, Any]:
             before = replace(loader.stats.stages)
             batches = _views(loader, next(epochs))
-            report = timed(train, batches, number, clock, setup, lead=LEAD, steps=setup.steps)
+            report = timed(train, batches, number, setup, lead=LEAD, steps=setup.steps)
             batches.close()
             stages = {name: value - asdict(before)[name] for name, value in asdict(loader.stats.stages).items()}
             return report | {
@@ -85,7 +85,7 @@ def our_training(setup: Setup) -> Iterator[Turns]:
             }
 
         def unloaded() -> dict[str, Any]:
-            return timed(train, repeat(noise), number, clock, setup, lead=LEAD, steps=setup.steps)
+            return timed(train, repeat(noise), number, setup, lead=LEAD, steps=setup.steps)
 
         yield {OURS: loaded, OURS_SYNTHETIC: unloaded}
 
@@ -114,7 +114,7 @@ def plain_training(setup: Setup) -> Iterator[Turns]:
     loader = TorchvisionLoader(source, recipe.views, workers=setup.workers, device=device)
     total = recipe.epochs * order.steps_per_epoch
     step = PlainStep(recipe, device=device, total_steps=total, steps_per_epoch=order.steps_per_epoch)
-    clock, position, number = DeviceClock(device), count(), count()
+    position, number = count(), count()
     noise = synthetic(recipe, device, torch.float32, memory_format=torch.contiguous_format)
     rounds = -(-setup.steps // setup.workers)  # workers finish together where loading is slow: whole rounds count
 
@@ -125,13 +125,13 @@ def plain_training(setup: Setup) -> Iterator[Turns]:
         lead, steps = max(LEAD, setup.workers), rounds * setup.workers
         wanted = [next(position) for _ in range(lead + steps + loader.ahead)]
         batches = loader(indices_of(order, [divmod(n, order.steps_per_epoch) for n in wanted]))
-        report = timed(train, batches, number, clock, setup, lead=lead, steps=steps)
+        report = timed(train, batches, number, setup, lead=lead, steps=steps)
         for views in batches:  # so that the workers rest in the others' turns
             del views
         return report | {"decoder": "PIL", "workers": setup.workers}
 
     def unloaded() -> dict[str, Any]:
-        return timed(train, repeat(noise), number, clock, setup, lead=LEAD, steps=setup.steps)
+        return timed(train, repeat(noise), number, setup, lead=LEAD, steps=setup.steps)
 
     yield {PLAIN: loaded, PLAIN_SYNTHETIC: unloaded}
     source.close()
@@ -153,7 +153,6 @@ def timed(
     train: Train,
     batches: Iterator[Sequence[Tensor]],
     number: Iterator[int],
-    clock: DeviceClock,
     setup: Setup,
     *,
     lead: int,
@@ -163,17 +162,17 @@ def timed(
 
     Returns:
         images, seconds, steps, data_wait (share of the time in which the host waited for a batch), and on CUDA
-        device_idle (share in which the GPU was idle between steps) and device_mib (peak of torch's allocator).
+        device_mib (peak of torch's allocator) and, where they are measured, device_idle (share in which the GPU had
+        nothing queued) and launching (what of it the wait for batches does not explain).
     """
     wait = waiter(setup.device)
     cuda = setup.device == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    with explain_out_of_memory():
+    with explain_out_of_memory(), closing(DeviceClock(torch.device(setup.device))) as clock:
         for _ in range(lead):
             train(next(batches), next(number))
         wait()
-        clock.interrupt()
         waited, began = 0.0, time.perf_counter()
         for _ in range(steps):
             asked = time.perf_counter()
@@ -184,14 +183,16 @@ def timed(
             del views
         wait()
         seconds = time.perf_counter() - began
+        shares = clock.shares()
     report: dict[str, Any] = {
         "images": steps * setup.recipe.batch_size,
         "seconds": seconds,
         "steps": steps,
         "data_wait": waited / seconds,
     }
-    idle = clock.idle_share()
+    if shares is not None:
+        report |= {"device_idle": shares.idle, "launching": shares.launching(report["data_wait"])}
     if cuda:
-        report |= {"device_idle": idle, "device_mib": torch.cuda.max_memory_allocated() / 2**20}
+        report["device_mib"] = torch.cuda.max_memory_allocated() / 2**20
         torch.cuda.empty_cache()  # the others' turns need it
     return report

@@ -17,10 +17,10 @@ from mvssl.init_from import init_from
 from mvssl.memory import explain_out_of_memory
 from mvssl.monitor.failure import check_finite, check_weights
 from mvssl.monitor.jsonl import last_knn
+from mvssl.monitor.limits import what_limits
 from mvssl.monitor.log import run_log
 from mvssl.monitor.monitor import Monitor
 from mvssl.monitor.sheet import write_view_sheet
-from mvssl.monitor.stall import what_limits
 from mvssl.monitor.window import Window
 from mvssl.options import RunOptions, resolve_device
 from mvssl.recipe import Recipe
@@ -251,7 +251,13 @@ class _Loop:
             result.steps,
             result.images_per_second,
             result.images_per_second * views,
-            what_limits(result.data_wait, stats.stages, stats.prepared, device=self.experiment.device),
+            what_limits(
+                result.data_wait,
+                stats.stages,
+                stats.prepared,
+                device=self.experiment.device,
+                shares=self.monitor.device_shares(),
+            ),
         )
         bad = stats.bad
         if bad:

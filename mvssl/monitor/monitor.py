@@ -15,9 +15,9 @@ from rich.console import Console
 from mvssl.diagnostics import collapse_warning, effective_rank, embedding_std
 from mvssl.environment import peak_memory_gib
 from mvssl.experiment import Experiment
+from mvssl.monitor.device_clock import DeviceClock, Shares
 from mvssl.monitor.outputs import Outputs
 from mvssl.monitor.progress import Status
-from mvssl.monitor.stall import DeviceClock
 from mvssl.monitor.window import Window
 from mvssl.run_folder import RunFolder
 from mvssl.run_state import Position
@@ -68,7 +68,7 @@ class Monitor:
                 metrics_bytes=position.metrics_bytes,
             )
         self._clock = _Clock(step=step)
-        self._device_clock = DeviceClock(experiment.device)
+        self._device_clock = DeviceClock(experiment.device, hold=lambda: experiment.step.capturing)
 
     def __enter__(self) -> Monitor:
         return self
@@ -76,6 +76,7 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._device_clock.close()
         if self._outputs is not None:
             self._outputs.close()
 
@@ -108,9 +109,9 @@ class Monitor:
         }
         epoch = (step - 1) // self._experiment.order.steps_per_epoch
         self._outputs.metrics.write({"kind": "train", "step": step, "epoch": epoch, **row})
-        idle = self._device_clock.idle_share()
-        if idle is not None:
-            speed["device_idle"] = idle
+        shares = self._device_clock.shares()
+        if shares is not None:
+            speed |= {"device_idle": shares.idle, "launching": shares.launching(speed["data_wait"])}
         self._outputs.throughput.write({"step": step, **speed})
         self._outputs.scalars.write(step, {f"train/{name}": value for name, value in row.items() if value is not None})
         self._outputs.scalars.write(step, {f"speed/{name}": value for name, value in speed.items()})
@@ -203,6 +204,10 @@ class Monitor:
         """Draw losses.png anew."""
         if self._outputs is not None:
             self._outputs.plot()
+
+    def device_shares(self) -> Shares | None:
+        """The GPU's idle shares since the first log point; None on the CPU, or where they were not measured."""
+        return self._device_clock.run_shares()
 
     def summary(self, *, step: int) -> dict[str, Any]:
         """Images per second and the share of time waited for data since the run was begun or resumed."""

@@ -24,7 +24,7 @@ class Status:
         images_per_second: source images per second since the last log point.
         views_per_image: views cut from each image.
         wait_fraction: share of the time the step waited for a batch.
-        idle_fraction: share of the time the GPU was idle between steps; None on the CPU.
+        idle_fraction: share of the time the GPU had nothing queued, in a step or between two; None on the CPU.
         memory_gib: peak memory of the device (CUDA) or of the process (CPU).
         seconds_left: estimated time to the end.
     """

@@ -107,7 +107,7 @@ def train_result() -> dict[str, Any]:
     """What bench_train writes, as far as the tables need it."""
     speeds = {OURS: 970.0, OURS_SYNTHETIC: 1000.0, PLAIN: 250.0, PLAIN_SYNTHETIC: 500.0}
     turns = {
-        name: [turn(speed, steps=8, data_wait=0.0123, device_idle=0.0456, device_mib=54321.0)]
+        name: [turn(speed, steps=8, data_wait=0.0123, device_idle=0.0456, launching=0.0333, device_mib=54321.0)]
         for name, speed in speeds.items()
     }
     return {
@@ -278,7 +278,7 @@ def test_made_up_gpu_results_fill_the_tables(tree: Path) -> None:
         "1,230 + 77.7 on the GPU",
         f"10.4 (10.0{dash}10.8)",
     ]
-    assert cells(readme, "GPU", OURS) == ["970", "1.2 %", "4.6 %", "1,230 + 54,300 on the GPU"]
+    assert cells(readme, "GPU", OURS) == ["970", "1.2 %", "4.6 %", "3.3 %", "1,230 + 54,300 on the GPU"]
     assert any(
         line.startswith("Loaded over synthetic input: ")
         and all(words in line for words in ("GPU 0.970", "DataLoader: ", "GPU 0.500", "GPU 3.88"))
@@ -296,9 +296,9 @@ def test_cpu_results_that_are_measured_now_fill_the_tables() -> None:
     cpu = {"device": "cpu", "environment": GPU | {"gpus": []}}
     trained = train_result() | cpu
     for contender in trained["contenders"].values():
-        del contender["device_idle"], contender["device_mib"]
+        del contender["device_idle"], contender["launching"], contender["device_mib"]
     lines = result_tables.train({"train_cpu": trained})
-    assert cells(lines, "CPU", OURS) == ["970", "1.2 %", "", "1,230"]
+    assert cells(lines, "CPU", OURS) == ["970", "1.2 %", "", "", "1,230"]
     assert cells(lines, "GPU")[0] == "not measured yet"
     cold = loader_result() | cpu | {"cold": True, "disk": "100 reads a second", "more": "fields"}
     lines = result_tables.loader_cold({"loader_cold_cpu": cold})
@@ -321,7 +321,7 @@ def test_a_contender_that_failed_stays_in_the_table() -> None:
     del result["contenders"][PLAIN]
     result |= {"failed": {PLAIN: "out of memory"}, "times_plain_with_dataloader": None}
     lines = result_tables.train({"train_cuda": result})
-    assert cells(lines, "GPU", PLAIN) == ["failed", "", "", ""]
+    assert cells(lines, "GPU", PLAIN) == ["failed", "", "", "", ""]
     assert any("mvssl over the plain step with a DataLoader: GPU not measured" in line for line in lines)
 
 

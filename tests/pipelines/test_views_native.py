@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
+from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, c_library, draw, paper_views
 from pipelines.views import backends
-from pipelines.views.native import build
 from pipelines.views.native.engine import native_obstacle
 
 needs_compiler = pytest.mark.skipif(native_obstacle() is not None, reason=f"no native backend: {native_obstacle()}")
@@ -96,11 +95,11 @@ def test_auto_takes_native_on_the_cpu() -> None:
 @pytest.fixture
 def _built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine whose cache is empty."""
-    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path / "cache")
-    build.load_library.cache_clear()
+    monkeypatch.setattr(c_library, "cache_folder", lambda: tmp_path / "cache")
+    c_library.load_library.cache_clear()
     backends._announce.cache_clear()
     yield
-    build.load_library.cache_clear()
+    c_library.load_library.cache_clear()
     backends._announce.cache_clear()
 
 
@@ -124,6 +123,6 @@ def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert native_obstacle() is None
     (library,) = (tmp_path / "cache").iterdir()
     built = library.stat().st_mtime_ns
-    build.load_library.cache_clear()
+    c_library.load_library.cache_clear()
     assert native_obstacle() is None
     assert [path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()] == [built]

@@ -9,20 +9,22 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipelines.batch import DecodedBatch
+from pipelines.c_library import load_library
 from pipelines.errors import InputError
-from pipelines.views.native.build import load_library
 from pipelines.views.ops import crop_resize
 from pipelines.views.ops.blur import kernel_half
 from pipelines.views.ops.jitter import operations
 from pipelines.views.params import ViewParams
 from pipelines.views.spec import ViewSpec
 
+_SOURCE = Path(__file__).with_name("views.c")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 Job = np.dtype(
@@ -42,7 +44,7 @@ Job = np.dtype(
 
 def native_obstacle() -> str | None:
     """Why the native backend cannot be used here, or None. The first call builds it."""
-    library = load_library()
+    library = load_library(_SOURCE)
     return library if isinstance(library, str) else None
 
 
@@ -54,7 +56,7 @@ def make_views(
     Raises:
         InputError: the library could not be built, or not with float16.
     """
-    library = load_library()
+    library = load_library(_SOURCE)
     if isinstance(library, str):
         raise InputError(f"backend is 'native' but cannot be used: {library}; take backend 'reference'.")
     if dtype is torch.float16 and not library.has_float16():

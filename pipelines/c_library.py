@@ -1,4 +1,4 @@
-"""Builds views.c with the machine's C compiler, once per source, compiler and processor, into the user's cache."""
+"""Builds C with the machine's compiler, once per source, compiler and processor, into the user's cache."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from pathlib import Path
 
 from pipelines.storage.cache import cache_folder
 
-_SOURCE = Path(__file__).with_name("views.c")
 # No contraction: a fused multiply-add would round differently from the reference. No traps or errno: lets it vectorise.
 _OPTIONS = ("-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _TIMEOUT = 120  # seconds
 
 
 @functools.cache
-def load_library() -> ctypes.CDLL | str:
-    """The built library, or why there is none. Building takes about two seconds, the first time on a machine."""
+def load_library(source: Path) -> ctypes.CDLL | str:
+    """The library built from one C file, or why there is none. Building takes seconds, the first time on a machine."""
     compiler = _compiler()
     if compiler is None:
         return "no C compiler was found (install gcc, or name one in CC)"
     try:
-        return ctypes.CDLL(str(_built(compiler)))
+        return ctypes.CDLL(str(_built(source, compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         return f"{shlex.join(compiler)} could not build it ({output.strip().splitlines()[0]})"
@@ -42,7 +41,7 @@ def _compiler() -> list[str] | None:
     return next(([name] for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
 
 
-def _built(compiler: list[str]) -> Path:
+def _built(source: Path, compiler: list[str]) -> Path:
     """Path of the library, which is built if it is not in the cache.
 
     Raises:
@@ -50,13 +49,13 @@ def _built(compiler: list[str]) -> Path:
         subprocess.SubprocessError: it cannot be built.
     """
     version = _run([*compiler, "--version"])
-    key = hashlib.sha256(repr((_SOURCE.read_bytes(), _OPTIONS, compiler, version, _processor())).encode()).hexdigest()
-    library = cache_folder() / f"views-{key[:32]}.so"
+    key = hashlib.sha256(repr((source.read_bytes(), _OPTIONS, compiler, version, _processor())).encode()).hexdigest()
+    library = cache_folder() / f"{source.stem}-{key[:32]}.so"
     if not library.exists():
         library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             aside = Path(folder) / library.name
-            build = [*compiler, *_OPTIONS, str(_SOURCE), "-o", str(aside), "-lm"]
+            build = [*compiler, *_OPTIONS, str(source), "-o", str(aside), "-lm"]
             try:
                 _run([*build, "-march=native"])
             except subprocess.CalledProcessError:  # not every compiler knows every machine
