@@ -183,9 +183,10 @@ class Recipe:
             that does not fit in memory on a disk that is slow at random places (see `pipelines.order.Order`).
         order_window: images that are mixed at a time where order_chunk is given; memory has to hold two times as many
             encoded images.
-        accumulate: parts that each rank's share of the batch goes through one after the other, with one update for all;
-            only for networks without BatchNorm and losses without in-batch negatives, where the numbers stay the same
-            (stochastic depth draws anew for each part).
+        accumulate: parts that each rank's share of the batch goes through one after the other, with one update for all:
+            the numbers of as many ranks with a part each (running statistics as rank 0's). BatchNorm takes its
+            statistics over a part; without BatchNorm the numbers are those of the whole batch. Stochastic depth draws
+            anew for each part.
         target_decay: decay of the target network at step 0, rising to 1 along a cosine; unused by simsiam.
         temperature: of mocov3's InfoNCE, None for the other methods.
         sync_batchnorm: which networks' BatchNorm takes statistics over the images of all ranks instead of each rank's:

@@ -29,8 +29,7 @@ def build_optimizer(network: nn.Module, config: Optimizer) -> torch.optim.Optimi
     """The optimiser of a network's trainable parameters, which must already be on their device.
 
     LARS and AdamW do not decay vectors (biases, norm scales), SGD decays all (SPEC section 5). Each group says in
-    "vector", "predictor" and "decayed" which rates it follows: `apply_rates` sets them before every step, as floats, so
-    that no update waits for the device.
+    "vector", "predictor" and "decayed" which rates it follows: `apply_rates` sets them before every step.
     """
     lars = config.kind == "lars"
     groups: list[dict[str, Any]] = []

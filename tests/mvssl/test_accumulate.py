@@ -1,4 +1,7 @@
-"""A batch in two parts gives the update of the whole batch; where it could not, it is refused."""
+"""A batch in parts gives the update of the whole batch where no layer looks at more than one image.
+
+With BatchNorm it gives that of as many ranks: `test_ranks_step.py`.
+"""
 
 from __future__ import annotations
 
@@ -101,18 +104,11 @@ def test_clipping_above_is_at_work() -> None:
 
 
 def test_what_cannot_be_split_is_refused() -> None:
-    """The message names the field, its value, what stands in the way and what to do."""
-    with pytest.raises(InputError, match=r"Recipe.accumulate is 2 .*BatchNorm \(here backbone\.\S+\).*set accumulate"):
-        make(accumulate=2, backbone=Backbone(name="test_resnet"))
-    batch_norm = replace(HEAD, norm="batch")
-    for field, layer in (("projector", r"projector\.1"), ("predictor", r"predictors\.layers\.1")):
-        message = rf"Recipe.accumulate is 2 .*BatchNorm \(here {layer}\).*heads with norm layer"
-        with pytest.raises(InputError, match=message):
-            make(accumulate=2, **{field: batch_norm})
-    with pytest.raises(InputError, match=r"Recipe.accumulate is 2 but must be 1 for mocov3.*set accumulate to 1"):
-        make(accumulate=2, method="mocov3", temperature=1.0)
+    """The message names the field, its value, what is allowed and what to do."""
     with pytest.raises(InputError, match=r"Recipe.accumulate is 4 .*divisor of batch_size \(6\).*give"):
         make(accumulate=4)
+    with pytest.raises(InputError, match=r"Recipe.batch_size is 6 .*at least 12 on 1 ranks in 6 parts.*fewer parts"):
+        make(accumulate=6)
     with pytest.raises(InputError, match=r"Recipe.batch_size is 6 .*multiple of 2 ranks times 2 parts.*give each rank"):
         TrainStep(
             replace(RECIPE, accumulate=2),
@@ -121,10 +117,3 @@ def test_what_cannot_be_split_is_refused() -> None:
             steps_per_epoch=2,
             world=World(rank=0, size=2, local_rank=0),
         )
-
-
-def test_whole_batches_take_any_network() -> None:
-    """The refusals above are those of accumulation: in one part all of these run."""
-    make(backbone=Backbone(name="test_resnet"))
-    make(projector=replace(HEAD, norm="batch"))
-    make(method="mocov3", temperature=1.0)

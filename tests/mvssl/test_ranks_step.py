@@ -58,6 +58,15 @@ SAME = {  # recipes whose numbers do not depend on the number of ranks
     "batchnorm over ranks, mocov3": replace(BATCHNORM, sync_batchnorm="both", method="mocov3", temperature=1.0),
     "batchnorm over ranks, simsiam": replace(BATCHNORM, sync_batchnorm="both", method="simsiam", step_mode="per-view"),
 }
+PARTS = {  # recipes whose numbers depend on how many images BatchNorm sees at a time
+    "byol": BATCHNORM,
+    "byol view by view": replace(BATCHNORM, step_mode="per-view"),
+    "byol clipped": replace(BATCHNORM, optimizer=replace(LAYER.optimizer, clip_grad_norm=0.1)),
+    "simsiam": replace(BATCHNORM, method="simsiam"),
+    "mocov3": replace(BATCHNORM, method="mocov3", temperature=0.5),
+    "mocov3 without batchnorm": SAME["mocov3"],
+}
+PARTS_ON_FOUR = ("byol", "mocov3")
 
 
 def batches(recipe: Recipe) -> list[list[Tensor]]:
@@ -117,13 +126,13 @@ def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], *, toleran
 
 @pytest.fixture(scope="module")
 def two() -> list[dict[str, dict[str, Tensor]]]:
-    own = {"batchnorm of each rank": replace(BATCHNORM, views=paper_views(size=32, local_size=16, blur_kernel=5))}
-    return results(run_ranks(traces, 2, SAME | own))
+    return results(run_ranks(traces, 2, SAME | {f"apart: {name}": recipe for name, recipe in PARTS.items()}))
 
 
 @pytest.fixture(scope="module")
 def four() -> list[dict[str, dict[str, Tensor]]]:
-    return results(run_ranks(traces, 4, {name: SAME[name] for name in ON_FOUR}))
+    apart = {f"apart: {name}": PARTS[name] for name in PARTS_ON_FOUR}
+    return results(run_ranks(traces, 4, {name: SAME[name] for name in ON_FOUR} | apart))
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -140,11 +149,28 @@ def test_four_ranks_are_one_process(four: list[dict[str, dict[str, Tensor]]], na
         assert_same(rank[name], expected)
 
 
+@pytest.mark.parametrize("name", PARTS)
+def test_a_batch_in_two_parts_is_two_ranks(two: list[dict[str, dict[str, Tensor]]], name: str) -> None:
+    """Losses, gradients, updates; buffers, which are each rank's own, are the first part's as those of rank 0."""
+    assert_same(trace(replace(PARTS[name], accumulate=2), World()), two[0][f"apart: {name}"])
+
+
+@pytest.mark.parametrize("name", PARTS_ON_FOUR)
+def test_a_batch_in_four_parts_is_four_ranks(four: list[dict[str, dict[str, Tensor]]], name: str) -> None:
+    assert_same(trace(replace(PARTS[name], accumulate=4), World()), four[0][f"apart: {name}"])
+
+
+def test_parts_are_another_training_than_the_whole() -> None:
+    """Or the agreement above would show nothing: BatchNorm over a part is not that over the batch."""
+    ours, whole = trace(replace(BATCHNORM, accumulate=2), World()), trace(BATCHNORM, World())
+    assert not torch.allclose(ours["losses 0"], whole["losses 0"], rtol=1e-3)
+
+
 def test_without_synchronisation_batchnorm_sees_its_own_rank(two: list[dict[str, dict[str, Tensor]]]) -> None:
     """The gradient of the first step is the mean of what each share of the batch has alone; buffers stay apart."""
     recipe = replace(BATCHNORM, batch_size=BATCH // 2)
     alone = [trace(recipe, World(), shares=2, share=share) for share in range(2)]
-    ranks = [rank["batchnorm of each rank"] for rank in two]
+    ranks = [rank["apart: byol"] for rank in two]
     for name in [name for name in alone[0] if name.startswith("gradient 0")]:
         expected = (alone[0][name] + alone[1][name]) / 2
         for rank in ranks:
