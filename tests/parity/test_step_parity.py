@@ -25,6 +25,8 @@ from pipelines.views.spec import ViewSpec
 
 METHODS = ("byol", "simsiam", "mocov3")
 BATCH, STEPS, STEPS_PER_EPOCH = 6, 9, 2
+# How views go through the networks: those of a size as one batch, one by one in one graph, one graph for each.
+PASSES = {"grouped": ("joint", True), "joint": ("joint", False), "per-view": ("per-view", True)}
 WIDTHS = {"test_resnet": 96, "test_vit": 64}
 # Rates with which three updates move the weights far enough to tell a wrong update from a right one.
 RATES: dict[str, dict[str, Any]] = {
@@ -134,10 +136,14 @@ def assert_close(ours: dict[str, Tensor], plain: dict[str, Tensor], *, zeros: fr
         assert error <= 1e-10, f"{name}: relative error {error:.2e}"
 
 
-def twins(recipe: Recipe, total: Callable[[Terms], Tensor]) -> tuple[TrainStep, Plain, torch.Generator]:
+def twins(
+    recipe: Recipe, total: Callable[[Terms], Tensor], *, group_views: bool
+) -> tuple[TrainStep, Plain, torch.Generator]:
     """Our step and the plain version with the same weights, away from the zeros and ones of the initialisation."""
     with float64():
-        step = TrainStep(recipe, device="cpu", total_steps=STEPS, steps_per_epoch=STEPS_PER_EPOCH)
+        step = TrainStep(
+            recipe, device="cpu", total_steps=STEPS, steps_per_epoch=STEPS_PER_EPOCH, group_views=group_views
+        )
     generator = torch.Generator().manual_seed(5)
     for network in (step.online, step.target):
         for p in () if network is None else network.parameters():  # a moving average begins elsewhere
@@ -155,9 +161,11 @@ def twins(recipe: Recipe, total: Callable[[Terms], Tensor]) -> tuple[TrainStep, 
     return step, plain, generator
 
 
-def check(recipe: Recipe, total: Callable[[Terms], Tensor]) -> tuple[TrainStep, list[float]]:
+def check(
+    recipe: Recipe, total: Callable[[Terms], Tensor], *, group_views: bool = True
+) -> tuple[TrainStep, list[float]]:
     """Three updates of both versions, compared all the way; our step and the gradient's norms."""
-    step, plain, generator = twins(recipe, total)
+    step, plain, generator = twins(recipe, total, group_views=group_views)
     gradients: dict[str, Tensor] = {}
     rates: dict[str, tuple[float, float]] = {}
 
@@ -198,17 +206,18 @@ def check(recipe: Recipe, total: Callable[[Terms], Tensor]) -> tuple[TrainStep, 
     return step, norms
 
 
-@pytest.mark.parametrize("step_mode", ["joint", "per-view"])
+@pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("predictors", ["per-view", "shared"])
 @pytest.mark.parametrize("setting", ["multi-task", "two-view", "asymmetric"])
 @pytest.mark.parametrize("method", METHODS)
-def test_step_equals_plain_version(method: str, setting: str, predictors: str, step_mode: str) -> None:
+def test_step_equals_plain_version(method: str, setting: str, predictors: str, passes: str) -> None:
     """Each method with its published optimiser: LARS, or SGD with rates set once an epoch and constant predictors.
 
     SimSiam keeps a second network only for a view that the online network does not embed.
     """
+    step_mode, group_views = PASSES[passes]
     recipe = replace(published(method, setting), predictors=predictors, step_mode=step_mode)
-    step, _ = check(recipe, written_out(method, setting))
+    step, _ = check(recipe, written_out(method, setting), group_views=group_views)
     assert (step.target is None) == (method == "simsiam" and setting != "asymmetric")
     slots = 3 if (setting, predictors) == ("multi-task", "per-view") else 1
     assert len(step.online.predictors.tasks) == slots
