@@ -7,7 +7,8 @@ competes with the launches for Python's lock. A replay needs neither.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -37,6 +38,19 @@ def wants_capture(asked: Literal["auto", "on", "off"], device: torch.device, *, 
     return device.type == "cuda" and (asked == "on" or (asked == "auto" and ranks == 1))
 
 
+@contextmanager
+def in_stream(stream: Any) -> Iterator[None]:
+    """Launch into another stream, after all that the current one has and before all that it gets later."""
+    if stream is None:
+        yield
+        return
+    current: Any = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
+
+
 class Graph(Protocol):
     """Records operations and repeats them."""
 
@@ -50,12 +64,14 @@ class Graph(Protocol):
 class CudaGraph:
     """`Graph` on CUDA. Its memory is its own: activations of a step stay reserved between replays."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: Any = None) -> None:
+        """`stream` is where to record; None takes one of torch's."""
         self._graph: Any = torch.cuda.CUDAGraph()
+        self._stream = stream
 
     def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Record on a stream of its own; threads of the loader go on launching and allocating meanwhile."""
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        """Record beside the current stream; threads of the loader go on launching and allocating meanwhile."""
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             return work()
 
     def replay(self) -> None:
@@ -79,6 +95,7 @@ class StepGraph:
         wanted: bool,
         asked: bool = False,
         warm_up: int = WARM_UP,
+        stream: Any = None,
         graph: Callable[[], Graph] = CudaGraph,
     ) -> None:
         """Nothing is run or recorded yet.
@@ -89,6 +106,7 @@ class StepGraph:
             wanted: whether to record at all.
             asked: whether the user insists: then a failure to record is an error.
             warm_up: steps run one by one before the recording.
+            stream: where they run; None is the current one.
             graph: makes what records.
         """
         self._work = work
@@ -96,6 +114,7 @@ class StepGraph:
         self._wanted = wanted
         self._asked = asked
         self._warm_up = warm_up
+        self._stream = stream
         self._make = graph
         self._done = 0
         self._graph: Graph | None = None
@@ -125,7 +144,8 @@ class StepGraph:
             self._record(stacks)
         if self._graph is None:
             self._done += 1
-            return self._work(stacks)
+            with in_stream(self._stream):
+                return self._work(stacks)
         self._graph.replay()
         return tuple(output.clone() for output in self._outputs)
 
@@ -155,6 +175,7 @@ class StepGraph:
             )
         else:
             self._graph, self.inputs = graph, inputs
+            logger.info("the step is one CUDA graph from here on")
         finally:
             self.capturing = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -70,6 +71,8 @@ class Compiler:
         """
         if not self.compiled or self._proven:
             return work()
+        logger.info("compiling the step, which takes minutes unless an earlier run has left it in the cache ...")
+        began = time.perf_counter()
         buffers = [buffer for module in self._modules for buffer in module.buffers()]
         before = [buffer.clone() for buffer in buffers]
         try:
@@ -94,4 +97,5 @@ class Compiler:
             self.compiled = False
             return work()
         self._proven = True
+        logger.info("compiled in %.0f s", time.perf_counter() - began)
         return result

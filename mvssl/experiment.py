@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from mvssl.compile_cache import keep_compiled_code
 from mvssl.distributed import World
 from mvssl.evaluate.online import check_knn_data
 from mvssl.monitor.indexing import indexing_progress
@@ -76,6 +77,7 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
     if options.data is None:
         raise InputError("data is missing: give the folder of images, or a converted data set, with --data PATH.")
     device = resolve_device(options.device, local_rank=world.local_rank if world.size > 1 else None)
+    keep_compiled_code()
     with ExitStack() as stack:
         train_path, val_path = world.together(partial(_paths, options.data, options.val, world))
         source = _open(train_path, console, world)
@@ -93,6 +95,7 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
             total_steps=recipe.epochs * order.steps_per_epoch,
             steps_per_epoch=order.steps_per_epoch,
             world=world,
+            cuda_graph=options.cuda_graph,
         )
         loader = Loader(
             source,

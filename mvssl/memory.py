@@ -22,5 +22,6 @@ def explain_out_of_memory() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"The GPU's memory is full ({str(error).splitlines()[0]}): add --step-mode per-view, which holds one "
-            "view at a time, or lower --batch-size; --dry-run tells how much a recipe takes."
+            "view at a time, or --accumulate 2, which takes the batch in parts, or lower --batch-size; --cuda-graph "
+            "off gives memory back between steps; --dry-run tells how much a recipe takes."
         ) from error

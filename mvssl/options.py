@@ -24,6 +24,8 @@ class RunOptions:
         decoder: auto takes DALI where it is installed.
         threads: threads that decode; by default chosen from the machine's cores.
         dali: of DALI where it decodes on a GPU.
+        cuda_graph: whether a step is recorded once and replayed by a single launch; auto: on CUDA, in a run of one
+            process. Its memory (the activations of a step) stays reserved.
         prefetch: finished batches kept ready.
         log_every: steps between two log points; the only moments the host waits for the device.
         save_every_epochs: epochs between two checkpoints; 0 saves only at the end of the run and on a signal.
@@ -41,6 +43,7 @@ class RunOptions:
     decoder: Literal["auto", "dali", "pillow"] = "auto"
     threads: int | None = None
     dali: DaliOptions = field(default_factory=DaliOptions)
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
     prefetch: int = 2
     log_every: int = 10
     save_every_epochs: int = 1
@@ -57,6 +60,8 @@ class RunOptions:
         for name in ("threads", "save_every_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise invalid(f"RunOptions.{name}", getattr(self, name), "at least 1", "give a positive number")
+        if self.cuda_graph not in ("auto", "on", "off"):
+            raise invalid("RunOptions.cuda_graph", self.cuda_graph, "auto, on or off", "choose one of these")
         if self.save_every_epochs < 0:
             raise invalid("RunOptions.save_every_epochs", self.save_every_epochs, "0 or more", "give 0 or more epochs")
         if self.resume and self.overwrite:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mvssl.backbones import is_convolutional
-from mvssl.capture import StepGraph, wants_capture
+from mvssl.capture import WARM_UP, WARM_UP_RANKS, CudaGraph, StepGraph, in_stream, wants_capture
 from mvssl.compiling import wants_compile
 from mvssl.distributed import World
 from mvssl.methods import get_method
@@ -125,18 +125,29 @@ class TrainStep:
             grouped=group_views and self.view_by_view is None,
             targets_first=self.target is None,
         )
-        self._objective = Objective(
-            recipe,
-            method,
-            self.online,
-            self.target,
-            self._plan,
-            world=self._world,
-            compiled=wants_compile(recipe, self.device, ranks=self._world.size),
-            autocast=self.autocast_dtype,
-            scaler=self.scaler,
+        # DistributedDataParallel keeps to the stream it is made in, and what is recorded must lie in one.
+        stream: Any = torch.cuda.Stream(self.device) if captures and self._world.size > 1 else None  # type: ignore[no-untyped-call]  # torch's
+        with in_stream(stream):
+            self._objective = Objective(
+                recipe,
+                method,
+                self.online,
+                self.target,
+                self._plan,
+                world=self._world,
+                compiled=wants_compile(recipe, self.device, ranks=self._world.size),
+                autocast=self.autocast_dtype,
+                scaler=self.scaler,
+            )
+        self._graph = StepGraph(
+            self._device_step,
+            self._forget,
+            wanted=captures,
+            asked=cuda_graph == "on",
+            warm_up=WARM_UP if stream is None else WARM_UP_RANKS,
+            stream=stream,
+            graph=lambda: CudaGraph(stream),
         )
-        self._graph = StepGraph(self._device_step, self._forget, wanted=captures, asked=cuda_graph == "on")
 
     @property
     def compiled(self) -> bool:

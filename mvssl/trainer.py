@@ -291,6 +291,22 @@ def _announce(experiment: Experiment, folder: RunFolder, step: int) -> None:
     )
     if step:
         logger.info("from step %d of %d", step, experiment.total_steps)
+    if recipe.accumulate > 1:
+        images = recipe.batch_size // ranks // recipe.accumulate
+        logger.info(
+            "a step takes its images in %d parts of %d, with one update for all: the numbers of %d processes, each "
+            "with a part (BatchNorm over %d images at a time)",
+            recipe.accumulate,
+            images,
+            ranks * recipe.accumulate,
+            images,
+        )
+    if recipe.step_mode == "joint" and experiment.step.view_by_view is not None:
+        logger.info(
+            "views pass one by one, which is slower than those of one size together: %s takes statistics of its batch "
+            "in a way of its own",
+            experiment.step.view_by_view,
+        )
     if recipe.evaluation.every_epochs and not experiment.evaluates:
         logger.info("no kNN: the images have no labels; collapse is still watched by embedding spread and rank")
     logger.info("run folder: %s", folder.path)

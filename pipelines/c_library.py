@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from pipelines.storage.cache import cache_folder
+from pipelines.cache_folder import cache_folder
 
 # No contraction: a fused multiply-add would round differently from the reference. No traps or errno: lets it vectorise.
 _OPTIONS = ("-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")

@@ -1,8 +1,7 @@
 """Keep the index of a folder or list between runs, and notice when it is stale.
 
-The cache lies in the user's cache folder (``$XDG_CACHE_HOME/mvssl``, else ``~/.cache/mvssl``, else ``mvssl-<uid>``
-among the temporary files) and not beside the data: data sets are often shared or read-only, and a file beside the
-images would change the very folder that is watched.
+The cache lies in the user's cache folder and not beside the data: data sets are often shared or read-only, and a file
+beside the images would change the very folder that is watched.
 
 An index is stale when the modification time of any folder in it (or of the list) has changed: that is every image
 added, removed or renamed. A file overwritten in place is not noticed, and need not be: only its size is out of date.
@@ -20,22 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.cache_folder import cache_folder
 from pipelines.storage.index import FileIndex
 from pipelines.storage.keys import KeyTable
 
 _VERSION = 1
 _SETTLED_NS = 2_000_000_000  # coarsest modification times of common file systems (FAT, some NFS servers): 2 s
-
-
-def cache_folder() -> Path:
-    """Folder of the cached indexes; it need not exist."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    if base:
-        return Path(base) / "mvssl"
-    try:
-        return Path.home() / ".cache" / "mvssl"
-    except RuntimeError:  # no HOME, and a user id without a name: usual in containers
-        return Path(tempfile.gettempdir()) / f"mvssl-{os.getuid()}"
 
 
 def cache_file(path: Path) -> Path:
