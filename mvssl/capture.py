@@ -127,6 +127,11 @@ class StepGraph:
         """Whether steps are replays."""
         return self._graph is not None
 
+    @property
+    def warm_up(self) -> int:
+        """Steps after which all are alike: the first one compiles, and if a graph is wanted a later one records it."""
+        return self._warm_up + 1 if self._wanted else 1
+
     def __call__(self, stacks: list[Tensor]) -> tuple[Tensor, ...]:
         """Run one step.
 

@@ -160,6 +160,23 @@ class TrainStep:
         return self._graph.captured
 
     @property
+    def description(self) -> str:
+        """In words, how steps are run by now."""
+        how = ["compiled" if self.compiled else "not compiled"]
+        if self.recipe.step_mode == "per-view":
+            how.append("one graph a view")
+        else:
+            how.append("views of one size together" if self.view_by_view is None else "views one by one")
+        if self.device.type == "cuda":
+            how.append("one CUDA graph" if self.captured else "launched kernel by kernel")
+        return ", ".join(how)
+
+    @property
+    def warm_up(self) -> int:
+        """How many steps compile or record something; later ones are all alike."""
+        return self._graph.warm_up
+
+    @property
     def capturing(self) -> bool:
         """Whether a CUDA graph is being recorded at this moment, when other threads should leave the device's queue."""
         return self._graph.capturing

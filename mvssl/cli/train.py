@@ -18,6 +18,7 @@ from mvssl.distributed import FailedElsewhere, process_local_rank, process_rank
 from mvssl.dry_run import dry_run
 from mvssl.monitor.failure import Diverged
 from mvssl.options import RunOptions
+from mvssl.profile_run import profile_run
 from mvssl.recipe import Recipe
 from mvssl.recipe_file import is_recipe_file, resolve_recipe
 from mvssl.recipes import all_recipes
@@ -25,7 +26,7 @@ from mvssl.serialize import to_dict
 from mvssl.signals import EXIT_INTERRUPTED
 from mvssl.trainer import Interrupted, run
 from pipelines.console import EXIT_ERROR, run_cli
-from pipelines.errors import InputError
+from pipelines.errors import InputError, invalid
 
 USAGE = """usage: mvssl-train RECIPE --data PATH --out RUN [overrides]
 
@@ -46,13 +47,23 @@ class TrainArguments:
         recipe: what decides the numbers.
         options: where to read and write, and how to report.
         print_config: print the resolved recipe as JSON and stop.
-        dry_run: build everything, run two steps, report memory and images/s, leave nothing.
+        dry_run: build everything, run a few steps, report memory, images/s and on a GPU launches and what holds it;
+            leave nothing.
+        profile: train nothing, but measure this many steps: what takes their time, as a table and a trace in the
+            folder --out.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     options: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
     print_config: bool = False
     dry_run: bool = False
+    profile: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.profile is not None and self.profile < 1:
+            raise invalid("profile", self.profile, "1 or more", "give a number of steps")
+        if self.profile is not None and self.dry_run:
+            raise InputError("dry_run and profile exclude each other: give one of --dry-run and --profile.")
 
 
 def parse(arguments: Sequence[str]) -> TrainArguments:
@@ -108,6 +119,8 @@ def body(arguments: Sequence[str]) -> int:
     try:
         if parsed.dry_run:
             dry_run(parsed.recipe, parsed.options, console)
+        elif parsed.profile is not None:
+            profile_run(parsed.recipe, parsed.options, console, steps=parsed.profile)
         else:
             run(parsed.recipe, parsed.options, console=console)
     except Interrupted as stopped:
