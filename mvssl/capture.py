@@ -6,6 +6,7 @@ competes with the launches for Python's lock. A replay needs neither.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -71,6 +72,7 @@ class CudaGraph:
 
     def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Record beside the current stream; threads of the loader go on launching and allocating meanwhile."""
+        gc.collect()  # what cycles still hold of the steps before would be missing in the graph's own memory
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             return work()
 
