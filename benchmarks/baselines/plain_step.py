@@ -1,8 +1,8 @@
 """A training step as it is commonly written: eager, NCHW, one module per predictor, loops over views and parameters.
 
 A peer to be measured against, for the same recipes and with the same numbers as `mvssl.step` up to rounding (tested).
-It has autocast and the recipe's `step_mode`; it has no compilation, channels-last memory, stacked predictors or fused
-updates.
+It has autocast and the recipe's `step_mode`; it has no compilation, channels-last memory, views that pass as one batch,
+stacked predictors or fused updates.
 """
 
 from __future__ import annotations
