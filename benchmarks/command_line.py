@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +49,7 @@ def command_of(prog: str, words: Sequence[str]) -> str:
             next(rest, None)
         elif not word.startswith("--out="):
             kept.append(Path(word).name if "/" in word else word)
-    return " ".join([prog, *kept])
+    return f"{prog} {shlex.join(kept)}".strip()
 
 
 def write_result(path: Path | None, result: Mapping[str, Any]) -> None:

@@ -63,8 +63,7 @@ def take_turns(
     Args:
         builds: the processes, the most important ones first.
         repeats: turns of each.
-        budget: when to begin no more: no process, and no turn. Every contender that is built and warm has one turn
-            before any has a second one.
+        budget: when to begin no more. Who has warmed up until then, which is what takes long, takes one turn.
         keep: called after every turn that counts, to save what there is.
     """
     outcome, budget = Outcome(), budget or Budget(None)
@@ -85,10 +84,11 @@ def take_turns(
                 _say(f"built {process} in {time.monotonic() - began:.1f} s")
                 entrants |= dict.fromkeys(isolated.contenders, isolated)
         for number in range(repeats + 1):
-            for name in [name for name in entrants if name not in outcome.failed]:
-                if budget.spent:
-                    if name not in outcome.turns and name not in outcome.missing:
-                        _leave_out(outcome, name, budget.reason)
+            for name in [name for name in entrants if name not in outcome.failed | outcome.missing]:
+                late = budget.spent
+                if late and number == 0:
+                    _leave_out(outcome, name, budget.reason)
+                if late and number != 1:
                     continue
                 began = time.monotonic()
                 try:
