@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ import torch
 from pipelines.batch import DecodedBatch
 from pipelines.decode import Decoder
 from pipelines.storage.source import Source
+
+Encoded = np.ndarray | str
+"""An image's bytes, uint8 [bytes], or in a few words why they cannot be read."""
 
 _READERS = 8  # reading waits for disks and networks, not for cores
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # this process or machine ran out of something: no image's fault
@@ -35,10 +39,10 @@ class Fetched:
 
 
 class Fetcher:
-    """Reads and decodes; to be called from one thread at a time.
+    """Reads and decodes. One thread may read ahead while another one decodes.
 
     Attributes:
-        reading_seconds, decoding_seconds: what calls have taken so far (monotonic clock).
+        reading_seconds, decoding_seconds: what `read`, and what calls, have taken so far (monotonic clock).
     """
 
     def __init__(self, source: Source, decoder: Decoder) -> None:
@@ -53,25 +57,37 @@ class Fetcher:
         """Which decoder is in use."""
         return self._decoder.name
 
-    def __call__(self, indices: Sequence[int]) -> Fetched:
-        """Read and decode the images of these dataset indices.
+    def read(self, indices: Sequence[int]) -> dict[int, Encoded]:
+        """Read the images of these dataset indices; to be called from one thread at a time.
 
         Raises:
-            InputError: the storage itself is damaged, or the decoder fails. A file that cannot be read is a failure and
-                no exception.
+            InputError: the storage itself is damaged. A file that cannot be read is a reason and no exception.
             OSError: no more files can be opened, or there is no memory.
         """
         began = time.monotonic()
-        share = -(-len(indices) // _READERS) or 1
-        parts = self._pool.map(self._read, [indices[at : at + share] for at in range(0, len(indices), share)])
-        read = [item for part in parts for item in part]
-        failures = {n: item for n, item in enumerate(read) if isinstance(item, str)}
-        positions = [n for n in range(len(read)) if n not in failures]
-        encoded = [item for item in read if not isinstance(item, str)]
-        read_at = time.monotonic()
+        read = self._read(indices)
+        self.reading_seconds += time.monotonic() - began
+        return read
+
+    def __call__(self, indices: Sequence[int], read: Mapping[int, Encoded] = MappingProxyType({})) -> Fetched:
+        """Decode the images of these dataset indices; to be called from one thread at a time.
+
+        Args:
+            indices: what to decode, in this order.
+            read: what has been read of it already; the rest is read now.
+
+        Raises:
+            InputError: the decoder fails, or as `read`.
+            OSError: as `read`.
+        """
+        began = time.monotonic()
+        late = self._read([index for index in indices if index not in read])
+        items = [read[index] if index in read else late[index] for index in indices]
+        failures = {n: item for n, item in enumerate(items) if isinstance(item, str)}
+        positions = [n for n in range(len(items)) if n not in failures]
+        encoded = [item for item in items if not isinstance(item, str)]
         decoded = self._decoder(encoded)
-        self.reading_seconds += read_at - began
-        self.decoding_seconds += time.monotonic() - read_at
+        self.decoding_seconds += time.monotonic() - began
         failures.update((positions[n], reason) for n, reason in decoded.failures.items())
         index = np.array([i for n, i in enumerate(indices) if n not in failures], dtype=np.int64)
         batch = DecodedBatch.packed(
@@ -87,13 +103,18 @@ class Fetcher:
         self._pool.shutdown()
         self._decoder.close()
 
-    def _read(self, indices: Sequence[int]) -> list[np.ndarray | str]:
-        read: list[np.ndarray | str] = []
+    def _read(self, indices: Sequence[int]) -> dict[int, Encoded]:
+        share = -(-len(indices) // _READERS) or 1
+        parts = self._pool.map(self._read_some, [indices[at : at + share] for at in range(0, len(indices), share)])
+        return {index: item for part in parts for index, item in part}
+
+    def _read_some(self, indices: Sequence[int]) -> list[tuple[int, Encoded]]:
+        read: list[tuple[int, Encoded]] = []
         for index in indices:
             try:
-                read.append(self._source.read(index))
+                read.append((index, self._source.read(index)))
             except OSError as error:
                 if error.errno in _OURS:
                     raise
-                read.append(f"it cannot be read: {error.strerror or error}")
+                read.append((index, f"it cannot be read: {error.strerror or error}"))
         return read

@@ -1,10 +1,10 @@
 """The loader: batches of views, prepared in a thread while the model trains.
 
-Threads. One producer thread reads, decodes, draws and makes views; reading and decoding use small pools of their own
-(`threads` for decoding, see `pipelines.decode.default_threads`). On a GPU the producer's torch work is the draws only.
-On the CPU the views take as many threads as torch has for its operations, beside those of the training step: both teams
-share the cores through the operating system. The producer does not call `torch.set_num_threads`, which would change the
-training step too.
+Threads. While the views of one batch are made, the next one is decoded and the one after that is read: three threads,
+one after the other, each at most one batch ahead of the next. Reading and decoding use small pools of their own
+(`threads` for decoding, see `pipelines.decode.default_threads`). On the CPU the views take as many threads as torch has
+for its operations, beside those of the training step: both teams share the cores through the operating system. Nobody
+here calls `torch.set_num_threads`, which would change the training step too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,14 +23,14 @@ from numpy.typing import NDArray
 from pipelines.batch import ViewBatch
 from pipelines.decode import DaliOptions, default_threads, make_decoder
 from pipelines.errors import InputError, invalid
-from pipelines.fetch import Fetcher
+from pipelines.fetch import Encoded, Fetcher
 from pipelines.loader_stats import LoaderStats
 from pipelines.order import Order
 from pipelines.prefetch import Prefetcher
 from pipelines.read_ahead import BATCHES_AHEAD, ReadAhead
 from pipelines.side_stream import SideStream, receive, with_index
 from pipelines.storage.source import Source
-from pipelines.substitute import fetch_complete
+from pipelines.substitute import Complete, fetch_complete, usable_indices
 from pipelines.views.draw import draw
 from pipelines.views.engine import ViewEngine
 from pipelines.views.spec import ViewSpec
@@ -36,6 +38,35 @@ from pipelines.views.spec import ViewSpec
 _log = logging.getLogger("mvssl.data")
 
 _Prepared = tuple[ViewBatch, torch.cuda.Event | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Which batch it is that goes through the stages.
+
+    Attributes:
+        epoch, step: its number.
+        permutation: int64 [num_images], the epoch's order.
+        positions: its places there.
+        location: where the images are, for messages.
+    """
+
+    epoch: int
+    step: int
+    permutation: NDArray[np.int64]
+    positions: slice
+    location: str
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Name the batch in what goes wrong unexpectedly."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            error.add_note(f"while batch {self.step} of epoch {self.epoch} of {self.location} was prepared")
+            raise
 
 
 class Loader:
@@ -209,7 +240,36 @@ class Loader:
                     self._stop()
 
     def _produce(self, epochs: Sequence[int], first_step: int) -> Generator[_Prepared, None, None]:
-        """Runs in the producer's thread."""
+        """Makes views; runs in the thread whose finished batches wait for the training."""
+        decoding = Prefetcher(self._decode(epochs, first_step), depth=1, name="mvssl-decode", room_first=True)
+        with closing(decoding):
+            for place, complete in decoding:
+                with place.named():
+                    prepared = self._make(place, complete)
+                del complete  # or its pixels would live until the next ones are there
+                yield prepared
+                del prepared
+
+    def _decode(self, epochs: Sequence[int], first_step: int) -> Generator[tuple[_Place, Complete], None, None]:
+        """Decodes; runs in a thread of its own, one batch ahead of the views."""
+        reading = Prefetcher(self._read(epochs, first_step), depth=1, name="mvssl-encoded", room_first=True)
+        with closing(reading):
+            for place, read in reading:
+                with place.named(), self._side.use(), torch.no_grad():
+                    complete = fetch_complete(
+                        partial(self._fetch, read=read),
+                        place.permutation,
+                        place.positions,
+                        bad=self._bad,
+                        found_bad=self._found_bad,
+                        key=self._source.key,
+                    )
+                del read
+                yield place, complete
+                del complete
+
+    def _read(self, epochs: Sequence[int], first_step: int) -> Generator[tuple[_Place, dict[int, Encoded]], None, None]:
+        """Reads encoded bytes; runs in a thread of its own, one batch ahead of the decoder."""
         window = self._order.window_steps
         reading = self._reading(epochs, first_step)
         with closing(ReadAhead(self._source, reading, lead=window + BATCHES_AHEAD, late=window)) as ahead:
@@ -217,13 +277,17 @@ class Loader:
                 permutation = self._order.permutation(epoch)
                 for step in range(first_step, self.steps_per_epoch):
                     ahead.advance()
-                    try:
-                        yield self._prepare(permutation, epoch, step)
-                    except InputError:
-                        raise
-                    except Exception as error:
-                        error.add_note(f"while batch {step} of epoch {epoch} of {self._source.location} was prepared")
-                        raise
+                    place = _Place(
+                        epoch=epoch,
+                        step=step,
+                        permutation=permutation,
+                        positions=self._order.positions(step, rank=self._rank, world_size=self._world_size),
+                        location=str(self._source.location),
+                    )
+                    with place.named():
+                        read = self._fetch.read(usable_indices(permutation, place.positions, bad=self._bad))
+                    yield place, read
+                    del read
                 first_step = 0
 
     def _reading(self, epochs: Iterable[int], first_step: int) -> Iterator[list[int]]:
@@ -242,26 +306,18 @@ class Loader:
             first_step = 0
 
     @torch.no_grad()
-    def _prepare(self, permutation: NDArray[np.int64], epoch: int, step: int) -> _Prepared:
-        positions = self._order.positions(step, rank=self._rank, world_size=self._world_size)
+    def _make(self, place: _Place, complete: Complete) -> _Prepared:
+        """The views of a decoded batch."""
+        began = time.monotonic()
         with self._side.use():
-            complete = fetch_complete(
-                self._fetch,
-                permutation,
-                positions,
-                bad=self._bad,
-                found_bad=self._found_bad,
-                key=self._source.key,
-            )
-            self.stats.replaced += complete.replaced
-            began = time.monotonic()
             batch = self._side.upload(complete.batch)
-            params = draw(self._specs, batch.sizes, seed=self._order.seed, epoch=epoch, index=batch.index)
+            params = draw(self._specs, batch.sizes, seed=self._order.seed, epoch=place.epoch, index=batch.index)
             views = self._engine(batch, params)
             event = self._side.mark(complete.held, batch, params)
         stages = self.stats.stages
         stages.storage, stages.decode = self._fetch.reading_seconds, self._fetch.decoding_seconds
         stages.views += time.monotonic() - began
+        self.stats.replaced += complete.replaced
         self.stats.prepared += len(batch)
         return ViewBatch(views=views, index=batch.index, labels=batch.labels), event
 

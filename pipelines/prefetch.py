@@ -16,13 +16,20 @@ _PATROL = 1.0  # seconds of waiting after which the consumer looks whether the p
 class _Queue(Generic[T]):
     """What the two threads share: finished items, the end, and the wish to stop."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, *, room_first: bool) -> None:
         self.changed = threading.Condition()
         self.depth = depth
+        self.room_first = room_first
         self.items: deque[T] = deque()
         self.stopped = False
         self.ended = False
         self.error: BaseException | None = None
+
+    def wanted(self) -> bool:
+        """Wait until the next item may be made; False if the consumer has stopped."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.stopped or not self.room_first or len(self.items) < self.depth)
+            return not self.stopped
 
     def put(self, item: T) -> bool:
         """Wait for a free place; False if the consumer has stopped."""
@@ -71,7 +78,9 @@ class _Queue(Generic[T]):
 
 
 class Prefetcher(Generic[T]):
-    """An iterator over a generator that runs in a thread of its own, at most `depth` items ahead.
+    """An iterator over a generator that runs in a thread of its own, at most `depth` finished items ahead.
+
+    With `room_first` at most `depth` items exist before the consumer takes them, the one in the making included.
 
     What the generator raises is raised to the consumer, at its place among the items; however the thread ends, the
     consumer does not wait for ever. `close`, garbage collection and the interpreter's exit all stop the thread: it
@@ -81,9 +90,9 @@ class Prefetcher(Generic[T]):
         wait_seconds: time the consumer has waited for items so far (monotonic clock).
     """
 
-    def __init__(self, items: Generator[T, None, None], *, depth: int, name: str) -> None:
+    def __init__(self, items: Generator[T, None, None], *, depth: int, name: str, room_first: bool = False) -> None:
         self.wait_seconds = 0.0
-        self._queue: _Queue[T] = _Queue(depth)
+        self._queue: _Queue[T] = _Queue(depth, room_first=room_first)
         # A daemon, so that a full queue never keeps the interpreter alive; the finalizer ends it before exit.
         self._thread = threading.Thread(target=_produce, args=(items, self._queue), name=name, daemon=True)
         self._finalizer = weakref.finalize(self, _stop, self._queue, self._thread)
@@ -107,7 +116,7 @@ class Prefetcher(Generic[T]):
 def _produce(items: Generator[T, None, None], queue: _Queue[T]) -> None:
     error: BaseException | None = None
     try:
-        while queue.put(next(items)):
+        while queue.wanted() and queue.put(next(items)):
             pass
     except StopIteration:
         pass
