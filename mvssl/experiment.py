@@ -18,6 +18,7 @@ from mvssl.monitor.indexing import indexing_progress
 from mvssl.options import RunOptions, resolve_device
 from mvssl.recipe import Recipe
 from mvssl.step import TrainStep
+from pipelines.cache_choice import free_memory, keep_decoded
 from pipelines.errors import InputError
 from pipelines.loader import Loader
 from pipelines.order import Order
@@ -39,6 +40,7 @@ class Experiment:
         loader: batches of views in that order.
         step: one optimiser update.
         world: the ranks that train together.
+        cache: in a sentence, where decoded images are kept; "" without a cache.
     """
 
     recipe: Recipe
@@ -50,6 +52,7 @@ class Experiment:
     loader: Loader
     step: TrainStep
     world: World
+    cache: str = ""
 
     @property
     def total_steps(self) -> int:
@@ -97,6 +100,7 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
             world=world,
             cuda_graph=options.cuda_graph,
         )
+        source, cache = world.together(partial(_keep, source, options, device, console, world))
         loader = Loader(
             source,
             recipe.views,
@@ -122,7 +126,23 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
             loader=loader,
             step=step,
             world=world,
+            cache=cache,
         )
+
+
+def _keep(
+    source: Source, options: RunOptions, device: torch.device, console: Console, world: World
+) -> tuple[Source, str]:
+    """The training images as the cache that was chosen gives them, when all else that takes the GPU's memory is there.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    if options.cache == "off":
+        return source, ""
+    memory = free_memory(device, processes=len(world.beside))
+    progress = indexing_progress(console, source.location, what="sizes of")
+    return keep_decoded(source, options.cache, device=device, memory=memory, progress=progress)
 
 
 def _order(recipe: Recipe, source: Source, val: Source | None, world: World) -> Order:

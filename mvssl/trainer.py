@@ -291,6 +291,8 @@ def _announce(experiment: Experiment, folder: RunFolder, step: int) -> None:
     )
     if step:
         logger.info("from step %d of %d", step, experiment.total_steps)
+    if experiment.cache:
+        logger.info("%s", experiment.cache)
     if recipe.accumulate > 1:
         images = recipe.batch_size // ranks // recipe.accumulate
         logger.info(

@@ -11,9 +11,11 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipelines.batch import DecodedBatch
 from pipelines.decode import Decoder
+from pipelines.pixel_store import KeptSource, PixelStore
 from pipelines.storage.source import Source
 
 Encoded = np.ndarray | str
@@ -48,6 +50,7 @@ class Fetcher:
     def __init__(self, source: Source, decoder: Decoder) -> None:
         self._source = source
         self._decoder = decoder
+        self._store = source.store if isinstance(source, KeptSource) else None
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="mvssl-read")
         self.reading_seconds = 0.0
         self.decoding_seconds = 0.0
@@ -58,19 +61,19 @@ class Fetcher:
         return self._decoder.name
 
     def read(self, indices: Sequence[int]) -> dict[int, Encoded]:
-        """Read the images of these dataset indices; to be called from one thread at a time.
+        """Read the images of these dataset indices, but for those that are kept decoded; from one thread at a time.
 
         Raises:
             InputError: the storage itself is damaged. A file that cannot be read is a reason and no exception.
             OSError: no more files can be opened, or there is no memory.
         """
         began = time.monotonic()
-        read = self._read(indices)
+        read = self._read(self._missing(indices))
         self.reading_seconds += time.monotonic() - began
         return read
 
     def __call__(self, indices: Sequence[int], read: Mapping[int, Encoded] = MappingProxyType({})) -> Fetched:
-        """Decode the images of these dataset indices; to be called from one thread at a time.
+        """Decode the images of these dataset indices, or take those that are kept; from one thread at a time.
 
         Args:
             indices: what to decode, in this order.
@@ -81,22 +84,51 @@ class Fetcher:
             OSError: as `read`.
         """
         began = time.monotonic()
+        fetched = self._decode(indices, read) if self._store is None else self._kept(self._store, indices, read)
+        self.decoding_seconds += time.monotonic() - began
+        return fetched
+
+    def _kept(self, store: PixelStore, indices: Sequence[int], read: Mapping[int, Encoded]) -> Fetched:
+        """Decode what is not kept yet and keep it; the whole batch from where it is kept."""
+        missing = self._missing(indices)
+        if not missing:
+            return Fetched(batch=store.batch(indices, self._labels(indices)), failures={}, encoded=())
+        fetched = self._decode(missing, read)
+        store.add(fetched.batch)
+        reasons = {missing[n]: reason for n, reason in fetched.failures.items()}
+        failures = {n: reasons[index] for n, index in enumerate(indices) if index in reasons}
+        good = [index for index in indices if index not in reasons]
+        kept = [index for index in good if index in store]
+        batch = store.batch(kept, self._labels(kept))
+        if len(kept) < len(good):  # images that no room was made for
+            batch = _chosen(batch, fetched.batch, good)
+        return Fetched(batch=batch, failures=failures, encoded=fetched.encoded)
+
+    def _missing(self, indices: Sequence[int]) -> list[int]:
+        """What is not kept, each once."""
+        if self._store is None:
+            return list(indices)
+        return [index for index in dict.fromkeys(indices) if index not in self._store]
+
+    def _decode(self, indices: Sequence[int], read: Mapping[int, Encoded]) -> Fetched:
         late = self._read([index for index in indices if index not in read])
         items = [read[index] if index in read else late[index] for index in indices]
         failures = {n: item for n, item in enumerate(items) if isinstance(item, str)}
         positions = [n for n in range(len(items)) if n not in failures]
         encoded = [item for item in items if not isinstance(item, str)]
         decoded = self._decoder(encoded)
-        self.decoding_seconds += time.monotonic() - began
         failures.update((positions[n], reason) for n, reason in decoded.failures.items())
-        index = np.array([i for n, i in enumerate(indices) if n not in failures], dtype=np.int64)
+        good = [i for n, i in enumerate(indices) if n not in failures]
         batch = DecodedBatch.packed(
             decoded.pixels,
             sizes=decoded.sizes,
-            index=torch.from_numpy(index),
-            labels=torch.from_numpy(np.asarray(self._source.labels, dtype=np.int64)[index]),
+            index=torch.tensor(good, dtype=torch.int64),
+            labels=torch.from_numpy(self._labels(good)),
         )
         return Fetched(batch=batch, failures=failures, encoded=encoded)
+
+    def _labels(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        return np.asarray(self._source.labels, dtype=np.int64)[np.asarray(indices, dtype=np.int64)]
 
     def close(self) -> None:
         """End the reading threads and close the decoder."""
@@ -118,3 +150,16 @@ class Fetcher:
                     raise
                 read.append((index, f"it cannot be read: {error.strerror or error}"))
         return read
+
+
+def _chosen(kept: DecodedBatch, decoded: DecodedBatch, order: Sequence[int]) -> DecodedBatch:
+    """One batch of the images of two, in this order of dataset indices, each copied."""
+    found = {
+        index: (batch.image(n).reshape(-1).to(decoded.device), batch.sizes[n], batch.labels[n])
+        for batch in (decoded, kept)
+        for n, index in enumerate(batch.index.tolist())
+    }
+    pixels, sizes, labels = zip(*(found[index] for index in order), strict=True)
+    return DecodedBatch.packed(
+        torch.cat(pixels), sizes=torch.stack(sizes), index=torch.tensor(order), labels=torch.stack(labels)
+    )

@@ -48,6 +48,12 @@ class _Params(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in SHAPES]
 
 
+def native_obstacle() -> str | None:
+    """Why nothing can be drawn in C here, or None. The first call builds it."""
+    library = load_library(_SOURCE)
+    return library if isinstance(library, str) else None
+
+
 def draw_native(specs: Sequence[ViewSpec], sizes: Tensor, *, seed: int, epoch: int, index: Tensor) -> ViewParams | None:
     """Draw the decisions, or None where C cannot: there is no compiler, or the input is not in order.
 
