@@ -24,9 +24,10 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from benchmarks.command_line import DEFAULT_RECIPE, write_result
 from benchmarks.isolated import Turn
 from benchmarks.loader_contenders import Setup, dali_loader, data_loader, ffcv_loader, open_train, our_loader
-from benchmarks.turns import rates, ratios, take_turns
+from benchmarks.turns import Budget, Outcome, rates, ratios, take_turns
 from mvssl.environment import environment
 from mvssl.recipe_file import resolve_recipe
 from pipelines.console import run_cli
@@ -58,7 +59,8 @@ class Arguments:
         window: images that the chunked order mixes at a time.
         disk: what the data lies on, in words, for the result.
         recipe: whose views are made, by its name or its file.
-        out: JSON file to write.
+        seconds: after which nothing more is begun; all that is wanted by default.
+        out: JSON file to write, anew after every turn.
     """
 
     data: tyro.conf.Positional[tuple[Path, ...]]
@@ -73,7 +75,8 @@ class Arguments:
     chunk: int = 0
     window: int = 32_768
     disk: str = ""
-    recipe: str = "byol_resnet50_200ep"
+    recipe: str = DEFAULT_RECIPE
+    seconds: float | None = None
     out: Path | None = None
 
     def __post_init__(self) -> None:
@@ -149,29 +152,43 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     planned = setups(arguments)
     others = {BASELINE: data_loader, ONE_GRAPH: dali_loader} | dict.fromkeys(FFCV, ffcv_loader)
     builds = {name: partial(others.get(name, our_loader), setup) for name, setup in planned.items()}
-    outcome = take_turns(builds, repeats=arguments.repeats)
     specs = planned[BASELINE].specs
     source = open_train(arguments.data[0])
-    return {
-        "benchmark": "loader",
-        "device": arguments.device,
-        "cold": arguments.cold,
-        "disk": arguments.disk,
-        "chunk": arguments.chunk,
-        "window": arguments.window,
-        "images": len(source),
-        "mean_kilobytes": float(source.nbytes.mean()) / 1e3,
-        "batch_size": arguments.batch_size,
-        "batches": arguments.num_batches,
-        "recipe": Path(arguments.recipe).name,
-        "views_per_image": len(specs),
-        "sizes": [spec.size for spec in specs],
-        "contenders": {name: summary(taken, views=len(specs)) for name, taken in outcome.turns.items()},
-        "times_dataloader": ratios(outcome.turns, BASELINE),
-        "left_out": outcome.missing,
-        "failed": outcome.failed,
-        "environment": environment() | {"command": command(arguments)},
-    }
+    images, mean_kilobytes = len(source), float(source.nbytes.mean()) / 1e3
+    source.close()
+
+    def result(outcome: Outcome, *, unfinished: bool) -> dict[str, Any]:
+        return {
+            "benchmark": "loader",
+            "partial": unfinished,
+            "device": arguments.device,
+            "cold": arguments.cold,
+            "disk": arguments.disk,
+            "chunk": arguments.chunk,
+            "window": arguments.window,
+            "images": images,
+            "mean_kilobytes": mean_kilobytes,
+            "batch_size": arguments.batch_size,
+            "batches": arguments.num_batches,
+            "recipe": Path(arguments.recipe).name,
+            "views_per_image": len(specs),
+            "sizes": [spec.size for spec in specs],
+            "contenders": {name: summary(taken, views=len(specs)) for name, taken in outcome.turns.items()},
+            "times_dataloader": ratios(outcome.turns, BASELINE),
+            "left_out": outcome.missing,
+            "failed": outcome.failed,
+            "environment": environment() | {"command": command(arguments)},
+        }
+
+    return result(
+        take_turns(
+            builds,
+            repeats=arguments.repeats,
+            budget=Budget(arguments.seconds),
+            keep=lambda outcome: write_result(arguments.out, result(outcome, unfinished=True)),
+        ),
+        unfinished=False,
+    )
 
 
 def summary(turns: Sequence[Turn], *, views: int) -> dict[str, Any]:
@@ -209,9 +226,7 @@ def body() -> int:
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.bench_loader")
     result = measure(arguments)
     print(json.dumps(result, indent=2))
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(arguments.out, result)
     return 1 if result["failed"] or not result["contenders"] else 0
 
 

@@ -9,7 +9,6 @@ mvssl-train.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -24,15 +23,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from benchmarks.command_line import command_of, parse_with_recipe, write_result
 from mvssl.compile_cache import FOLDERS
 from mvssl.environment import environment
 from mvssl.recipe import Recipe
-from mvssl.recipe_file import resolve_recipe
 from mvssl.serialize import from_dict, to_dict
 from pipelines.console import run_cli
 from pipelines.errors import InputError, invalid
 
-DEFAULT_RECIPE = "byol_resnet50_200ep"
+PROG = "python -m benchmarks.bench_start"
 STARTS: dict[str, Literal["on", "off"]] = {
     "compiled, first start": "on",
     "compiled, second start": "on",
@@ -64,22 +63,9 @@ class Arguments:
             raise invalid("repeats", self.repeats, "1 or more", "give a larger number")
 
 
-def parse(arguments: Sequence[str]) -> Arguments:
-    """Parse the command line, whose --recipe gives the defaults of the recipe's fields.
-
-    Raises:
-        InputError: there is no such recipe, or a value cannot be used.
-        SystemExit: with code 2 for wrong usage, 0 after printing help.
-    """
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--recipe", default=DEFAULT_RECIPE)
-    chosen, rest = chooser.parse_known_args(arguments)
-    return tyro.cli(
-        Arguments,
-        prog="python -m benchmarks.bench_start",
-        args=rest,
-        default=Arguments(recipe=resolve_recipe(chosen.recipe)),
-    )
+def parse(words: Sequence[str]) -> Arguments:
+    """Parse the command line; see `parse_with_recipe`."""
+    return parse_with_recipe(Arguments, words, prog=PROG, default=lambda recipe: Arguments(recipe=recipe))
 
 
 def steps_of_a_start() -> None:
@@ -164,9 +150,7 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
                     "starts": {name: _median(taken) for name, taken in seconds.items() if taken},
                     "environment": environment() | {"command": command},
                 }
-                if arguments.out is not None:
-                    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+                write_result(arguments.out, result)
     return result
 
 
@@ -184,8 +168,7 @@ def body() -> int:
 
         if not torch.cuda.is_available():
             raise InputError("device is cuda but torch finds no CUDA device here: take --device cpu.")
-    words = [word for word in sys.argv[1:] if "/" not in word and word != "--out"]
-    result = measure(arguments, command=" ".join(["python -m benchmarks.bench_start", *words]))
+    result = measure(arguments, command=command_of(PROG, sys.argv[1:]))
     print(json.dumps(result, indent=2))
     return 0
 

@@ -11,7 +11,6 @@ Every field of the recipe can be overridden as with mvssl-train.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -24,6 +23,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from benchmarks.command_line import command_of, parse_with_recipe, write_result
 from benchmarks.isolated import Turn
 from benchmarks.loader_contenders import open_train
 from benchmarks.train_contenders import (
@@ -35,16 +35,15 @@ from benchmarks.train_contenders import (
     our_training,
     plain_training,
 )
-from benchmarks.turns import rates, ratios, take_turns
+from benchmarks.turns import Budget, Outcome, rates, ratios, take_turns
 from mvssl.environment import environment
 from mvssl.recipe import Recipe
-from mvssl.recipe_file import resolve_recipe
 from mvssl.serialize import to_dict
 from pipelines.console import run_cli
 from pipelines.errors import InputError, invalid
 from pipelines.order import Order
 
-DEFAULT_RECIPE = "byol_resnet50_200ep"
+PROG = "python -m benchmarks.bench_train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,8 @@ class Arguments:
         threads: threads that decode in our loader; by default as in training.
         workers: processes of the DataLoader.
         baseline: whether the plain step takes part.
-        out: JSON file to write.
+        seconds: after which nothing more is begun; all that is wanted by default.
+        out: JSON file to write, anew after every turn.
     """
 
     data: tyro.conf.Positional[Path]
@@ -73,6 +73,7 @@ class Arguments:
     threads: int | None = None
     workers: int = 2
     baseline: bool = True
+    seconds: float | None = None
     out: Path | None = None
 
     def __post_init__(self) -> None:
@@ -81,21 +82,10 @@ class Arguments:
                 raise invalid(name, getattr(self, name), "1 or more", "give a larger number")
 
 
-def parse(arguments: Sequence[str]) -> Arguments:
-    """Parse the command line, whose --recipe gives the defaults of the recipe's fields.
-
-    Raises:
-        InputError: there is no such recipe, or a value cannot be used.
-        SystemExit: with code 2 for wrong usage, 0 after printing help.
-    """
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--recipe", default=DEFAULT_RECIPE)
-    chosen, rest = chooser.parse_known_args(arguments)
-    return tyro.cli(
-        Arguments,
-        prog="python -m benchmarks.bench_train",
-        args=rest,
-        default=Arguments(data=tyro.MISSING, recipe=resolve_recipe(chosen.recipe)),
+def parse(words: Sequence[str]) -> Arguments:
+    """Parse the command line; see `parse_with_recipe`."""
+    return parse_with_recipe(
+        Arguments, words, prog=PROG, default=lambda recipe: Arguments(data=tyro.MISSING, recipe=recipe)
     )
 
 
@@ -126,22 +116,35 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
     builds = {"mvssl's process": partial(our_training, setup)}
     if arguments.baseline:
         builds["the baseline's process"] = partial(plain_training, setup)
-    outcome = take_turns(builds, repeats=arguments.repeats)
-    turns, views = outcome.turns, len(setup.recipe.views)
-    return {
-        "benchmark": "train",
-        "device": arguments.device,
-        "recipe": to_dict(setup.recipe),
-        "views_per_image": views,
-        "contenders": {name: summary(taken, views=views) for name, taken in turns.items()},
-        "loaded_over_synthetic": ratio(turns, OURS, OURS_SYNTHETIC),
-        "plain_loaded_over_synthetic": ratio(turns, PLAIN, PLAIN_SYNTHETIC),
-        "times_plain_with_dataloader": ratio(turns, OURS, PLAIN),
-        "step_times_plain_step": ratio(turns, OURS_SYNTHETIC, PLAIN_SYNTHETIC),
-        "left_out": outcome.missing,
-        "failed": outcome.failed,
-        "environment": environment() | {"command": command},
-    }
+    views = len(setup.recipe.views)
+
+    def result(outcome: Outcome, *, unfinished: bool) -> dict[str, Any]:
+        turns = outcome.turns
+        return {
+            "benchmark": "train",
+            "partial": unfinished,
+            "device": arguments.device,
+            "recipe": to_dict(setup.recipe),
+            "views_per_image": views,
+            "contenders": {name: summary(taken, views=views) for name, taken in turns.items()},
+            "loaded_over_synthetic": ratio(turns, OURS, OURS_SYNTHETIC),
+            "plain_loaded_over_synthetic": ratio(turns, PLAIN, PLAIN_SYNTHETIC),
+            "times_plain_with_dataloader": ratio(turns, OURS, PLAIN),
+            "step_times_plain_step": ratio(turns, OURS_SYNTHETIC, PLAIN_SYNTHETIC),
+            "left_out": outcome.missing,
+            "failed": outcome.failed,
+            "environment": environment() | {"command": command},
+        }
+
+    return result(
+        take_turns(
+            builds,
+            repeats=arguments.repeats,
+            budget=Budget(arguments.seconds),
+            keep=lambda outcome: write_result(arguments.out, result(outcome, unfinished=True)),
+        ),
+        unfinished=False,
+    )
 
 
 def ratio(turns: Mapping[str, Sequence[Turn]], one: str, other: str) -> dict[str, float] | None:
@@ -162,26 +165,12 @@ def summary(turns: Sequence[Turn], *, views: int) -> dict[str, Any]:
     return result
 
 
-def without_paths(arguments: Sequence[str]) -> str:
-    """The command that repeats this measurement, without paths of this machine and without --out."""
-    kept: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        if word == "--out":
-            next(words, None)
-        elif not word.startswith("--out="):
-            kept.append(Path(word).name if "/" in word else word)
-    return " ".join(["python -m benchmarks.bench_train", *kept])
-
-
 def body() -> int:
     """Run the command; returns the exit code: 1 if a contender failed (the others' numbers stand) or none could run."""
     arguments = parse(sys.argv[1:])
-    result = measure(arguments, command=without_paths(sys.argv[1:]))
+    result = measure(arguments, command=command_of(PROG, sys.argv[1:]))
     print(json.dumps(result, indent=2))
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(arguments.out, result)
     return 1 if result["failed"] or not result["contenders"] else 0
 
 

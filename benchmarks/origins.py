@@ -22,6 +22,10 @@ MADE_BY = {
     "loader_cuda": SUITE,
     "train_cpu": "python -m benchmarks.bench_train DATA",
     "train_cuda": SUITE,
+    "step_cpu": "python -m benchmarks.bench_step",
+    "step_cuda": SUITE,
+    "start_cpu": "python -m benchmarks.bench_start",
+    "start_cuda": SUITE,
     "paper_small_cpu": "python -m benchmarks.paper_small TINY_IMAGENET",
     "tune_fused": SUITE,
 }

@@ -12,6 +12,7 @@ from benchmarks import paper_small, view_bytes
 from benchmarks.bench_loader import BASELINE
 from benchmarks.origins import MADE_BY, NOT_YET, Result, Results, command, machine, origin, turns
 from benchmarks.rounding import percent, scientific, significant, with_spread
+from benchmarks.step_contenders import PLAIN
 from benchmarks.view_contenders import CONTENDERS
 
 FOLDER = "benchmarks/results"  # as README.md links to it
@@ -99,6 +100,76 @@ def train(results: Results) -> list[str]:
         *(["; ".join(sentences) + ".", ""] if measured else []),
         *_origins(results, sides, _of_train),
     ]
+
+
+def step(results: Results) -> list[str]:
+    """Contenders of bench_step: each recipe at each batch size."""
+    sides = {"CPU": "step_cpu", "GPU": "step_cuda"}
+    heads = [
+        "source images/s",
+        "times the plain step",
+        "launches",
+        "host, ms",
+        "device, ms of a step's",
+        "TFLOP/s",
+        "of the peak",
+        "with the loader",
+        "memory, MiB",
+    ]
+    rows: list[list[str]] = []
+    for side, name in sides.items():
+        if name not in results:
+            rows.append([side, NOT_YET])
+            continue
+        for measured in results[name]["recipes"]:
+            what = f"{measured['recipe']['name']}, batch {measured['batch_size']}"
+            rows += [[side, what, contender, *_of_step(measured, contender)] for contender in _entrants(measured)]
+    return [*_table(["on", "recipe", "contender", *heads], rows, words=3), "", *_origins(results, sides, _about_steps)]
+
+
+def _of_step(measured: Result, contender: str) -> list[str]:
+    """Cells of one contender of bench_step."""
+    own = measured["contenders"].get(contender)
+    if own is None:
+        return ["failed"]
+    busy, loaded = own["busy_milliseconds"], measured["with_loader"].get(contender)
+    return [
+        _rate(own),
+        "1" if contender == PLAIN else _ratio(measured["times_plain"].get(contender)),
+        "" if own["launches"] is None else f"{own['launches']:,.0f}",
+        significant(own["host_milliseconds"]),
+        "" if busy is None else f"{significant(busy)} of {significant(own['milliseconds'])}",
+        significant(own["tflops"]),
+        "" if own["share_of_peak"] is None else percent(own["share_of_peak"]),
+        "" if loaded is None else percent(loaded["over_alone"]["median"]),
+        _memory(own),
+    ]
+
+
+def _about_steps(result: Result) -> list[str]:
+    """Steps of a turn, turns, and what the share of the peak is of."""
+    said = [f"{result['steps']} steps a turn", f"median of {max(map(turns, result['recipes']), default=0)} turns"]
+    for measured in result["recipes"]:
+        if (peak := measured["matrix_product"]) is not None:
+            kind = peak["dtype"].removeprefix("torch.")
+            product = f"a product of matrices of {peak['side']:,} x {peak['side']:,} in {kind}"
+            return [*said, f"peak {significant(peak['tflops'])} TFLOP/s: {product}"]
+    return said
+
+
+def start(results: Results) -> list[str]:
+    """Kinds of starts of bench_start."""
+    sides = {"CPU": "start_cpu", "GPU": "start_cuda"}
+    heads = ["training after, s", "imports", "building", "first step", "a later step"]
+    phases = ("training_after", "imports", "build", "first_step", "later_step")
+    rows: list[list[str]] = []
+    for side, name in sides.items():
+        if name not in results:
+            rows.append([side, NOT_YET])
+            continue
+        for kind, own in results[name]["starts"].items():
+            rows.append([side, kind, *(significant(own[phase]) for phase in phases)])
+    return [*_table(["on", "start", *heads], rows, words=2), "", *_origins(results, sides, _of_train)]
 
 
 def paper(results: Results) -> list[str]:

@@ -31,6 +31,8 @@ TABLES: dict[str, dict[str, Callable[[Results], list[str]]]] = {
         "loader": result_tables.loader,
         "loader-cold": result_tables.loader_cold,
         "train": result_tables.train,
+        "step": result_tables.step,
+        "start": result_tables.start,
         "paper": result_tables.paper,
     },
     "benchmarks/README.md": {

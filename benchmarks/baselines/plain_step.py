@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mvssl.backbones import build_backbone, feature_width
 from mvssl.heads import MLP
 from mvssl.methods import get_method
+from mvssl.network import OnlineNetwork
 from mvssl.objective import needs_target_network
 from mvssl.optim import apply_rates, target_decay
 from mvssl.pairs import online_views, predictor_slots, target_views, task_pairs
@@ -111,6 +112,15 @@ class PlainStep:
             total += loss.detach()
         self._update(step)
         return total
+
+    def take_weights(self, network: OnlineNetwork) -> None:
+        """Start from the weights of our network, for the target too."""
+        for part in ("backbone", "projector"):
+            self.online[part].load_state_dict(getattr(network, part).state_dict())
+            if self.target is not None:
+                self.target[part].load_state_dict(self.online[part].state_dict())
+        for mine, theirs in zip(self._predictors, network.predictors.to_mlps().values(), strict=True):
+            mine.load_state_dict(theirs.state_dict())
 
     @torch.no_grad()
     def _move(self, target: nn.ModuleDict, step: int) -> None:

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import bench_train
-from benchmarks.bench_train import measure, parse, without_paths
+from benchmarks.bench_train import PROG, measure, parse
+from benchmarks.command_line import command_of
 from benchmarks.train_contenders import OURS, OURS_SYNTHETIC, PLAIN, PLAIN_SYNTHETIC
 from pipelines.errors import InputError
 
@@ -89,4 +90,4 @@ def test_what_cannot_be_is_refused(folder: Path) -> None:
 
 def test_the_command_is_told_without_paths() -> None:
     words = ["/data/photos", "--recipe", "/home/x/y.toml", "--steps", "3", "--out", "/tmp/z.json", "--repeats", "1"]
-    assert without_paths(words) == "python -m benchmarks.bench_train photos --recipe y.toml --steps 3 --repeats 1"
+    assert command_of(PROG, words) == "python -m benchmarks.bench_train photos --recipe y.toml --steps 3 --repeats 1"

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import tyro
 
-from benchmarks import bench_loader, bench_train, bench_views, draw_photos, tune_fused, view_bytes
+from benchmarks import (
+    bench_loader,
+    bench_start,
+    bench_step,
+    bench_train,
+    bench_views,
+    draw_photos,
+    tune_fused,
+    view_bytes,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = """#!/usr/bin/env bash
@@ -42,40 +51,57 @@ def suite(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProce
 def test_commands_parse(tmp_path: Path) -> None:
     done, calls = suite(tmp_path, CONTENDERS="fused reference")
     assert done.returncode == 0, done.stderr
-    assert [call[1] for call in calls] == [
-        "benchmarks.draw_photos",
-        "benchmarks.bench_views",
-        "benchmarks.bench_views",
-        "benchmarks.bench_loader",
-        "benchmarks.bench_train",
-        "benchmarks.tune_fused",
-        "benchmarks.view_bytes",
+    tests = [call for call in calls if call[1] == "pytest"]  # which run beside the others
+    calls = [call for call in calls if call[1] != "pytest"]
+    assert [call[2:6] for call in tests] == [["-m", "gpu", "-n", "5"]]
+    assert [call[1].removeprefix("benchmarks.") for call in calls] == [
+        "draw_photos",
+        "bench_step",
+        "bench_loader",
+        "bench_train",
+        "bench_views",
+        "bench_views",
+        "tune_fused",
+        "bench_start",
+        "view_bytes",
     ]
     drawn = tyro.cli(draw_photos.Arguments, args=calls[0][2:])
-    runs = [tyro.cli(bench_views.Arguments, args=call[2:]) for call in calls[1:3]]
+    step = tyro.cli(bench_step.Arguments, args=calls[1][2:])
+    loader, training = tyro.cli(bench_loader.Arguments, args=calls[2][2:]), bench_train.parse(calls[3][2:])
+    runs = [tyro.cli(bench_views.Arguments, args=call[2:]) for call in calls[4:6]]
+    start = bench_start.parse(calls[7][2:])
     assert [run.dtype for run in runs] == ["bfloat16", "float32"]
-    assert {run.device for run in runs} == {"cuda"}
-    assert {run.data for run in runs} == {drawn.out}
+    assert {run.device for run in (step, loader, training, *runs, start)} == {"cuda"}
+    assert {run.data for run in runs} == {step.data, training.data, *loader.data} == {drawn.out}
     assert not drawn.out.exists(), "the scratch folder is removed"
     assert drawn.count >= runs[0].num_images
     assert runs[0].contenders == ("fused", "reference")
     assert [run.out for run in runs] == [tmp_path / "out" / f"views_cuda_{run.dtype}.json" for run in runs]
-    loader, training = tyro.cli(bench_loader.Arguments, args=calls[3][2:]), bench_train.parse(calls[4][2:])
-    assert (loader.out, training.out) == (tmp_path / "out" / "loader_cuda.json", tmp_path / "out" / "train_cuda.json")
-    assert (loader.data, training.data) == ((drawn.out,), drawn.out)
-    assert loader.batch_size <= drawn.count
-    assert tyro.cli(tune_fused.Arguments, args=calls[5][2:]).out == tmp_path / "out" / "tune_fused.json"
-    assert tyro.cli(view_bytes.Arguments, args=calls[6][2:]) == view_bytes.Arguments()
+    for name, run in {"step": step, "loader": loader, "train": training, "start": start}.items():
+        assert run.out == tmp_path / "out" / f"{name}_cuda.json"
+    assert step.batch_sizes is not None
+    assert max(step.batch_sizes) <= drawn.count
+    assert max(each.seconds or 0 for each in (step, loader, training)) < 270
+    assert tyro.cli(tune_fused.Arguments, args=calls[6][2:]).out == tmp_path / "out" / "tune_fused.json"
+    assert tyro.cli(view_bytes.Arguments, args=calls[8][2:]) == view_bytes.Arguments()
 
 
 @pytest.mark.parametrize("code", ["0", "1"])
 def test_own_data_and_failures(tmp_path: Path, code: str) -> None:
     done, calls = suite(tmp_path, DATA="my photos", CODE=code)
     assert done.returncode == int(code)
-    assert [call[2] for call in calls[:4]] == ["my photos"] * 4
-    assert len(calls) == 6, "the suite goes on after a failure"
-    assert "--contenders" not in calls[0]
-    assert ("FAILED: views in bfloat16" in done.stderr) == (code == "1")
+    assert sum("my photos" in call for call in calls) == 5
+    assert len(calls) == 9, "the suite goes on after a failure"
+    assert not any("--contenders" in call for call in calls)
+    for name in ("views in bfloat16", "step", "GPU tests"):
+        assert (f"FAILED: {name}" in done.stderr) == (code == "1")
+
+
+def test_without_time_nothing_more_is_begun(tmp_path: Path) -> None:
+    done, calls = suite(tmp_path, SECONDS_IN_ALL="0")
+    assert done.returncode == 1
+    assert [call[1] for call in calls] == ["pytest"]
+    assert "FAILED: step (exit code 124)" in done.stderr
 
 
 def run_suite(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:

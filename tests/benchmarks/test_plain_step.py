@@ -55,12 +55,7 @@ def test_losses_are_those_of_our_step(name: str) -> None:
     recipe = RECIPES[name]
     sizes = {"total_steps": STEPS, "steps_per_epoch": 2}
     ours, plain = TrainStep(recipe, device=CPU, **sizes), PlainStep(recipe, device=CPU, **sizes)
-    for part in ("backbone", "projector"):
-        plain.online[part].load_state_dict(getattr(ours.online, part).state_dict())
-    if plain.target is not None:
-        plain.target.load_state_dict({k: v for k, v in plain.online.state_dict().items() if "predictors" not in k})
-    for mine, theirs in zip(plain.online["predictors"], ours.online.predictors.to_mlps().values(), strict=True):
-        mine.load_state_dict(theirs.state_dict())
+    plain.take_weights(ours.online)
     losses = [
         (float(plain(views, n)), float(ours(views, n).loss))
         for n, views in enumerate(map(batch, [recipe] * STEPS, range(STEPS)))

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.isolated import Turn, Turns
 from benchmarks.process_memory import Memory, PeakMemory, largest, memory_of
-from benchmarks.turns import rates, ratios, take_turns
+from benchmarks.turns import Budget, rates, ratios, take_turns
 from pipelines.errors import InputError
 
 
@@ -67,6 +67,64 @@ def test_failures_cost_the_others_nothing(capfd: pytest.CaptureFixture[str]) -> 
         assert 30 < large.pss - small.pss < 170
 
 
+@contextmanager
+def slow() -> Iterator[Turns]:
+    """Two that take their time."""
+
+    def turn() -> dict[str, float]:
+        time.sleep(0.6)
+        return {"images": 6, "seconds": 0.6}
+
+    yield {"one": turn, "other": turn}
+
+
+def test_what_is_done_is_said_and_kept_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    kept: list[dict[str, int]] = []
+    take_turns(
+        {"slow": partial(slow)},
+        repeats=2,
+        keep=lambda outcome: kept.append({name: len(turns) for name, turns in outcome.turns.items()}),
+    )
+    assert kept == [{"one": 1}, {"one": 1, "other": 1}, {"one": 2, "other": 1}, {"one": 2, "other": 2}]
+    said = capfd.readouterr().err.splitlines()
+    assert [line.partition(" (")[0] for line in said if "of o" in line] == [
+        "warm-up of one: 10.0 images/s",
+        "warm-up of other: 10.0 images/s",
+        "turn 1 of 2 of one: 10.0 images/s",
+        "turn 1 of 2 of other: 10.0 images/s",
+        "turn 2 of 2 of one: 10.0 images/s",
+        "turn 2 of 2 of other: 10.0 images/s",
+    ]
+    assert said[0] == "building slow ..."
+    assert said[1].startswith("built slow in ")
+
+
+class Told(Budget):
+    """Time that is spent after so many questions."""
+
+    def __init__(self, questions: int) -> None:
+        super().__init__(5.0)
+        self.left = questions
+
+    @property
+    def spent(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_when_time_is_spent_who_is_warm_takes_one_turn() -> None:
+    # It is asked for the process and for the warm-up of "one", and is spent at that of "other".
+    outcome = take_turns({"slow": partial(slow)}, repeats=9, budget=Told(2))
+    assert {name: len(turns) for name, turns in outcome.turns.items()} == {"one": 1}
+    assert outcome.missing == {"other": "no time was left of the 5 s (--seconds)"}
+
+
+def test_without_time_nothing_is_built() -> None:
+    outcome = take_turns({"slow": partial(slow)}, repeats=1, budget=Budget(0.0))
+    assert outcome.missing == {"slow": "no time was left of the 0 s (--seconds)"}
+    assert outcome.turns == {}
+
+
 def test_rates_and_ratios() -> None:
     def turn(seconds: float, rss: float) -> Turn:
         return Turn(report={"images": 10, "seconds": seconds}, memory=Memory(rss=rss, pss=5.0, processes=1))
@@ -80,6 +138,8 @@ def test_rates_and_ratios() -> None:
     }
     assert ratios(turns, "base") == {"fast": {"median": 4.0, "min": 2.0, "max": 5.0, "n": 3}}
     assert ratios(turns, "absent") == {}
+    turns["fast"].pop()  # no time for its last turn
+    assert ratios(turns, "base") == {"fast": {"median": 3.0, "min": 2.0, "max": 4.0, "n": 2}}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is told by /proc")

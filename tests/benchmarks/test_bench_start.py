@@ -1,0 +1,104 @@
+"""The benchmark of starts: three kinds of them that train alike, and a result after each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import bench_start, result_tables
+from benchmarks.bench_start import PHASES, STARTS, parse, start
+from benchmarks.command_line import command_of, write_result
+from pipelines.errors import InputError
+
+RECIPE = """
+base = "demo"
+backbone = {name = "test_resnet"}
+projector = {hidden = [32], out = 16}
+predictor = {hidden = [32], out = 16}
+batch_size = 4
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.mark.slow
+def test_a_start_takes_real_steps_in_a_process_of_its_own(recipe: Path, tmp_path: Path) -> None:
+    own = parse(["--recipe", str(recipe), "--compile", "off"]).recipe
+    one, other = (start(own, "cpu", tmp_path) for _ in range(2))
+    assert one["losses"] == other["losses"]
+    assert one["losses"][0] == one["losses"][1] != one["losses"][2], "they train, the first one at a rate of 0"
+    assert one["training_after"] == pytest.approx(one["imports"] + one["build"] + one["first_step"])
+    assert all(one[phase] > 0 for phase in PHASES)
+
+
+@pytest.mark.slow
+def test_a_start_that_fails_says_what_it_said(recipe: Path, tmp_path: Path) -> None:
+    own = parse(["--recipe", str(recipe), "--precision", "fp16"]).recipe
+    with pytest.raises(InputError, match=r"a start failed with exit code 1: .*fp16"):
+        start(own, "cpu", tmp_path)
+
+
+def test_starts_share_a_cache_and_each_is_kept(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    caches: list[tuple[str, Path]] = []
+    partial: list[Any] = []
+    out = tmp_path / "start.json"
+
+    def made_up(own: Any, device: str, cache: Path) -> dict[str, Any]:
+        assert cache.is_dir()
+        caches.append((own.compile, cache))
+        if out.exists():
+            partial.append(json.loads(out.read_text())["partial"])
+        return {phase: float(len(caches)) for phase in PHASES} | {"losses": [1.0]}
+
+    monkeypatch.setattr(bench_start, "start", made_up)
+    monkeypatch.setattr(sys, "argv", ["bench_start", "--recipe", str(recipe), "--repeats", "3", "--out", str(out)])
+    assert bench_start.body() == 0
+    assert [compiles for compiles, _ in caches] == ["on", "on", "off"] * 3
+    folders = [cache for _, cache in caches]
+    assert folders[0] == folders[1] != folders[3] == folders[4], "a first start finds nothing compiled"
+    assert not any(folder.exists() for folder in folders)
+    assert partial == [True] * 8
+    result, told = json.loads(out.read_text()), capsys.readouterr()
+    assert json.loads(told.out) == result
+    assert not result["partial"]
+    assert {kind: own["first_step"] for kind, own in result["starts"].items()} == dict(
+        zip(STARTS, (4.0, 5.0, 6.0), strict=True)
+    )
+    assert "turn 2 of 3, compiled, second start: training after 5.0 s" in told.err
+    lines = result_tables.start({"start_cpu": result})
+    assert "| CPU | not compiled | 6.00 | 6.00 | 6.00 | 6.00 | 6.00 |" in lines
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(InputError, match="repeats is 0"):
+        dataclasses.replace(parse(["--recipe", "demo"]), repeats=0)
+
+
+def test_a_command_is_told_as_it_can_be_typed() -> None:
+    words = ["/data/x y", "--contenders", "plain step", "--out=z.json", "--steps", "3", "--out", "/tmp/z.json"]
+    assert command_of("python -m b", words) == "python -m b 'x y' --contenders 'plain step' --steps 3"
+    assert command_of("python -m b", []) == "python -m b"
+
+
+def test_a_result_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "r.json"
+    write_result(None, {"a": 1})
+    write_result(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_result(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
