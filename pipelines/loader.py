@@ -214,14 +214,18 @@ class Loader:
         return self._producer
 
     def _consume(self, epoch: int, first_step: int, until: int) -> Generator[ViewBatch, None, None]:
-        producer = self._start(epoch, first_step, until)
+        began, producer = self._producer, self._start(epoch, first_step, until)
+        first = producer is not began
         self._ahead = None
         complete = False
         try:
             for step in range(first_step, self.steps_per_epoch):
                 waited = producer.wait_seconds
                 prepared = next(producer, None)
-                self.stats.wait_seconds += producer.wait_seconds - waited
+                waited = producer.wait_seconds - waited
+                self.stats.wait_seconds += waited
+                self.stats.first_wait_seconds += waited if first else 0.0
+                first = False
                 if prepared is None:
                     raise RuntimeError("This epoch was ended: the loader was closed or another epoch was started.")
                 batch, event = prepared
