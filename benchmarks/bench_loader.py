@@ -32,6 +32,7 @@ from benchmarks.turns import Budget, Outcome, rates, ratios, take_turns
 from mvssl.environment import environment
 from mvssl.recipe_file import resolve_recipe
 from pipelines.console import run_cli
+from pipelines.decode import DecoderName
 from pipelines.errors import InputError, invalid
 from pipelines.order import Order
 
@@ -67,7 +68,7 @@ class Arguments:
 
     data: tyro.conf.Positional[tuple[Path, ...]]
     device: Literal["cpu", "cuda"] = "cpu"
-    decoders: tuple[Literal["auto", "dali", "pillow"], ...] = ("dali", "pillow")
+    decoders: tuple[DecoderName, ...] = ("dali", "pillow")
     workers: int = 2
     threads: int | None = None
     batch_size: int = 64

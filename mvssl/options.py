@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from pipelines.cache_choice import CHOICES, Cache
-from pipelines.decode import DaliOptions
+from pipelines.decode import DaliOptions, DecoderName
 from pipelines.errors import InputError, invalid
 
 
@@ -44,7 +44,7 @@ class RunOptions:
     out: Path | None = None
     val: Path | None = None
     device: str = "auto"
-    decoder: Literal["auto", "dali", "pillow"] = "auto"
+    decoder: DecoderName = "auto"
     threads: int | None = None
     dali: DaliOptions = field(default_factory=DaliOptions)
     cache: Cache = "off"

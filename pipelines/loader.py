@@ -105,7 +105,7 @@ class Loader:
             order: which image comes when; for `len(source)` images.
             device: where the views are made and handed over.
             dtype: of the views.
-            decoder: "auto", "dali" or "pillow".
+            decoder: "auto", "dali", "ffcv" or "pillow".
             backend: of the view engine.
             threads: CPU threads that decode; None takes `default_threads()`.
             dali: of DALI on a GPU; None takes `DaliOptions()`.
@@ -149,7 +149,7 @@ class Loader:
 
     @property
     def decoder_name(self) -> str:
-        """Which decoder is in use: "dali-cpu", "dali-mixed" or "pillow"."""
+        """Which decoder is in use: "dali-cpu", "dali-mixed", "ffcv" or "pillow"."""
         return self._fetch.decoder_name
 
     def epoch(self, epoch: int, *, first_step: int = 0, until: int | None = None) -> Iterator[ViewBatch]:
