@@ -48,25 +48,12 @@ class _Place:
         epoch, step: its number.
         permutation: int64 [num_images], the epoch's order.
         positions: its places there.
-        location: where the images are, for messages.
     """
 
     epoch: int
     step: int
     permutation: NDArray[np.int64]
     positions: slice
-    location: str
-
-    @contextmanager
-    def named(self) -> Iterator[None]:
-        """Name the batch in what goes wrong unexpectedly."""
-        try:
-            yield
-        except InputError:
-            raise
-        except Exception as error:
-            error.add_note(f"while batch {self.step} of epoch {self.epoch} of {self.location} was prepared")
-            raise
 
 
 class Loader:
@@ -140,6 +127,7 @@ class Loader:
         self._producer: Prefetcher[_Prepared] | None = None
         self._ahead: tuple[int, int] | None = None  # the epoch that the running producer gives next, and its `until`
         self._next = (0, 0)
+        self._doing: dict[str, str] = {}  # by stage, the batch it is at
         self._closed = False
 
     @property
@@ -209,7 +197,10 @@ class Loader:
             return self._producer
         self._stop()
         self._producer = Prefetcher(
-            self._produce(range(epoch, until), first_step), depth=self._prefetch, name="mvssl-loader"
+            self._produce(range(epoch, until), first_step),
+            depth=self._prefetch,
+            name="mvssl-loader",
+            complain=self._complain,
         )
         return self._producer
 
@@ -248,7 +239,7 @@ class Loader:
         decoding = Prefetcher(self._decode(epochs, first_step), depth=1, name="mvssl-decode", room_first=True)
         with closing(decoding):
             for place, complete in decoding:
-                with place.named():
+                with self._during("making the views of", place):
                     prepared = self._make(place, complete)
                 del complete  # or its pixels would live until the next ones are there
                 yield prepared
@@ -259,7 +250,7 @@ class Loader:
         reading = Prefetcher(self._read(epochs, first_step), depth=1, name="mvssl-encoded", room_first=True)
         with closing(reading):
             for place, read in reading:
-                with place.named(), self._side.use(), torch.no_grad():
+                with self._during("decoding", place), self._side.use(), torch.no_grad():
                     complete = fetch_complete(
                         partial(self._fetch, read=read),
                         place.permutation,
@@ -286,9 +277,8 @@ class Loader:
                         step=step,
                         permutation=permutation,
                         positions=self._order.positions(step, rank=self._rank, world_size=self._world_size),
-                        location=str(self._source.location),
                     )
-                    with place.named():
+                    with self._during("reading", place):
                         read = self._fetch.read(usable_indices(permutation, place.positions, bad=self._bad))
                     yield place, read
                     del read
@@ -324,6 +314,31 @@ class Loader:
         self.stats.replaced += complete.replaced
         self.stats.prepared += len(batch)
         return ViewBatch(views=views, index=batch.index, labels=batch.labels), event
+
+    @contextmanager
+    def _during(self, stage: str, place: _Place) -> Iterator[None]:
+        """Note what is being done to which batch, and name it in what goes wrong unexpectedly."""
+        batch = f"batch {place.step} of epoch {place.epoch} of {self._source.location}"
+        self._doing[stage] = batch
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            error.add_note(f"while {batch} was prepared")
+            raise
+        finally:
+            del self._doing[stage]
+
+    def _complain(self, seconds: float) -> None:
+        """Say once in a wait that no batch comes, and what it hangs on."""
+        doing = " and ".join(f"{stage} {batch}" for stage, batch in self._doing.copy().items()) or "doing nothing"
+        _log.warning(
+            "No batch has come for %.0f s: the loader is %s. If that does not end, a disk or network does not answer "
+            "or the decoder hangs (--decoder pillow does without other libraries); stop the run and --resume it.",
+            seconds,
+            doing,
+        )
 
     def _found_bad(self, index: int, reason: str) -> None:
         key = self._source.key(index)

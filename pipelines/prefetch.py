@@ -6,11 +6,12 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 _PATROL = 1.0  # seconds of waiting after which the consumer looks whether the producer still lives
+_LONG = 60.0  # seconds of waiting for one item after which the consumer's complaint is called
 
 
 class _Queue(Generic[T]):
@@ -46,18 +47,22 @@ class _Queue(Generic[T]):
             self.error = error
             self.changed.notify_all()
 
-    def get(self, producer: threading.Thread) -> T:
-        """Wait for the next item of this thread.
+    def get(self, producer: threading.Thread, complain: Callable[[float], None] | None) -> T:
+        """Wait for the next item of this thread; `complain` is called once if that takes long.
 
         Raises:
             StopIteration: there is none.
             Exception: what the producer raised, after the items it had made before.
             RuntimeError: the producer is gone, or ended by what is no Exception (SystemExit, KeyboardInterrupt).
         """
+        waits = 0
         with self.changed:
             while not self.changed.wait_for(lambda: self.items or self.ended or self.stopped, timeout=_PATROL):
                 if not producer.is_alive() and not self.ended:
                     raise RuntimeError(f"The thread {producer.name} is gone without a word.")
+                waits += 1
+                if complain is not None and (waits - 1) * _PATROL < _LONG <= waits * _PATROL:
+                    complain(waits * _PATROL)
             if self.items:
                 item = self.items.popleft()
                 self.changed.notify_all()
@@ -90,8 +95,26 @@ class Prefetcher(Generic[T]):
         wait_seconds: time the consumer has waited for items so far (monotonic clock).
     """
 
-    def __init__(self, items: Generator[T, None, None], *, depth: int, name: str, room_first: bool = False) -> None:
+    def __init__(
+        self,
+        items: Generator[T, None, None],
+        *,
+        depth: int,
+        name: str,
+        room_first: bool = False,
+        complain: Callable[[float], None] | None = None,
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            items: what runs in it.
+            depth: items that may wait.
+            name: of the thread.
+            room_first: whether an item is made only when there is room for it.
+            complain: called in the consumer's thread with the seconds it has waited, once for an item that takes long.
+        """
         self.wait_seconds = 0.0
+        self._complain = complain
         self._queue: _Queue[T] = _Queue(depth, room_first=room_first)
         # A daemon, so that a full queue never keeps the interpreter alive; the finalizer ends it before exit.
         self._thread = threading.Thread(target=_produce, args=(items, self._queue), name=name, daemon=True)
@@ -104,7 +127,7 @@ class Prefetcher(Generic[T]):
     def __next__(self) -> T:
         start = time.monotonic()
         try:
-            return self._queue.get(self._thread)
+            return self._queue.get(self._thread, self._complain)
         finally:
             self.wait_seconds += time.monotonic() - start
 

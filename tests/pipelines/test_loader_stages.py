@@ -161,6 +161,34 @@ def _first(loader: Loader) -> Any:
     return first
 
 
+@pytest.mark.parametrize(
+    ("stage", "words"), [("read", "reading"), ("decode", "decoding"), ("views", "making the views of")]
+)
+def test_what_hangs_is_named_once(
+    stage: str, words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipelines.prefetch._PATROL", 0.05)
+    monkeypatch.setattr("pipelines.prefetch._LONG", 0.3)
+    go_on = threading.Event()
+
+    def hang(at: str, number: int) -> None:
+        if (at, number) == (stage, 3):
+            assert go_on.wait(30)
+
+    at_stages(monkeypatch, hang)
+    source = source_with(bad=())
+    loader = loader_of(source)
+    batches = loader.epoch(0)
+    next(batches), next(batches)
+    caplog.clear()
+    threading.Timer(1.0, go_on.set).start()
+    assert len(list(batches)) == STEPS - 2
+    loader.close()
+    complaints = [record.getMessage() for record in caplog.records if "No batch has come" in record.getMessage()]
+    assert len(complaints) == 1
+    assert f"the loader is {words} batch 2 of epoch 0 of {source.location}. If that" in complaints[0]
+
+
 def test_room_comes_first() -> None:
     """Nothing is made before there is room for it."""
     made: list[int] = []
