@@ -1,12 +1,13 @@
 """Source images/s of our loader from each storage against a DataLoader with worker processes, taking turns.
 
-python -m benchmarks.bench_loader FOLDER [SHARDS ...] [--workers 2] [--device cuda] [--cold [--chunk 64]] [--out FILE]
+python -m benchmarks.bench_loader FOLDER [SHARDS ...] [--workers 2] [--device cuda] [--cache] [--cold [--chunk 64]] ..
 
 A turn loads `--num-batches` batches of a recipe's views and throws them away: storage, decoding and views, from the
 first request to the last batch, nothing prepared before and nothing left over. All load the same images in the same
 order, each in a process of its own that stays (its workers too), so that memory can be told apart; one works at a time.
 DALI with its own views takes part where it is installed, and FFCV where a .beton file is among the data, once complete
 and once with less work (see their `what`).
+With --cache each of ours takes part a second time as it loads later epochs then: nothing is read or decoded.
 Files are in the system's cache, or with --cold dropped from it before each turn. With --chunk each of our contenders
 takes part a second time, in the chunked order of `pipelines.order.Order`, another one, which reads in long pieces.
 """
@@ -31,6 +32,7 @@ from benchmarks.turns import Budget, Outcome, rates, ratios, take_turns
 from mvssl.environment import environment
 from mvssl.recipe_file import resolve_recipe
 from pipelines.console import run_cli
+from pipelines.decode import DecoderName
 from pipelines.errors import InputError, invalid
 from pipelines.order import Order
 
@@ -55,6 +57,7 @@ class Arguments:
         num_batches: batches of a turn.
         repeats: turns each takes after a warm-up; the median counts.
         cold: drop the files from the system's cache before each turn.
+        cache: let each of our contenders take part a second time with its decoded images kept in memory.
         chunk: images of a run in the chunked order; 0 leaves it out.
         window: images that the chunked order mixes at a time.
         disk: what the data lies on, in words, for the result.
@@ -65,13 +68,14 @@ class Arguments:
 
     data: tyro.conf.Positional[tuple[Path, ...]]
     device: Literal["cpu", "cuda"] = "cpu"
-    decoders: tuple[Literal["auto", "dali", "pillow"], ...] = ("dali", "pillow")
+    decoders: tuple[DecoderName, ...] = ("dali", "pillow")
     workers: int = 2
     threads: int | None = None
     batch_size: int = 64
     num_batches: int = 6
     repeats: int = 3
     cold: bool = False
+    cache: bool = False
     chunk: int = 0
     window: int = 32_768
     disk: str = ""
@@ -80,6 +84,10 @@ class Arguments:
     out: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.cold and self.cache:
+            raise InputError(
+                "cold and cache exclude each other: what is kept decoded reads no files; give one of them."
+            )
         if not self.data:
             raise InputError("data is missing: give a folder of images, and the same images converted if you like.")
         if not self.decoders:
@@ -120,6 +128,8 @@ def setups(arguments: Arguments) -> dict[str, Setup]:
         for decoder in arguments.decoders:
             name = f"{kind} + {decoder}"
             found[name] = replace(shared, name=name, data=data, decoder=decoder)
+            if arguments.cache:
+                found[f"{name}, kept"] = replace(found[name], name=f"{name}, kept", kept=True)
             if arguments.chunk:
                 chunked = replace(found[name], chunk=arguments.chunk, window=arguments.window)
                 found[f"{name}, chunked order"] = replace(chunked, name=f"{name}, chunked order")
@@ -216,6 +226,7 @@ def command(arguments: Arguments) -> str:
         f"--recipe {Path(arguments.recipe).name}"
         + (f" --threads {arguments.threads}" if arguments.threads is not None else "")
         + (" --cold" if arguments.cold else "")
+        + (" --cache" if arguments.cache else "")
         + (f" --chunk {arguments.chunk} --window {arguments.window}" if arguments.chunk else "")
         + (f" --disk {shlex.quote(arguments.disk)}" if arguments.disk else "")
     )

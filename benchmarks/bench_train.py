@@ -40,6 +40,7 @@ from mvssl.environment import environment
 from mvssl.recipe import Recipe
 from mvssl.serialize import to_dict
 from pipelines.console import run_cli
+from pipelines.decode import DecoderName
 from pipelines.errors import InputError, invalid
 from pipelines.order import Order
 
@@ -69,7 +70,7 @@ class Arguments:
     device: Literal["cpu", "cuda"] = "cpu"
     steps: int = 10
     repeats: int = 3
-    decoder: Literal["auto", "dali", "pillow"] = "auto"
+    decoder: DecoderName = "auto"
     threads: int | None = None
     workers: int = 2
     baseline: bool = True

@@ -8,17 +8,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from benchmarks.isolated import Turns
 from benchmarks.page_cache import cached_share, drop, files_of
-from pipelines.decode import default_threads
+from pipelines.cache_choice import free_memory, keep_decoded
+from pipelines.decode import default_threads, make_decoder
 from pipelines.errors import InputError
+from pipelines.fetch import Fetcher
 from pipelines.loader import Loader
 from pipelines.order import Order
+from pipelines.side_stream import with_index
 from pipelines.storage import open_source, split_paths
 from pipelines.storage.source import Source
 from pipelines.views.backends import choose_backend
@@ -42,6 +45,7 @@ class Setup:
         cold: whether the data set's files are dropped from the system's cache before each turn.
         chunk, window: of the order that our loader takes.
         photometric: whether FFCV's views are completed; without, they are crops, flips and normalisation only.
+        kept: whether our loader takes images that are decoded already, as in a later epoch with --cache.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Setup:
     chunk: int = 0
     window: int = 32_768
     photometric: bool = True
+    kept: bool = False
 
 
 def batches_of_turn(order: Order, *, num_batches: int, first_epoch: int) -> list[tuple[int, int]]:
@@ -82,7 +87,7 @@ def indices_of_turns(order: Order, *, num_batches: int) -> Iterator[list[list[li
 @contextmanager
 def our_loader(setup: Setup) -> Iterator[Turns]:
     """Our loader with the views of the setup."""
-    source = open_train(setup.data)
+    source = _kept(setup) if setup.kept else open_train(setup.data)
     order = Order(num_images=len(source), batch_size=setup.batch_size, seed=0, chunk=setup.chunk, window=setup.window)
     loader = Loader(
         source,
@@ -111,6 +116,20 @@ def our_loader(setup: Setup) -> Iterator[Turns]:
     yield {setup.name: turn}
     loader.close()
     source.close()
+
+
+def _kept(setup: Setup) -> Source:
+    """The images, all decoded and kept where the views are made."""
+    device = with_index(setup.device)
+    place: Literal["device", "host"] = "device" if device.type == "cuda" else "host"
+    memory = free_memory(device, processes=1)
+    source, _ = keep_decoded(open_train(setup.data), place, device=device, memory=memory)
+    decoder = make_decoder(setup.decoder, device=device, batch_size=setup.batch_size, threads=default_threads())
+    fetch = Fetcher(source, decoder)
+    for start in range(0, len(source), setup.batch_size):
+        fetch(range(start, min(start + setup.batch_size, len(source))))
+    fetch.close()
+    return source
 
 
 def _views(loader: Loader, passes: Sequence[tuple[int, int]]) -> Iterator[list[Tensor]]:

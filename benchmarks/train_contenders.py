@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import count, repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,6 +22,7 @@ from mvssl.memory import explain_out_of_memory
 from mvssl.monitor.device_clock import DeviceClock
 from mvssl.options import RunOptions
 from mvssl.recipe import Recipe
+from pipelines.decode import DecoderName
 from pipelines.errors import InputError
 from pipelines.loader import Loader
 from pipelines.order import Order
@@ -52,7 +53,7 @@ class Setup:
     data: Path
     device: str
     steps: int
-    decoder: Literal["auto", "dali", "pillow"] = "auto"
+    decoder: DecoderName = "auto"
     threads: int | None = None
     workers: int = 2
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from mvssl.monitor.indexing import indexing_progress
 from mvssl.options import RunOptions, resolve_device
 from mvssl.recipe import Recipe
 from mvssl.step import TrainStep
+from pipelines.cache_choice import Cache, free_memory, keep_decoded
 from pipelines.errors import InputError
 from pipelines.loader import Loader
 from pipelines.order import Order
+from pipelines.pixel_store import KeptSource
 from pipelines.storage import open_source, split_paths
 from pipelines.storage.source import Source
 
@@ -39,6 +41,7 @@ class Experiment:
         loader: batches of views in that order.
         step: one optimiser update.
         world: the ranks that train together.
+        cache: in a sentence, where decoded images are kept; "" without a cache.
     """
 
     recipe: Recipe
@@ -50,6 +53,7 @@ class Experiment:
     loader: Loader
     step: TrainStep
     world: World
+    cache: str = ""
 
     @property
     def total_steps(self) -> int:
@@ -97,6 +101,10 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
             world=world,
             cuda_graph=options.cuda_graph,
         )
+        source, cache = world.together(partial(_keep, source, options.cache, device, console, world))
+        if val is not None and options.cache != "off":  # where there is room: who names a place means training's
+            taken = source.store.nbytes if isinstance(source, KeptSource) else 0
+            val, _ = world.together(partial(_keep, val, "auto", device, console, world, taken=taken))
         loader = Loader(
             source,
             recipe.views,
@@ -122,7 +130,26 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
             loader=loader,
             step=step,
             world=world,
+            cache=cache,
         )
+
+
+def _keep(
+    source: Source, choice: Cache, device: torch.device, console: Console, world: World, *, taken: int = 0
+) -> tuple[Source, str]:
+    """Images as the cache that was chosen gives them, when all else that takes the GPU's memory is there.
+
+    `taken` bytes of the machine's memory are promised already, which the system does not count before they are used.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    if choice == "off":
+        return source, ""
+    memory = free_memory(device, processes=len(world.beside))
+    memory = replace(memory, host=max(0, memory.host - taken))
+    progress = indexing_progress(console, source.location, what="sizes of")
+    return keep_decoded(source, choice, device=device, memory=memory, progress=progress)
 
 
 def _order(recipe: Recipe, source: Source, val: Source | None, world: World) -> Order:

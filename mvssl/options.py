@@ -8,7 +8,8 @@ from typing import Literal
 
 import torch
 
-from pipelines.decode import DaliOptions
+from pipelines.cache_choice import CHOICES, Cache
+from pipelines.decode import DaliOptions, DecoderName
 from pipelines.errors import InputError, invalid
 
 
@@ -24,6 +25,9 @@ class RunOptions:
         decoder: auto takes DALI where it is installed.
         threads: threads that decode; by default chosen from the machine's cores.
         dali: of DALI where it decodes on a GPU.
+        cache: where decoded images are kept, so that later epochs neither read nor decode them: in the memory of the
+            machine (host) or of the GPU (device), or nowhere (off); auto: the GPU's if the pixels of all images take at
+            most 40 % of what is free there, else the machine's if at most 50 %. Every process keeps all images.
         cuda_graph: whether a step is recorded once and replayed by a single launch; auto: on CUDA, in a run of one
             process. Its memory (the activations of a step) stays reserved.
         prefetch: finished batches kept ready.
@@ -40,9 +44,10 @@ class RunOptions:
     out: Path | None = None
     val: Path | None = None
     device: str = "auto"
-    decoder: Literal["auto", "dali", "pillow"] = "auto"
+    decoder: DecoderName = "auto"
     threads: int | None = None
     dali: DaliOptions = field(default_factory=DaliOptions)
+    cache: Cache = "off"
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     prefetch: int = 2
     log_every: int = 10
@@ -60,6 +65,8 @@ class RunOptions:
         for name in ("threads", "save_every_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise invalid(f"RunOptions.{name}", getattr(self, name), "at least 1", "give a positive number")
+        if self.cache not in CHOICES:
+            raise invalid("RunOptions.cache", self.cache, f"one of {', '.join(CHOICES)}", "choose one of these")
         if self.cuda_graph not in ("auto", "on", "off"):
             raise invalid("RunOptions.cuda_graph", self.cuda_graph, "auto, on or off", "choose one of these")
         if self.save_every_epochs < 0:

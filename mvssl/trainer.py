@@ -45,7 +45,7 @@ class TrainResult:
         steps: optimiser steps of the whole run.
         knn: last kNN top-1 accuracy in [0, 1] for each k; empty where there are no labels.
         images_per_second: source images per second of training, evaluations and saves left out.
-        data_wait: share of the training time the step waited for a batch.
+        data_wait: share of the training time the step waited for a batch, without the wait for the first one.
     """
 
     out: Path
@@ -256,6 +256,7 @@ class _Loop:
                 stats.stages,
                 stats.prepared,
                 device=self.experiment.device,
+                pace=result.images_per_second,
                 shares=self.monitor.device_shares(),
             ),
         )
@@ -291,6 +292,8 @@ def _announce(experiment: Experiment, folder: RunFolder, step: int) -> None:
     )
     if step:
         logger.info("from step %d of %d", step, experiment.total_steps)
+    if experiment.cache:
+        logger.info("%s", experiment.cache)
     if recipe.accumulate > 1:
         images = recipe.batch_size // ranks // recipe.accumulate
         logger.info(

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -49,7 +50,7 @@ def _built(source: Path, compiler: list[str]) -> Path:
         subprocess.SubprocessError: it cannot be built.
     """
     version = _run([*compiler, "--version"])
-    key = hashlib.sha256(repr((source.read_bytes(), _OPTIONS, compiler, version, _processor())).encode()).hexdigest()
+    key = hashlib.sha256(repr((_text(source), _OPTIONS, compiler, version, _processor())).encode()).hexdigest()
     library = cache_folder() / f"{source.stem}-{key[:32]}.so"
     if not library.exists():
         library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -62,6 +63,13 @@ def _built(source: Path, compiler: list[str]) -> Path:
                 _run(build)
             aside.replace(library)
     return library
+
+
+def _text(source: Path) -> list[bytes]:
+    """A C file and the files that it includes by a relative name."""
+    text = source.read_bytes()
+    included = re.findall(rb'^#include "(.+)"$', text, re.MULTILINE)
+    return [text, *(part for name in included for part in _text(source.parent / name.decode()))]
 
 
 def _run(command: list[str]) -> str:

@@ -51,7 +51,7 @@ def iterate_center(
         batch_size: images of a batch.
         device: where the views are made and handed over.
         dtype: of the views.
-        decoder: "auto", "dali" or "pillow".
+        decoder: "auto", "dali", "ffcv" or "pillow".
         threads: CPU threads that decode; None takes `default_threads()`.
         dali: of DALI on a GPU; None takes `DaliOptions()`.
         indices: dataset indices to take, in this order; None takes all.

@@ -1,10 +1,10 @@
 """The loader: batches of views, prepared in a thread while the model trains.
 
-Threads. One producer thread reads, decodes, draws and makes views; reading and decoding use small pools of their own
-(`threads` for decoding, see `pipelines.decode.default_threads`). On a GPU the producer's torch work is the draws only.
-On the CPU the views take as many threads as torch has for its operations, beside those of the training step: both teams
-share the cores through the operating system. The producer does not call `torch.set_num_threads`, which would change the
-training step too.
+Threads. While the views of one batch are made, the next one is decoded and the one after that is read: three threads,
+one after the other, each at most one batch ahead of the next. Reading and decoding use small pools of their own
+(`threads` for decoding, see `pipelines.decode.default_threads`). On the CPU the views take as many threads as torch has
+for its operations, beside those of the training step: both teams share the cores through the operating system. Nobody
+here calls `torch.set_num_threads`, which would change the training step too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,14 +23,14 @@ from numpy.typing import NDArray
 from pipelines.batch import ViewBatch
 from pipelines.decode import DaliOptions, default_threads, make_decoder
 from pipelines.errors import InputError, invalid
-from pipelines.fetch import Fetcher
+from pipelines.fetch import Encoded, Fetcher
 from pipelines.loader_stats import LoaderStats
 from pipelines.order import Order
 from pipelines.prefetch import Prefetcher
 from pipelines.read_ahead import BATCHES_AHEAD, ReadAhead
 from pipelines.side_stream import SideStream, receive, with_index
 from pipelines.storage.source import Source
-from pipelines.substitute import fetch_complete
+from pipelines.substitute import Complete, fetch_complete, usable_indices
 from pipelines.views.draw import draw
 from pipelines.views.engine import ViewEngine
 from pipelines.views.spec import ViewSpec
@@ -36,6 +38,22 @@ from pipelines.views.spec import ViewSpec
 _log = logging.getLogger("mvssl.data")
 
 _Prepared = tuple[ViewBatch, torch.cuda.Event | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Which batch it is that goes through the stages.
+
+    Attributes:
+        epoch, step: its number.
+        permutation: int64 [num_images], the epoch's order.
+        positions: its places there.
+    """
+
+    epoch: int
+    step: int
+    permutation: NDArray[np.int64]
+    positions: slice
 
 
 class Loader:
@@ -74,7 +92,7 @@ class Loader:
             order: which image comes when; for `len(source)` images.
             device: where the views are made and handed over.
             dtype: of the views.
-            decoder: "auto", "dali" or "pillow".
+            decoder: "auto", "dali", "ffcv" or "pillow".
             backend: of the view engine.
             threads: CPU threads that decode; None takes `default_threads()`.
             dali: of DALI on a GPU; None takes `DaliOptions()`.
@@ -109,6 +127,7 @@ class Loader:
         self._producer: Prefetcher[_Prepared] | None = None
         self._ahead: tuple[int, int] | None = None  # the epoch that the running producer gives next, and its `until`
         self._next = (0, 0)
+        self._doing: dict[str, str] = {}  # by stage, the batch it is at
         self._closed = False
 
     @property
@@ -118,7 +137,7 @@ class Loader:
 
     @property
     def decoder_name(self) -> str:
-        """Which decoder is in use: "dali-cpu", "dali-mixed" or "pillow"."""
+        """Which decoder is in use: "dali-cpu", "dali-mixed", "ffcv" or "pillow"."""
         return self._fetch.decoder_name
 
     def epoch(self, epoch: int, *, first_step: int = 0, until: int | None = None) -> Iterator[ViewBatch]:
@@ -178,19 +197,26 @@ class Loader:
             return self._producer
         self._stop()
         self._producer = Prefetcher(
-            self._produce(range(epoch, until), first_step), depth=self._prefetch, name="mvssl-loader"
+            self._produce(range(epoch, until), first_step),
+            depth=self._prefetch,
+            name="mvssl-loader",
+            complain=self._complain,
         )
         return self._producer
 
     def _consume(self, epoch: int, first_step: int, until: int) -> Generator[ViewBatch, None, None]:
-        producer = self._start(epoch, first_step, until)
+        began, producer = self._producer, self._start(epoch, first_step, until)
+        first = producer is not began
         self._ahead = None
         complete = False
         try:
             for step in range(first_step, self.steps_per_epoch):
                 waited = producer.wait_seconds
                 prepared = next(producer, None)
-                self.stats.wait_seconds += producer.wait_seconds - waited
+                waited = producer.wait_seconds - waited
+                self.stats.wait_seconds += waited
+                self.stats.first_wait_seconds += waited if first else 0.0
+                first = False
                 if prepared is None:
                     raise RuntimeError("This epoch was ended: the loader was closed or another epoch was started.")
                 batch, event = prepared
@@ -209,7 +235,36 @@ class Loader:
                     self._stop()
 
     def _produce(self, epochs: Sequence[int], first_step: int) -> Generator[_Prepared, None, None]:
-        """Runs in the producer's thread."""
+        """Makes views; runs in the thread whose finished batches wait for the training."""
+        decoding = Prefetcher(self._decode(epochs, first_step), depth=1, name="mvssl-decode", room_first=True)
+        with closing(decoding):
+            for place, complete in decoding:
+                with self._during("making the views of", place):
+                    prepared = self._make(place, complete)
+                del complete  # or its pixels would live until the next ones are there
+                yield prepared
+                del prepared
+
+    def _decode(self, epochs: Sequence[int], first_step: int) -> Generator[tuple[_Place, Complete], None, None]:
+        """Decodes; runs in a thread of its own, one batch ahead of the views."""
+        reading = Prefetcher(self._read(epochs, first_step), depth=1, name="mvssl-encoded", room_first=True)
+        with closing(reading):
+            for place, read in reading:
+                with self._during("decoding", place), self._side.use(), torch.no_grad():
+                    complete = fetch_complete(
+                        partial(self._fetch, read=read),
+                        place.permutation,
+                        place.positions,
+                        bad=self._bad,
+                        found_bad=self._found_bad,
+                        key=self._source.key,
+                    )
+                del read
+                yield place, complete
+                del complete
+
+    def _read(self, epochs: Sequence[int], first_step: int) -> Generator[tuple[_Place, dict[int, Encoded]], None, None]:
+        """Reads encoded bytes; runs in a thread of its own, one batch ahead of the decoder."""
         window = self._order.window_steps
         reading = self._reading(epochs, first_step)
         with closing(ReadAhead(self._source, reading, lead=window + BATCHES_AHEAD, late=window)) as ahead:
@@ -217,13 +272,16 @@ class Loader:
                 permutation = self._order.permutation(epoch)
                 for step in range(first_step, self.steps_per_epoch):
                     ahead.advance()
-                    try:
-                        yield self._prepare(permutation, epoch, step)
-                    except InputError:
-                        raise
-                    except Exception as error:
-                        error.add_note(f"while batch {step} of epoch {epoch} of {self._source.location} was prepared")
-                        raise
+                    place = _Place(
+                        epoch=epoch,
+                        step=step,
+                        permutation=permutation,
+                        positions=self._order.positions(step, rank=self._rank, world_size=self._world_size),
+                    )
+                    with self._during("reading", place):
+                        read = self._fetch.read(usable_indices(permutation, place.positions, bad=self._bad))
+                    yield place, read
+                    del read
                 first_step = 0
 
     def _reading(self, epochs: Iterable[int], first_step: int) -> Iterator[list[int]]:
@@ -242,28 +300,45 @@ class Loader:
             first_step = 0
 
     @torch.no_grad()
-    def _prepare(self, permutation: NDArray[np.int64], epoch: int, step: int) -> _Prepared:
-        positions = self._order.positions(step, rank=self._rank, world_size=self._world_size)
+    def _make(self, place: _Place, complete: Complete) -> _Prepared:
+        """The views of a decoded batch."""
+        began = time.monotonic()
         with self._side.use():
-            complete = fetch_complete(
-                self._fetch,
-                permutation,
-                positions,
-                bad=self._bad,
-                found_bad=self._found_bad,
-                key=self._source.key,
-            )
-            self.stats.replaced += complete.replaced
-            began = time.monotonic()
             batch = self._side.upload(complete.batch)
-            params = draw(self._specs, batch.sizes, seed=self._order.seed, epoch=epoch, index=batch.index)
+            params = draw(self._specs, batch.sizes, seed=self._order.seed, epoch=place.epoch, index=batch.index)
             views = self._engine(batch, params)
             event = self._side.mark(complete.held, batch, params)
         stages = self.stats.stages
         stages.storage, stages.decode = self._fetch.reading_seconds, self._fetch.decoding_seconds
         stages.views += time.monotonic() - began
+        self.stats.replaced += complete.replaced
         self.stats.prepared += len(batch)
         return ViewBatch(views=views, index=batch.index, labels=batch.labels), event
+
+    @contextmanager
+    def _during(self, stage: str, place: _Place) -> Iterator[None]:
+        """Note what is being done to which batch, and name it in what goes wrong unexpectedly."""
+        batch = f"batch {place.step} of epoch {place.epoch} of {self._source.location}"
+        self._doing[stage] = batch
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            error.add_note(f"while {batch} was prepared")
+            raise
+        finally:
+            del self._doing[stage]
+
+    def _complain(self, seconds: float) -> None:
+        """Say once in a wait that no batch comes, and what it hangs on."""
+        doing = " and ".join(f"{stage} {batch}" for stage, batch in self._doing.copy().items()) or "doing nothing"
+        _log.warning(
+            "No batch has come for %.0f s: the loader is %s. If that does not end, a disk or network does not answer "
+            "or the decoder hangs (--decoder pillow does without other libraries); stop the run and --resume it.",
+            seconds,
+            doing,
+        )
 
     def _found_bad(self, index: int, reason: str) -> None:
         key = self._source.key(index)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(kw_only=True)
 class StageSeconds:
-    """Seconds that the producer's thread spent so far on each stage of preparing batches (on a GPU: the host's).
+    """Seconds spent so far on each stage of preparing batches, each in a thread of its own (on a GPU: the host's).
 
     Attributes:
         storage: reading encoded bytes.
@@ -26,14 +26,16 @@ class LoaderStats:
 
     Attributes:
         wait_seconds: time the consumer waited for batches (monotonic clock): the data stall.
+        first_wait_seconds: of it, the time for the first batch after a start, when none can be ready.
         batches: batches handed to the consumer.
-        bad: key -> reason of the images that cannot be decoded, as found by the producer.
-        replaced: places in batches that were given to another image, as prepared by the producer.
-        prepared: images prepared by the producer.
+        bad: key -> reason of the images that cannot be decoded, as found by the decoding thread.
+        replaced: places in batches that were given to another image, as prepared.
+        prepared: images prepared.
         stages: where its time went.
     """
 
     wait_seconds: float = 0.0
+    first_wait_seconds: float = 0.0
     batches: int = 0
     bad: dict[str, str] = field(default_factory=dict)
     replaced: int = 0

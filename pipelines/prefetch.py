@@ -6,23 +6,31 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 _PATROL = 1.0  # seconds of waiting after which the consumer looks whether the producer still lives
+_LONG = 60.0  # seconds of waiting for one item after which the consumer's complaint is called
 
 
 class _Queue(Generic[T]):
     """What the two threads share: finished items, the end, and the wish to stop."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, *, room_first: bool) -> None:
         self.changed = threading.Condition()
         self.depth = depth
+        self.room_first = room_first
         self.items: deque[T] = deque()
         self.stopped = False
         self.ended = False
         self.error: BaseException | None = None
+
+    def wanted(self) -> bool:
+        """Wait until the next item may be made; False if the consumer has stopped."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.stopped or not self.room_first or len(self.items) < self.depth)
+            return not self.stopped
 
     def put(self, item: T) -> bool:
         """Wait for a free place; False if the consumer has stopped."""
@@ -39,18 +47,22 @@ class _Queue(Generic[T]):
             self.error = error
             self.changed.notify_all()
 
-    def get(self, producer: threading.Thread) -> T:
-        """Wait for the next item of this thread.
+    def get(self, producer: threading.Thread, complain: Callable[[float], None] | None) -> T:
+        """Wait for the next item of this thread; `complain` is called once if that takes long.
 
         Raises:
             StopIteration: there is none.
             Exception: what the producer raised, after the items it had made before.
             RuntimeError: the producer is gone, or ended by what is no Exception (SystemExit, KeyboardInterrupt).
         """
+        waits = 0
         with self.changed:
             while not self.changed.wait_for(lambda: self.items or self.ended or self.stopped, timeout=_PATROL):
                 if not producer.is_alive() and not self.ended:
                     raise RuntimeError(f"The thread {producer.name} is gone without a word.")
+                waits += 1
+                if complain is not None and (waits - 1) * _PATROL < _LONG <= waits * _PATROL:
+                    complain(waits * _PATROL)
             if self.items:
                 item = self.items.popleft()
                 self.changed.notify_all()
@@ -71,7 +83,9 @@ class _Queue(Generic[T]):
 
 
 class Prefetcher(Generic[T]):
-    """An iterator over a generator that runs in a thread of its own, at most `depth` items ahead.
+    """An iterator over a generator that runs in a thread of its own, at most `depth` finished items ahead.
+
+    With `room_first` at most `depth` items exist before the consumer takes them, the one in the making included.
 
     What the generator raises is raised to the consumer, at its place among the items; however the thread ends, the
     consumer does not wait for ever. `close`, garbage collection and the interpreter's exit all stop the thread: it
@@ -81,9 +95,27 @@ class Prefetcher(Generic[T]):
         wait_seconds: time the consumer has waited for items so far (monotonic clock).
     """
 
-    def __init__(self, items: Generator[T, None, None], *, depth: int, name: str) -> None:
+    def __init__(
+        self,
+        items: Generator[T, None, None],
+        *,
+        depth: int,
+        name: str,
+        room_first: bool = False,
+        complain: Callable[[float], None] | None = None,
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            items: what runs in it.
+            depth: items that may wait.
+            name: of the thread.
+            room_first: whether an item is made only when there is room for it.
+            complain: called in the consumer's thread with the seconds it has waited, once for an item that takes long.
+        """
         self.wait_seconds = 0.0
-        self._queue: _Queue[T] = _Queue(depth)
+        self._complain = complain
+        self._queue: _Queue[T] = _Queue(depth, room_first=room_first)
         # A daemon, so that a full queue never keeps the interpreter alive; the finalizer ends it before exit.
         self._thread = threading.Thread(target=_produce, args=(items, self._queue), name=name, daemon=True)
         self._finalizer = weakref.finalize(self, _stop, self._queue, self._thread)
@@ -95,7 +127,7 @@ class Prefetcher(Generic[T]):
     def __next__(self) -> T:
         start = time.monotonic()
         try:
-            return self._queue.get(self._thread)
+            return self._queue.get(self._thread, self._complain)
         finally:
             self.wait_seconds += time.monotonic() - start
 
@@ -107,7 +139,7 @@ class Prefetcher(Generic[T]):
 def _produce(items: Generator[T, None, None], queue: _Queue[T]) -> None:
     error: BaseException | None = None
     try:
-        while queue.put(next(items)):
+        while queue.wanted() and queue.put(next(items)):
             pass
     except StopIteration:
         pass

@@ -88,6 +88,11 @@ def fetch_complete(
     return Complete(batch=batch, replaced=len(lost), held=[(fetched.encoded, fetched.batch) for _, fetched in parts])
 
 
+def usable_indices(permutation: NDArray[np.int64], positions: slice, *, bad: MutableMapping[int, str]) -> list[int]:
+    """What `fetch_complete` asks for first, as far as bad images are known: dataset indices, some perhaps twice."""
+    return [_usable(permutation, place, bad)[0] for place in range(*positions.indices(len(permutation)))]
+
+
 def too_many_bad(bad: int, images: int) -> bool:
     """Whether a batch shows that the data is mostly broken, which replacing would only hide.
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -24,6 +23,7 @@ from mvssl.recipe import Recipe
 from mvssl.run_folder import RunFolder, write_json
 from mvssl.siamese import initial_backbone
 from pipelines.console import run_cli
+from pipelines.decode import DecoderName
 from pipelines.errors import InputError
 from pipelines.storage import open_source, split_paths
 
@@ -48,7 +48,7 @@ class KnnArguments:
     backbone: Path | None = None
     untrained: bool = False
     device: str = "auto"
-    decoder: Literal["auto", "dali", "pillow"] = "auto"
+    decoder: DecoderName = "auto"
     threads: int | None = None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from mvssl.distributed import World
 from mvssl.recipe import Evaluation
-from pipelines.decode import DaliOptions
+from pipelines.decode import DaliOptions, DecoderName
 from pipelines.errors import InputError
 from pipelines.evaluation import iterate_center
 from pipelines.storage.source import Source
@@ -43,7 +42,7 @@ def extract_features(
     *,
     device: torch.device,
     autocast: torch.dtype | None = None,
-    decoder: Literal["auto", "dali", "pillow"] = "auto",
+    decoder: DecoderName = "auto",
     threads: int | None = None,
     dali: DaliOptions | None = None,
     batch_size: int = 256,
@@ -131,7 +130,7 @@ def _extract(
     *,
     device: torch.device,
     autocast: torch.dtype | None,
-    decoder: Literal["auto", "dali", "pillow"],
+    decoder: DecoderName,
     threads: int | None,
     dali: DaliOptions | None,
     batch_size: int,

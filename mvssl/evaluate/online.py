@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from mvssl.distributed import World
 from mvssl.evaluate.features import extract_features
 from mvssl.evaluate.knn import knn_accuracy
 from mvssl.recipe import Evaluation
-from pipelines.decode import DaliOptions
+from pipelines.decode import DaliOptions, DecoderName
 from pipelines.errors import InputError, invalid
 from pipelines.storage import align_labels
 from pipelines.storage.source import Source
@@ -48,7 +47,7 @@ def evaluate_knn(
     *,
     device: torch.device,
     autocast: torch.dtype | None = None,
-    decoder: Literal["auto", "dali", "pillow"] = "auto",
+    decoder: DecoderName = "auto",
     threads: int | None = None,
     dali: DaliOptions | None = None,
     progress: Callable[[int], None] | None = None,

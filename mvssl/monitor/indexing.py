@@ -9,7 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 
-def indexing_progress(console: Console, path: Path, *, every: float = 2.0) -> Callable[[int], None]:
+def indexing_progress(
+    console: Console, path: Path, *, what: str = "indexing", every: float = 2.0
+) -> Callable[[int], None]:
     """A callback for `open_source`: prints the number of images found so far, at most once in `every` seconds.
 
     What takes less time than that (a converted data set, a cached or a small folder) prints nothing.
@@ -21,6 +23,6 @@ def indexing_progress(console: Console, path: Path, *, every: float = 2.0) -> Ca
         now = time.monotonic()
         if now - last >= every:
             last = now
-            console.print(f"indexing {path}: {found:,} images so far", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{what} {path}: {found:,} images so far", highlight=False, markup=False, soft_wrap=True)
 
     return show

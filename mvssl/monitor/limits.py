@@ -14,22 +14,36 @@ BEHIND = 0.05
 """Share of the time above which a GPU that has nothing queued while the host launches is worth a remedy."""
 
 
+AHEAD = 1.5
+"""Times the run's images/s that a loader makes which does not hold it up, whatever single waits there were."""
+
+
 def what_limits(
-    wait: float, stages: StageSeconds, images: int, *, device: torch.device, shares: Shares | None = None
+    wait: float,
+    stages: StageSeconds,
+    images: int,
+    *,
+    device: torch.device,
+    pace: float,
+    shares: Shares | None = None,
 ) -> str:
     """Say in a sentence what limits a run, and what to change.
 
     Args:
-        wait: share of the training time that the step waited for batches, in [0, 1].
-        stages: seconds of the thread that prepares batches.
-        images: source images it prepared in them.
+        wait: share of the training time that the step waited for batches, in [0, 1], but for the first one.
+        stages: seconds of the threads that prepare batches, which work at the same time: the slowest sets their pace.
+        images: source images they prepared in them.
         device: where the step runs.
+        pace: source images/s of the run.
         shares: of that time in which the GPU had nothing queued, if it is known.
     """
-    total = stages.storage + stages.decode + stages.views
-    if total <= 0 or images == 0:
+    if max(stages.storage, stages.decode, stages.views) <= 0 or images == 0:
         return "nothing was loaded"
-    rate = f"the loader alone would prepare {images / total:,.0f} images/s"
+    name, seconds = max(
+        (("storage", stages.storage), ("decode", stages.decode), ("views", stages.views)), key=lambda stage: stage[1]
+    )
+    alone = images / seconds
+    rate = f"the loader alone would prepare {alone:,.0f} images/s"
     launching = 0.0 if shares is None else shares.launching(wait)
     if launching > max(BEHIND, wait if wait > GOOD else 0.0):
         return (
@@ -38,12 +52,10 @@ def what_limits(
             "--step-mode joint, a larger --batch-size, and fewer --threads or other processes where the cores are "
             f"shared (the step waited for data {100 * wait:.1f} % of the time; {rate})"
         )
-    if wait <= GOOD:
+    if wait <= GOOD or alone >= AHEAD * pace:
         busy = "" if shares is None else f" and kept the GPU busy {100 * (1 - shares.idle):.1f} %"
-        return f"the step limits the run: it waited for data {100 * wait:.1f} % of the time{busy} ({rate})"
-    name, seconds = max(
-        (("storage", stages.storage), ("decode", stages.decode), ("views", stages.views)), key=lambda stage: stage[1]
-    )
+        seldom = "" if wait <= GOOD else ", in single moments"
+        return f"the step limits the run: it waited for data {100 * wait:.1f} % of the time{seldom}{busy} ({rate})"
     remedies = {
         "storage": "reading the images limits the run: convert them if they are plain files (mvssl-convert), then add "
         "--order-chunk 16 where the disk is slow at random places, or put them on a faster disk",
@@ -52,5 +64,6 @@ def what_limits(
         "views": "making the views limits the run: "
         + ("give the process more CPU cores" if device.type == "cuda" else "train on a GPU, or make smaller views"),
     }
-    share = f"{100 * seconds / total:.0f} % of preparing a batch"
+    total = stages.storage + stages.decode + stages.views
+    share = f"{100 * seconds / total:.0f} % of the work on a batch"
     return f"{remedies[name]} ({share}; the step waited {100 * wait:.1f} % of the time; {rate})"

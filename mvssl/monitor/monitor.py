@@ -210,11 +210,17 @@ class Monitor:
         return self._device_clock.run_shares()
 
     def summary(self, *, step: int) -> dict[str, Any]:
-        """Images per second and the share of time waited for data since the run was begun or resumed."""
+        """Images per second since the run was begun or resumed, and the share of time waited for data.
+
+        Without the wait for the first batch, when nothing can be ready: it says nothing of a run that goes on.
+        """
         seconds = time.perf_counter() - self._clock.began - self._clock.paused
         images = (step - self._first_step) * self._experiment.recipe.batch_size
+        stats = self._experiment.loader.stats
+        first = stats.first_wait_seconds
+        waited = self._experiment.world.max(stats.wait_seconds - first)
         return {
             "seconds": seconds,
             "images_per_second": images / max(seconds, 1e-9),
-            "data_wait": min(self._waited() / max(seconds, 1e-9), 1.0),
+            "data_wait": min(waited / max(seconds - first, 1e-9), 1.0),
         }

@@ -1,4 +1,4 @@
-"""Encoded bytes to uint8 RGB pixels: DALI where it works, Pillow elsewhere."""
+"""Encoded bytes to uint8 RGB pixels: DALI where it works, Pillow elsewhere, FFCV if it is asked for."""
 
 from __future__ import annotations
 
@@ -6,18 +6,30 @@ import functools
 import importlib
 import logging
 import os
+from typing import Literal, get_args
 
 import torch
 
 from pipelines.decode.decoder import MAX_PIXELS, Decoded, Decoder
+from pipelines.decode.ffcv import FfcvDecoder
 from pipelines.decode.options import DaliOptions
 from pipelines.decode.pillow import PillowDecoder
 from pipelines.errors import InputError, invalid
 from pipelines.side_stream import with_index
 
-__all__ = ["DECODERS", "MAX_PIXELS", "DaliOptions", "Decoded", "Decoder", "default_threads", "make_decoder"]
+__all__ = [
+    "DECODERS",
+    "MAX_PIXELS",
+    "DaliOptions",
+    "Decoded",
+    "Decoder",
+    "DecoderName",
+    "default_threads",
+    "make_decoder",
+]
 
-DECODERS = ("auto", "dali", "pillow")
+DecoderName = Literal["auto", "dali", "ffcv", "pillow"]
+DECODERS: tuple[DecoderName, ...] = get_args(DecoderName)
 _log = logging.getLogger("mvssl.data")
 
 
@@ -32,16 +44,17 @@ def make_decoder(
     """Make a decoder.
 
     Args:
-        kind: "dali", "pillow", or "auto": DALI where it can be imported, else Pillow (said once, as a log warning).
-        device: where DALI leaves the pixels; "cuda" (without a number: the current one) decodes with nvJPEG. Pillow
-            leaves them on the CPU.
+        kind: "dali", "ffcv", "pillow", or "auto": DALI where it can be imported, else Pillow (said once, as a log
+            warning).
+        device: where DALI leaves the pixels; "cuda" (without a number: the current one) decodes with nvJPEG. The others
+            leave them on the CPU.
         batch_size: most images of one call.
         threads: CPU threads that decode.
         dali: of DALI on a GPU; None takes `DaliOptions()`.
 
     Raises:
-        InputError: unknown kind, `batch_size` or `threads` below 1, DALI asked for where it is missing, or `dali` set
-            where nothing is decoded on a GPU.
+        InputError: unknown kind, `batch_size` or `threads` below 1, DALI or FFCV asked for where it is missing, or
+            `dali` set where nothing is decoded on a GPU.
     """
     if kind not in DECODERS:
         raise invalid("decoder", kind, f"one of {', '.join(DECODERS)}", "take auto if in doubt")
@@ -51,13 +64,21 @@ def make_decoder(
     if kind == "auto":
         kind = "pillow" if _announce_missing_dali() else "dali"
     dali = dali or DaliOptions()
-    if dali != DaliOptions() and (kind == "pillow" or torch.device(device).type != "cuda"):
+    if dali != DaliOptions() and (kind != "dali" or torch.device(device).type != "cuda"):
         raise InputError(
             f"dali is {dali} but only DALI on a GPU can be set so, and {kind} on {device} decodes: leave these options "
             "out, or take device cuda and decoder dali."
         )
     if kind == "pillow":
         return PillowDecoder(threads=threads)
+    if kind == "ffcv":
+        try:
+            return FfcvDecoder(threads=threads)
+        except OSError as error:
+            raise InputError(
+                f"decoder is 'ffcv' but FFCV's library cannot be used ({error}): run tools/install_ffcv.sh, or take "
+                "decoder 'auto'."
+            ) from error
     reason = missing_dali()
     if reason is not None:
         raise InputError(

@@ -17,15 +17,13 @@ from torch.utils.dlpack import from_dlpack
 
 from pipelines.decode.decoder import MAX_PIXELS, Decoded
 from pipelines.decode.options import DaliOptions
+from pipelines.decode.parts import Part, completed
 from pipelines.decode.pillow import PillowDecoder, decode_one
 from pipelines.decode.sniff import sniff
 from pipelines.errors import InputError, invalid
 
 dali: Any = importlib.import_module("nvidia.dali")  # Any: DALI makes its functions at run time, without types
 _log = logging.getLogger("mvssl.data")
-
-_Part = tuple[list[int], Tensor, Tensor]
-"""Images decoded together: positions in the call, pixels uint8 (packed), sizes int64 [n, 2]."""
 
 
 class DaliDecoder:
@@ -65,14 +63,7 @@ class DaliDecoder:
         if len(encoded) > self._batch_size:
             raise invalid("encoded", len(encoded), f"at most {self._batch_size} images", "make a larger decoder")
         parts = self._decode(encoded, [n for n, data in enumerate(encoded) if _for_dali(data)])
-        done = {n for positions, _, _ in parts for n in positions}
-        if len(parts) == 1 and len(done) == len(encoded):
-            return Decoded(pixels=parts[0][1], sizes=parts[0][2], failures={})
-        odd = [n for n in range(len(encoded)) if n not in done]
-        slow = self._pillow([encoded[n] for n in odd])
-        failures = {odd[n]: reason for n, reason in slow.failures.items()}
-        decoded = [n for n in odd if n not in failures]
-        return _merge([*parts, (decoded, self._upload(slow.pixels), slow.sizes)], failures)
+        return completed(parts, encoded, pillow=self._pillow, upload=self._upload)
 
     def close(self) -> None:
         """End the threads and give the pipeline's memory back."""
@@ -100,7 +91,7 @@ class DaliDecoder:
         pipeline.build()
         return pipeline
 
-    def _decode(self, encoded: Sequence[np.ndarray], positions: list[int]) -> list[_Part]:
+    def _decode(self, encoded: Sequence[np.ndarray], positions: list[int]) -> list[Part]:
         """Decode the images at these positions with DALI; those that it refuses even alone are left out."""
         if not positions:
             return []
@@ -180,20 +171,4 @@ def _broken(reason: str) -> InputError:
     return InputError(
         f"DALI fails on images that are in order ({reason}): free memory, check the GPU's driver, or run with "
         "--decoder pillow."
-    )
-
-
-def _merge(parts: Sequence[_Part], failures: dict[int, str]) -> Decoded:
-    """Put images decoded in several parts back into the order of the call."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    for positions, pixels, sizes in parts:
-        lengths: list[int] = (sizes.prod(dim=1) * 3).tolist()
-        found.update(zip(positions, zip(torch.split(pixels, lengths), sizes, strict=True), strict=True))
-    if not found:
-        return Decoded(pixels=parts[-1][1], sizes=parts[-1][2], failures=failures)
-    order = sorted(found)
-    return Decoded(
-        pixels=torch.cat([found[n][0] for n in order]),
-        sizes=torch.stack([found[n][1] for n in order]),
-        failures=failures,
     )

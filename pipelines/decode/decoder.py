@@ -40,7 +40,7 @@ class Decoder(Protocol):
 
     @property
     def name(self) -> str:
-        """ "dali-cpu", "dali-mixed" or "pillow"."""
+        """ "dali-cpu", "dali-mixed", "ffcv" or "pillow"."""
 
     def __call__(self, encoded: Sequence[np.ndarray]) -> Decoded:
         """Decode N images, each uint8 [bytes]; called from one thread at a time.

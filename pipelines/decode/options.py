@@ -11,24 +11,26 @@ from pipelines.errors import InputError, invalid
 class DaliOptions:
     """How DALI uses the JPEG decoder in hardware (A100, H100 and the like); refused where DALI decodes on the CPU.
 
-    The pixels of the hardware decoder and of nvJPEG's kernels may differ by rounding.
+    The hardware decoder and nvJPEG's kernels round differently, and one may take a damaged JPEG that the other refuses
+    (seen on an H100). So by default the kernels take all: what becomes of an image then depends on that image alone.
 
     Attributes:
-        hw_decoder_load: share of the JPEGs that the hardware decoder takes, in [0, 1]; the GPU's kernels and the CPU
-            threads take the others. The best value depends on the threads; 0 leaves the hardware decoder out.
+        hw_decoder_load: share of the JPEGs of a batch that the hardware decoder takes, in [0, 1]; the GPU's kernels and
+            the CPU threads take the others. 0 leaves it out. Between 0 and 1 an image's pixels, and whether a damaged
+            one is replaced, may depend on the batch it is in.
         preallocate_width_hint: width in pixels of the images that the hardware decoder makes room for at its start; 0
             for none. With a hint as large as the largest image it never has to make room again.
         preallocate_height_hint: the same for the height; both or none.
     """
 
-    hw_decoder_load: float = 0.65  # DALI's own default
+    hw_decoder_load: float = 0.0
     preallocate_width_hint: int = 0
     preallocate_height_hint: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.hw_decoder_load <= 1:
             raise invalid(
-                "DaliOptions.hw_decoder_load", self.hw_decoder_load, "in [0, 1]", "give a share, 0.65 if in doubt"
+                "DaliOptions.hw_decoder_load", self.hw_decoder_load, "in [0, 1]", "give a share, 0 if in doubt"
             )
         for name in ("preallocate_width_hint", "preallocate_height_hint"):
             if getattr(self, name) < 0:

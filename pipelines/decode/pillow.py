@@ -21,7 +21,7 @@ _FORMATS = tuple(
     if name in Image.OPEN
 )
 _ORIENTATION_TAG = 0x0112  # EXIF 2.32, section 4.6.4
-_UPRIGHT = {
+UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -85,7 +85,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
     """Upright 8-bit RGB pixels, uint8 [H, W, 3]."""
     orientation = _orientation(image)
     image.load()
-    upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+    upright = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
     if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
         return _deep_gray(upright)
     upright.info.pop("transparency", None)  # transparency is dropped like an alpha channel
@@ -95,8 +95,11 @@ def _rgb(image: Image.Image) -> np.ndarray:
 def _orientation(image: Image.Image) -> int | None:
     """The EXIF orientation. Not the XMP one, which DALI does not read; TIFF's own is applied by Pillow."""
     raw = image.info.get("exif")
-    if not raw or image.format == "TIFF":
-        return None
+    return orientation_of(raw) if raw and image.format != "TIFF" else None
+
+
+def orientation_of(raw: bytes) -> int | None:
+    """The orientation in EXIF data that begins with "Exif" and two zero bytes; None if there is none to be read."""
     exif = Image.Exif()
     try:
         exif.load(raw)

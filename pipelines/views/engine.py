@@ -10,7 +10,8 @@ from torch import Tensor
 from pipelines.batch import DecodedBatch, check_batch
 from pipelines.errors import InputError, invalid
 from pipelines.views.backends import BACKENDS, choose_backend
-from pipelines.views.params import ViewParams, check_params
+from pipelines.views.check_params import check_params
+from pipelines.views.params import ViewParams
 from pipelines.views.spec import ViewSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -81,12 +81,21 @@ def words(*, seed: int, epoch: int, index: Tensor, view: Tensor, block: Tensor) 
     Raises:
         InputError: the seed or the epoch is out of range.
     """
+    check_place(seed=seed, epoch=epoch)
+    counter = (view << 16 | block, index.new_tensor(epoch), index & _MASK, index >> 32)
+    return philox4x32(counter, (seed & _MASK, seed >> 32))
+
+
+def check_place(*, seed: int, epoch: int) -> None:
+    """Check a seed and an epoch.
+
+    Raises:
+        InputError: one of them is out of range.
+    """
     if not 0 <= seed < 2**64:
         raise invalid("seed", seed, "between 0 and 2**64 - 1", "give another seed")
     if not 0 <= epoch < 2**32:
         raise invalid("epoch", epoch, "between 0 and 2**32 - 1", "count epochs from 0")
-    counter = (view << 16 | block, index.new_tensor(epoch), index & _MASK, index >> 32)
-    return philox4x32(counter, (seed & _MASK, seed >> 32))
 
 
 def view_uniforms(*, seed: int, epoch: int, index: Tensor, num_views: int) -> Tensor:

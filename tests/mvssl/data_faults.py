@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,25 +73,45 @@ def victims(data: Path, recipe: Recipe, count: int = 1, *, spared: tuple[str, ..
 
 
 @contextmanager
-def before_batch(damage: Callable[[], object]) -> Iterator[list[list[int]]]:
-    """Do damage in the producer's thread before it reads batch DAMAGED, for a run with `prefetch=1`.
+def first_evaluation() -> Iterator[threading.Event]:
+    """An event that is set when the kNN behind the first epoch, step 4, is over: threads of the loader are ahead."""
+    original, over = trainer.evaluate_knn, threading.Event()
 
-    The evaluation of the epoch before is over then, whereas the first two batches of an epoch are prepared meanwhile.
+    def evaluate_knn(*arguments: Any, **options: Any) -> dict[int, float]:
+        accuracy = original(*arguments, **options)
+        over.set()
+        return accuracy
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "evaluate_knn", evaluate_knn)
+        yield over
+
+
+@contextmanager
+def before_batch(damage: Callable[[], object]) -> Iterator[list[list[int]]]:
+    """Do damage in the loader's thread before it reads batch DAMAGED, when the evaluation of the epoch before is over.
 
     Yields:
-        dataset indices of the batches prepared, as they come.
+        dataset indices of the batches decoded, as they come.
     """
-    original = pipelines.loader.fetch_complete
+    choose, fetch = pipelines.loader.usable_indices, pipelines.loader.fetch_complete
+    read: list[None] = []
     prepared: list[list[int]] = []
 
-    def fetch_complete(*arguments: Any, **options: Any) -> Any:
-        if len(prepared) == DAMAGED:
+    def usable_indices(*arguments: Any, **options: Any) -> Any:
+        if len(read) == DAMAGED:
+            assert over.wait(60)
             damage()
-        complete = original(*arguments, **options)
+        read.append(None)
+        return choose(*arguments, **options)
+
+    def fetch_complete(*arguments: Any, **options: Any) -> Any:
+        complete = fetch(*arguments, **options)
         prepared.append(complete.batch.index.tolist())
         return complete
 
-    with pytest.MonkeyPatch.context() as patch:
+    with first_evaluation() as over, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelines.loader, "usable_indices", usable_indices)
         patch.setattr(pipelines.loader, "fetch_complete", fetch_complete)
         yield prepared
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_faults import DAMAGED, SAVED, disk, last_step, log, metrics
+from data_faults import DAMAGED, SAVED, disk, first_evaluation, last_step, log, metrics
 from tiny_runs import train
 
 import pipelines.loader
@@ -68,7 +68,7 @@ def test_a_slow_decoder_changes_no_number_and_is_named(
     ("error", "words"),
     [
         (ValueError("a fault of the decoder"), "a fault of the decoder"),
-        (SystemExit(0), r"mvssl-loader was ended by SystemExit\(0\)"),
+        (SystemExit(0), r"mvssl-decode was ended by SystemExit\(0\)"),
     ],
     ids=["an error", "an exit"],
 )
@@ -87,10 +87,11 @@ def test_what_a_decoder_raises_reaches_the_training_at_once(
 
     def fail(number: int) -> None:
         if number == DAMAGED:
+            assert over.wait(60)
             raised.append(time.monotonic())
             raise error
 
-    with decoder(fail), pytest.raises((ValueError, RuntimeError), match=words) as caught:
+    with first_evaluation() as over, decoder(fail), pytest.raises((ValueError, RuntimeError), match=words) as caught:
         train(tiny_recipe, images, out, prefetch=1)
     assert time.monotonic() - raised[0] < AT_ONCE
     if caught.value is error:

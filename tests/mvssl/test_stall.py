@@ -318,12 +318,12 @@ def shares(in_step: float, between: float) -> Shares:
 def test_the_sentence_names_the_stage_and_the_remedy(
     wait: float, stages: StageSeconds, device: torch.device, words: str
 ) -> None:
-    sentence = what_limits(wait, stages, 800, device=device)
+    seconds = max(stages.storage, stages.decode, stages.views)
+    sentence = what_limits(wait, stages, 800, device=device, pace=0.9 * 800 / seconds)
     assert sentence.startswith(words)
-    seconds = stages.storage + stages.decode + stages.views
     assert f"the loader alone would prepare {800 / seconds:,.0f} images/s" in sentence
     if wait == 0.3:
-        assert "62 % of preparing a batch; the step waited 30.0 % of the time" in sentence
+        assert "62 % of the work on a batch; the step waited 30.0 % of the time" in sentence
 
 
 @pytest.mark.parametrize(
@@ -348,15 +348,26 @@ def test_the_sentence_names_the_stage_and_the_remedy(
 )
 def test_the_sentence_names_launching_and_the_remedy(wait: float, idle: Shares | None, words: str) -> None:
     stages = StageSeconds(storage=1, decode=2, views=1)
-    sentence = what_limits(wait, stages, 800, device=CUDA, shares=idle)
+    sentence = what_limits(wait, stages, 800, device=CUDA, pace=350.0, shares=idle)
     assert sentence.startswith(words)
-    assert "the loader alone would prepare 200 images/s" in sentence
+    assert "the loader alone would prepare 400 images/s" in sentence
     assert f"{100 * wait:.1f} % of the time" in sentence
     if words.startswith("launching"):
         for remedy in ("--cuda-graph auto", "--compile on", "--step-mode joint", "--batch-size", "--threads"):
             assert remedy in sentence
     if words.endswith("GPU busy"):
         assert "kept the GPU busy 97.0 %" in sentence
+
+
+def test_a_loader_that_is_far_ahead_limits_nothing() -> None:
+    """A short run that waited now and then, with a loader six times as fast as the step."""
+    stages = StageSeconds(storage=1, decode=2, views=1)
+    sentence = what_limits(0.013, stages, 300, device=CPU, pace=23.0)
+    assert sentence == (
+        "the step limits the run: it waited for data 1.3 % of the time, in single moments (the loader alone would "
+        "prepare 150 images/s)"
+    )
+    assert what_limits(0.013, stages, 300, device=CPU, pace=140.0).startswith("decoding limits the run")
 
 
 def test_the_line_shows_the_idle_share_of_a_gpu() -> None:

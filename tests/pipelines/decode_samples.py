@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from pipelines.decode import missing_dali
+from pipelines.decode.ffcv import missing_ffcv
 
+needs_ffcv_library = pytest.mark.skipif(missing_ffcv() is not None, reason=f"FFCV: {missing_ffcv()}")
 needs_dali = pytest.mark.skipif(missing_dali() is not None, reason=f"DALI cannot be imported: {missing_dali()}")
 """DALI is installed on Linux; elsewhere Pillow alone is tested."""
 

@@ -55,9 +55,12 @@ def test_options_reach_dalis_decoder_on_a_gpu_alone(device: str, monkeypatch: py
 
 @needs_dali
 def test_names_and_defaults_are_dalis() -> None:
+    """But for the load, by which an image's fate would depend on its neighbours."""
     text = importlib.import_module("nvidia.dali.fn").decoders.image.__doc__
     for field in fields(DaliOptions):
-        assert f"{field.name} : {type(field.default).__name__}, optional, default = `{field.default}`" in text
+        default = 0.65 if field.name == "hw_decoder_load" else field.default
+        assert f"{field.name} : {type(field.default).__name__}, optional, default = `{default}`" in text
+    assert DaliOptions().hw_decoder_load == 0
 
 
 @needs_dali

@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decode_samples import encode, jpegs, needs_dali, only_dalis_jpeg, only_pillows_jpeg, picture, refused_jpeg
+from decode_samples import (
+    encode,
+    jpegs,
+    needs_dali,
+    needs_ffcv_library,
+    only_dalis_jpeg,
+    only_pillows_jpeg,
+    picture,
+    refused_jpeg,
+)
 from PIL import Image
 
 from pipelines import decode
@@ -20,7 +29,10 @@ from pipelines.decode import Decoder, default_threads, make_decoder
 from pipelines.errors import InputError
 
 
-@pytest.fixture(scope="module", params=[pytest.param("dali", marks=needs_dali), "pillow"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("dali", marks=needs_dali), pytest.param("ffcv", marks=needs_ffcv_library), "pillow"],
+)
 def decoder(request: pytest.FixtureRequest) -> Iterator[Decoder]:
     made = make_decoder(request.param, device="cpu", batch_size=64, threads=2)
     yield made

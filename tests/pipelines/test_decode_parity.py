@@ -1,4 +1,4 @@
-"""Both decoders against Pillow itself and against values known from how the file was made."""
+"""All decoders against Pillow itself and against values known from how the file was made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from decode_samples import encode, needs_dali, picture, png16, with_orientation
+from decode_samples import encode, needs_dali, needs_ffcv_library, picture, png16, with_orientation
 from PIL import Image
 
 from pipelines.decode import Decoder, make_decoder
@@ -17,7 +17,10 @@ from pipelines.decode.sniff import sniff
 SIZE = (61, 83)
 
 
-@pytest.fixture(scope="module", params=[pytest.param("dali", marks=needs_dali), "pillow"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("dali", marks=needs_dali), pytest.param("ffcv", marks=needs_ffcv_library), "pillow"],
+)
 def decoder(request: pytest.FixtureRequest) -> Iterator[Decoder]:
     made = make_decoder(request.param, device="cpu", batch_size=64, threads=2)
     yield made

@@ -101,4 +101,5 @@ def test_the_wait_for_a_slow_source_is_counted(monkeypatch: pytest.MonkeyPatch) 
     loader = loader_of(Slow(jpegs(16)), batch_size=1)
     list(loader.epoch(0))
     assert loader.stats.wait_seconds == 16 * 0.5
+    assert loader.stats.first_wait_seconds == 0.5
     loader.close()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipelines.batch import DecodedBatch
+from pipelines.c_library import load_library
 from pipelines.views.ops.blur import kernel_half
 from pipelines.views.ops.jitter import operations
 from pipelines.views.params import ViewParams
@@ -45,6 +50,11 @@ COLUMNS = (
 )
 """Columns of the table of whole numbers, int64 [J, len(COLUMNS)]."""
 
+_SOURCE = Path(__file__).with_name("jobs.c")
+_MOST_TAPS = 4096  # of a blur to one side that the C takes
+View = np.dtype([("size", np.int64), ("half", np.int64), ("threshold", np.float32)], align=True)
+"""What jobs depend on of a view, as jobs.c reads it."""
+
 FACTORS = 4
 """Columns of the table of real numbers, float32 [J, 5 + taps]: the jitter's factors, then the solarize threshold, then
 the blur's taps, the middle one first."""
@@ -77,7 +87,57 @@ class Jobs:
 
 
 def make_jobs(batch: DecodedBatch, specs: Sequence[ViewSpec], params: ViewParams, *, images: slice) -> Jobs:
-    """The jobs of some images of a batch and V views, from decisions [V, N, ...] on the CPU that have been checked."""
+    """The jobs of some images of a batch and V views, from decisions [V, N, ...] on the CPU that have been checked.
+
+    In C where there is a compiler, else by `make_jobs_reference`: the same bits.
+    """
+    library = load_library(_SOURCE)
+    half = max(spec.blur_kernel // 2 for spec in specs) + 1
+    if isinstance(library, str) or half > _MOST_TAPS:
+        return make_jobs_reference(batch, specs, params, images=images)
+    first, stop, _ = images.indices(len(batch))
+    count = max(0, stop - first)
+    numbers = torch.empty((len(specs) * count, len(COLUMNS)), dtype=torch.int64)
+    reals = torch.zeros((len(numbers), FACTORS + 1 + half))
+    blurred = torch.empty(len(numbers), dtype=torch.int64)
+    tensors = [batch.offset, batch.row_stride, *(getattr(params, field.name) for field in fields(ViewParams))]
+    tensors = [tensor.contiguous() for tensor in tensors]
+    totals = _Totals()
+    library.make_jobs(
+        ctypes.c_void_p(_views(tuple(specs)).ctypes.data),
+        ctypes.c_int64(len(specs)),
+        (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors)),
+        *(ctypes.c_int64(number) for number in (len(batch), first, count, half)),
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (numbers, reals, blurred)),
+        ctypes.byref(totals),
+    )
+    return Jobs(
+        numbers=numbers,
+        reals=reals,
+        blurred=blurred[: totals.blurred],
+        row_bytes=totals.rows,
+        view_bytes=totals.views,
+        bounds=totals.bounds,
+        weights=totals.weights,
+        floats=totals.floats,
+        largest=max(spec.size for spec in specs),
+    )
+
+
+class _Totals(ctypes.Structure):
+    """`Totals` of jobs.c."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "views", "bounds", "weights", "floats", "blurred")]
+
+
+@functools.lru_cache(maxsize=64)
+def _views(specs: tuple[ViewSpec, ...]) -> np.ndarray:
+    """The numbers of these views: View [V]."""
+    return np.array([(spec.size, spec.blur_kernel // 2 + 1, spec.solarize_threshold) for spec in specs], dtype=View)
+
+
+def make_jobs_reference(batch: DecodedBatch, specs: Sequence[ViewSpec], params: ViewParams, *, images: slice) -> Jobs:
+    """As `make_jobs`, in plain torch."""
     numbers = torch.arange(len(batch))[images]  # [n]
     params = ViewParams(**{field.name: getattr(params, field.name)[:, images] for field in fields(ViewParams)})
     offset, row_stride = batch.offset[images], batch.row_stride[images]

@@ -1,0 +1,144 @@
+"""Decoding with FFCV's library: libjpeg-turbo as FFCV links it, in threads, each image straight to its place.
+
+FFCV's own function rounds in a faster, coarser way and keeps errors to itself, so what lies below it is called.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipelines.decode.decoder import MAX_PIXELS, Decoded
+from pipelines.decode.parts import completed
+from pipelines.decode.pillow import UPRIGHT, PillowDecoder, orientation_of
+from pipelines.decode.sniff import Header, sniff
+
+_RGB = 0  # turbojpeg.h: TJPF_RGB
+_ACCURATE = 4096  # TJFLAG_ACCURATEDCT: the transform that libjpeg itself, and so Pillow, takes
+_EXIF = b"Exif\0\0"
+_FAR = 1 << 16  # bytes in which a file's EXIF data begins
+
+
+class FfcvDecoder:
+    """Plain upright JPEGs go to libjpeg-turbo, the others and those that it complains of to Pillow."""
+
+    name = "ffcv"
+
+    def __init__(self, *, threads: int) -> None:
+        """Load FFCV's library.
+
+        Raises:
+            OSError: it is not installed, or does not load; the message says which.
+        """
+        self._library = load_ffcv()
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mvssl-ffcv")
+        self._pillow = PillowDecoder(threads=threads)
+        self._local = threading.local()
+        self._handles: list[ctypes.c_void_p] = []
+
+    def __call__(self, encoded: Sequence[np.ndarray]) -> Decoded:
+        """Decode N images, uint8 [bytes] each, to pixels on the CPU."""
+        headers = [sniff(data) for data in encoded]
+        wanted = [n for n, header in enumerate(headers) if _for_ffcv(encoded[n], header)]
+        sizes = torch.tensor([_size(headers[n]) for n in wanted], dtype=torch.int64).reshape(-1, 2)
+        ends = (sizes.prod(dim=1) * 3).cumsum(0)
+        pixels = torch.empty(int(ends[-1]) if wanted else 0, dtype=torch.uint8)
+        starts = (ends - sizes.prod(dim=1) * 3).tolist()
+
+        def decode(share: range) -> list[bool]:
+            base = pixels.data_ptr()
+            return [
+                self._decode(encoded[wanted[k]], base + starts[k], int(sizes[k, 0]), int(sizes[k, 1])) for k in share
+            ]
+
+        count = min(self._threads, max(1, len(wanted)))
+        shares = [range(first, len(wanted), count) for first in range(count)]
+        fine = [False] * len(wanted)
+        for share, results in zip(shares, self._pool.map(decode, shares), strict=True):
+            for k, result in zip(share, results, strict=True):
+                fine[k] = result
+        if all(fine):
+            parts = [(wanted, pixels, sizes)] if wanted else []
+        else:
+            lengths = (sizes.prod(dim=1) * 3).tolist()
+            parts = [
+                ([wanted[k]], pixels[starts[k] : starts[k] + lengths[k]], sizes[k : k + 1])
+                for k in range(len(wanted))
+                if fine[k]
+            ]
+        return completed(parts, encoded, pillow=self._pillow)
+
+    def close(self) -> None:
+        """End the threads and free the library's memory."""
+        self._pool.shutdown()
+        self._pillow.close()
+        while self._handles:
+            self._library.tjDestroy(self._handles.pop())
+
+    def _decode(self, data: np.ndarray, place: int, height: int, width: int) -> bool:
+        """Decode one image to an address; False if the library complains, be it of a detail."""
+        code: int = self._library.tjDecompress2(
+            self._handle(),
+            ctypes.c_void_p(data.ctypes.data),
+            ctypes.c_ulong(data.size),
+            ctypes.c_void_p(place),
+            *(ctypes.c_int(number) for number in (width, 3 * width, height, _RGB, _ACCURATE)),
+        )
+        return code == 0
+
+    def _handle(self) -> ctypes.c_void_p:
+        """This thread's decompressor."""
+        if not hasattr(self._local, "handle"):
+            self._local.handle = ctypes.c_void_p(self._library.tjInitDecompress())
+            self._handles.append(self._local.handle)
+        handle: ctypes.c_void_p = self._local.handle
+        return handle
+
+
+@functools.cache
+def load_ffcv() -> ctypes.CDLL:
+    """FFCV's library, without importing the package, which would take seconds.
+
+    Raises:
+        OSError: it is not installed, or does not load.
+    """
+    package = importlib.util.find_spec("ffcv")
+    folders = [] if package is None else list(package.submodule_search_locations or ())
+    found = [path for folder in folders for path in sorted(Path(folder).glob("_libffcv*.so"))]
+    if not found:
+        raise OSError("the package ffcv is not installed")
+    library = ctypes.CDLL(str(found[0]))
+    if not hasattr(library, "tjDecompress2"):
+        raise OSError(f"{found[0].name} is not linked with libjpeg-turbo")
+    library.tjInitDecompress.restype = ctypes.c_void_p
+    return library
+
+
+def missing_ffcv() -> str | None:
+    """Why FFCV's library cannot be used, or None."""
+    try:
+        load_ffcv()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _for_ffcv(data: np.ndarray, header: Header | None) -> bool:
+    """Whether an image is a plain JPEG that lies upright."""
+    if header is None or not header.plain or header.height * header.width > MAX_PIXELS:
+        return False
+    start = data[:_FAR].tobytes().find(_EXIF)
+    return start < 0 or orientation_of(data[start : start + _FAR].tobytes()) not in UPRIGHT
+
+
+def _size(header: Header | None) -> tuple[int, int]:
+    return (0, 0) if header is None else (header.height, header.width)

@@ -1,0 +1,134 @@
+"""Decisions drawn in C: `pipelines.views.draw.draw_reference` in one call, the same bits, without Python's lock."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.c_library import load_library
+from pipelines.views import exact
+from pipelines.views.params import SHAPES, ViewParams
+from pipelines.views.spec import ViewSpec
+
+_log = logging.getLogger("mvssl.data")
+_SOURCE = Path(__file__).with_name("draws.c")
+_BOX = [
+    (name, np.float64)
+    for name in ("wanted", "area", "area_extent", "ratio_low", "ratio_high", "log_ratio", "log_ratio_extent")
+]
+Spec = np.dtype(
+    [
+        ("crop", _BOX),
+        ("cutout", _BOX),
+        ("size", np.float64),
+        ("blur_kernel", np.float64),
+        ("flip", np.float64),
+        ("jitter", np.float64, 4),
+        ("jitter_p", np.float64),
+        ("grayscale", np.float64),
+        ("blur", np.float64),
+        ("sigma", np.float64),
+        ("sigma_extent", np.float64),
+        ("solarize", np.float64),
+    ]
+)
+"""What decisions depend on, as draws.c reads it. A new operation's numbers belong here too."""
+
+
+class _Params(ctypes.Structure):
+    """Addresses of the decisions, in the order of draws.c."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in SHAPES]
+
+
+def native_obstacle() -> str | None:
+    """Why nothing can be drawn in C here, or None. The first call builds it."""
+    library = load_library(_SOURCE)
+    return library if isinstance(library, str) else None
+
+
+def draw_native(specs: Sequence[ViewSpec], sizes: Tensor, *, seed: int, epoch: int, index: Tensor) -> ViewParams | None:
+    """Draw the decisions, or None where C cannot: there is no compiler, or the input is not in order.
+
+    Args:
+        specs: V views, at most 65,535.
+        sizes: int64 [N, 2] on the CPU.
+        seed: in [0, 2**64).
+        epoch: in [0, 2**32).
+        index: int64 [N] on the CPU.
+    """
+    library = load_library(_SOURCE)
+    if isinstance(library, str):
+        _announce(library)
+        return None
+    views, images = len(specs), len(sizes)
+    sizes, index = sizes.contiguous(), index.contiguous()
+    params = {name: torch.empty((views, images, *tail), dtype=dtype) for name, (dtype, tail) in SHAPES.items()}
+    table = _table(tuple(specs))
+    refused = library.draw(
+        ctypes.c_void_p(table.ctypes.data),
+        ctypes.c_int64(views),
+        ctypes.c_void_p(sizes.data_ptr()),
+        ctypes.c_void_p(index.data_ptr()),
+        ctypes.c_int64(images),
+        ctypes.c_uint64(seed),
+        ctypes.c_uint32(epoch),
+        ctypes.byref(_Params(*(tensor.data_ptr() for tensor in params.values()))),
+    )
+    return None if refused else ViewParams(**params)
+
+
+def fit_native(params: ViewParams, specs: Sequence[ViewSpec], sizes: Tensor) -> bool:
+    """Whether decisions of the right types and shapes fit these views and images; False where C cannot tell."""
+    library = load_library(_SOURCE)
+    if isinstance(library, str):
+        return False
+    tensors = [getattr(params, name).contiguous() for name in SHAPES]
+    sizes = sizes.contiguous()
+    return bool(
+        library.fit(
+            ctypes.c_void_p(_table(tuple(specs)).ctypes.data),
+            ctypes.c_int64(len(specs)),
+            ctypes.c_void_p(sizes.data_ptr()),
+            ctypes.c_int64(len(sizes)),
+            ctypes.byref(_Params(*(tensor.data_ptr() for tensor in tensors))),
+        )
+    )
+
+
+@functools.cache
+def _announce(obstacle: str) -> None:
+    """Say once that decisions are drawn the slower way."""
+    _log.warning("Views are drawn in Python, which is slower: %s.", obstacle)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(specs: tuple[ViewSpec, ...]) -> np.ndarray:
+    """The numbers of these views: Spec [V]."""
+    table = np.zeros(len(specs), dtype=Spec)
+    for row, spec in zip(table, specs, strict=True):
+        _write_box(row["crop"], spec.area, spec.ratio)
+        _write_box(row["cutout"], spec.cutout, spec.cutout_ratio)
+        for name in ("size", "blur_kernel", "flip", "jitter", "jitter_p", "grayscale", "blur", "solarize"):
+            row[name] = getattr(spec, name)
+        low, high = spec.blur_sigma
+        row["sigma"], row["sigma_extent"] = low, high - low
+    return table
+
+
+def _write_box(row: np.void, area: tuple[float, float] | None, ratio: tuple[float, float]) -> None:
+    """The numbers of a random box; zeros if there is none."""
+    if area is None:
+        return
+    low, high = exact.log(ratio[0]), exact.log(ratio[1])
+    row["wanted"] = 1
+    row["area"], row["area_extent"] = area[0], area[1] - area[0]
+    row["ratio_low"], row["ratio_high"] = ratio
+    row["log_ratio"], row["log_ratio_extent"] = low, high - low
