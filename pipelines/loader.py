@@ -9,51 +9,29 @@ here calls `torch.set_num_threads`, which would change the training step too.
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pipelines.batch import ViewBatch
 from pipelines.decode import DaliOptions, default_threads, make_decoder
-from pipelines.errors import InputError, invalid
-from pipelines.fetch import Encoded, Fetcher
+from pipelines.decoded_ahead import DecodedAhead, Place
+from pipelines.doing import Doing
+from pipelines.errors import invalid
+from pipelines.fetch import Fetcher
 from pipelines.loader_stats import LoaderStats
 from pipelines.order import Order
 from pipelines.prefetch import Prefetcher
-from pipelines.read_ahead import BATCHES_AHEAD, ReadAhead
 from pipelines.side_stream import SideStream, receive, with_index
 from pipelines.storage.source import Source
-from pipelines.substitute import Complete, fetch_complete, usable_indices
+from pipelines.substitute import Complete
 from pipelines.views.draw import draw
 from pipelines.views.engine import ViewEngine
 from pipelines.views.spec import ViewSpec
 
-_log = logging.getLogger("mvssl.data")
-
 _Prepared = tuple[ViewBatch, torch.cuda.Event | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Which batch it is that goes through the stages.
-
-    Attributes:
-        epoch, step: its number.
-        permutation: int64 [num_images], the epoch's order.
-        positions: its places there.
-    """
-
-    epoch: int
-    step: int
-    permutation: NDArray[np.int64]
-    positions: slice
 
 
 class Loader:
@@ -109,12 +87,8 @@ class Loader:
             raise invalid("prefetch", prefetch, "1 or more", "give the number of finished batches that may wait")
         share = order.positions(0, rank=rank, world_size=world_size)
         self.stats = LoaderStats()
-        self._source = source
         self._specs = tuple(specs)
         self._order = order
-        self._rank = rank
-        self._world_size = world_size
-        self._beside = range(world_size) if beside is None else beside
         self._prefetch = prefetch
         self._device = with_index(device)
         self._engine = ViewEngine(self._specs, device=self._device, backend=backend, dtype=dtype)
@@ -123,11 +97,21 @@ class Loader:
         images = share.stop - share.start
         made = make_decoder(decoder, device=self._device, batch_size=images, threads=threads, dali=dali)
         self._fetch = Fetcher(source, made)
-        self._bad: dict[int, str] = {}
+        self._doing = Doing(source.location)
+        self._decoded = DecodedAhead(
+            source,
+            order,
+            self._fetch,
+            side=self._side,
+            doing=self._doing,
+            stats=self.stats,
+            rank=rank,
+            world_size=world_size,
+            beside=range(world_size) if beside is None else beside,
+        )
         self._producer: Prefetcher[_Prepared] | None = None
         self._ahead: tuple[int, int] | None = None  # the epoch that the running producer gives next, and its `until`
         self._next = (0, 0)
-        self._doing: dict[str, str] = {}  # by stage, the batch it is at
         self._closed = False
 
     @property
@@ -200,7 +184,7 @@ class Loader:
             self._produce(range(epoch, until), first_step),
             depth=self._prefetch,
             name="mvssl-loader",
-            complain=self._complain,
+            complain=self._doing.complain,
         )
         return self._producer
 
@@ -236,71 +220,17 @@ class Loader:
 
     def _produce(self, epochs: Sequence[int], first_step: int) -> Generator[_Prepared, None, None]:
         """Makes views; runs in the thread whose finished batches wait for the training."""
-        decoding = Prefetcher(self._decode(epochs, first_step), depth=1, name="mvssl-decode", room_first=True)
+        decoding = Prefetcher(self._decoded.batches(epochs, first_step), depth=1, name="mvssl-decode", room_first=True)
         with closing(decoding):
             for place, complete in decoding:
-                with self._during("making the views of", place):
+                with self._doing.during("making the views of", epoch=place.epoch, step=place.step):
                     prepared = self._make(place, complete)
                 del complete  # or its pixels would live until the next ones are there
                 yield prepared
                 del prepared
 
-    def _decode(self, epochs: Sequence[int], first_step: int) -> Generator[tuple[_Place, Complete], None, None]:
-        """Decodes; runs in a thread of its own, one batch ahead of the views."""
-        reading = Prefetcher(self._read(epochs, first_step), depth=1, name="mvssl-encoded", room_first=True)
-        with closing(reading):
-            for place, read in reading:
-                with self._during("decoding", place), self._side.use(), torch.no_grad():
-                    complete = fetch_complete(
-                        partial(self._fetch, read=read),
-                        place.permutation,
-                        place.positions,
-                        bad=self._bad,
-                        found_bad=self._found_bad,
-                        key=self._source.key,
-                    )
-                del read
-                yield place, complete
-                del complete
-
-    def _read(self, epochs: Sequence[int], first_step: int) -> Generator[tuple[_Place, dict[int, Encoded]], None, None]:
-        """Reads encoded bytes; runs in a thread of its own, one batch ahead of the decoder."""
-        window = self._order.window_steps
-        reading = self._reading(epochs, first_step)
-        with closing(ReadAhead(self._source, reading, lead=window + BATCHES_AHEAD, late=window)) as ahead:
-            for epoch in epochs:
-                permutation = self._order.permutation(epoch)
-                for step in range(first_step, self.steps_per_epoch):
-                    ahead.advance()
-                    place = _Place(
-                        epoch=epoch,
-                        step=step,
-                        permutation=permutation,
-                        positions=self._order.positions(step, rank=self._rank, world_size=self._world_size),
-                    )
-                    with self._during("reading", place):
-                        read = self._fetch.read(usable_indices(permutation, place.positions, bad=self._bad))
-                    yield place, read
-                    del read
-                first_step = 0
-
-    def _reading(self, epochs: Iterable[int], first_step: int) -> Iterator[list[int]]:
-        """A batch's worth of dataset indices after the other, as they are best read ahead."""
-        for epoch in epochs:
-            permutation = self._order.permutation(epoch)
-            for indices in self._order.reading(
-                permutation,
-                epoch,
-                first_step=first_step,
-                rank=self._rank,
-                world_size=self._world_size,
-                beside=self._beside,
-            ):
-                yield indices.tolist()
-            first_step = 0
-
     @torch.no_grad()
-    def _make(self, place: _Place, complete: Complete) -> _Prepared:
+    def _make(self, place: Place, complete: Complete) -> _Prepared:
         """The views of a decoded batch."""
         began = time.monotonic()
         with self._side.use():
@@ -314,33 +244,3 @@ class Loader:
         self.stats.replaced += complete.replaced
         self.stats.prepared += len(batch)
         return ViewBatch(views=views, index=batch.index, labels=batch.labels), event
-
-    @contextmanager
-    def _during(self, stage: str, place: _Place) -> Iterator[None]:
-        """Note what is being done to which batch, and name it in what goes wrong unexpectedly."""
-        batch = f"batch {place.step} of epoch {place.epoch} of {self._source.location}"
-        self._doing[stage] = batch
-        try:
-            yield
-        except InputError:
-            raise
-        except Exception as error:
-            error.add_note(f"while {batch} was prepared")
-            raise
-        finally:
-            del self._doing[stage]
-
-    def _complain(self, seconds: float) -> None:
-        """Say once in a wait that no batch comes, and what it hangs on."""
-        doing = " and ".join(f"{stage} {batch}" for stage, batch in self._doing.copy().items()) or "doing nothing"
-        _log.warning(
-            "No batch has come for %.0f s: the loader is %s. If that does not end, a disk or network does not answer "
-            "or the decoder hangs (--decoder pillow does without other libraries); stop the run and --resume it.",
-            seconds,
-            doing,
-        )
-
-    def _found_bad(self, index: int, reason: str) -> None:
-        key = self._source.key(index)
-        self.stats.bad[key] = reason
-        _log.warning("Image %s cannot be decoded (%s): the next image of the order takes its place.", key, reason)

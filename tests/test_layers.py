@@ -15,7 +15,7 @@ ALLOWED = {
     "tools": {"tools", "pipelines"},
     "benchmarks": {"benchmarks", "mvssl", "pipelines"},
 }
-ONLY_IN = {"ffcv": "benchmarks/baselines/ffcv_loader.py", "nvidia.dali": "pipelines/decode/dali.py"}
+ONLY_IN = {"ffcv": "pipelines/decode/ffcv.py", "nvidia.dali": "pipelines/decode/dali.py"}
 
 
 def imported(source: str) -> set[str]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from benchmarks import bench_loader
 from benchmarks.bench_loader import Arguments, setups
-from benchmarks.loader_contenders import batches_of_turn, indices_of
+from benchmarks.loader_contenders import batches_of_turn, indices_of, our_loader
 from benchmarks.page_cache import cached_share, drop, files_of
 from pipelines.errors import InputError
 from pipelines.order import Order
@@ -77,6 +77,18 @@ def test_the_command_writes_what_it_promises(
     assert str(folder) not in out.read_text()
 
 
+def test_kept_images_are_loaded_without_reading_or_decoding(folder: Path) -> None:
+    planned = setups(Arguments(data=(folder,), decoders=("pillow",), cache=True, **SMALL))  # type: ignore[arg-type]
+    assert [name for name in planned if name not in PEERS] == ["folder + pillow", "folder + pillow, kept"]
+    spent = {}
+    for name in ("folder + pillow", "folder + pillow, kept"):
+        with our_loader(planned[name]) as turns:
+            turns[name]()
+            spent[name] = turns[name]()["stage_seconds"]
+    plain, kept = spent["folder + pillow"], spent["folder + pillow, kept"]
+    assert kept["storage"] + kept["decode"] < 0.5 * (plain["storage"] + plain["decode"])
+
+
 def test_a_turn_is_exact_and_ends_with_an_epoch() -> None:
     order = Order(num_images=13, batch_size=4, seed=0)  # three steps an epoch
     assert batches_of_turn(order, num_batches=2, first_epoch=5) == [(5, 1)]
@@ -89,6 +101,7 @@ def test_a_turn_is_exact_and_ends_with_an_epoch() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"cold": True, "cache": True}, "cold and cache exclude each other"),
         ({"data": ()}, "data is missing"),
         ({"decoders": ()}, "decoders is empty"),
         ({"workers": 0}, "workers is 0"),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import pipelines.loader
+import pipelines.decoded_ahead
 from mvssl import checkpoint, trainer
 from mvssl.recipe import Recipe
 from pipelines.order import Order
@@ -94,7 +94,7 @@ def before_batch(damage: Callable[[], object]) -> Iterator[list[list[int]]]:
     Yields:
         dataset indices of the batches decoded, as they come.
     """
-    choose, fetch = pipelines.loader.usable_indices, pipelines.loader.fetch_complete
+    choose, fetch = pipelines.decoded_ahead.usable_indices, pipelines.decoded_ahead.fetch_complete
     read: list[None] = []
     prepared: list[list[int]] = []
 
@@ -111,8 +111,8 @@ def before_batch(damage: Callable[[], object]) -> Iterator[list[list[int]]]:
         return complete
 
     with first_evaluation() as over, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelines.loader, "usable_indices", usable_indices)
-        patch.setattr(pipelines.loader, "fetch_complete", fetch_complete)
+        patch.setattr(pipelines.decoded_ahead, "usable_indices", usable_indices)
+        patch.setattr(pipelines.decoded_ahead, "fetch_complete", fetch_complete)
         yield prepared
 
 

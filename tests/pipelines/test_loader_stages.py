@@ -11,6 +11,7 @@ import pytest
 import torch
 from loader_samples import BATCH, COUNT, loader_of, source_with
 
+import pipelines.decoded_ahead
 import pipelines.loader
 from pipelines.fetch import Fetcher
 from pipelines.loader import Loader
@@ -34,8 +35,8 @@ def at_stages(monkeypatch: pytest.MonkeyPatch, act: Callable[[str, int], object]
 
         monkeypatch.setattr(owner, name, acting)
 
-    before(pipelines.loader, "usable_indices", "read")
-    before(pipelines.loader, "fetch_complete", "decode")
+    before(pipelines.decoded_ahead, "usable_indices", "read")
+    before(pipelines.decoded_ahead, "fetch_complete", "decode")
     before(pipelines.loader, "draw", "views")
 
 
@@ -155,7 +156,7 @@ def test_gradients_are_off_in_every_thread(monkeypatch: pytest.MonkeyPatch) -> N
 
 def _first(loader: Loader) -> Any:
     """Place and images of the first batch."""
-    batches = loader._decode(range(1), 0)
+    batches = loader._decoded.batches(range(1), 0)
     first = next(batches)
     batches.close()
     return first
