@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -29,16 +28,6 @@ OURS = {"folder + pillow", "folder + pillow, chunked order"}
 PEERS = {"DataLoader"} | ({"DALI, one graph"} if importlib.util.find_spec("nvidia.dali") else set())
 COUNT = 12
 SMALL = {"batch_size": 4, "num_batches": 3, "repeats": 2, "recipe": "byol_resnet18_tiny_imagenet"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dozen noisy pictures of 64 pixels."""
-    root = tmp_path_factory.mktemp("noise")
-    generator = np.random.default_rng(0)
-    for n in range(COUNT):
-        Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(root / f"{n:02d}.jpg")
-    return root
 
 
 def test_the_command_writes_what_it_promises(

@@ -15,25 +15,10 @@ from benchmarks.bench_start import PHASES, STARTS, parse, start
 from benchmarks.command_line import command_of, write_result
 from pipelines.errors import InputError
 
-RECIPE = """
-base = "demo"
-backbone = {name = "test_resnet"}
-projector = {hidden = [32], out = 16}
-predictor = {hidden = [32], out = 16}
-batch_size = 4
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.toml"
-    path.write_text(RECIPE)
-    return path
-
 
 @pytest.mark.slow
-def test_a_start_takes_real_steps_in_a_process_of_its_own(recipe: Path, tmp_path: Path) -> None:
-    own = parse(["--recipe", str(recipe), "--compile", "off"]).recipe
+def test_a_start_takes_real_steps_in_a_process_of_its_own(tiny_recipe_file: Path, tmp_path: Path) -> None:
+    own = parse(["--recipe", str(tiny_recipe_file), "--compile", "off"]).recipe
     one, other = (start(own, "cpu", tmp_path) for _ in range(2))
     assert one["losses"] == other["losses"]
     assert one["losses"][0] == one["losses"][1] != one["losses"][2], "they train, the first one at a rate of 0"
@@ -42,14 +27,14 @@ def test_a_start_takes_real_steps_in_a_process_of_its_own(recipe: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_start_that_fails_says_what_it_said(recipe: Path, tmp_path: Path) -> None:
-    own = parse(["--recipe", str(recipe), "--precision", "fp16"]).recipe
+def test_a_start_that_fails_says_what_it_said(tiny_recipe_file: Path, tmp_path: Path) -> None:
+    own = parse(["--recipe", str(tiny_recipe_file), "--precision", "fp16"]).recipe
     with pytest.raises(InputError, match=r"a start failed with exit code 1: .*fp16"):
         start(own, "cpu", tmp_path)
 
 
 def test_starts_share_a_cache_and_each_is_kept(
-    recipe: Path,
+    tiny_recipe_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -66,7 +51,9 @@ def test_starts_share_a_cache_and_each_is_kept(
         return {phase: float(len(caches)) for phase in PHASES} | {"losses": [1.0]}
 
     monkeypatch.setattr(bench_start, "start", made_up)
-    monkeypatch.setattr(sys, "argv", ["bench_start", "--recipe", str(recipe), "--repeats", "3", "--out", str(out)])
+    monkeypatch.setattr(
+        sys, "argv", ["bench_start", "--recipe", str(tiny_recipe_file), "--repeats", "3", "--out", str(out)]
+    )
     assert bench_start.body() == 0
     assert [compiles for compiles, _ in caches] == ["on", "on", "off"] * 3
     folders = [cache for _, cache in caches]

@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from benchmarks import bench_step, result_tables
 from benchmarks.bench_step import ORDER, Arguments, builds_of, groups, measure
@@ -22,13 +20,6 @@ from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from pipelines.errors import InputError
 from pipelines.views.presets import paper_views
 
-RECIPE = """
-base = "demo"
-backbone = {name = "test_resnet"}
-projector = {hidden = [32], out = 16}
-predictor = {hidden = [32], out = 16}
-batch_size = 4
-"""
 TINY = Recipe(
     name="tiny",
     views=paper_views(size=32, local_size=16, blur_kernel=5),
@@ -41,22 +32,15 @@ TINY = Recipe(
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dozen noisy pictures of 64 pixels."""
-    root = tmp_path_factory.mktemp("noise")
-    generator = np.random.default_rng(0)
-    for n in range(12):
-        Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(root / f"{n:02d}.jpg")
-    return root
-
-
 @pytest.mark.slow
 def test_all_ways_do_the_same_and_the_result_is_told(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    folder: Path,
+    tiny_recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    recipe, out = tmp_path / "tiny.toml", tmp_path / "step.json"
-    recipe.write_text(RECIPE)
+    recipe, out = tiny_recipe_file, tmp_path / "step.json"
     contenders = ("captured", PLAIN, "grouped", "view by view")  # compiling takes minutes
     command = ["--recipes", str(recipe), "--contenders", *contenders, "--steps", "2", "--repeats", "1"]
     monkeypatch.setattr(sys, "argv", ["bench_step", *command, "--data", str(folder), "--out", str(out)])

@@ -7,9 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from benchmarks import bench_train
 from benchmarks.bench_train import PROG, measure, parse
@@ -17,30 +15,16 @@ from benchmarks.command_line import command_of
 from benchmarks.train_contenders import OURS, OURS_SYNTHETIC, PLAIN, PLAIN_SYNTHETIC
 from pipelines.errors import InputError
 
-RECIPE = """
-base = "demo"
-backbone = {name = "test_resnet"}
-projector = {hidden = [32], out = 16}
-predictor = {hidden = [32], out = 16}
-"""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dozen noisy pictures of 64 pixels."""
-    root = tmp_path_factory.mktemp("noise")
-    generator = np.random.default_rng(0)
-    for n in range(12):
-        Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(root / f"{n:02d}.jpg")
-    return root
-
 
 @pytest.mark.slow
 def test_the_command_writes_what_it_promises(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tiny_recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    recipe, out = tmp_path / "tiny.toml", tmp_path / "train.json"
-    recipe.write_text(RECIPE)
+    recipe, out = tiny_recipe_file, tmp_path / "train.json"
     sizes = ["--batch-size", "4", "--steps", "3", "--repeats", "1", "--workers", "2"]
     command = [str(folder), "--recipe", str(recipe), "--decoder", "pillow", *sizes, "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["bench_train", *command])

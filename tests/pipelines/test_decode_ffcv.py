@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 import torch
 from decode_samples import encode, jpegs, needs_ffcv_library, picture
 from loader_samples import loader_of, source_with
+from other_threads import share_of_ticks
 
 from pipelines.decode import ffcv, make_decoder
 from pipelines.errors import InputError
@@ -57,22 +56,7 @@ def test_any_number_of_threads_and_images(threads: int) -> None:
 def test_other_threads_run_meanwhile() -> None:
     decoder, _ = both(threads=1)
     large = [encode(picture(3000, 4000)) for _ in range(2)]
-    ticks: list[float] = []
-    done = threading.Event()
-
-    def counting() -> None:
-        while not done.is_set():
-            ticks.append(time.monotonic())
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=counting)
-    thread.start()
-    began = time.monotonic()
-    decoder(large)
-    ended = time.monotonic()
-    done.set()
-    thread.join()
-    assert sum(began < tick < ended for tick in ticks) > 0.2 * (ended - began) / 0.001
+    assert share_of_ticks(lambda: decoder(large)) > 0.2
     decoder.close()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from other_threads import share_of_ticks
 from torch import Tensor
 
 from pipelines import DecodedBatch, InputError, ViewSpec, c_library, draw, paper_views
@@ -181,25 +181,11 @@ def test_other_threads_run_meanwhile(work: str) -> None:
     count = 200_000
     sizes, index = torch.full((count, 2), 400), torch.arange(count)
     params = draw(paper_views(), sizes, seed=0, epoch=0, index=index)
-    ticks: list[float] = []
-    done = threading.Event()
-
-    def counting() -> None:
-        while not done.is_set():
-            ticks.append(time.monotonic())
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=counting)
-    thread.start()
-    began = time.monotonic()
-    if work == "draw":
-        draw(paper_views(), sizes, seed=0, epoch=0, index=index)
-    else:
-        make_jobs(batch_of(sizes, index), paper_views(), params, images=slice(0, count))
-    ended = time.monotonic()
-    done.set()
-    thread.join()
-    assert sum(began < tick < ended for tick in ticks) > 0.2 * (ended - began) / 0.001
+    works = {
+        "draw": lambda: draw(paper_views(), sizes, seed=0, epoch=0, index=index),
+        "jobs": lambda: make_jobs(batch_of(sizes, index), paper_views(), params, images=slice(0, count)),
+    }
+    assert share_of_ticks(works[work]) > 0.2
 
 
 REFUSED = {
