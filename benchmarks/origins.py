@@ -17,6 +17,7 @@ MADE_BY = {
     "views_cpu": "python -m benchmarks.bench_views DATA",
     "views_cuda_bfloat16": SUITE,
     "views_cuda_float32": SUITE,
+    "draws_cpu": "python -m benchmarks.bench_draw",
     "loader_cpu": "python -m benchmarks.bench_loader FOLDER SHARDS BETON",
     "loader_cold_cpu": "python -m benchmarks.bench_loader FOLDER SHARDS BETON --cold",
     "loader_cuda": SUITE,
