@@ -48,7 +48,7 @@ class PixelStore:
         self._pixels = torch.empty(self.nbytes, dtype=torch.uint8, device=device, pin_memory=self._moves)
         self._lock = threading.Lock()
         self._kept = self._said = 0  # bytes, and marks of the filling that were said
-        self._written: Any = None  # CUDA event behind the last writing
+        self._written: dict[int, Any] = {}  # CUDA event behind the last writing of each stream
         self._odd: set[int] = set()
 
     def __contains__(self, index: int) -> bool:
@@ -78,8 +78,9 @@ class PixelStore:
             if places:
                 torch._foreach_copy_(places, images)
                 if self._pixels.is_cuda:
-                    self._written = cuda.Event()
-                    self._written.record()
+                    stream, event = cuda.current_stream(self._pixels.device), cuda.Event()
+                    event.record(stream)
+                    self._written[stream.cuda_stream] = event
         self._say()
 
     def batch(self, indices: Sequence[int], labels: NDArray[np.int64]) -> DecodedBatch:
@@ -92,8 +93,8 @@ class PixelStore:
         index = torch.tensor(indices, dtype=torch.int64)
         with self._lock:
             offset, sizes = self._offset[index], self._sizes[index]
-            if self._written is not None:
-                cuda.current_stream(self._pixels.device).wait_event(self._written)
+            for event in self._written.values():
+                cuda.current_stream(self._pixels.device).wait_event(event)
         pixels = self._pixels
         if self._moves:
             lengths = (sizes.prod(dim=1) * 3).tolist()

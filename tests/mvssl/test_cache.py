@@ -15,6 +15,7 @@ from PIL import Image
 from tiny_runs import train, write_images
 
 import pipelines.fetch
+from mvssl.monitor.jsonl import read_jsonl
 from mvssl.options import RunOptions
 from mvssl.recipe import Recipe
 from pipelines import cache_choice
@@ -230,3 +231,39 @@ def test_free_memory_is_shared_by_the_processes(monkeypatch: pytest.MonkeyPatch)
     assert free_memory(CPU, processes=2) == Memory(host=400)
     monkeypatch.setattr(cache_choice, "_number", lambda path: None)
     assert free_memory(CPU, processes=1) == Memory(host=1000)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("choice", ["device", "host"])
+def test_on_a_gpu_a_cached_run_is_the_same(
+    images: Path, tiny_recipe: Recipe, tmp_path: Path, decoded: list[int], choice: Any
+) -> None:
+    options: dict[str, Any] = {"device": "cuda", "decoder": "pillow"}
+    recipe = replace(tiny_recipe, compile="off", precision="fp32")
+    train(recipe, images, tmp_path / "plain", **options)
+    decoded.clear()
+    train(recipe, images, tmp_path / "cached", cache=choice, **options)
+    assert sum(decoded) == 36 + 12
+    ours, theirs = (
+        [row["loss"] for row in read_jsonl(tmp_path / run / "metrics.jsonl") if row["kind"] == "train"]
+        for run in ("cached", "plain")
+    )
+    assert ours == pytest.approx(theirs, abs=2e-3)
+
+
+@pytest.mark.gpu
+def test_streams_that_write_and_read_wait_for_each_other(folder: Path) -> None:
+    source = open_source(folder)
+    store = PixelStore(pixel_bytes(source), device=CUDA, on=CUDA)
+    decoder = make_decoder("pillow", device=CPU, batch_size=64, threads=2)
+    fetch, expected = Fetcher(KeptSource(source, store), decoder), Fetcher(source, decoder)(range(12))
+    for at in range(12):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(10_000_000)
+            fetch([at])
+    with torch.cuda.stream(torch.cuda.Stream()):
+        kept = fetch(range(12)).batch
+        copies = [kept.image(n).clone() for n in range(12)]
+    torch.cuda.synchronize()
+    for n, copy in enumerate(copies):
+        assert torch.equal(copy.cpu(), expected.batch.image(n))
