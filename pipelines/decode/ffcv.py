@@ -24,7 +24,6 @@ from pipelines.decode.sniff import Header, sniff
 _RGB = 0  # turbojpeg.h: TJPF_RGB
 _ACCURATE = 4096  # TJFLAG_ACCURATEDCT: the transform that libjpeg itself, and so Pillow, takes
 _EXIF = b"Exif\0\0"
-_FAR = 1 << 16  # bytes in which a file's EXIF data begins
 
 
 class FfcvDecoder:
@@ -136,8 +135,9 @@ def _for_ffcv(data: np.ndarray, header: Header | None) -> bool:
     """Whether an image is a plain JPEG that lies upright."""
     if header is None or not header.plain or header.height * header.width > MAX_PIXELS:
         return False
-    start = data[:_FAR].tobytes().find(_EXIF)
-    return start < 0 or orientation_of(data[start : start + _FAR].tobytes()) not in UPRIGHT
+    content = data.tobytes()  # other metadata of any length may stand before
+    start = content.find(_EXIF)
+    return start < 0 or orientation_of(content[start:]) not in UPRIGHT
 
 
 def _size(header: Header | None) -> tuple[int, int]:

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from decode_samples import encode, jpegs, needs_ffcv_library, picture
+from decode_samples import encode, jpegs, needs_ffcv_library, picture, with_orientation
 from loader_samples import loader_of, source_with
 from other_threads import share_of_ticks
 
-from pipelines.decode import ffcv, make_decoder
+from pipelines.decode import Decoder, ffcv, make_decoder
 from pipelines.errors import InputError
 
 
-def both(threads: int = 2) -> tuple[ffcv.FfcvDecoder, object]:
+def both(threads: int = 2) -> tuple[ffcv.FfcvDecoder, Decoder]:
     decoder = make_decoder("ffcv", device="cpu", batch_size=64, threads=threads)
     assert isinstance(decoder, ffcv.FfcvDecoder)
     return decoder, make_decoder("pillow", device="cpu", batch_size=64, threads=threads)
@@ -31,7 +31,7 @@ def test_what_becomes_of_a_damaged_jpeg_is_what_pillow_says_among_any_neighbours
         at = int(generator.integers(len(damaged) // 2, len(damaged) - 10))
         damaged[at : at + 4] = generator.integers(0, 256, 4)
         files[n] = damaged
-    ours, theirs = decoder(files), pillow(files)  # type: ignore[operator]  # a decoder
+    ours, theirs = decoder(files), pillow(files)
     assert ours.failures == theirs.failures
     assert torch.equal(ours.sizes, theirs.sizes)
     assert torch.equal(ours.pixels, theirs.pixels)
@@ -42,11 +42,27 @@ def test_what_becomes_of_a_damaged_jpeg_is_what_pillow_says_among_any_neighbours
 
 
 @needs_ffcv_library
+def test_an_orientation_far_inside_the_file_is_applied() -> None:
+    decoder, pillow = both()
+    data = encode(picture(40, 50), icc_profile=b"x" * 150_000).tobytes()
+    turned = with_orientation(encode(picture(8, 8)), 6, "MM").tobytes()
+    start = turned.index(b"\xff\xe1")
+    segment = turned[start : start + 2 + int.from_bytes(turned[start + 2 : start + 4], "big")]
+    frame = data.index(b"\xff\xdb")  # the tables behind the profile
+    file = np.frombuffer(data[:frame] + segment + data[frame:], np.uint8)
+    ours, theirs = decoder([file]), pillow([file])
+    assert theirs.sizes.tolist() == [[50, 40]]
+    assert torch.equal(ours.sizes, theirs.sizes)
+    assert torch.equal(ours.pixels, theirs.pixels)
+    decoder.close()
+
+
+@needs_ffcv_library
 @pytest.mark.parametrize("threads", [1, 3, 8])
 def test_any_number_of_threads_and_images(threads: int) -> None:
     decoder, pillow = both(threads)
     for count in (1, 2, 7, 40):
-        ours, theirs = decoder(jpegs(count)), pillow(jpegs(count))  # type: ignore[operator]  # a decoder
+        ours, theirs = decoder(jpegs(count)), pillow(jpegs(count))
         assert torch.equal(ours.pixels, theirs.pixels)
     decoder.close()
     decoder.close()
