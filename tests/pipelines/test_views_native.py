@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,44 @@ def test_any_image_has_the_references_bits(
     assert same(views_of(images, (spec,), "native", seed=seed), views_of(images, (spec,), "reference", seed=seed))
 
 
+def sees_every_shape() -> bool:
+    """Whether images of unusual shapes, whole and scaled up and down, are resized to the bytes of torch."""
+    shapes = [(1, 1), (1, 700), (700, 1), (3000, 2), (2, 3000), (33, 32), (31, 64), (64, 31), (257, 1023)]
+    images = noise(*shapes)
+    specs = tuple(
+        ViewSpec(name=f"v{size}", task="t", size=size, area=None, flip=0.5, blur_kernel=3) for size in (8, 32, 104)
+    )
+    return same(views_of(images, specs, "native"), views_of(images, specs, "reference"))
+
+
+@needs_compiler
+def test_images_of_unusual_shapes() -> None:
+    assert sees_every_shape()
+
+
+@needs_compiler
+def test_no_pixel_outside_of_the_crop_is_looked_at() -> None:
+    """The image is cut out of a canvas whose other pixels must not matter, up to the canvas's very end."""
+    (image,) = noise((37, 53))
+    spec = ViewSpec(name="a", task="t", size=24, area=None)
+    views = []
+    for rest in (0, 255):
+        canvas = torch.full((40, 60, 3), rest, dtype=torch.uint8)
+        canvas[3:, 7:] = image  # the last row and column of both are the same
+        batch = DecodedBatch(
+            pixels=canvas.reshape(-1),
+            offset=torch.tensor([(3 * 60 + 7) * 3]),
+            sizes=torch.tensor([[37, 53]]),
+            row_stride=torch.tensor([180]),
+            index=torch.tensor([0]),
+            labels=torch.tensor([-1]),
+        )
+        params = draw((spec,), batch.sizes, seed=0, epoch=0, index=batch.index)
+        views.append(ViewEngine((spec,), backend="native")(batch, params)[0])
+    assert torch.equal(views[0], views[1])
+    assert same([views[0]], views_of([image], (spec,), "reference"))
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -126,3 +166,11 @@ def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     c_library.load_library.cache_clear()
     assert native_obstacle() is None
     assert [path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()] == [built]
+
+
+@needs_compiler
+@pytest.mark.usefixtures("_built_anew")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="it leaves out instructions of x86")
+def test_processors_without_avx2_make_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", f"{shlex.join(c_library._compiler() or [])} -mno-avx2")
+    assert sees_every_shape()

@@ -1,7 +1,10 @@
-"""The native backend: torch's resize, and all that follows in one pass per image, in C.
+"""The native backend: all operations of a view in one pass per image, in C.
 
-Threads. The images are shared among as many threads as `torch.get_num_threads()` says, which end with the call; resize
-and C run without Python's lock and start no threads of their own.
+Bits. They are the reference's where torch resizes bytes in whole numbers, which it does on x86 with AVX2; on other
+processors the reference resizes in floating point and differs by a unit here and there; these views do not.
+
+Threads. The images are shared among as many threads as `torch.get_num_threads()` says, which end with the call; each
+makes all its images of a view in one call, without Python's lock.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ from torch import Tensor
 from pipelines.batch import DecodedBatch
 from pipelines.c_library import load_library
 from pipelines.errors import InputError
-from pipelines.views.ops import crop_resize
 from pipelines.views.ops.blur import kernel_half
 from pipelines.views.ops.jitter import operations
 from pipelines.views.params import ViewParams
@@ -29,6 +31,10 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 Job = np.dtype(
     [
+        ("crop", np.uint64),
+        ("stride", np.int64),
+        ("height", np.int32),
+        ("width", np.int32),
         ("flip", np.int32),
         ("cutout", np.int32, 4),
         ("jitter", np.int32),
@@ -37,9 +43,10 @@ Job = np.dtype(
         ("reach", np.int32),
         ("solarize", np.int32),
         ("factors", np.float32, 4),
-    ]
+    ],
+    align=True,
 )
-"""The decisions for one image as views.c reads them."""
+"""The crop of one image and the decisions for it as views.c reads them."""
 
 
 def native_obstacle() -> str | None:
@@ -61,20 +68,20 @@ def make_views(
         raise InputError(f"backend is 'native' but cannot be used: {library}; take backend 'reference'.")
     if dtype is torch.float16 and not library.has_float16():
         raise InputError("dtype is float16 but the C compiler lacks it: take float32, or backend 'reference'.")
-    images = [batch.image(n) for n in range(len(batch))]  # uint8 [H, W, 3] each, no copy
-    makers = [_Maker(library, images, spec, params.view(v), dtype) for v, spec in enumerate(specs)]
-    threads = min(torch.get_num_threads(), max(1, len(images)))
-    shares = [range(first, len(images), threads) for first in range(threads)]
+    if batch.pixels.device.type != "cpu":
+        raise InputError(f"backend is 'native' but the pixels are on {batch.pixels.device}: take backend 'fused'.")
+    threads = min(torch.get_num_threads(), max(1, len(batch)))
+    makers = [_Maker(library, batch, spec, params.view(v), dtype) for v, spec in enumerate(specs)]
 
-    def work(share: range) -> None:
+    def work(thread: int) -> None:
         for maker in makers:
-            maker(share)
+            maker(thread, threads)
 
     if threads == 1:
-        work(shares[0])
+        work(0)
     else:
         with ThreadPoolExecutor(threads, thread_name_prefix="mvssl-views") as pool:
-            list(pool.map(work, shares))
+            list(pool.map(work, range(threads)))
     return [maker.view for maker in makers]
 
 
@@ -86,38 +93,52 @@ class _Maker:
     """
 
     def __init__(
-        self, library: ctypes.CDLL, images: Sequence[Tensor], spec: ViewSpec, params: ViewParams, dtype: torch.dtype
+        self, library: ctypes.CDLL, batch: DecodedBatch, spec: ViewSpec, params: ViewParams, dtype: torch.dtype
     ) -> None:
-        self._library, self._images, self._spec, self._dtype = library, images, spec, _DTYPES[dtype]
-        shape = (len(images), 3, spec.size, spec.size)
-        self.view = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
-        self._crops = params.crop.tolist()
-        self._taps = kernel_half(params.blur_sigma.clamp(min=1e-3), spec.blur_kernel)  # [N, K]
-        self._jobs = _jobs(params, self._taps)
+        self._library, self._pixels, self._spec, self._dtype = library, batch.pixels, spec, _DTYPES[dtype]
+        self.view = _empty(len(batch), spec.size, dtype)
+        self._taps = kernel_half(params.blur_sigma.clamp(min=1e-3), spec.blur_kernel).contiguous()  # [N, K]
+        self._jobs = _jobs(batch, params, self._taps)
 
-    def __call__(self, numbers: range) -> None:
-        """Make the view of these images."""
-        size = self._spec.size
-        planes = torch.empty(4 * size * size + 3 * size)
-        for n in numbers:
-            top, left, height, width = self._crops[n]
-            window = self._images[n][top : top + height, left : left + width].permute(2, 0, 1)  # [3, h, w]
-            pixels = crop_resize.resize(window, size, size).permute(1, 2, 0).contiguous()  # uint8 [S, S, 3]
-            self._library.make_view(
-                ctypes.c_void_p(pixels.data_ptr()),
-                ctypes.c_void_p(self._jobs[n : n + 1].ctypes.data),
-                ctypes.c_void_p(self._taps[n].data_ptr()),
-                ctypes.c_float(self._spec.solarize_threshold),
-                ctypes.c_int64(size),
-                ctypes.c_int32(self._dtype),
-                ctypes.c_void_p(planes.data_ptr()),
-                ctypes.c_void_p(self.view[n].data_ptr()),
-            )
+    def __call__(self, begin: int, step: int) -> None:
+        """Make the view of images `begin`, `begin + step` and so on.
+
+        Raises:
+            MemoryError: for an image resized on the way, a few times as large as the view is wide.
+        """
+        refused = self._library.make_views(
+            ctypes.c_void_p(self._jobs.ctypes.data),
+            ctypes.c_int64(len(self._jobs)),
+            ctypes.c_int64(begin),
+            ctypes.c_int64(step),
+            ctypes.c_void_p(self._taps.data_ptr()),
+            ctypes.c_int64(self._taps.shape[1]),
+            ctypes.c_float(self._spec.solarize_threshold),
+            ctypes.c_int64(self._spec.size),
+            ctypes.c_int32(self._dtype),
+            ctypes.c_void_p(self.view.data_ptr()),
+        )
+        if refused:
+            raise MemoryError(f"No memory is left to make view '{self._spec.name}' of a batch: take a smaller batch.")
 
 
-def _jobs(params: ViewParams, taps: Tensor) -> np.ndarray:
-    """The table of decisions [N] for one view; `params` holds tensors [N, ...]."""
-    jobs = np.zeros(len(params.flip), dtype=Job)
+def _empty(images: int, size: int, dtype: torch.dtype) -> Tensor:
+    """Room for the views [N, 3, S, S], channels-last.
+
+    Numpy asks the kernel for huge pages, which torch does not: touching 38 MB for the first time took a quarter of the
+    time.
+    """
+    room = np.empty((images, size, size, 3), dtype=np.float32 if dtype is torch.float32 else np.int16)
+    return torch.from_numpy(room).view(dtype).permute(0, 3, 1, 2)
+
+
+def _jobs(batch: DecodedBatch, params: ViewParams, taps: Tensor) -> np.ndarray:
+    """The table of crops and decisions [N] for one view; `params` holds tensors [N, ...]."""
+    jobs = np.zeros(len(batch), dtype=Job)
+    top, left, jobs["height"], jobs["width"] = params.crop.numpy().T
+    stride = batch.row_stride.numpy()
+    jobs["crop"] = batch.pixels.data_ptr() + batch.offset.numpy() + top * stride + left * 3
+    jobs["stride"] = stride
     wanted = operations(params.jitter_on, params.jitter)  # [N, 4]
     jobs["flip"] = params.flip.numpy()
     jobs["cutout"] = torch.where(params.cutout[:, 2:3] > 0, params.cutout, 0).numpy()

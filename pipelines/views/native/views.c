@@ -1,4 +1,4 @@
-/* Everything behind the resize, for one view of one image: flip, cutout, colour jitter, grayscale, blur, solarize, normalise.
+/* One view of some images: crop and resize, flip, cutout, colour jitter, grayscale, blur, solarize, normalise.
  *
  * The operations and their order are those of the modules in pipelines/views/ops in float32, so the values are the reference's bit
  * for bit (built without contraction to fused multiply-add). An image stays in the cache from its bytes to its view.
@@ -6,13 +6,19 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
+
+#include "resize.h"
 
 enum { BRIGHTNESS, CONTRAST, SATURATION, HUE };
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
-/* The decisions for one image; the layout is that of `Job` in engine.py. */
+/* The crop of one image and the decisions for it; the layout is that of `Job` in engine.py. */
 typedef struct {
+    const uint8_t *crop; /* its first pixel */
+    int64_t stride;      /* bytes from one row to the next */
+    int32_t height, width;
     int32_t flip;
     int32_t cutout[4]; /* top, left, height, width; height 0 makes none */
     int32_t jitter;    /* bit k: operation k is applied */
@@ -87,22 +93,58 @@ static inline int64_t reflect(int64_t at, int64_t size) {
     return at > size - 1 ? 2 * (size - 1) - at : at;
 }
 
-/* Add to `sum` the values on both sides at a distance, times their common tap. */
-static inline void add_pair(float *restrict sum, const float *before, const float *behind, float tap, int64_t count) {
-    for (int64_t x = 0; x < count; x++) sum[x] += (before[x] + behind[x]) * tap;
+enum { LANES = 32 }; /* values that are summed in registers */
+typedef float Floats __attribute__((vector_size(32)));
+
+static inline Floats floats(const float *at) {
+    Floats values;
+    memcpy(&values, at, sizeof values);
+    return values;
 }
 
-static void scale(float *restrict sum, const float *restrict line, float tap, int64_t count) {
-    for (int64_t x = 0; x < count; x++) sum[x] = line[x] * tap;
+/* Sums of `size` values: the middle line times its tap, then the lines on both sides at distance k together times theirs. */
+static inline void weigh(const float *middle, const float *const before[], const float *const behind[], int64_t size,
+                         const float *taps, int64_t reach, float *restrict out) {
+    int64_t x = 0;
+    for (; x + LANES <= size; x += LANES) {
+        Floats a = floats(middle + x) * taps[0], b = floats(middle + x + 8) * taps[0];
+        Floats c = floats(middle + x + 16) * taps[0], d = floats(middle + x + 24) * taps[0];
+        for (int64_t k = 1; k <= reach; k++) {
+            const float *one = before[k] + x, *two = behind[k] + x;
+            a += (floats(one) + floats(two)) * taps[k];
+            b += (floats(one + 8) + floats(two + 8)) * taps[k];
+            c += (floats(one + 16) + floats(two + 16)) * taps[k];
+            d += (floats(one + 24) + floats(two + 24)) * taps[k];
+        }
+        memcpy(out + x, &a, sizeof a);
+        memcpy(out + x + 8, &b, sizeof b);
+        memcpy(out + x + 16, &c, sizeof c);
+        memcpy(out + x + 24, &d, sizeof d);
+    }
+    for (; x < size; x++) {
+        float sum = middle[x] * taps[0];
+        for (int64_t k = 1; k <= reach; k++) sum += (before[k][x] + behind[k][x]) * taps[k];
+        out[x] = sum;
+    }
 }
 
-/* Blur a plane [size, size] along the rows into `half`, then along the columns back; `line` holds size + 2 reach values. */
-static void blur(float *plane, float *half, float *line, int64_t size, const float *taps, int64_t reach) {
+/* Blur a plane [size, size] along the rows into `half`, then along the columns back.
+ *
+ * line: scratch of size + 2 reach values. lines: scratch of 2 * (reach + 1) addresses.
+ */
+static void blur(float *plane, float *half, float *line, const float **lines, int64_t size, const float *taps,
+                 int64_t reach) {
+    const float **before = lines, **behind = lines + reach + 1;
     for (int64_t y = 0; y < size; y++) {
-        float *out = half + y * size;
-        scale(out, plane + y * size, taps[0], size);
-        for (int64_t k = 1; k <= reach; k++)
-            add_pair(out, plane + reflect(y - k, size) * size, plane + reflect(y + k, size) * size, taps[k], size);
+        for (int64_t k = 1; k <= reach; k++) {
+            before[k] = plane + reflect(y - k, size) * size;
+            behind[k] = plane + reflect(y + k, size) * size;
+        }
+        weigh(plane + y * size, before, behind, size, taps, reach, half + y * size);
+    }
+    for (int64_t k = 1; k <= reach; k++) {
+        before[k] = line + reach - k;
+        behind[k] = line + reach + k;
     }
     for (int64_t y = 0; y < size; y++) {
         memcpy(line + reach, half + y * size, size * sizeof(float));
@@ -110,9 +152,7 @@ static void blur(float *plane, float *half, float *line, int64_t size, const flo
             line[reach - k] = line[reach + reflect(-k, size)];
             line[reach + size - 1 + k] = line[reach + reflect(size - 1 + k, size)];
         }
-        float *out = plane + y * size;
-        scale(out, line + reach, taps[0], size);
-        for (int64_t k = 1; k <= reach; k++) add_pair(out, line + reach - k, line + reach + k, taps[k], size);
+        weigh(line + reach, before, behind, size, taps, reach, plane + y * size);
     }
 }
 
@@ -163,17 +203,65 @@ static void load_row(const uint8_t *restrict source, float *restrict r, float *r
         }
 }
 
-/* Make a view from a resized image [size, size, 3].
- *
- * taps: of the blur, the middle one first. planes: scratch of 4 size * size + 3 size floats.
- * out: [size, size, 3] of the dtype.
- */
-void make_view(const uint8_t *pixels, const Job *job, const float *taps, float threshold, int64_t size, int32_t dtype,
-               float *planes, void *out) {
+/* What making a view of any of some crops needs besides the view. */
+typedef struct {
+    float *planes;       /* [3, size, size] */
+    float *half, *line;  /* of the blur: [size, size] and [3, size] */
+    const float **lines; /* of the blur: [2, size] */
+    uint8_t *row;        /* [size, 3] resized, and 2 LINE more */
+    uint8_t *packed;     /* ROWS rows of a crop, and a pixel more */
+    uint8_t *resized;    /* a crop resized along the columns, and a row and 2 LINE more */
+    void *columns, *rows; /* weights */
+} Scratch;
+
+static void *part(uintptr_t *end, int64_t bytes) {
+    uintptr_t begin = *end;
+    *end += (uintptr_t)(bytes + 63) / 64 * 64;
+    return (void *)begin;
+}
+
+/* Lay the parts out from `memory`; returns how many bytes they take. */
+static size_t lay_out(Scratch *scratch, void *memory, int64_t size, int64_t height, int64_t width) {
+    uintptr_t end = (uintptr_t)memory;
+    scratch->planes = part(&end, 3 * size * size * (int64_t)sizeof(float));
+    scratch->half = part(&end, size * size * (int64_t)sizeof(float));
+    scratch->line = part(&end, 3 * size * (int64_t)sizeof(float));
+    scratch->lines = part(&end, 2 * size * (int64_t)sizeof(float *));
+    scratch->row = part(&end, 3 * size + 2 * LINE);
+    scratch->packed = part(&end, LINE * (width + 1));
+    scratch->resized = part(&end, (3 * size + 1) * (height + 1) + 2 * LINE);
+    scratch->columns = part(&end, axis_bytes(width, size));
+    scratch->rows = part(&end, axis_bytes(height, size));
+    return end - (uintptr_t)memory;
+}
+
+/* Crop, resize and flip into the planes. */
+static void resize(const Job *job, int64_t size, const Scratch *scratch) {
+    Axis columns = make_axis(job->width, size, scratch->columns), rows = make_axis(job->height, size, scratch->rows);
+    int64_t area = size * size, pitch = 3 * size + 1;
+    for (int64_t y = 0; y < job->height; y += ROWS) {
+        const uint8_t *from[ROWS];
+        uint8_t *to[ROWS];
+        for (int r = 0; r < ROWS; r++) {
+            int64_t at = y + r < job->height ? y + r : job->height - 1; /* the last row may come several times */
+            from[r] = job->crop + job->stride * at;
+            to[r] = scratch->resized + pitch * at;
+        }
+        resize_columns(from, job->width, &columns, scratch->packed, to);
+    }
+    float *planes = scratch->planes;
+    for (int64_t y = 0; y < size; y++) {
+        resize_rows(scratch->resized, pitch, 3 * size, &rows, y, scratch->row);
+        int64_t at = y * size;
+        load_row(scratch->row, planes + at, planes + area + at, planes + 2 * area + at, size, job->flip);
+    }
+}
+
+static void make_view(const Job *job, const float *taps, float threshold, int64_t size, int32_t dtype,
+                      const Scratch *scratch, void *out) {
     int64_t area = size * size;
-    float *r = planes, *g = planes + area, *b = planes + 2 * area, *half = planes + 3 * area, *line = half + area;
-    for (int64_t y = 0; y < size; y++)
-        load_row(pixels + 3 * y * size, r + y * size, g + y * size, b + y * size, size, job->flip);
+    float *planes = scratch->planes, *r = planes, *g = planes + area, *b = planes + 2 * area;
+    resize(job, size, scratch);
     for (int64_t y = job->cutout[0]; y < job->cutout[0] + job->cutout[2]; y++)
         for (int c = 0; c < 3; c++)
             for (int64_t x = job->cutout[1]; x < job->cutout[1] + job->cutout[3]; x++)
@@ -194,7 +282,7 @@ void make_view(const uint8_t *pixels, const Job *job, const float *taps, float t
     }
     if (job->reach >= 0)
         for (int c = 0; c < 3; c++)
-            blur(planes + c * area, half, line, size, taps, job->reach);
+            blur(planes + c * area, scratch->half, scratch->line, scratch->lines, size, taps, job->reach);
     for (int c = 0; c < 3; c++) {
         float *plane = planes + c * area;
         if (job->solarize)
@@ -202,4 +290,26 @@ void make_view(const uint8_t *pixels, const Job *job, const float *taps, float t
         for (int64_t i = 0; i < area; i++) plane[i] = (plane[i] - MEAN[c]) / STD[c];
     }
     store(planes, area, dtype, out);
+}
+
+/* Make the views of images `begin`, `begin + step`, ... of `images`.
+ *
+ * jobs: [images]. taps: of the blurs, the middle one first, [images, tap_count]. out: [images, size, size, 3] of the dtype.
+ * Returns 0, or 1 if there is no memory.
+ */
+int32_t make_views(const Job *jobs, int64_t images, int64_t begin, int64_t step, const float *taps, int64_t tap_count,
+                   float threshold, int64_t size, int32_t dtype, void *out) {
+    int64_t height = 1, width = 1, bytes = 3 * size * size * (dtype == FLOAT32 ? 4 : 2);
+    for (int64_t n = begin; n < images; n += step) {
+        height = jobs[n].height > height ? jobs[n].height : height;
+        width = jobs[n].width > width ? jobs[n].width : width;
+    }
+    Scratch scratch;
+    void *memory = malloc(lay_out(&scratch, NULL, size, height, width));
+    if (memory == NULL) return 1;
+    lay_out(&scratch, memory, size, height, width);
+    for (int64_t n = begin; n < images; n += step)
+        make_view(jobs + n, taps + tap_count * n, threshold, size, dtype, &scratch, (uint8_t *)out + bytes * n);
+    free(memory);
+    return 0;
 }
