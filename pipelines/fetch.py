@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from pipelines.batch import DecodedBatch
 from pipelines.decode import Decoder
 from pipelines.pixel_store import KeptSource, PixelStore
-from pipelines.storage.source import Source
+from pipelines.storage.source import ReadsTogether, Source
+from pipelines.storage.together import READERS
 
 Encoded = np.ndarray | str
 """An image's bytes, uint8 [bytes], or in a few words why they cannot be read."""
 
-_READERS = 8  # reading waits for disks and networks, not for cores
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # this process or machine ran out of something: no image's fault
 
 
@@ -51,7 +51,7 @@ class Fetcher:
         self._source = source
         self._decoder = decoder
         self._store = source.store if isinstance(source, KeptSource) else None
-        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="mvssl-read")
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="mvssl-read")
         self.reading_seconds = 0.0
         self.decoding_seconds = 0.0
 
@@ -136,9 +136,13 @@ class Fetcher:
         self._decoder.close()
 
     def _read(self, indices: Sequence[int]) -> dict[int, Encoded]:
-        share = -(-len(indices) // _READERS) or 1
-        parts = self._pool.map(self._read_some, [indices[at : at + share] for at in range(0, len(indices), share)])
-        return {index: item for part in parts for index, item in part}
+        together = self._source.read_together(indices) if isinstance(self._source, ReadsTogether) else ()
+        read: dict[int, Encoded] = {i: data for i, data in zip(indices, together, strict=False) if data is not None}
+        rest = [index for index in indices if index not in read]
+        share = -(-len(rest) // READERS) or 1
+        for part in self._pool.map(self._read_some, [rest[at : at + share] for at in range(0, len(rest), share)]):
+            read.update(part)
+        return read
 
     def _read_some(self, indices: Sequence[int]) -> list[tuple[int, Encoded]]:
         read: list[tuple[int, Encoded]] = []

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.batch import DecodedBatch
-from pipelines.storage.source import ReadsAhead, Source
+from pipelines.storage.source import ReadsAhead, ReadsTogether, Source
 
 _log = logging.getLogger("mvssl.data")
 _MARKS = 4  # times that the filling is said
@@ -134,6 +134,11 @@ class KeptSource:
     def read(self, index: int) -> NDArray[np.uint8]:
         """As the source."""
         return self._source.read(index)
+
+    def read_together(self, indices: Sequence[int]) -> list[NDArray[np.uint8] | None]:
+        """As the source."""
+        source = self._source
+        return source.read_together(indices) if isinstance(source, ReadsTogether) else [None] * len(indices)
 
     def key(self, index: int) -> str:
         """As the source."""

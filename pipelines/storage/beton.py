@@ -15,6 +15,7 @@ from pipelines.storage.manifest import BETON_FORMAT, format_of
 from pipelines.storage.open_files import make_room
 from pipelines.storage.random_access import RandomAccessFile
 from pipelines.storage.source import fingerprint
+from pipelines.storage.together import read_parts
 
 
 class BetonSource:
@@ -71,13 +72,19 @@ class BetonSource:
         """
         # No lock: two threads that open the file at once do no harm, and a lock would not survive a fork.
         file = self._file or self._open()
-        image = self._images[index]
-        head = b"" if image["mode"] != RAW else f"P6\n{image['width']} {image['height']}\n255\n".encode()
-        data = file.read(offset=int(self._offset[index]), size=int(self.nbytes[index]), head=head)
+        data = file.read(offset=int(self._offset[index]), size=int(self.nbytes[index]), head=self._head_of(index))
         if data is None:
             left = file.nbytes
             raise damaged(self.location, f"was cut short to {left} of {self._bytes} bytes")
         return data
+
+    def read_together(self, indices: Sequence[int]) -> list[npt.NDArray[np.uint8] | None]:
+        """Encoded images; None for those that `read` has to be asked for. Raises as `read`."""
+        index = np.asarray(indices, dtype=np.int64)
+        file = self._file or self._open()
+        raw = (self._images["mode"][index] == RAW).any()
+        heads = [self._head_of(n) for n in indices] if raw else []
+        return read_parts([file.descriptor] * len(index), self._offset[index], self.nbytes[index], heads=heads)
 
     def will_need(self, indices: Sequence[int]) -> None:
         """Let the operating system begin to read images into memory: what lies side by side in one piece."""
@@ -92,6 +99,11 @@ class BetonSource:
     def close(self) -> None:
         """Let go of the open file, which threads that read may still end with. Reading opens it again."""
         self._file = None
+
+    def _head_of(self, index: int) -> bytes:
+        """What makes pixels a PPM file."""
+        image = self._images[index]
+        return b"" if image["mode"] != RAW else f"P6\n{image['width']} {image['height']}\n255\n".encode()
 
     def _open(self) -> RandomAccessFile:
         try:

@@ -14,9 +14,10 @@ from pipelines.errors import InputError
 from pipelines.storage.cache import load_index, save_index
 from pipelines.storage.index import IMAGE_EXTENSIONS, FileIndex
 from pipelines.storage.listing import index_list
-from pipelines.storage.random_access import RandomAccessFile
+from pipelines.storage.random_access import RandomAccessFile, most_at_once
 from pipelines.storage.scan import scan_folder
 from pipelines.storage.source import fingerprint
+from pipelines.storage.together import read_files, will_read_files
 
 ASKED_LAST = True  # a converted form lies in a folder or file too: whoever knows it goes first
 
@@ -39,11 +40,19 @@ class FolderSource:
         """Whole file: uint8 [bytes]; empty for an empty file. Raises OSError if the file cannot be read."""
         return np.fromfile(self._path(index), dtype=np.uint8)
 
+    def read_together(self, indices: Sequence[int]) -> list[npt.NDArray[np.uint8] | None]:
+        """Whole files; None for those that `read` has to be asked for."""
+        return read_files([self._path(index) for index in indices], self.nbytes[np.asarray(indices, dtype=np.int64)])
+
     def will_need(self, indices: Sequence[int]) -> None:
         """Let the operating system begin to read files into memory."""
-        for index in indices:
+        paths = [self._path(index) for index in indices]
+        nbytes, most = self.nbytes[np.asarray(indices, dtype=np.int64)], most_at_once(os.stat(self.location).st_dev)
+        if will_read_files(paths, nbytes, most=most):
+            return
+        for path in paths:
             with contextlib.suppress(OSError):  # the other files may well be there
-                file = RandomAccessFile(self._path(index))
+                file = RandomAccessFile(path)
                 file.will_read([0], [file.nbytes])
 
     def key(self, index: int) -> str:

@@ -65,7 +65,7 @@ class RandomAccessFile:
         """
         if not hasattr(os, "posix_fadvise"):
             return
-        most = _most_at_once(os.fstat(self.descriptor).st_dev)
+        most = most_at_once(os.fstat(self.descriptor).st_dev)
         for start, end in pieces(np.asarray(offset, dtype=np.int64), np.asarray(size, dtype=np.int64), most=most):
             os.posix_fadvise(self.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
@@ -97,7 +97,7 @@ def _split(start: int, end: int, most: int) -> Iterator[tuple[int, int]]:
 
 
 @functools.lru_cache(maxsize=64)
-def _most_at_once(device: int) -> int:
+def most_at_once(device: int) -> int:
     """Bytes that Linux reads ahead at one call, the rest of which it drops without a word.
 
     The larger of the device's read-ahead window and its largest request; the usual window where neither is told.

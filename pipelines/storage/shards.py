@@ -16,6 +16,7 @@ from pipelines.storage.keys import KeyTable
 from pipelines.storage.manifest import HEAD_BYTES, INDEX, INDEX_DTYPE, KEYS, MANIFEST, Manifest, Shard, is_ours
 from pipelines.storage.open_files import make_room, most_open_files
 from pipelines.storage.random_access import RandomAccessFile
+from pipelines.storage.together import read_parts
 
 _CHUNK = 1 << 22  # bytes hashed at a time
 
@@ -81,6 +82,13 @@ class ShardSource:
             shard, left = self.manifest.shards[number], file.nbytes
             raise _damaged(self.location / shard.name, f"was cut short to {left} of {shard.bytes} bytes")
         return data
+
+    def read_together(self, indices: Sequence[int]) -> list[npt.NDArray[np.uint8] | None]:
+        """Encoded images; None for those that `read` has to be asked for. Raises as `read`."""
+        index = np.asarray(indices, dtype=np.int64)
+        numbers = self._shard[index].tolist()
+        files = {number: self._files[number] or self._open(number) for number in dict.fromkeys(numbers)}
+        return read_parts([files[number].descriptor for number in numbers], self._offset[index], self.nbytes[index])
 
     def will_need(self, indices: Sequence[int]) -> None:
         """Let the operating system begin to read images into memory: what lies side by side in one piece."""

@@ -68,6 +68,14 @@ class ReadsAhead(Protocol):
         """
 
 
+@runtime_checkable
+class ReadsTogether(Protocol):
+    """A source that can read many images in one call, which takes Python's lock once and not once an image."""
+
+    def read_together(self, indices: Sequence[int]) -> list[npt.NDArray[np.uint8] | None]:
+        """Encoded bytes of these images, as `read`; None for each that `read` has to be asked for, which says why."""
+
+
 def fingerprint(
     keys: KeyTable, *, labels: npt.NDArray[np.int64], nbytes: npt.NDArray[np.int64], classes: tuple[str, ...]
 ) -> str:

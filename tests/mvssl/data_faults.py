@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 
 import pipelines.decoded_ahead
+import pipelines.storage.beton
+import pipelines.storage.folder
+import pipelines.storage.shards
 from mvssl import checkpoint, trainer
 from mvssl.recipe import Recipe
 from pipelines.order import Order
-from pipelines.storage import open_source
+from pipelines.storage import open_source, together
 from tools.convert import Convert, convert
 
 CONVERTED = ("shards", "beton")
@@ -136,6 +139,7 @@ def before_second_evaluation(damage: Callable[[], object]) -> Iterator[None]:
 def disk(fault: Callable[[Path, int], object]) -> Iterator[None]:
     """Call `fault` with file and place before each reading of an image: it waits, or raises what the disk would."""
     fromfile, preadv = np.fromfile, os.preadv
+    read_files, read_parts = together.read_files, together.read_parts
 
     def reading_files(file: Any, *arguments: Any, **options: Any) -> Any:
         fault(Path(file), 0)
@@ -145,9 +149,29 @@ def disk(fault: Callable[[Path, int], object]) -> Iterator[None]:
         fault(Path(os.readlink(f"/proc/self/fd/{descriptor}")), offset)
         return preadv(descriptor, buffers, offset)
 
+    def fails(path: Path, offset: int) -> bool:
+        try:
+            fault(path, offset)
+        except OSError:
+            return True
+        return False
+
+    def many_files(paths: Any, nbytes: Any) -> Any:
+        bad = [fails(Path(path), 0) for path in paths]
+        return [None if failed else data for failed, data in zip(bad, read_files(paths, nbytes), strict=True)]
+
+    def many_places(descriptors: Any, offset: Any, size: Any, **options: Any) -> Any:
+        paths = [Path(os.readlink(f"/proc/self/fd/{descriptor}")) for descriptor in descriptors]
+        bad = [fails(path, at) for path, at in zip(paths, offset.tolist(), strict=True)]
+        data = read_parts(descriptors, offset, size, **options)
+        return [None if failed else one for failed, one in zip(bad, data, strict=True)]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(np, "fromfile", reading_files)  # a folder's images
+        patch.setattr(np, "fromfile", reading_files)  # a folder's images, one by one
         patch.setattr(os, "preadv", reading_places)
+        patch.setattr(pipelines.storage.folder, "read_files", many_files)
+        patch.setattr(pipelines.storage.shards, "read_parts", many_places)
+        patch.setattr(pipelines.storage.beton, "read_parts", many_places)
         yield
 
 

@@ -80,13 +80,13 @@ def test_pieces_are_no_longer_than_the_device_reads_at_once(monkeypatch: pytest.
         return told[str(self)]
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    random_access._most_at_once.cache_clear()
+    random_access.most_at_once.cache_clear()
     expected = {(8, 1): 256 << 10, (8, 16): MIB, (0, 45): 64 << 10, (0, 46): 4096, (0, 47): 128 << 10}
-    assert {pair: random_access._most_at_once(os.makedev(*pair)) for pair in expected} == expected
-    random_access._most_at_once.cache_clear()
+    assert {pair: random_access.most_at_once(os.makedev(*pair)) for pair in expected} == expected
+    random_access.most_at_once.cache_clear()
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda _file, start, size, _what: asked.append((start, size)))
-    monkeypatch.setattr(random_access, "_most_at_once", lambda _device: 4096)
+    monkeypatch.setattr(random_access, "most_at_once", lambda _device: 4096)
     RandomAccessFile(path).will_read([0, 6000], [5000, 3000])
     assert asked == [(0, 4096), (4096, 4096), (8192, 808)]
 
