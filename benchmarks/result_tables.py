@@ -53,7 +53,7 @@ def views_details(results: Results) -> list[str]:
 
 def loader(results: Results) -> list[str]:
     """Contenders of bench_loader, with the files in memory."""
-    return _loaders(results, {"CPU": "loader_cpu", "GPU": "loader_cuda"})
+    return _loaders(results, {"CPU": "loader_cpu", "CPU, 64 px": "loader_tiny_cpu", "GPU": "loader_cuda"})
 
 
 def loader_cold(results: Results) -> list[str]:
