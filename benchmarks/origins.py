@@ -19,6 +19,7 @@ MADE_BY = {
     "views_cuda_float32": SUITE,
     "draws_cpu": "python -m benchmarks.bench_draw",
     "loader_cpu": "python -m benchmarks.bench_loader FOLDER SHARDS BETON",
+    "loader_tiny_cpu": "python -m benchmarks.bench_loader TINY_IMAGENET --cache",
     "loader_cold_cpu": "python -m benchmarks.bench_loader FOLDER SHARDS BETON --cold",
     "loader_cuda": SUITE,
     "train_cpu": "python -m benchmarks.bench_train DATA",

@@ -12,11 +12,11 @@ from rich.console import Console
 
 from mvssl.distributed import join_world, process_local_rank
 from mvssl.experiment import Experiment, open_experiment
-from mvssl.init_from import init_from
 from mvssl.memory import explain_out_of_memory
 from mvssl.options import RunOptions, resolve_device
 from mvssl.recipe import Recipe
 from mvssl.step import StepOutput
+from mvssl.weights.init_from import init_from
 from pipelines.batch import ViewBatch
 from pipelines.errors import InputError
 

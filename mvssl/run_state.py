@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from mvssl import checkpoint
 from mvssl.experiment import Experiment
-from mvssl.export import export_backbone
 from mvssl.monitor.window import Window
 from mvssl.run_folder import RunFolder
 from mvssl.serialize import to_dict
+from mvssl.weights.backbone_file import export_backbone
 from pipelines.errors import InputError
 
 

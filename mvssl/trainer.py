@@ -13,7 +13,6 @@ from rich.console import Console
 from mvssl.distributed import FailedElsewhere, World, join_world, process_local_rank
 from mvssl.evaluate.online import evaluate_knn
 from mvssl.experiment import Experiment, open_experiment
-from mvssl.init_from import init_from
 from mvssl.memory import explain_out_of_memory
 from mvssl.monitor.failure import check_finite, check_weights
 from mvssl.monitor.jsonl import last_knn
@@ -27,6 +26,7 @@ from mvssl.recipe import Recipe
 from mvssl.run_folder import RunFolder
 from mvssl.run_state import Position, restore_state, save_state
 from mvssl.signals import StopRequest
+from mvssl.weights.init_from import init_from
 from pipelines.errors import InputError
 
 logger = logging.getLogger("mvssl")

@@ -15,13 +15,13 @@ from torch import nn
 
 from mvssl.backbones import build_backbone
 from mvssl.evaluate.online import evaluate_knn
-from mvssl.export import load_backbone
 from mvssl.monitor.indexing import indexing_progress
 from mvssl.options import resolve_device
 from mvssl.precision import autocast_dtype
 from mvssl.recipe import Recipe
 from mvssl.run_folder import RunFolder, write_json
 from mvssl.siamese import initial_backbone
+from mvssl.weights.backbone_file import load_backbone
 from pipelines.console import run_cli
 from pipelines.decode import DecoderName
 from pipelines.errors import InputError

@@ -12,8 +12,8 @@ import tyro
 
 from mvssl.backbones import build_backbone
 from mvssl.checkpoint import load
-from mvssl.export import export_backbone
 from mvssl.run_folder import RunFolder
+from mvssl.weights.backbone_file import export_backbone
 from pipelines.console import run_cli
 from pipelines.errors import InputError
 
