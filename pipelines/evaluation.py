@@ -1,15 +1,17 @@
-"""Evaluation views: every image once, in order, center crop."""
+"""Evaluation views: every image once, in the order asked for: its centre crop, or a view that is drawn."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.batch import DecodedBatch
 from pipelines.decode import DaliOptions, default_threads, make_decoder
 from pipelines.errors import InputError, invalid
 from pipelines.fetch import Fetcher
@@ -18,12 +20,15 @@ from pipelines.read_ahead import BATCHES_AHEAD, ReadAhead
 from pipelines.side_stream import SideStream, receive, with_index
 from pipelines.storage.source import Source
 from pipelines.views.center import center_views
+from pipelines.views.draw import draw
+from pipelines.views.engine import ViewEngine
+from pipelines.views.spec import ViewSpec
 
 _log = logging.getLogger("mvssl.data")
 _EXAMPLES = 3
 
-CenterBatch = tuple[Tensor, Tensor, Tensor]
-"""Views [N, 3, crop, crop] on the device; index int64 [N] and labels int64 [N] (-1 = none) on the CPU."""
+EvaluationBatch = tuple[Tensor, Tensor, Tensor]
+"""Views [N, 3, S, S] on the device; index int64 [N] and labels int64 [N] (-1 = none) on the CPU."""
 
 
 def iterate_center(
@@ -39,7 +44,7 @@ def iterate_center(
     dali: DaliOptions | None = None,
     indices: Sequence[int] | np.ndarray | None = None,
     prefetch: int = 2,
-) -> Iterator[CenterBatch]:
+) -> Iterator[EvaluationBatch]:
     """Iterate over images in order, prepared in a thread; the last short batch is kept.
 
     An image that cannot be decoded is named in a log warning and left out, so a batch may be smaller than asked for.
@@ -61,6 +66,50 @@ def iterate_center(
         InputError: a number is below 1, `resize` or `crop` does not suit `center_views`, an index does not exist; while
             iterating: not one image could be decoded, the decoder fails, or the storage is damaged.
     """
+    make = partial(center_views, resize=resize, crop=crop, dtype=dtype)
+    return _iterate(source, make, batch_size, device, decoder, threads, dali, indices, prefetch)
+
+
+def iterate_drawn(
+    source: Source,
+    spec: ViewSpec,
+    *,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    decoder: str = "auto",
+    threads: int | None = None,
+    dali: DaliOptions | None = None,
+    indices: Sequence[int] | np.ndarray | None = None,
+    prefetch: int = 2,
+) -> Iterator[EvaluationBatch]:
+    """As `iterate_center`, but with one view of `spec` for each image, as drawn for (seed, epoch, image).
+
+    Raises:
+        InputError: as `iterate_center`, or `seed` or `epoch` is out of range.
+    """
+    engine = ViewEngine((spec,), device=with_index(device), dtype=dtype)
+
+    def make(batch: DecodedBatch) -> Tensor:
+        views: list[Tensor] = engine(batch, draw((spec,), batch.sizes, seed=seed, epoch=epoch, index=batch.index))
+        return views[0]
+
+    return _iterate(source, make, batch_size, device, decoder, threads, dali, indices, prefetch)
+
+
+def _iterate(
+    source: Source,
+    make: Callable[[DecodedBatch], Tensor],
+    batch_size: int,
+    device: str | torch.device,
+    decoder: str,
+    threads: int | None,
+    dali: DaliOptions | None,
+    indices: Sequence[int] | np.ndarray | None,
+    prefetch: int,
+) -> Iterator[EvaluationBatch]:
     for field, value in (("batch_size", batch_size), ("prefetch", prefetch)):
         if value < 1:
             raise invalid(field, value, "1 or more", "give a positive number")
@@ -73,14 +122,14 @@ def iterate_center(
     fetch = Fetcher(source, make_decoder(decoder, device=place, batch_size=batch_size, threads=threads, dali=dali))
     batches = [wanted[at : at + batch_size].tolist() for at in range(0, len(wanted), batch_size)]
     side = SideStream(place)
-    return _consume(_produce(source, fetch, batches, side, resize, crop, dtype), fetch, prefetch)
+    return _consume(_produce(source, fetch, batches, side, make), fetch, prefetch)
 
 
 def _consume(
-    items: Generator[tuple[CenterBatch, torch.cuda.Event | None], None, None], fetch: Fetcher, prefetch: int
-) -> Generator[CenterBatch, None, None]:
+    items: Generator[tuple[EvaluationBatch, torch.cuda.Event | None], None, None], fetch: Fetcher, prefetch: int
+) -> Generator[EvaluationBatch, None, None]:
     try:
-        producer = Prefetcher(items, depth=prefetch, name="mvssl-center")
+        producer = Prefetcher(items, depth=prefetch, name="mvssl-evaluate")
         try:
             for batch, event in producer:
                 receive(batch[:1], event)
@@ -96,10 +145,8 @@ def _produce(
     fetch: Fetcher,
     batches: Sequence[Sequence[int]],
     side: SideStream,
-    resize: int,
-    crop: int,
-    dtype: torch.dtype,
-) -> Generator[tuple[CenterBatch, torch.cuda.Event | None], None, None]:
+    make: Callable[[DecodedBatch], Tensor],
+) -> Generator[tuple[EvaluationBatch, torch.cuda.Event | None], None, None]:
     """Runs in the producer's thread."""
     reasons: list[str] = []
     found = 0
@@ -116,7 +163,7 @@ def _produce(
                     continue
                 found += len(fetched.batch)
                 batch = side.upload(fetched.batch)
-                views = center_views(batch, resize=resize, crop=crop, dtype=dtype)  # [N, 3, crop, crop]
+                views = make(batch)  # [N, 3, S, S]
                 event = side.mark(fetched.encoded, fetched.batch, batch)
             yield (views, batch.index, batch.labels), event
     if batches and not found:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from mvssl.distributed import World
 from mvssl.recipe import Evaluation
 from pipelines.decode import DaliOptions, DecoderName
 from pipelines.errors import InputError
-from pipelines.evaluation import iterate_center
+from pipelines.evaluation import EvaluationBatch, iterate_center
 from pipelines.storage.source import Source
 from pipelines.substitute import too_many_bad
 
@@ -34,7 +35,6 @@ class Features:
     index: Tensor
 
 
-@torch.no_grad()
 def extract_features(
     backbone: nn.Module,
     source: Source,
@@ -71,7 +71,8 @@ def extract_features(
         world: the ranks that embed together; None is this process alone.
 
     Raises:
-        InputError: too many images cannot be decoded (see `too_many_bad`), or the storage is damaged.
+        InputError: too many images cannot be decoded (see `too_many_bad`), the storage is damaged, or features are not
+            finite.
         FailedElsewhere: another rank failed.
     """
     world = world or World()
@@ -97,7 +98,7 @@ def extract_features(
     counts = world.gather_objects((max(1, len(share)), len(mine.index)))  # images of each rank, and those it embedded
     images = sum(count for count, _ in counts)
     bad = images - sum(embedded for _, embedded in counts)
-    world.together(lambda: _check_enough(images, bad=bad, source=source))
+    world.together(lambda: check_enough(images, bad=bad, source=source))
     if world.size == 1:
         return mine
     index = world.gather_rows(mine.index.to(device))  # the order of the ranks, an image of a tiny set perhaps twice
@@ -110,7 +111,7 @@ def extract_features(
     )
 
 
-def _check_enough(images: int, *, bad: int, source: Source) -> None:
+def check_enough(images: int, *, bad: int, source: Source) -> None:
     """Check that no disk failed meanwhile: the accuracy of the few images left would be told as if it were of all.
 
     Raises:
@@ -121,6 +122,29 @@ def _check_enough(images: int, *, bad: int, source: Source) -> None:
             f"{bad} of the {images} images of {source.location} cannot be decoded, too many to evaluate the others: "
             "check the data (the log names them), or run mvssl-convert on it, which puts bad images into quarantine."
         )
+
+
+def embed(
+    backbone: nn.Module,
+    batches: Iterable[EvaluationBatch],
+    *,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
+    """Features of batches of views, by the backbone in eval mode; its training mode is put back at the end.
+
+    Yields:
+        Features float32 [B, D] on the device; index and labels int64 [B] on the CPU.
+    """
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        for view, index, labels in batches:
+            with torch.no_grad(), torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+                feature = backbone(view)  # [B, D]
+            yield feature.float(), index, labels
+    finally:
+        backbone.train(was_training)
 
 
 def _extract(
@@ -138,32 +162,39 @@ def _extract(
     progress: Callable[[int], None] | None,
 ) -> Features:
     """The features of some images, in the order of `indices`."""
-    was_training = backbone.training
-    backbone.eval()
     values: list[Tensor] = []
     labels: list[Tensor] = []
     index: list[Tensor] = []
     done = 0
-    try:
-        for view, batch_index, batch_labels in iterate_center(
-            source,
-            resize=evaluation.resize,
-            crop=evaluation.crop,
-            batch_size=batch_size,
-            device=device,
-            decoder=decoder,
-            threads=threads,
-            dali=dali,
-            indices=indices,
-        ):
-            with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-                feature = backbone(view)  # [B, D]
-            values.append(feature.float())
+    batches = iterate_center(
+        source,
+        resize=evaluation.resize,
+        crop=evaluation.crop,
+        batch_size=batch_size,
+        device=device,
+        decoder=decoder,
+        threads=threads,
+        dali=dali,
+        indices=indices,
+    )
+    with closing(embed(backbone, batches, device=device, autocast=autocast)) as embedded:
+        for feature, batch_index, batch_labels in embedded:
+            values.append(feature)
             labels.append(batch_labels)
             index.append(batch_index)
             done += len(batch_index)
             if progress is not None:
                 progress(done)
-    finally:
-        backbone.train(was_training)
-    return Features(values=torch.cat(values), labels=torch.cat(labels).to(device), index=torch.cat(index))
+    together = torch.cat(values)
+    if not bool(torch.isfinite(together).all()):
+        row = int((~torch.isfinite(together)).any(dim=1).nonzero()[0])
+        raise not_finite(source.key(int(torch.cat(index)[row])))
+    return Features(values=together, labels=torch.cat(labels).to(device), index=torch.cat(index))
+
+
+def not_finite(key: str) -> InputError:
+    """What to say of an image whose features are NaN or infinite."""
+    return InputError(
+        f"The features of {key} are not finite numbers (NaN or infinite): the weights have diverged, or the number "
+        "format is too narrow for them; try --precision fp32, or another checkpoint."
+    )

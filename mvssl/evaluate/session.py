@@ -1,0 +1,207 @@
+"""What every evaluation begins with: the backbone on its device, the images, and a folder of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from mvssl.backbones import feature_width
+from mvssl.distributed import World, join_world, process_local_rank, rank_count
+from mvssl.evaluate.results import ResultFile, claimed
+from mvssl.monitor.indexing import indexing_progress
+from mvssl.options import resolve_device
+from mvssl.precision import autocast_dtype
+from mvssl.weights.subject import Measured, Subject, load_subject
+from pipelines.decode import DaliOptions, DecoderName
+from pipelines.errors import InputError, invalid
+from pipelines.storage import align_labels, open_source, split_paths
+from pipelines.storage.source import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Images, places and devices of an evaluation.
+
+    Attributes:
+        data: labelled images; by default those the run was given. Its train/ and val/ are used where they exist.
+        val: images to measure on; by default DATA/val, or the run's --val.
+        out: folder for results and what they are made from; by default RUN/eval.
+        overwrite: replace results of other data or settings that are there.
+        device: auto takes CUDA where there is one.
+        decoder: auto takes DALI where it is installed.
+        threads: threads that decode.
+        precision: number format of the backbone; auto is bf16 on CUDA and fp32 on the CPU.
+        extract_batch: images the backbone takes at a time.
+    """
+
+    data: Path | None = None
+    val: Path | None = None
+    out: Path | None = None
+    overwrite: bool = False
+    device: str = "auto"
+    decoder: DecoderName = "auto"
+    threads: int | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    extract_batch: int = 256
+
+    def __post_init__(self) -> None:
+        if self.extract_batch < 1:
+            raise invalid("extract_batch", self.extract_batch, "at least 1", "give a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """An evaluation that has begun.
+
+    Attributes:
+        measured: the backbone, on the device, in eval mode.
+        width: D of its features.
+        train: the images that are learned from.
+        val: the images that are measured; None if there are none.
+        out: folder of results.
+        options: as given.
+        device: of the backbone.
+        autocast: dtype it computes in; None for float32.
+        world: the ranks.
+        console: where to speak; other ranks than 0 are silent.
+    """
+
+    measured: Measured
+    width: int
+    train: Source
+    val: Source | None
+    out: Path
+    options: EvalOptions
+    device: torch.device
+    autocast: torch.dtype | None
+    world: World
+    console: Console
+
+    def identity(self, protocol: str, **settings: Any) -> dict[str, Any]:
+        """What tells a result of this evaluation from others."""
+        return {
+            "protocol": protocol,
+            "backbone": self.measured.architecture,
+            "weights": self.measured.digest(),
+            "train": self.train.fingerprint,
+            "val": None if self.val is None else self.val.fingerprint,
+            "resize": self.measured.evaluation.resize,
+            "crop": self.measured.evaluation.crop,
+            **settings,
+        }
+
+    def result_file(self, name: str, identity: dict[str, Any]) -> ResultFile:
+        """OUT/NAME.json."""
+        return ResultFile(path=self.out / f"{name}.json", identity=identity, overwrite=self.options.overwrite)
+
+    def reading(self) -> dict[str, Any]:
+        """How images are read, as arguments."""
+        options = self.options
+        return {
+            "decoder": options.decoder,
+            "threads": options.threads,
+            "dali": DaliOptions(),
+            "batch_size": options.extract_batch,
+        }
+
+    def val_labels(self) -> NDArray[np.int64]:
+        """int64 [len(val)]: labels of val by the classes of train.
+
+        Raises:
+            InputError: there is no val, or it has a class that train lacks.
+        """
+        if self.val is None:
+            raise InputError(
+                f"{self.train.location} has no validation part: give labelled images to measure on with --val PATH."
+            )
+        return align_labels(self.val, self.train.classes)
+
+
+def check_labelled(what: str, *sources: Source | None) -> None:
+    """Check that every image has a label.
+
+    Raises:
+        InputError: one has none, or there are fewer images than classes.
+    """
+    for source in sources:
+        if source is None:
+            continue
+        missing = int((source.labels < 0).sum())
+        if missing:
+            raise InputError(
+                f"{what} needs labels but {missing:,} of the {len(source):,} images of {source.location} have none: "
+                "put the images into one folder per class."
+            )
+        if len(source) < len(source.classes):
+            raise InputError(
+                f"{source.location} has {len(source)} images for {len(source.classes)} classes: give at least one "
+                "image of each."
+            )
+
+
+@contextmanager
+def open_session(subject: Subject, options: EvalOptions) -> Iterator[Session]:
+    """Load the backbone, open the images and claim the folder; all ranks that torchrun started take part.
+
+    Raises:
+        InputError: something is missing, damaged or does not fit; the message says what to do.
+    """
+    several = rank_count() > 1
+    device = resolve_device(options.device, local_rank=process_local_rank() if several else None)
+    with join_world(cuda=device.type == "cuda") as world, ExitStack() as stack:
+        console = Console(quiet=not world.is_main)
+        measured = world.together(lambda: load_subject(subject))
+        out = options.out or (None if measured.folder is None else measured.folder.path / "eval")
+        if out is None:
+            raise InputError("out is missing: name a folder for the results with --out PATH.")
+        if world.is_main:
+            stack.enter_context(claimed(out))
+        train_path, val_path = _paths(measured, options)
+        train = world.main_first(partial(_open, train_path, console))
+        stack.callback(train.close)
+        val = None
+        if val_path is not None:
+            val = world.main_first(partial(_open, val_path, console))
+            stack.callback(val.close)
+        crop = measured.evaluation.crop
+        width = feature_width(measured.backbone, [crop], name=measured.architecture)
+        measured.backbone.to(device)
+        precision = "auto" if measured.recipe is None else measured.recipe.precision
+        precision = precision if options.precision == "auto" else options.precision
+        yield Session(
+            measured=measured,
+            width=width,
+            train=train,
+            val=val,
+            out=out,
+            options=options,
+            device=device,
+            autocast=autocast_dtype(precision, device),
+            world=world,
+            console=console,
+        )
+
+
+def _paths(measured: Measured, options: EvalOptions) -> tuple[Path, Path | None]:
+    """Training and validation images."""
+    path = options.data or (None if measured.folder is None else measured.folder.option("data"))
+    if path is None:
+        where = "" if measured.folder is None else f"{measured.folder.config} names no data set: "
+        raise InputError(f"{where}data is missing: give labelled images with --data PATH.")
+    train, val = split_paths(path)
+    if options.data is None and measured.folder is not None:
+        val = measured.folder.option("val") or val
+    return train, options.val or val
+
+
+def _open(path: Path, console: Console) -> Source:
+    return open_source(path, progress=indexing_progress(console, path))
