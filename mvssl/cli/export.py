@@ -1,4 +1,4 @@
-"""mvssl-export: write a run's backbone as a safetensors file that timm loads."""
+"""mvssl-export: write a backbone as a file that other programs load."""
 
 from __future__ import annotations
 
@@ -6,53 +6,39 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from mvssl.backbones import build_backbone
-from mvssl.checkpoint import load
-from mvssl.run_folder import RunFolder
-from mvssl.weights.backbone_file import export_backbone
+from mvssl.weights.export import export
+from mvssl.weights.subject import Subject, load_subject
 from pipelines.console import run_cli
-from pipelines.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments:
-    """Write a run's backbone as a safetensors file that timm loads.
+    """Write the backbone of a run or a file for other programs.
 
     Attributes:
-        run: the run folder.
-        out: the file to write, e.g. backbone.safetensors.
-        network: online is the trained network; target is its moving average.
+        subject: which backbone. --crop is the side of the images that onnx and program take.
+        out: the file to write: .safetensors (timm), .pth (torchvision), .pkl (detectron2), .onnx, .pt2 (program).
+        format: timm's names; torchvision's; Detectron2's for Mask R-CNN; an ONNX program, checked with onnxruntime
+            where it is installed; or a program of torch.export.
+        overwrite: replace a file that is there.
     """
 
-    run: Path
+    subject: Annotated[Subject, tyro.conf.arg(name="")]
     out: Path
-    network: Literal["online", "target"] = "online"
+    format: Literal["timm", "torchvision", "detectron2", "onnx", "program"] = "timm"
+    overwrite: bool = False
 
 
 def body(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    parsed = tyro.cli(ExportArguments, prog="mvssl-export", args=list(arguments))
-    folder = RunFolder(parsed.run)
-    recipe = folder.recipe()
-    saved = load(folder.last)
-    prefix = "backbone."
-    weights = saved.state["step"][parsed.network]
-    if weights is None:
-        raise InputError(
-            f"network is 'target' but the run in {parsed.run} has none of its own ({recipe.method} takes the online "
-            "network's embeddings as targets): leave --network out."
-        )
-    backbone = build_backbone(recipe.backbone)
-    backbone.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    export_backbone(backbone, recipe.backbone.name, parsed.out)
-    print(
-        f"{parsed.out}: {recipe.backbone.name} ({parsed.network} network), step {saved.meta['step']}; load it with\n"
-        f'  timm.create_model("{recipe.backbone.name}", num_classes=0, checkpoint_path="{parsed.out}")'
-    )
+    asked = tyro.cli(ExportArguments, prog="mvssl-export", args=list(arguments))
+    measured = load_subject(asked.subject)
+    said = export(measured, asked.format, asked.out, overwrite=asked.overwrite)
+    print(f"{asked.out}: {measured.architecture} ({measured.about or measured.name}), {asked.format}\n  {said}")
     return 0
 
 

@@ -21,6 +21,7 @@ from mvssl.run_folder import write_json
 from pipelines.errors import InputError
 
 TO_DO, DONE, BAD = 0, 1, 2
+Dtype = Literal["float16", "float32"]
 _FLUSH = 20_000  # rows between two moments at which rows that are marked as done are on the disk
 
 
@@ -84,7 +85,7 @@ def open_store(
     *,
     rows: int,
     width: int,
-    dtype: Literal["float16", "float32"],
+    dtype: Dtype,
     identity: Mapping[str, Any],
     world: World | None = None,
     overwrite: bool = False,
@@ -121,7 +122,7 @@ def open_store(
     return world.together(lambda: FeatureStore(folder, mapped("features.npy"), mapped("state.npy")))
 
 
-def bytes_needed(rows: int, width: int, dtype: Literal["float16", "float32"]) -> int:
+def bytes_needed(rows: int, width: int, dtype: Dtype) -> int:
     """Size of a store on disk."""
     return rows * (width * np.dtype(dtype).itemsize + 1)
 

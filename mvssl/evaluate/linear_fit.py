@@ -69,7 +69,7 @@ class Classifiers:
         """float64 [G]: share of the images that each classifies right; 0 for one that has diverged."""
         groups, width, classes = self.weight.shape
         flat = self.weight.transpose(0, 1).reshape(width, groups * classes)
-        hits = torch.zeros(groups, dtype=torch.float64, device=features.device)
+        hits = torch.zeros(groups, dtype=torch.float64, device=labels.device)
         for at in range(0, len(features), chunk):
             x = (features[at : at + chunk].to(self.mean) - self.mean) * self.scale
             scores = torch.addmm(self.bias.flatten(), x, flat).view(len(x), groups, classes)
@@ -116,8 +116,8 @@ def fit(
     is left out if it is short, unless it is the only one).
 
     Args:
-        features: float [N, D], on the device that computes.
-        labels: int64 [N], each 0 or more.
+        features: float [N, D], here or on the CPU (then each batch is brought over).
+        labels: int64 [N], each 0 or more, on the device that computes.
         settings: G of them.
         classes: C.
         epochs: passes over the rows; a part of one is as many steps.
@@ -131,7 +131,7 @@ def fit(
     Raises:
         InputError: there are no settings or images, or `batch_size` is below 1.
     """
-    rows = torch.arange(len(features), device=features.device) if rows is None else rows
+    rows = torch.arange(len(features), device=labels.device) if rows is None else rows
     if not settings:
         raise InputError("There are no settings to train with: give at least one learning rate and weight decay.")
     if batch_size < 1 or not len(rows):
@@ -139,10 +139,9 @@ def fit(
     batch_size = min(batch_size, len(rows))
     steps_per_epoch = len(rows) // batch_size
     total = max(1, round(epochs * steps_per_epoch))
-    mean, scale = (
-        value.to(dtype) for value in standardisation(features[rows] if len(rows) < len(features) else features)
-    )
-    device, groups, width = features.device, len(settings), features.shape[1]
+    some = features if len(rows) == len(features) else features[rows.to(features.device)]
+    mean, scale = (value.to(labels.device, dtype) for value in standardisation(some))
+    device, groups, width = labels.device, len(settings), features.shape[1]
     weight = torch.zeros(width, groups * classes, dtype=dtype, device=device)
     bias = torch.zeros(groups * classes, dtype=dtype, device=device)
     velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
@@ -156,7 +155,7 @@ def fit(
         if place == 0:
             order = rows[torch.randperm(len(rows), generator=generator).to(device)]
         batch = order[place * batch_size : (place + 1) * batch_size]
-        x = (features[batch].to(dtype) - mean) * scale  # [B, D]
+        x = (features[batch.to(features.device)].to(device, dtype) - mean) * scale  # [B, D]
         scores = torch.addmm(bias, x, weight).view(batch_size, groups, classes)
         error = scores.softmax(dim=2)  # the gradient of cross-entropy: probabilities less the truth
         error.scatter_add_(
@@ -243,7 +242,9 @@ def race(
             seed=seed,
             rows=trained,
         )
-        for n, value in zip(alive, classifiers.right(features[tested], labels[tested]).tolist(), strict=True):
+        for n, value in zip(
+            alive, classifiers.right(features[tested.to(features.device)], labels[tested]).tolist(), strict=True
+        ):
             accuracy[n] = value
         alive = sorted(alive, key=lambda n: -accuracy[n])
         ranking = alive + [n for n in ranking if n not in alive]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,14 +27,10 @@ from pipelines.storage.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    """Images, places and devices of an evaluation.
+class Computing:
+    """Where and how features are computed.
 
     Attributes:
-        data: labelled images; by default those the run was given. Its train/ and val/ are used where they exist.
-        val: images to measure on; by default DATA/val, or the run's --val.
-        out: folder for results and what they are made from; by default RUN/eval.
-        overwrite: replace results of other data or settings that are there.
         device: auto takes CUDA where there is one.
         decoder: auto takes DALI where it is installed.
         threads: threads that decode.
@@ -43,10 +38,6 @@ class EvalOptions:
         extract_batch: images the backbone takes at a time.
     """
 
-    data: Path | None = None
-    val: Path | None = None
-    out: Path | None = None
-    overwrite: bool = False
     device: str = "auto"
     decoder: DecoderName = "auto"
     threads: int | None = None
@@ -56,42 +47,86 @@ class EvalOptions:
     def __post_init__(self) -> None:
         if self.extract_batch < 1:
             raise invalid("extract_batch", self.extract_batch, "at least 1", "give a positive number")
+        if self.threads is not None and self.threads < 1:
+            raise invalid("threads", self.threads, "at least 1", "give a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Session:
-    """An evaluation that has begun.
+class EvalOptions:
+    """Images and places of an evaluation.
+
+    Attributes:
+        data: labelled images; by default those the run was given. Its train/ and val/ are used where they exist.
+        val: images to measure on; by default DATA/val, or the run's --val.
+        out: folder for results and what they are made from; by default RUN/eval.
+        overwrite: replace results of other data or settings that are there.
+    """
+
+    data: Path | None = None
+    val: Path | None = None
+    out: Path | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedder:
+    """A backbone that is ready, and what it needs to embed images.
 
     Attributes:
         measured: the backbone, on the device, in eval mode.
         width: D of its features.
-        train: the images that are learned from.
-        val: the images that are measured; None if there are none.
-        out: folder of results.
-        options: as given.
         device: of the backbone.
         autocast: dtype it computes in; None for float32.
+        computing: as given.
         world: the ranks.
         console: where to speak; other ranks than 0 are silent.
     """
 
     measured: Measured
     width: int
+    device: torch.device
+    autocast: torch.dtype | None
+    computing: Computing
+    world: World
+    console: Console
+
+    def reading(self) -> dict[str, Any]:
+        """How images are read, as arguments."""
+        computing = self.computing
+        return {
+            "decoder": computing.decoder,
+            "threads": computing.threads,
+            "dali": DaliOptions(),
+            "batch_size": computing.extract_batch,
+        }
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session(Embedder):
+    """An evaluation that has begun.
+
+    Attributes:
+        train: the images that are learned from.
+        val: the images that are measured; None if there are none.
+        out: folder of results.
+        overwrite: whether other results there may be replaced.
+    """
+
     train: Source
     val: Source | None
     out: Path
-    options: EvalOptions
-    device: torch.device
-    autocast: torch.dtype | None
-    world: World
-    console: Console
+    overwrite: bool
 
     def identity(self, protocol: str, **settings: Any) -> dict[str, Any]:
         """What tells a result of this evaluation from others."""
         return {
             "protocol": protocol,
             "backbone": self.measured.architecture,
-            "weights": self.measured.digest(),
+            "weights": self.measured.digest,
             "train": self.train.fingerprint,
             "val": None if self.val is None else self.val.fingerprint,
             "resize": self.measured.evaluation.resize,
@@ -101,17 +136,7 @@ class Session:
 
     def result_file(self, name: str, identity: dict[str, Any]) -> ResultFile:
         """OUT/NAME.json."""
-        return ResultFile(path=self.out / f"{name}.json", identity=identity, overwrite=self.options.overwrite)
-
-    def reading(self) -> dict[str, Any]:
-        """How images are read, as arguments."""
-        options = self.options
-        return {
-            "decoder": options.decoder,
-            "threads": options.threads,
-            "dali": DaliOptions(),
-            "batch_size": options.extract_batch,
-        }
+        return ResultFile(path=self.out / f"{name}.json", identity=identity, overwrite=self.overwrite)
 
     def val_labels(self) -> NDArray[np.int64]:
         """int64 [len(val)]: labels of val by the classes of train.
@@ -149,46 +174,60 @@ def check_labelled(what: str, *sources: Source | None) -> None:
 
 
 @contextmanager
-def open_session(subject: Subject, options: EvalOptions) -> Iterator[Session]:
-    """Load the backbone, open the images and claim the folder; all ranks that torchrun started take part.
+def open_embedder(subject: Subject, computing: Computing) -> Iterator[Embedder]:
+    """Load the backbone; all ranks that torchrun started take part.
 
     Raises:
         InputError: something is missing, damaged or does not fit; the message says what to do.
     """
     several = rank_count() > 1
-    device = resolve_device(options.device, local_rank=process_local_rank() if several else None)
-    with join_world(cuda=device.type == "cuda") as world, ExitStack() as stack:
-        console = Console(quiet=not world.is_main)
+    device = resolve_device(computing.device, local_rank=process_local_rank() if several else None)
+    with join_world(cuda=device.type == "cuda") as world:
         measured = world.together(lambda: load_subject(subject))
+        crop = measured.evaluation.crop
+        width = feature_width(measured.backbone, [crop], name=measured.architecture)
+        measured.backbone.to(device)
+        precision = "auto" if measured.recipe is None else measured.recipe.precision
+        precision = precision if computing.precision == "auto" else computing.precision
+        yield Embedder(
+            measured=measured,
+            width=width,
+            device=device,
+            autocast=autocast_dtype(precision, device),
+            computing=computing,
+            world=world,
+            console=Console(quiet=not world.is_main),
+        )
+
+
+@contextmanager
+def open_session(subject: Subject, options: EvalOptions, computing: Computing) -> Iterator[Session]:
+    """Load the backbone, open the images and claim the folder.
+
+    Raises:
+        InputError: something is missing, damaged or does not fit; the message says what to do.
+    """
+    with open_embedder(subject, computing) as embedder, ExitStack() as stack:
+        world, measured = embedder.world, embedder.measured
         out = options.out or (None if measured.folder is None else measured.folder.path / "eval")
         if out is None:
             raise InputError("out is missing: name a folder for the results with --out PATH.")
         if world.is_main:
             stack.enter_context(claimed(out))
         train_path, val_path = _paths(measured, options)
-        train = world.main_first(partial(_open, train_path, console))
+        train = open_images(train_path, embedder)
         stack.callback(train.close)
         val = None
         if val_path is not None:
-            val = world.main_first(partial(_open, val_path, console))
+            val = open_images(val_path, embedder)
             stack.callback(val.close)
-        crop = measured.evaluation.crop
-        width = feature_width(measured.backbone, [crop], name=measured.architecture)
-        measured.backbone.to(device)
-        precision = "auto" if measured.recipe is None else measured.recipe.precision
-        precision = precision if options.precision == "auto" else options.precision
-        yield Session(
-            measured=measured,
-            width=width,
-            train=train,
-            val=val,
-            out=out,
-            options=options,
-            device=device,
-            autocast=autocast_dtype(precision, device),
-            world=world,
-            console=console,
-        )
+        yield Session(**vars(embedder), train=train, val=val, out=out, overwrite=options.overwrite)
+
+
+def open_images(path: Path, embedder: Embedder) -> Source:
+    """Open images; rank 0 indexes a folder first."""
+    progress = indexing_progress(embedder.console, path)
+    return embedder.world.main_first(lambda: open_source(path, progress=progress))
 
 
 def _paths(measured: Measured, options: EvalOptions) -> tuple[Path, Path | None]:
@@ -201,7 +240,3 @@ def _paths(measured: Measured, options: EvalOptions) -> tuple[Path, Path | None]
     if options.data is None and measured.folder is not None:
         val = measured.folder.option("val") or val
     return train, options.val or val
-
-
-def _open(path: Path, console: Console) -> Source:
-    return open_source(path, progress=indexing_progress(console, path))

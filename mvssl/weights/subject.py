@@ -84,6 +84,7 @@ class Measured:
         recipe: of the run, if there is one.
         folder: of the run, if there is one.
         about: where the weights come from, in words.
+        digest: a hash of all parameters and buffers, 16 hexadecimal digits.
     """
 
     name: str
@@ -93,14 +94,7 @@ class Measured:
     recipe: Recipe | None = None
     folder: RunFolder | None = None
     about: str = ""
-
-    def digest(self) -> str:
-        """A hash of all parameters and buffers: 16 hexadecimal digits."""
-        digest = hashlib.sha256(self.architecture.encode())
-        for name, tensor in sorted(self.backbone.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+    digest: str = ""
 
 
 def load_subject(subject: Subject) -> Measured:
@@ -145,7 +139,16 @@ def load_subject(subject: Subject) -> Measured:
         recipe=recipe,
         folder=folder,
         about=measured.about,
+        digest=_digest(measured.architecture, measured.backbone),
     )
+
+
+def _digest(architecture: str, backbone: nn.Module) -> str:
+    digest = hashlib.sha256(architecture.encode())
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _of_run(folder: RunFolder, recipe: Recipe, network: Network) -> Measured:

@@ -19,10 +19,15 @@ def random_backbone(name: str, *, seed: int, **options: Any) -> nn.Module:
     """A timm backbone whose BatchNorms have statistics of their own, in eval mode."""
     torch.manual_seed(seed)
     backbone: nn.Module = timm.create_model(name, num_classes=0, **options)
-    for tensor in backbone.buffers():
-        if tensor.is_floating_point():
+    for name, tensor in backbone.named_buffers():
+        if name.endswith("running_var"):
             tensor.uniform_(0.5, 1.5)
-    return backbone.eval()
+        elif name.endswith("running_mean"):
+            tensor.normal_(std=0.1)
+    with torch.no_grad():
+        features = backbone.eval()(torch.randn(2, 3, 224, 224))
+    assert features.std() > 0.01 * features.abs().max() > 0  # or equal features would prove nothing
+    return backbone
 
 
 def put(prefix: str, tensors: Tensors) -> dict[str, Tensor]:

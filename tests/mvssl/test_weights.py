@@ -234,7 +234,7 @@ def test_both_networks_of_a_run(finished: Path, tiny_recipe: Recipe) -> None:
     )
     exported = load_subject(Subject(weights=finished / "backbone.safetensors"))
     assert exported.architecture == "test_resnet"
-    assert exported.digest() == load_subject(Subject(run=finished)).digest() != untrained.digest()
+    assert exported.digest == load_subject(Subject(run=finished)).digest != untrained.digest
 
 
 def step_of(recipe: Recipe) -> TrainStep:
@@ -256,15 +256,16 @@ def test_training_goes_on_from_the_releases_networks(tiny_recipe: Recipe, tmp_pa
         heads |= put(f"predictors.{task}.", mlp.state_dict())
     held = release(put("", backbone.state_dict()), put("", backbone.state_dict()), heads, module=True)
     init_from(step, tiny_recipe, write(tmp_path / "release.pth", held))
-    assert torch.equal(features(step.online.backbone, size=32), features(backbone, size=32))
+    torch.testing.assert_close(features(step.online.backbone, size=32), features(backbone, size=32))
     z = torch.randn(4, tiny_recipe.projector.out)
     for slot, task in enumerate(step.online.predictors.tasks):
         theirs = predictors[task].eval()(z)
         ours = step.online.predictors.eval()(z[None], (slot,))[0]
         torch.testing.assert_close(ours, theirs)
-    assert torch.equal(features(step.target.backbone, size=32), features(backbone, size=32))  # type: ignore[union-attr]
+    assert step.target is not None
+    torch.testing.assert_close(features(step.target.backbone, size=32), features(backbone, size=32))
     x = torch.randn(4, step.online.feature_width)
-    assert torch.equal(step.online.projector.eval()(x), projector.eval()(x))
+    torch.testing.assert_close(step.online.projector.eval()(x), projector.eval()(x))
 
 
 def test_heads_that_do_not_fit_begin_anew(

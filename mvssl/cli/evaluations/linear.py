@@ -1,0 +1,61 @@
+"""mvssl-eval linear: a linear classifier on frozen features."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from mvssl.cli.evaluations.report import accuracy_cells, print_accuracy_table
+from mvssl.evaluate.linear import FastLinear, fast_linear, release_linear
+from mvssl.evaluate.session import Computing, EvalOptions, open_session
+from mvssl.evaluate.supervised import Supervision
+from mvssl.weights.subject import Subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearArguments:
+    """Linear probe (SPEC section 6).
+
+    Attributes:
+        subject: whose features.
+        options: which images, where the results go.
+        computing: where and how features are computed.
+        protocol: fast computes features once and trains a grid of settings at the same time; release trains as the
+            paper's release does, on new crops in every epoch.
+        fast: of the fast protocol.
+        release: of the release's.
+    """
+
+    subject: Annotated[Subject, tyro.conf.arg(name="")]
+    options: Annotated[EvalOptions, tyro.conf.arg(name="")] = field(default_factory=EvalOptions)
+    computing: Annotated[Computing, tyro.conf.arg(name="")] = field(default_factory=Computing)
+    protocol: Literal["fast", "release"] = "fast"
+    fast: FastLinear = field(default_factory=FastLinear)
+    release: Supervision = field(default_factory=Supervision)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Measure, print a table and write OUT/linear-PROTOCOL-NAME.json."""
+    asked = tyro.cli(LinearArguments, prog="mvssl-eval linear", args=list(arguments))
+    with open_session(asked.subject, asked.options, asked.computing) as session:
+        settings = asked.fast if asked.protocol == "fast" else asked.release
+        identity = session.identity(f"linear-{asked.protocol}", **dataclasses.asdict(settings))
+        file = session.result_file(f"linear-{asked.protocol}-{session.measured.name}", identity)
+        results = session.world.on_main(file.earlier)
+        if results is None:
+            if asked.protocol == "fast":
+                results = fast_linear(session, asked.fast)
+            else:
+                results = release_linear(session, asked.release)
+            session.world.on_main(lambda: file.write(results or {}))
+        lr = results.get("lr", asked.release.lr)
+        decay = results.get("weight_decay", asked.release.weight_decay)
+        row = [*accuracy_cells(results), f"{lr:g}", f"{decay:g}", f"{results['train_images']:,}"]
+        row.append(f"{results['images']:,}")
+        heads = ("top-1 %", "95 % interval", "top-5 %", "lr", "decay", "trained on", "measured")
+        title = f"Linear probe ({asked.protocol}), {session.measured.architecture}, {session.measured.name}"
+        print_accuracy_table(session.console, title, heads, [row], file.path)

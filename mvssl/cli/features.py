@@ -1,0 +1,117 @@
+"""mvssl-features: the features of any images, as .npy or Parquet."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mvssl.cli.on_ranks import main_speaks
+from mvssl.evaluate.feature_store import Dtype, bytes_needed, open_store
+from mvssl.evaluate.feature_table import check_ending, write_table
+from mvssl.evaluate.results import claimed
+from mvssl.evaluate.session import Computing, Embedder, open_embedder, open_images
+from mvssl.evaluate.stored_features import fill_store
+from mvssl.monitor.counting import counting_progress
+from mvssl.weights.subject import Subject
+from pipelines.console import run_cli
+from pipelines.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureArguments:
+    """Write the features of the centre crop of every image, with keys and labels.
+
+    What is done when the command is stopped lies in OUT.partial; the same command goes on with it. Images that cannot
+    be decoded are left out and named.
+
+    Attributes:
+        images: a folder of images, a list of files, or converted data; labels are not needed.
+        out: the file to write: .npy (and beside it a .csv of keys and labels) or .parquet.
+        subject: whose features.
+        computing: where and how they are computed.
+        dtype: of the numbers.
+        overwrite: replace OUT if it is there.
+    """
+
+    images: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Path]
+    subject: Annotated[Subject, tyro.conf.arg(name="")]
+    computing: Annotated[Computing, tyro.conf.arg(name="")] = field(default_factory=Computing)
+    dtype: Dtype = "float32"
+    overwrite: bool = False
+
+
+def body(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    asked = tyro.cli(FeatureArguments, prog="mvssl-features", args=list(arguments))
+    return main_speaks(lambda: _write(asked))
+
+
+def _write(asked: FeatureArguments) -> None:
+    check_ending(asked.out)
+    if asked.out.exists() and not asked.overwrite:
+        raise InputError(f"OUT is {str(asked.out)!r}, which exists: add --overwrite to replace it, or name another.")
+    partial = asked.out.with_name(f"{asked.out.name}.partial")
+    with open_embedder(asked.subject, asked.computing) as embedder:
+        if embedder.world.is_main:
+            with claimed(partial):
+                _compute(asked, embedder, partial)
+        else:
+            _compute(asked, embedder, partial)
+
+
+def _compute(asked: FeatureArguments, embedder: Embedder, partial: Path) -> None:
+    source = open_images(asked.images, embedder)
+    evaluation = embedder.measured.evaluation
+    size = bytes_needed(len(source), embedder.width, asked.dtype) / 2**20
+    embedder.say(f"{len(source):,} images, {embedder.width} features each: {size:,.0f} MiB in {partial}")
+    identity = {
+        "weights": embedder.measured.digest,
+        "data": source.fingerprint,
+        "resize": evaluation.resize,
+        "crop": evaluation.crop,
+        "precision": str(embedder.autocast),
+    }
+    store = open_store(
+        partial / "store",
+        rows=len(source),
+        width=embedder.width,
+        dtype=asked.dtype,
+        identity=identity,
+        world=embedder.world,
+        overwrite=asked.overwrite,
+    )
+    missing = len(store.to_do(range(len(source))))
+    share = -(-missing // embedder.world.size)
+    fill_store(
+        store,
+        embedder.measured.backbone,
+        source,
+        evaluation,
+        device=embedder.device,
+        autocast=embedder.autocast,
+        reading=embedder.reading(),
+        world=embedder.world,
+        progress=counting_progress(embedder.console, "features", total=share),
+    )
+    written = embedder.world.on_main(lambda: write_table(asked.out, store, source))
+    if embedder.world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+    left = f", {len(source) - written} left out" if written < len(source) else ""
+    embedder.say(f"{asked.out}: {written:,} images, {embedder.width} features each{left}")
+    source.close()
+
+
+def main() -> None:
+    """Console script."""
+    sys.exit(run_cli(lambda: body(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Several runs side by side: what was measured of each, and how it went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mvssl.evaluate.results import read_result
+from mvssl.monitor.jsonl import read_jsonl
+from mvssl.run_folder import RunFolder
+from pipelines.errors import InputError
+
+CURVES = {
+    "loss": "loss (all tasks)",
+    "effective_rank": "effective rank of the embeddings",
+    "embedding_std": "standard deviation of the embeddings",
+}
+"""What the plot shows of training, besides kNN."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """What is known of a run or of a folder of results.
+
+    Attributes:
+        name: of its folder.
+        about: recipe and backbone, or the backbone alone.
+        steps: training steps done; 0 for results without a run.
+        curves: step and value of each curve, by name.
+        results: top-1 and its 95 % interval by evaluation, such as linear-fast-online.
+    """
+
+    name: str
+    about: str
+    steps: int
+    curves: dict[str, tuple[list[int], list[float]]]
+    results: dict[str, tuple[float, float, float]]
+
+
+def summarise(path: Path) -> RunSummary:
+    """Read a run folder, or a folder of results of mvssl-eval.
+
+    Raises:
+        InputError: it is neither, or what lies there is damaged.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path} is no folder: give run folders, or folders of results (--out of mvssl-eval).")
+    folder = RunFolder(path)
+    is_run = folder.config.exists()
+    held = {file.stem: read_result(file) for file in sorted((path / "eval" if is_run else path).glob("*.json"))}
+    if not is_run and not held:
+        raise InputError(f"{path} holds neither a run nor results: give the --out of mvssl-train or mvssl-eval.")
+    curves = _curves(folder.metrics) if folder.metrics.exists() else {}
+    recipe = folder.recipe() if is_run else None
+    about = (
+        f"{recipe.name}, {recipe.backbone.name}" if recipe else str(next(iter(held.values()))["identity"]["backbone"])
+    )
+    return RunSummary(
+        name=path.name,
+        about=about,
+        steps=max((steps[-1] for steps, _ in curves.values() if steps), default=0),
+        curves=curves,
+        results={name: _headline(result["results"]) for name, result in held.items()},
+    )
+
+
+def plot(summaries: Sequence[RunSummary], path: Path) -> None:
+    """Draw the curves of the runs, one colour a run, and their results as points with intervals.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    shown = [name for name in ("knn", *CURVES) if any(name in summary.curves for summary in summaries)]
+    measured = list(dict.fromkeys(name for summary in summaries for name in summary.results))
+    panels = len(shown) + bool(measured)
+    if not panels:
+        raise InputError("These runs have neither curves nor results yet: train or evaluate them first.")
+    figure = Figure(figsize=(6 * min(2, panels), 3.6 * -(-panels // 2)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, name in enumerate(shown, start=1):
+        axes = figure.add_subplot(-(-panels // 2), min(2, panels), number)
+        axes.set_title("kNN top-1, %" if name == "knn" else CURVES[name], fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        for place, summary in enumerate(summaries):
+            steps, values = summary.curves.get(name, ([], []))
+            axes.plot(steps, values, color=f"C{place}", label=summary.name, marker="." if len(steps) < 30 else "")
+        axes.legend(fontsize=8)
+    if measured:
+        axes = figure.add_subplot(-(-panels // 2), min(2, panels), panels)
+        axes.set_title("top-1, % (95 % interval)", fontsize=10)
+        axes.set_yticks(range(len(measured)), measured)
+        axes.invert_yaxis()
+        axes.grid(alpha=0.3, axis="x")
+        for place, summary in enumerate(summaries):
+            for row, name in enumerate(measured):
+                if name in summary.results:
+                    top1, low, high = (100 * value for value in summary.results[name])
+                    y = row + 0.6 * ((place + 0.5) / len(summaries) - 0.5)
+                    axes.errorbar(top1, y, xerr=[[top1 - low], [high - top1]], color=f"C{place}", marker="o", capsize=3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _curves(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for row in read_jsonl(metrics):
+        if row["kind"] == "knn":
+            points = {"knn": 100 * row["top1"]}
+        else:
+            points = {name: row[name] for name in CURVES if name in row}
+        for name, value in points.items():
+            steps, values = curves.setdefault(name, ([], []))
+            steps.append(row["step"])
+            values.append(value)
+    return curves
+
+
+def _headline(results: Mapping[str, Any]) -> tuple[float, float, float]:
+    of = results.get("best", results)
+    return of["top1"], *of["top1_interval_95"]

@@ -1,0 +1,191 @@
+"""The linear probe: the fast protocol on features that are computed once, and the release's (SPEC section 6)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mvssl.evaluate.accuracy import Accuracy, accuracy_of
+from mvssl.evaluate.feature_store import DONE
+from mvssl.evaluate.linear_fit import Classifiers, Setting, fit, race, standardisation, stratified
+from mvssl.evaluate.session import Session, check_labelled
+from mvssl.evaluate.session_features import loaded, stored
+from mvssl.evaluate.supervised import Classifier, Supervision, classify, train_classifier
+from pipelines.errors import InputError, invalid
+from pipelines.storage.source import Source
+
+ROUNDS = ((0.05, 1.0), (0.2, 0.125))
+"""Rounds of the race: share of the epochs, and share of the settings of the round before that take part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastLinear:
+    """A linear classifier on features that are computed once, the best of a grid.
+
+    Attributes:
+        lr: peak learning rates of the grid, for the batch as it is.
+        weight_decay: weight decays of the grid.
+        epochs: passes over the features.
+        batch_size: images of a step.
+        drawn: random resized crops of each training image, besides its centre crop.
+        held_out: share of the training images that the settings are compared on.
+        seed: of order, crops and the images held out.
+    """
+
+    lr: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+    weight_decay: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2)
+    epochs: int = 100
+    batch_size: int = 512
+    drawn: int = 0
+    held_out: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay"):
+            if not getattr(self, name):
+                raise invalid(name, getattr(self, name), "one or more numbers", "the grid needs some")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise invalid(name, getattr(self, name), "at least 1", "give a positive number")
+        if self.drawn < 0:
+            raise invalid("drawn", self.drawn, "0 or more", "0 takes the centre crops alone")
+        if not 0 < self.held_out < 1:
+            raise invalid("held_out", self.held_out, "between 0 and 1", "0.1 is usual")
+        self.grid()
+
+    def grid(self) -> list[Setting]:
+        """All settings."""
+        return [Setting(lr=lr, weight_decay=decay) for lr in self.lr for decay in self.weight_decay]
+
+
+def fast_linear(session: Session, settings: FastLinear) -> dict[str, Any]:
+    """Measure a grid of linear classifiers.
+
+    The settings race on images held out of the training images; the best one is trained on all of them and measured.
+
+    Raises:
+        InputError: labels are missing or do not agree, or images cannot be decoded.
+    """
+    check_labelled("linear", session.train, session.val)
+    val_labels = session.val_labels()
+    val = session.val
+    assert val is not None  # val_labels() says so
+    classes = len(session.train.classes)
+    train_store = stored(session, session.train, "train", drawn=settings.drawn, seed=settings.seed)
+    val_store = stored(session, val, "val")
+    features, labels, image = loaded(session, train_store, session.train.labels)
+    val_features, val_truth, _ = loaded(session, val_store, val_labels)
+
+    def best() -> tuple[list[dict[str, Any]], int, Accuracy]:
+        held_out = stratified(torch.from_numpy(session.train.labels), settings.held_out, seed=settings.seed)
+        raced = race(
+            features,
+            labels,
+            settings.grid(),
+            classes=classes,
+            held_out=held_out.to(image.device)[image],
+            rounds=[(max(1.0, share * settings.epochs), part) for share, part in ROUNDS],
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            progress=lambda said: session.console.print(f"linear: {said}", highlight=False),
+        )
+        chosen = settings.grid()[raced.order[0]]
+        session.console.print(
+            f"linear: learning rate {chosen.lr:g}, weight decay {chosen.weight_decay:g} for {settings.epochs} epochs "
+            f"on all {len(session.train):,} images",
+            highlight=False,
+        )
+        final = fit(
+            features,
+            labels,
+            [chosen],
+            classes=classes,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+        _check_finite(final, chosen)
+        measured = accuracy_of(final.ranked(val_features, 0), val_truth, session.train.classes)
+        tried = [
+            {"lr": s.lr, "weight_decay": s.weight_decay, "held_out_top1": value}
+            for s, value in zip(settings.grid(), raced.accuracy, strict=True)
+        ]
+        return tried, raced.order[0], measured
+
+    tried, number, measured = session.world.on_main(best)
+    chosen = settings.grid()[number]
+    return {
+        **measured.to_dict(),
+        "lr": chosen.lr,
+        "weight_decay": chosen.weight_decay,
+        "grid": tried,
+        "train_images": int((train_store.state[: len(session.train)] == DONE).sum()),
+    }
+
+
+def release_linear(session: Session, supervision: Supervision) -> dict[str, Any]:
+    """Measure a linear classifier as the release trains it, on new crops in every epoch.
+
+    Features are standardised by mean and deviation of the training images' centre crops.
+
+    Raises:
+        InputError: labels are missing or do not agree, images cannot be decoded, or training diverges.
+    """
+    check_labelled("linear", session.train, session.val)
+    session.val_labels()
+    store = stored(session, session.train, "train")
+    mean, scale = standardisation(torch.from_numpy(store.values[store.state == DONE]))
+    model = Classifier(
+        session.measured.backbone, session.width, len(session.train.classes), standardise=(mean, scale)
+    ).to(session.device)
+    identity = session.identity("linear-release", **dataclasses.asdict(supervision))
+    return trained(session, model, session.train, supervision, "linear-release", identity)
+
+
+def trained(
+    session: Session,
+    model: Classifier,
+    source: Source,
+    supervision: Supervision,
+    name: str,
+    identity: dict[str, Any],
+) -> dict[str, Any]:
+    """Train a classifier and measure it on val."""
+    val_labels = session.val_labels()
+    assert session.val is not None
+    evaluation = session.measured.evaluation
+    train_classifier(
+        model,
+        source,
+        supervision,
+        size=evaluation.crop,
+        folder=session.out / f"{name}-state",
+        identity=identity,
+        device=session.device,
+        autocast=session.autocast,
+        reading=session.reading(),
+        world=session.world,
+        say=lambda line: session.console.print(line, highlight=False, markup=False, soft_wrap=True),
+    )
+    ranked, index = classify(
+        model,
+        session.val,
+        resize=evaluation.resize,
+        crop=evaluation.crop,
+        device=session.device,
+        autocast=session.autocast,
+        reading=session.reading(),
+        world=session.world,
+    )
+    measured = accuracy_of(ranked, torch.from_numpy(val_labels[index]), session.train.classes)
+    return {**measured.to_dict(), "train_images": len(source)}
+
+
+def _check_finite(classifiers: Classifiers, setting: Setting) -> None:
+    if not bool(classifiers.weight.isfinite().all()):
+        raise InputError(
+            f"The linear classifier diverged with learning rate {setting.lr:g}: give smaller ones with --lr."
+        )

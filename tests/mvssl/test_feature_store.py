@@ -1,0 +1,159 @@
+"""Features on disk: those that evaluations compute at once, whatever happened in between."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_online_knn import Brightness
+from torch import Tensor, nn
+
+from mvssl.evaluate.feature_store import BAD, DONE, FeatureStore, open_store
+from mvssl.evaluate.features import extract_features
+from mvssl.evaluate.stored_features import fill_store, train_view
+from mvssl.recipe import Evaluation
+from pipelines.errors import InputError
+from pipelines.storage import open_source
+from pipelines.storage.source import Source
+
+EVALUATION = Evaluation(resize=32, crop=32)
+CPU = torch.device("cpu")
+READING: dict[str, Any] = {"decoder": "pillow", "threads": 1, "dali": None, "batch_size": 5}
+
+
+def a_store(folder: Path, rows: int = 36, **options: Any) -> FeatureStore:
+    return open_store(
+        folder, **{"rows": rows, "width": 2, "dtype": "float32", "identity": {"weights": "abc"}, **options}
+    )
+
+
+def fill(store: FeatureStore, source: Source, backbone: nn.Module, **options: Any) -> None:
+    fill_store(store, backbone, source, EVALUATION, device=CPU, reading=READING, **options)
+
+
+def test_rows_are_what_is_extracted_at_once(images: Path, tmp_path: Path) -> None:
+    source = open_source(images / "train")
+    store = a_store(tmp_path / "s")
+    fill(store, source, Brightness())
+    expected = extract_features(Brightness(), source, EVALUATION, device=CPU, decoder="pillow").values
+    assert np.array_equal(store.values, expected.numpy())
+    assert (np.load(tmp_path / "s/state.npy") == DONE).all()
+    assert np.array_equal(np.load(tmp_path / "s/features.npy"), expected.numpy())
+
+
+def test_a_stopped_computation_goes_on(images: Path, tmp_path: Path) -> None:
+    source = open_source(images / "train")
+    store = a_store(tmp_path / "s")
+
+    def stop_behind(rows: int) -> Any:
+        done = 0
+
+        def progress(more: int) -> None:
+            nonlocal done
+            done += more
+            if done >= rows:
+                raise KeyboardInterrupt
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(store, source, Brightness(), progress=stop_behind(15))
+    again = a_store(tmp_path / "s")
+    assert again.to_do(range(36)).tolist() == list(range(15, 36))
+    counted: list[int] = []
+    fill(again, source, Brightness(), progress=counted.append)
+    assert sum(counted) == 21
+    whole = a_store(tmp_path / "whole")
+    fill(whole, source, Brightness())
+    assert np.array_equal(again.values, whole.values)
+
+
+def test_drawn_views_are_those_of_the_engine(images: Path, tmp_path: Path) -> None:
+    from pipelines.evaluation import iterate_drawn
+
+    source = open_source(images / "train")
+    store = a_store(tmp_path / "s", rows=108)
+    fill(store, source, Brightness(), drawn=2, seed=3)
+    views = [
+        Brightness()(view)
+        for epoch in (0, 1)
+        for view, _, _ in iterate_drawn(
+            source, train_view(32), seed=3, epoch=epoch, batch_size=36, decoder="pillow", threads=1
+        )
+    ]
+    np.testing.assert_allclose(store.values[36:], torch.cat(views), atol=1e-6)
+    assert np.abs(store.values[36:72] - store.values[72:]).max() > 0.01
+
+
+def test_parts_of_a_data_set(images: Path, tmp_path: Path) -> None:
+    source = open_source(images / "train")
+    store, whole = a_store(tmp_path / "s", rows=3), a_store(tmp_path / "whole")
+    fill(store, source, Brightness(), indices=[30, 2, 17])
+    fill(whole, source, Brightness())
+    assert np.array_equal(store.values, whole.values[[30, 2, 17]])
+
+
+def test_undecodable_images_are_marked(images: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(images / "train", tmp_path / "data")
+    (tmp_path / "data/class_1/003.jpg").write_bytes(b"no image")
+    source = open_source(tmp_path / "data")
+    store = a_store(tmp_path / "s")
+    fill(store, source, Brightness())
+    assert np.flatnonzero(store.state == BAD).tolist() == [15]
+    assert not len(store.to_do(range(36)))
+
+
+def test_a_store_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    store = a_store(tmp_path / "s")
+    store.write(np.array([1]), np.ones((1, 2), dtype=np.float32), ["a"])
+    store.save()
+    with pytest.raises(InputError, match=r"holds features of something else \(rows, weights differ\)"):
+        a_store(tmp_path / "s", rows=30, identity={"weights": "other"})
+    assert a_store(tmp_path / "s").values[1].tolist() == [1, 1]
+    assert a_store(tmp_path / "s", identity={"weights": "other"}, overwrite=True).to_do(range(36)).size == 36
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds other files"):
+        a_store(tmp_path / "folder")
+
+
+def test_a_full_disk_is_told_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        a_store(tmp_path / "s")
+    assert str(caught.value.filename).endswith("features.npy")
+    assert not list((tmp_path / "s").iterdir())
+    monkeypatch.undo()
+    assert a_store(tmp_path / "s").to_do(range(36)).size == 36
+
+
+class Constant(nn.Module):
+    """[B, 3, S, S] -> [B, 2]: always the same."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, view: Tensor) -> Tensor:
+        return torch.full((len(view), 2), self.value)
+
+
+def test_features_that_are_no_numbers(images: Path, tmp_path: Path) -> None:
+    source = open_source(images / "train")
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match=r"^The features of class_0/000\.jpg are not finite"):
+            fill(a_store(tmp_path / str(value)), source, Constant(value))
+        with pytest.raises(InputError, match=r"^The features of class_0/000\.jpg are not finite"):
+            extract_features(Constant(value), source, EVALUATION, device=CPU)
+    with pytest.raises(InputError, match=r"reach 1e\+05, more than float16 holds: use --dtype float32"):
+        fill(a_store(tmp_path / "half", dtype="float16"), source, Constant(1e5))
