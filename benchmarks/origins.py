@@ -29,6 +29,7 @@ MADE_BY = {
     "start_cpu": "python -m benchmarks.bench_start",
     "start_cuda": SUITE,
     "paper_small_cpu": "python -m benchmarks.paper_small TINY_IMAGENET",
+    "evaluation_cpu": "python -m benchmarks.evaluate_small TINY_IMAGENET --out FOLDER",
     "tune_fused": SUITE,
 }
 """The results that tables are made of, and the command that makes each."""

@@ -223,6 +223,37 @@ def _of_train(result: Result) -> list[str]:
     return [f"`{recipe['name']}`", recipe["backbone"]["name"], f"batch {recipe['batch_size']}"]
 
 
+def evaluation(results: Results) -> list[str]:
+    """What evaluate_small measured of each network."""
+    name = "evaluation_cpu"
+    heads = {"knn": "kNN, k = 20", "linear": "linear, fast", "release": "linear, release", "finetune": "10 % of labels"}
+    rows = [
+        [network, *(_share(measured.get(evaluation)) for evaluation in heads)]
+        for network, measured in results.get(name, {"rows": {}})["rows"].items()
+    ]
+    return [*_table(["network", *heads.values()], rows), "", *_origins(results, {"CPU": name}, _of_evaluation)]
+
+
+def _share(measured: Result | None) -> str:
+    """Top-1 in per cent with its 95 % interval."""
+    if measured is None:
+        return ""
+    low, high = (100 * end for end in measured["interval"])
+    return f"{100 * measured['top1']:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def _of_evaluation(result: Result) -> list[str]:
+    setting = result["settings"]
+    return [
+        f"ResNet-18, images of {setting['size']} px",
+        f"pre-trained by {result['recipe']}",
+        f"supervised for {setting['supervised_epochs']} epochs",
+        f"the release's probe for {setting['release_epochs']} epochs instead of 100",
+        f"fine-tuned for {setting['finetune_epochs']}",
+        "95 % intervals",
+    ]
+
+
 def _of_paper(result: Result) -> list[str]:
     setting, steps = result["setting"], max(row["steps"] for row in result["rows"])
     return [

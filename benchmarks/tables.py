@@ -34,6 +34,7 @@ TABLES: dict[str, dict[str, Callable[[Results], list[str]]]] = {
         "step": result_tables.step,
         "start": result_tables.start,
         "paper": result_tables.paper,
+        "evaluation": result_tables.evaluation,
     },
     "benchmarks/README.md": {
         "overview": result_tables.overview,

@@ -27,7 +27,7 @@ class RunFolder:
 
     config.json, environment.json, metrics.jsonl (what the recipe decides: the same bytes on every repetition),
     throughput.jsonl (what the machine decides), train.log, tensorboard/, checkpoints/, backbone.safetensors,
-    views.png, losses.png, failure.json where a run diverged, and eval-knn.json from mvssl-eval.
+    views.png, losses.png, failure.json where a run diverged, and eval/ from mvssl-eval.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +44,7 @@ class RunFolder:
         self.views = path / "views.png"
         self.losses = path / "losses.png"
         self.failure = path / "failure.json"
-        self.knn = path / "eval-knn.json"
+        self.evaluations = path / "eval"
 
     def recipe(self) -> Recipe:
         """The recipe the run was begun with.
@@ -125,7 +125,7 @@ class RunFolder:
 
     def _delete(self) -> None:
         """Delete what a run writes, and nothing else that lies in its folder."""
-        for path in (self.tensorboard, self.checkpoints):
+        for path in (self.tensorboard, self.checkpoints, self.evaluations):
             if path.exists():
                 shutil.rmtree(path)
         for path in (value for value in vars(self).values() if value not in (self.path, self.last)):

@@ -16,6 +16,7 @@ FILES = (
     ("run/views.png", "contact sheet: the five views of some images"),
     ("run/losses.png", "loss of each task over the steps"),
     ("run/metrics.jsonl", "every logged number"),
+    ("run/eval", "what was measured of the trained and the untrained backbone"),
     ("backbone.safetensors", "the backbone; timm.create_model(..., checkpoint_path=...) loads it"),
 )
 
@@ -29,9 +30,8 @@ def summary(out: Path) -> str:
     missing = [name for name, _ in FILES if not (out / name).exists()]
     if missing:
         raise InputError(f"{out} lacks {', '.join(missing)}: run tools/demo.sh again.")
-    results = json.loads((out / "run" / "eval-knn.json").read_text())
-    k, untrained = next(iter(results["untrained"]["top1"].items()))
-    trained = results["trained"]["top1"][k]
+    measured = out / "run" / "eval"
+    (k, untrained), (_, trained) = (_knn(measured / f"knn-{which}.json") for which in ("untrained", "online"))
     chance = 1 / sum(entry.is_dir() for entry in (out / "images" / "train").iterdir())
     width = max(len(name) for name, _ in FILES)
     lines = [f"Everything is in {out}:"]
@@ -45,6 +45,12 @@ def summary(out: Path) -> str:
     if trained <= untrained:
         raise InputError("\n".join([*lines, "", "Training has not helped: try another --seed, and please report it."]))
     return "\n".join(lines)
+
+
+def _knn(path: Path) -> tuple[int, float]:
+    """Number of neighbours and accuracy of the first setting that mvssl-eval knn measured."""
+    first = json.loads(path.read_text())["results"]["settings"][0]
+    return first["k"], first["top1"]
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def summarise(path: Path) -> RunSummary:
         raise InputError(f"{path} is no folder: give run folders, or folders of results (--out of mvssl-eval).")
     folder = RunFolder(path)
     is_run = folder.config.exists()
-    held = {file.stem: read_result(file) for file in sorted((path / "eval" if is_run else path).glob("*.json"))}
+    held = {file.stem: read_result(file) for file in sorted((folder.evaluations if is_run else path).glob("*.json"))}
     if not is_run and not held:
         raise InputError(f"{path} holds neither a run nor results: give the --out of mvssl-train or mvssl-eval.")
     curves = _curves(folder.metrics) if folder.metrics.exists() else {}

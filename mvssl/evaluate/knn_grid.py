@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mvssl.evaluate.accuracy import accuracy_of
 from mvssl.evaluate.knn import knn_predictions, nearest_images
@@ -31,6 +32,10 @@ def knn_grid(session: Session, *, k: Sequence[int], temperatures: Sequence[float
     if max(k) > bank_size:
         raise invalid("k", max(k), f"at most {bank_size}, the images to compare with", "lower --k")
     features, labels, _ = loaded(session, stored(session, train, "train"), train.labels)
+    most = session.measured.evaluation.max_train
+    if most is not None and most < len(features):  # evenly spaced, as while training
+        some = torch.linspace(0, len(features) - 1, most, dtype=torch.float64).round().long()
+        features, labels = features[some.to(features.device)], labels[some.to(labels.device)]
     queries, truth = (None, labels)
     if val is not None:
         queries, truth, _ = loaded(session, stored(session, val, "val"), val_labels)

@@ -17,6 +17,7 @@ from mvssl.evaluate.supervised import Classifier, Supervision, classify, train_c
 from pipelines.errors import InputError, invalid
 from pipelines.storage.source import Source
 
+_STEPS = 32  # of an epoch, at least
 ROUNDS = ((0.05, 1.0), (0.2, 0.125))
 """Rounds of the race: share of the epochs, and share of the settings of the round before that take part."""
 
@@ -29,7 +30,7 @@ class FastLinear:
         lr: peak learning rates of the grid, for the batch as it is.
         weight_decay: weight decays of the grid.
         epochs: passes over the features.
-        batch_size: images of a step.
+        batch_size: images of a step; at most a 32nd of the training images, so that small data gets its steps too.
         drawn: random resized crops of each training image, besides its centre crop.
         held_out: share of the training images that the settings are compared on.
         seed: of order, crops and the images held out.
@@ -55,6 +56,10 @@ class FastLinear:
         if not 0 < self.held_out < 1:
             raise invalid("held_out", self.held_out, "between 0 and 1", "0.1 is usual")
         self.grid()
+
+    def batch_for(self, images: int) -> int:
+        """Images of a step where there are so many to train on."""
+        return min(self.batch_size, max(1, images // _STEPS))
 
     def grid(self) -> list[Setting]:
         """All settings."""
@@ -88,7 +93,7 @@ def fast_linear(session: Session, settings: FastLinear) -> dict[str, Any]:
             classes=classes,
             held_out=held_out.to(image.device)[image],
             rounds=[(max(1.0, share * settings.epochs), part) for share, part in ROUNDS],
-            batch_size=settings.batch_size,
+            batch_size=settings.batch_for(len(features)),
             seed=settings.seed,
             progress=lambda said: session.console.print(f"linear: {said}", highlight=False),
         )
@@ -104,7 +109,7 @@ def fast_linear(session: Session, settings: FastLinear) -> dict[str, Any]:
             [chosen],
             classes=classes,
             epochs=settings.epochs,
-            batch_size=settings.batch_size,
+            batch_size=settings.batch_for(len(features)),
             seed=settings.seed,
         )
         _check_finite(final, chosen)

@@ -209,7 +209,7 @@ def open_session(subject: Subject, options: EvalOptions, computing: Computing) -
     """
     with open_embedder(subject, computing) as embedder, ExitStack() as stack:
         world, measured = embedder.world, embedder.measured
-        out = options.out or (None if measured.folder is None else measured.folder.path / "eval")
+        out = options.out or (None if measured.folder is None else measured.folder.evaluations)
         if out is None:
             raise InputError("out is missing: name a folder for the results with --out PATH.")
         if world.is_main:

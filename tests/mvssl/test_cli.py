@@ -16,6 +16,7 @@ import timm
 from mvssl.cli import eval as eval_cli
 from mvssl.cli import export as export_cli
 from mvssl.cli import train as train_cli
+from mvssl.evaluate.results import read_result
 from mvssl.monitor.jsonl import read_jsonl
 from pipelines.console import run_cli
 from pipelines.errors import InputError
@@ -140,14 +141,14 @@ def test_train_evaluate_export(images: Path, tmp_path: Path, capsys: pytest.Capt
     assert train_cli.body(["demo", "--data", str(images), "--out", str(out), *TINY]) == 0
     assert eval_cli.body(["knn", "--run", str(out)]) == 0
     assert eval_cli.body(["knn", "--run", str(out), "--untrained"]) == 0
-    results = json.loads((out / "eval-knn.json").read_text())
+    results = read_result(out / "eval/knn-online.json")["results"]
     online = [row for row in read_jsonl(out / "metrics.jsonl") if row["kind"] == "knn"][-1]
-    assert results["trained"]["data"] == str(images)
-    assert results["trained"]["top1"] == {"5": online["top1_k5"], "1": online["top1_k1"]}
-    assert set(results) == {"trained", "untrained"}
+    assert {s["k"]: s["top1"] for s in results["settings"]} == {5: online["top1_k5"], 1: online["top1_k1"]}
+    assert (out / "eval/knn-untrained.json").exists()
     exported = tmp_path / "backbone.safetensors"
     for network in ("online", "target"):
-        assert export_cli.body(["--run", str(out), "--out", str(exported), "--network", network]) == 0
+        arguments = ["--run", str(out), "--out", str(exported), "--network", network, "--overwrite"]
+        assert export_cli.body(arguments) == 0
         timm.create_model("test_resnet", num_classes=0, checkpoint_path=str(exported))
 
 
@@ -156,7 +157,7 @@ def test_simsiam_has_no_target_network_to_export(images: Path, tmp_path: Path) -
     assert train_cli.body(["demo", "--data", str(images), "--out", str(out), *TINY, "--method", "simsiam"]) == 0
     assert export_cli.body(["--run", str(out), "--out", str(exported)]) == 0
     with pytest.raises(InputError, match=r"has none of its own \(simsiam takes the online network's embeddings"):
-        export_cli.body(["--run", str(out), "--out", str(exported), "--network", "target"])
+        export_cli.body(["--run", str(out), "--out", str(exported), "--network", "target", "--overwrite"])
 
 
 def test_knn_without_labels_is_a_sentence(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -239,7 +239,9 @@ def test_ci_calls_the_suite_and_returns_its_code(tree: Tree, code: int) -> None:
     assert (result.returncode, result.stdout) == (code, "CI=true\n")
 
 
-RESULTS = {"untrained": {"top1": {"20": 0.2}}, "trained": {"top1": {"20": 0.5}}}
+def knn_result(top1: float) -> str:
+    """What mvssl-eval knn writes, as far as the summary reads it."""
+    return json.dumps({"results": {"settings": [{"k": 20, "top1": top1}]}})
 
 
 def test_demo_goes_all_the_way_and_stops_at_a_step_that_fails(tree: Tree) -> None:
@@ -248,7 +250,12 @@ def test_demo_goes_all_the_way_and_stops_at_a_step_that_fails(tree: Tree) -> Non
     make = 'mkdir -p "$5"; touch "$5/views.png" "$5/losses.png" "$5/metrics.jsonl"'
     tree.script(bin_ / "mvssl-convert", f'#!{BASH}\nmkdir -p "$2"\n')
     tree.script(bin_ / "mvssl-train", f'#!{BASH}\n{make}; echo "seed $7"\n')
-    tree.script(bin_ / "mvssl-eval", f"#!{BASH}\necho '{json.dumps(RESULTS)}' >\"$3/eval-knn.json\"\n")
+    untrained, trained = (f"echo '{knn_result(top1)}'" for top1 in (0.2, 0.5))
+    measure = (
+        f'mkdir -p "$3/eval"; if [ "$4" = --untrained ]; then {untrained} >"$3/eval/knn-untrained.json"; '
+        f'else {trained} >"$3/eval/knn-online.json"; fi'
+    )
+    tree.script(bin_ / "mvssl-eval", f"#!{BASH}\n{measure}\n")
     tree.script(bin_ / "mvssl-export", f'#!{BASH}\ntouch "$4"\n')
     result = tree.run("tools/demo.sh", "--seed", "3", "--out", "some where")
     out = tree.elsewhere / "some where"
@@ -297,12 +304,12 @@ def test_summary_names_what_is_missing(tmp_path: Path) -> None:
 def test_summary_is_an_error_if_training_has_not_helped(tmp_path: Path) -> None:
     for name, _ in FILES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch() if "." in name else (tmp_path / name).mkdir()
+        (tmp_path / name).touch() if "." in name else (tmp_path / name).mkdir(exist_ok=True)
     for kind in "abcd":
         (tmp_path / "images" / "train" / kind).mkdir(parents=True)
-    file = tmp_path / "run" / "eval-knn.json"
-    file.write_text(json.dumps(RESULTS))
+    for which, top1 in (("untrained", 0.2), ("online", 0.5)):
+        (tmp_path / "run" / "eval" / f"knn-{which}.json").write_text(knn_result(top1))
     assert "chance 25.0 %" in summary(tmp_path)
-    file.write_text(json.dumps(RESULTS | {"trained": RESULTS["untrained"]}))
+    (tmp_path / "run" / "eval" / "knn-online.json").write_text(knn_result(0.2))
     with pytest.raises(InputError, match="Training has not helped"):
         summary(tmp_path)
