@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.command_line import command_of, write_result
-from mvssl.environment import environment
+from benchmarks.measuring.command_line import command_of, write_result
+from mvssl.runs.environment import environment
 from pipelines.batch import DecodedBatch
 from pipelines.console import run_cli
 from pipelines.errors import InputError, invalid

@@ -25,12 +25,12 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from benchmarks.command_line import DEFAULT_RECIPE, write_result
-from benchmarks.isolated import Turn
-from benchmarks.loader_contenders import Setup, dali_loader, data_loader, ffcv_loader, open_train, our_loader
-from benchmarks.turns import Budget, Outcome, rates, ratios, take_turns
-from mvssl.environment import environment
+from benchmarks.contenders.loader import Setup, dali_loader, data_loader, ffcv_loader, open_train, our_loader
+from benchmarks.measuring.command_line import DEFAULT_RECIPE, write_result
+from benchmarks.measuring.isolated import Turn
+from benchmarks.measuring.turns import Budget, Outcome, rates, ratios, take_turns
 from mvssl.recipe_file import resolve_recipe
+from mvssl.runs.environment import environment
 from pipelines.console import run_cli
 from pipelines.decode import DecoderName
 from pipelines.errors import InputError, invalid

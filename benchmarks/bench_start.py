@@ -23,11 +23,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from benchmarks.command_line import command_of, parse_with_recipe, write_result
-from mvssl.compile_cache import FOLDERS
-from mvssl.environment import environment
+from benchmarks.measuring.command_line import command_of, parse_with_recipe, write_result
 from mvssl.recipe import Recipe
-from mvssl.serialize import from_dict, to_dict
+from mvssl.runs.environment import environment
+from mvssl.runs.serialize import from_dict, to_dict
+from mvssl.training.compiled.compile_cache import FOLDERS
 from pipelines.console import run_cli
 from pipelines.errors import InputError, invalid
 
@@ -74,7 +74,7 @@ def steps_of_a_start() -> None:
     marks = [time.time()]
     import torch
 
-    from mvssl.step import TrainStep
+    from mvssl.training.step import TrainStep
 
     marks.append(time.time())
     recipe = from_dict(asked["recipe"])

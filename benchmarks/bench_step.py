@@ -23,10 +23,8 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from benchmarks.command_line import DEFAULT_RECIPE, command_of, write_result
-from benchmarks.isolated import Build, Turn
-from benchmarks.loader_contenders import open_train
-from benchmarks.step_contenders import (
+from benchmarks.contenders.loader import open_train
+from benchmarks.contenders.step import (
     PEAK,
     PLAIN,
     WITH_LOADER,
@@ -36,11 +34,13 @@ from benchmarks.step_contenders import (
     our_steps,
     plain_steps,
 )
-from benchmarks.turns import Budget, Outcome, rates, ratios, take_turns
-from mvssl.environment import environment
+from benchmarks.measuring.command_line import DEFAULT_RECIPE, command_of, write_result
+from benchmarks.measuring.isolated import Build, Turn
+from benchmarks.measuring.turns import Budget, Outcome, rates, ratios, take_turns
 from mvssl.recipe import Recipe
 from mvssl.recipe_file import resolve_recipe
-from mvssl.serialize import to_dict
+from mvssl.runs.environment import environment
+from mvssl.runs.serialize import to_dict
 from pipelines.console import run_cli
 from pipelines.errors import InputError, invalid
 from pipelines.order import Order

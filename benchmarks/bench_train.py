@@ -23,10 +23,8 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from benchmarks.command_line import command_of, parse_with_recipe, write_result
-from benchmarks.isolated import Turn
-from benchmarks.loader_contenders import open_train
-from benchmarks.train_contenders import (
+from benchmarks.contenders.loader import open_train
+from benchmarks.contenders.train import (
     OURS,
     OURS_SYNTHETIC,
     PLAIN,
@@ -35,10 +33,12 @@ from benchmarks.train_contenders import (
     our_training,
     plain_training,
 )
-from benchmarks.turns import Budget, Outcome, rates, ratios, take_turns
-from mvssl.environment import environment
+from benchmarks.measuring.command_line import command_of, parse_with_recipe, write_result
+from benchmarks.measuring.isolated import Turn
+from benchmarks.measuring.turns import Budget, Outcome, rates, ratios, take_turns
 from mvssl.recipe import Recipe
-from mvssl.serialize import to_dict
+from mvssl.runs.environment import environment
+from mvssl.runs.serialize import to_dict
 from pipelines.console import run_cli
 from pipelines.decode import DecoderName
 from pipelines.errors import InputError, invalid

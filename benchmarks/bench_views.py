@@ -21,9 +21,9 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.timing import Times, drain, take_turns
-from benchmarks.view_contenders import CONTENDERS, MakeAll, Setup, decide, version
-from mvssl.environment import environment
+from benchmarks.contenders.views import CONTENDERS, MakeAll, Setup, decide, version
+from benchmarks.measuring.timing import Times, drain, take_turns
+from mvssl.runs.environment import environment
 from pipelines.batch import DecodedBatch
 from pipelines.console import run_cli
 from pipelines.decode import make_decoder
@@ -155,7 +155,7 @@ def differences(functions: dict[str, MakeAll], setup: Setup, batch: DecodedBatch
     if version("torchvision") is None:
         print("left out the comparison of views: torchvision is not installed", file=sys.stderr)
         return {}
-    from benchmarks.baselines.torchvision_views import torchvision_view
+    from benchmarks.contenders.baselines.torchvision_views import torchvision_view
 
     params = decide(setup, batch)
     count = min(COMPARED, len(batch))

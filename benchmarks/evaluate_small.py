@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.command_line import command_of, write_result
-from mvssl.environment import environment
+from benchmarks.measuring.command_line import command_of, write_result
 from mvssl.evaluate.results import read_result
+from mvssl.networks.siamese import build_networks
 from mvssl.recipes import all_recipes
-from mvssl.run_folder import RunFolder
-from mvssl.siamese import build_networks
+from mvssl.runs.environment import environment
+from mvssl.runs.folder import RunFolder
 from pipelines.console import run_cli
 from pipelines.errors import InputError, invalid
 

@@ -75,7 +75,7 @@ if [ -z "$data" ]; then
     scratch=$(mktemp -d) || exit 1
     trap 'rm -rf "$scratch"' EXIT
     data=$scratch/drawn_500x375
-    run "draw pictures" 60 "$python" -m benchmarks.draw_photos "$data" --count $((2 * num_images))
+    run "draw pictures" 60 "$python" -m benchmarks.measuring.draw_photos "$data" --count $((2 * num_images))
 fi
 read -r -a contenders <<< "${CONTENDERS:-}"
 third=$((in_all / 3))
@@ -111,7 +111,7 @@ if [ "$device" = cuda ]; then
 fi
 run "start" "$third" "$python" -m benchmarks.bench_start --device "$device" --batch-size 128 \
     --out "$out/start_$device.json"
-run "bytes of the kernels" 60 bash -c '"$1" -m benchmarks.view_bytes > "$2"' - "$python" "$out/view_bytes.md"
+run "bytes of the kernels" 60 bash -c '"$1" -m benchmarks.measuring.view_bytes > "$2"' - "$python" "$out/view_bytes.md"
 
 [ "$failed" -eq 0 ] && printf 'Done: %s\n' "$out"
 exit "$failed"

@@ -30,13 +30,13 @@ import tyro
 from rich.console import Console
 
 from benchmarks.paper_cells import METHODS, SETTINGS, TITLES, VARIANTS, Cell, Setting, make_recipe
-from mvssl.environment import environment
 from mvssl.evaluate.online import evaluate_knn
 from mvssl.monitor.jsonl import read_jsonl
-from mvssl.options import RunOptions, resolve_device
-from mvssl.run_folder import write_json
-from mvssl.siamese import initial_backbone
-from mvssl.trainer import run
+from mvssl.networks.siamese import initial_backbone
+from mvssl.runs.environment import environment
+from mvssl.runs.folder import write_json
+from mvssl.runs.options import RunOptions, resolve_device
+from mvssl.training.trainer import run
 from pipelines.console import run_cli
 from pipelines.errors import InputError
 from pipelines.storage import open_source

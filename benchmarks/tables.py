@@ -16,9 +16,9 @@ from typing import Any
 
 import tyro
 
-from benchmarks import result_tables
-from benchmarks.markers import fill, stale
-from benchmarks.origins import MADE_BY, Results
+from benchmarks.report import result_tables
+from benchmarks.report.markers import fill, stale
+from benchmarks.report.origins import MADE_BY, Results
 from pipelines.console import run_cli
 from pipelines.errors import InputError
 

@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 import tyro
 
-from mvssl.environment import environment
+from mvssl.runs.environment import environment
 from pipelines.batch import DecodedBatch
 from pipelines.console import run_cli
 from pipelines.errors import InputError

@@ -9,7 +9,7 @@ from mvssl import recipes
 from mvssl.monitor.failure import Diverged
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.recipe_file import load_recipe
-from mvssl.trainer import Interrupted, TrainResult, train
+from mvssl.training.trainer import Interrupted, TrainResult, train
 from pipelines.errors import InputError
 
 __all__ = [

@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from mvssl.compile_cache import keep_compiled_code
 from mvssl.distributed import World
 from mvssl.evaluate.online import check_knn_data
 from mvssl.monitor.indexing import indexing_progress
-from mvssl.options import RunOptions, resolve_device
 from mvssl.recipe import Recipe
-from mvssl.step import TrainStep
-from pipelines.cache_choice import Cache, free_memory, keep_decoded
+from mvssl.runs.options import RunOptions, resolve_device
+from mvssl.training.compiled.compile_cache import keep_compiled_code
+from mvssl.training.step import TrainStep
 from pipelines.errors import InputError
 from pipelines.loader import Loader
+from pipelines.loading.cache_choice import Cache, free_memory, keep_decoded
+from pipelines.loading.pixel_store import KeptSource
 from pipelines.order import Order
-from pipelines.pixel_store import KeptSource
 from pipelines.storage import open_source, split_paths
 from pipelines.storage.source import Source
 

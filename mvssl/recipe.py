@@ -1,7 +1,7 @@
 """A recipe: everything that decides the numbers of a run, in frozen dataclasses that check themselves.
 
-What a run merely does on the side (folders, logging, how often to save) is in `mvssl.options` and may change between
-a run and its resumption; a recipe may not.
+What a run merely does on the side (folders, logging, how often to save) is in `mvssl.runs.options` and may change
+between a run and its resumption; a recipe may not.
 """
 
 from __future__ import annotations

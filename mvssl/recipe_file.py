@@ -10,7 +10,7 @@ from typing import Any
 
 from mvssl.recipe import Recipe
 from mvssl.recipes import get_recipe
-from mvssl.serialize import build, from_dict, to_dict
+from mvssl.runs.serialize import build, from_dict, to_dict
 from pipelines.errors import InputError, invalid
 from pipelines.views.spec import ViewSpec
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from pipelines.batch import DecodedBatch
 from pipelines.decode import DaliOptions, default_threads, make_decoder
 from pipelines.errors import InputError, invalid
-from pipelines.fetch import Fetcher
-from pipelines.prefetch import Prefetcher
-from pipelines.read_ahead import BATCHES_AHEAD, ReadAhead
-from pipelines.side_stream import SideStream, receive, with_index
+from pipelines.loading.fetch import Fetcher
+from pipelines.loading.prefetch import Prefetcher
+from pipelines.loading.read_ahead import BATCHES_AHEAD, ReadAhead
+from pipelines.loading.side_stream import SideStream, receive, with_index
 from pipelines.storage.source import Source
 from pipelines.views.center import center_views
 from pipelines.views.draw import draw

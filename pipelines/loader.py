@@ -17,16 +17,16 @@ import torch
 
 from pipelines.batch import ViewBatch
 from pipelines.decode import DaliOptions, default_threads, make_decoder
-from pipelines.decoded_ahead import DecodedAhead, Place
-from pipelines.doing import Doing
 from pipelines.errors import invalid
-from pipelines.fetch import Fetcher
-from pipelines.loader_stats import LoaderStats
+from pipelines.loading.decoded_ahead import DecodedAhead, Place
+from pipelines.loading.doing import Doing
+from pipelines.loading.fetch import Fetcher
+from pipelines.loading.prefetch import Prefetcher
+from pipelines.loading.side_stream import SideStream, receive, with_index
+from pipelines.loading.stats import LoaderStats
+from pipelines.loading.substitute import Complete
 from pipelines.order import Order
-from pipelines.prefetch import Prefetcher
-from pipelines.side_stream import SideStream, receive, with_index
 from pipelines.storage.source import Source
-from pipelines.substitute import Complete
 from pipelines.views.draw import draw
 from pipelines.views.engine import ViewEngine
 from pipelines.views.spec import ViewSpec

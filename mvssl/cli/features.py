@@ -12,11 +12,11 @@ from typing import Annotated
 import tyro
 
 from mvssl.cli.on_ranks import main_speaks
-from mvssl.evaluate.feature_store import Dtype, bytes_needed, open_store
-from mvssl.evaluate.feature_table import check_ending, write_table
+from mvssl.evaluate.features.fill import fill_store
+from mvssl.evaluate.features.store import Dtype, bytes_needed, open_store
+from mvssl.evaluate.features.table import check_ending, write_table
 from mvssl.evaluate.results import claimed
 from mvssl.evaluate.session import Computing, Embedder, open_embedder, open_images
-from mvssl.evaluate.stored_features import fill_store
 from mvssl.monitor.counting import counting_progress
 from mvssl.weights.subject import Subject
 from pipelines.console import run_cli

@@ -15,16 +15,16 @@ from rich.console import Console
 
 from mvssl.cli.recipe_table import print_recipes
 from mvssl.distributed import FailedElsewhere, process_local_rank, process_rank
-from mvssl.dry_run import dry_run
 from mvssl.monitor.failure import Diverged
-from mvssl.options import RunOptions
-from mvssl.profile_run import profile_run
 from mvssl.recipe import Recipe
 from mvssl.recipe_file import is_recipe_file, resolve_recipe
 from mvssl.recipes import all_recipes
-from mvssl.serialize import to_dict
-from mvssl.signals import EXIT_INTERRUPTED
-from mvssl.trainer import Interrupted, run
+from mvssl.runs.options import RunOptions
+from mvssl.runs.serialize import to_dict
+from mvssl.training.signals import EXIT_INTERRUPTED
+from mvssl.training.trainer import Interrupted, run
+from mvssl.trying.dry_run import dry_run
+from mvssl.trying.profile_run import profile_run
 from pipelines.console import EXIT_ERROR, run_cli
 from pipelines.errors import InputError, invalid
 

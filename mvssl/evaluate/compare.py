@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from mvssl.evaluate.results import read_result
 from mvssl.monitor.jsonl import read_jsonl
-from mvssl.run_folder import RunFolder
+from mvssl.runs.folder import RunFolder
 from pipelines.errors import InputError
 
 CURVES = {

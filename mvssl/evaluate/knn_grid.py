@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from mvssl.evaluate.accuracy import accuracy_of
+from mvssl.evaluate.features.shared import loaded, stored
 from mvssl.evaluate.knn import knn_predictions, nearest_images
 from mvssl.evaluate.neighbour_sheet import write_sheet
 from mvssl.evaluate.session import Session, check_labelled
-from mvssl.evaluate.session_features import loaded, stored
 from pipelines.errors import invalid
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mvssl.distributed import World
-from mvssl.evaluate.features import extract_features
+from mvssl.evaluate.features.extract import extract_features
 from mvssl.evaluate.knn import knn_accuracy
 from mvssl.recipe import Evaluation
 from pipelines.decode import DaliOptions, DecoderName

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvssl.environment import environment
-from mvssl.run_folder import write_json
+from mvssl.runs.environment import environment
+from mvssl.runs.folder import write_json
 from pipelines.errors import InputError
 
 

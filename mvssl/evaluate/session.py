@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from mvssl.backbones import feature_width
 from mvssl.distributed import World, join_world, process_local_rank, rank_count
 from mvssl.evaluate.results import ResultFile, claimed
 from mvssl.monitor.indexing import indexing_progress
-from mvssl.options import resolve_device
-from mvssl.precision import autocast_dtype
+from mvssl.networks.backbones import feature_width
+from mvssl.runs.options import resolve_device
+from mvssl.training.precision import autocast_dtype
 from mvssl.weights.subject import Measured, Subject, load_subject
 from pipelines.decode import DaliOptions, DecoderName
 from pipelines.errors import InputError, invalid

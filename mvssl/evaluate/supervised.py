@@ -18,14 +18,14 @@ from timm.data.mixup import Mixup
 from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]  # public, but not marked so
 from torch import Tensor, nn
 
-from mvssl import checkpoint
-from mvssl.backbones import is_convolutional
 from mvssl.distributed import World
-from mvssl.evaluate.stored_features import train_view
-from pipelines.cache_choice import Cache, free_memory, keep_decoded
+from mvssl.evaluate.features.fill import train_view
+from mvssl.networks.backbones import is_convolutional
+from mvssl.runs import checkpoint
 from pipelines.errors import InputError, invalid
 from pipelines.evaluation import iterate_center
 from pipelines.loader import Loader
+from pipelines.loading.cache_choice import Cache, free_memory, keep_decoded
 from pipelines.order import Order
 from pipelines.storage.source import Source
 

@@ -6,8 +6,8 @@ import torch
 
 from mvssl.experiment import Experiment
 from mvssl.monitor.window import Window
-from mvssl.run_folder import RunFolder, write_json
-from mvssl.serialize import to_dict
+from mvssl.runs.folder import RunFolder, write_json
+from mvssl.runs.serialize import to_dict
 from pipelines.errors import InputError
 
 _SMALLEST_SCALE = 2.0**-10  # the scaler begins at 2**16 and halves at every overflow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mvssl.monitor.device_clock import Shares
-from pipelines.loader_stats import StageSeconds
+from pipelines.loading.stats import StageSeconds
 
 GOOD = 0.01
 """Share of the time that a step may wait for data: the loader keeps up."""

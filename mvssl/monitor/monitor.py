@@ -12,16 +12,16 @@ from typing import Any
 
 from rich.console import Console
 
-from mvssl.diagnostics import collapse_warning, effective_rank, embedding_std
-from mvssl.environment import peak_memory_gib
 from mvssl.experiment import Experiment
 from mvssl.monitor.device_clock import DeviceClock, Shares
 from mvssl.monitor.outputs import Outputs
 from mvssl.monitor.progress import Status
 from mvssl.monitor.window import Window
-from mvssl.run_folder import RunFolder
-from mvssl.run_state import Position
-from mvssl.step import StepOutput
+from mvssl.runs.environment import peak_memory_gib
+from mvssl.runs.folder import RunFolder
+from mvssl.runs.state import Position
+from mvssl.training.diagnostics import collapse_warning, effective_rank, embedding_std
+from mvssl.training.step import StepOutput
 from pipelines.views.spec import tasks
 
 logger = logging.getLogger("mvssl")

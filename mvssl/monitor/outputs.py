@@ -8,7 +8,7 @@ from mvssl.monitor.jsonl import JsonLines, complete_bytes
 from mvssl.monitor.plots import plot_losses
 from mvssl.monitor.progress import make_display
 from mvssl.monitor.tensorboard import make_scalar_writer
-from mvssl.run_folder import RunFolder
+from mvssl.runs.folder import RunFolder
 
 
 class Outputs:

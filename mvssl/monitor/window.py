@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mvssl.distributed import World
-from mvssl.step import StepOutput
+from mvssl.training.step import StepOutput
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mvssl.stacked import Stacked
+from mvssl.networks.stacked import Stacked
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mvssl import checkpoint
-from mvssl.heads import MLP, PredictorBank
+from mvssl.networks.heads import MLP, PredictorBank
 from mvssl.recipe import Head, Recipe
-from mvssl.run_folder import RunFolder
-from mvssl.step import TrainStep
+from mvssl.runs import checkpoint
+from mvssl.runs.folder import RunFolder
+from mvssl.training.step import TrainStep
 from mvssl.weights.backbone_file import load_backbone
 from mvssl.weights.layouts import Found, find_networks
 from mvssl.weights.naming import from_torchvision

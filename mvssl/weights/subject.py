@@ -11,11 +11,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mvssl import checkpoint
-from mvssl.backbones import build_backbone
+from mvssl.networks.backbones import build_backbone
+from mvssl.networks.siamese import initial_backbone
 from mvssl.recipe import Backbone, Evaluation, Recipe
-from mvssl.run_folder import RunFolder
-from mvssl.siamese import initial_backbone
+from mvssl.runs import checkpoint
+from mvssl.runs.folder import RunFolder
 from mvssl.weights.architecture import guess_architecture
 from mvssl.weights.layouts import Network, find_networks
 from mvssl.weights.naming import from_torchvision

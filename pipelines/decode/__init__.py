@@ -15,7 +15,7 @@ from pipelines.decode.ffcv import FfcvDecoder
 from pipelines.decode.options import DaliOptions
 from pipelines.decode.pillow import PillowDecoder
 from pipelines.errors import InputError, invalid
-from pipelines.side_stream import with_index
+from pipelines.loading.side_stream import with_index
 
 __all__ = [
     "DECODERS",

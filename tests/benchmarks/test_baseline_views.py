@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.baselines.compiled_views import compile_photometric, make_views, photometric
-from benchmarks.baselines.torchvision_views import torchvision_view
+from benchmarks.contenders.baselines.compiled_views import compile_photometric, make_views, photometric
+from benchmarks.contenders.baselines.torchvision_views import torchvision_view
 from pipelines import DecodedBatch, ViewSpec, draw, paper_views
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -38,7 +38,7 @@ def test_compiled_views_are_one_graph() -> None:
 
 def dali_views(specs: tuple[ViewSpec, ...], *, dtype: torch.dtype, calls: int) -> list[list[torch.Tensor]]:
     pytest.importorskip("nvidia.dali")
-    from benchmarks.baselines.dali_views import dali_views as build
+    from benchmarks.contenders.baselines.dali_views import dali_views as build
 
     make = build(specs, batch_size=len(BATCH), device=torch.device("cpu"), threads=1, dtype=dtype)
     return [[view.clone() for view in views] for views in make([BATCH] * calls)]
@@ -68,7 +68,7 @@ def test_dali_normalises_and_keeps_the_dtype() -> None:
 def test_dali_cuts_a_box_of_the_right_size() -> None:
     white = DecodedBatch.from_images([torch.full((64, 64, 3), 255, dtype=torch.uint8)] * 32, index=range(32))
     pytest.importorskip("nvidia.dali")
-    from benchmarks.baselines.dali_views import dali_views as build
+    from benchmarks.contenders.baselines.dali_views import dali_views as build
 
     spec = ViewSpec(
         name="c", task="t", size=64, area=None, jitter_p=0, grayscale=0, blur=0, solarize=0, cutout=(0.2, 0.4)
@@ -85,7 +85,7 @@ def test_dali_solarizes_and_makes_gray() -> None:
     levels = torch.arange(64, dtype=torch.uint8)[:, None, None].expand(64, 64, 3) * 4
     image = DecodedBatch.from_images([levels], index=[0])
     pytest.importorskip("nvidia.dali")
-    from benchmarks.baselines.dali_views import dali_views as build
+    from benchmarks.contenders.baselines.dali_views import dali_views as build
     from pipelines.views.ops.normalize import undo
 
     spec = ViewSpec(name="d", task="t", size=64, area=None, jitter_p=0, grayscale=0, blur=0, solarize=1)
@@ -98,7 +98,7 @@ def test_dali_solarizes_and_makes_gray() -> None:
 @pytest.mark.parametrize("spec", [EVERYTHING, WHOLE], ids=["everything", "whole"])
 def test_kornia_where_it_is_installed(spec: ViewSpec) -> None:
     pytest.importorskip("kornia")
-    from benchmarks.baselines.kornia_views import kornia_views
+    from benchmarks.contenders.baselines.kornia_views import kornia_views
 
     ((view,),) = kornia_views((spec,), device=torch.device("cpu"), dtype=torch.float32)([BATCH])
     assert view.shape == (len(BATCH), 3, spec.size, spec.size)

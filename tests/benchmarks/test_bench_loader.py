@@ -14,8 +14,8 @@ from PIL import Image
 
 from benchmarks import bench_loader
 from benchmarks.bench_loader import Arguments, setups
-from benchmarks.loader_contenders import batches_of_turn, indices_of, our_loader
-from benchmarks.page_cache import cached_share, drop, files_of
+from benchmarks.contenders.loader import batches_of_turn, indices_of, our_loader
+from benchmarks.measuring.page_cache import cached_share, drop, files_of
 from pipelines.errors import InputError
 from pipelines.order import Order
 from pipelines.storage import open_source
@@ -143,7 +143,8 @@ def test_ffcv_loads_the_images_it_is_asked_for(tmp_path: Path, photometric: bool
         Image.new("RGB", (48, 40 + n), (20 * n + 10,) * 3).save(tmp_path / "src" / f"{n:02d}.jpg")
     convert(Convert(src=tmp_path / "src", dst=tmp_path / "beton", format="beton"))
     code = (
-        "import sys, torch; from pathlib import Path; from benchmarks.baselines.ffcv_loader import FfcvLoader\n"
+        "import sys, torch; from pathlib import Path\n"
+        "from benchmarks.contenders.baselines.ffcv_loader import FfcvLoader\n"
         "from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD, ViewSpec\n"
         "plain = dict(task='t', is_target=True, jitter_p=0.0, grayscale=0.0, blur=0.0)\n"
         "specs = [ViewSpec(name='a', size=32, **plain), ViewSpec(name='b', size=16, **plain)]\n"

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bench_start, result_tables
+from benchmarks import bench_start
 from benchmarks.bench_start import PHASES, STARTS, parse, start
-from benchmarks.command_line import command_of, write_result
+from benchmarks.measuring.command_line import command_of, write_result
+from benchmarks.report import result_tables
 from pipelines.errors import InputError
 
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bench_step, result_tables
+from benchmarks import bench_step
 from benchmarks.bench_step import ORDER, Arguments, builds_of, groups, measure
-from benchmarks.isolated import Turn
-from benchmarks.process_memory import Memory
-from benchmarks.step_contenders import OURS, PEAK, PLAIN, WITH_LOADER, Setup, flops_per_image
-from mvssl.environment import environment
+from benchmarks.contenders.step import OURS, PEAK, PLAIN, WITH_LOADER, Setup, flops_per_image
+from benchmarks.measuring.isolated import Turn
+from benchmarks.measuring.process_memory import Memory
+from benchmarks.report import result_tables
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.runs.environment import environment
 from pipelines.errors import InputError
 from pipelines.views.presets import paper_views
 
@@ -74,7 +75,7 @@ def test_all_ways_do_the_same_and_the_result_is_told(
 
 def test_operations_are_counted_as_by_hand() -> None:
     """A vision transformer's, multiplied out: 2 operations a weight and token, 3 times that with the backward."""
-    from mvssl.siamese import build_networks
+    from mvssl.networks.siamese import build_networks
 
     online, target = build_networks(TINY)
     vit, tokens = online.backbone, {32: 0, 16: 0}
@@ -112,7 +113,7 @@ def turn(seconds: float, **more: Any) -> Turn:
 
 
 def test_a_gpus_numbers_fill_the_table() -> None:
-    from benchmarks.turns import Outcome
+    from benchmarks.measuring.turns import Outcome
 
     profiled = {"launches": 1, "kernels": 2400, "busy_milliseconds": 90.0, "first_loss": 1.0, "device_mib": 2e4}
     plain = profiled | {"launches": 9000, "busy_milliseconds": 120.0}

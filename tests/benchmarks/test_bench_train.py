@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks import bench_train
 from benchmarks.bench_train import PROG, measure, parse
-from benchmarks.command_line import command_of
-from benchmarks.train_contenders import OURS, OURS_SYNTHETIC, PLAIN, PLAIN_SYNTHETIC
+from benchmarks.contenders.train import OURS, OURS_SYNTHETIC, PLAIN, PLAIN_SYNTHETIC
+from benchmarks.measuring.command_line import command_of
 from pipelines.errors import InputError
 
 

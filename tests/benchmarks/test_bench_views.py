@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import bench_views, view_contenders
+from benchmarks import bench_views
 from benchmarks.bench_views import Arguments, body, measure
-from benchmarks.timing import take_turns
+from benchmarks.contenders import views as view_contenders
+from benchmarks.measuring.timing import take_turns
 from pipelines import DecodedBatch, InputError
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("nvidia.dali")
 
 def test_loads_the_images_it_is_asked_for(tmp_path: Path) -> None:
     """Images of one gray value are known by it, whatever the crop."""
-    from benchmarks.baselines.dali_loader import DaliLoader
+    from benchmarks.contenders.baselines.dali_loader import DaliLoader
 
     for n in range(12):
         Image.new("RGB", (48, 40 + n), (20 * n + 10,) * 3).save(tmp_path / f"{n:02d}.jpg")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks import bench_linear, evaluate_small
-from benchmarks.result_tables import evaluation
-from mvssl.siamese import build_networks
+from benchmarks.report.result_tables import evaluation
+from mvssl.networks.siamese import build_networks
 from mvssl.weights.layouts import find_networks
 from mvssl.weights.read import read_weights
 from pipelines.errors import InputError

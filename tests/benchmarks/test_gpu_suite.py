@@ -11,16 +11,8 @@ from pathlib import Path
 import pytest
 import tyro
 
-from benchmarks import (
-    bench_loader,
-    bench_start,
-    bench_step,
-    bench_train,
-    bench_views,
-    draw_photos,
-    tune_fused,
-    view_bytes,
-)
+from benchmarks import bench_loader, bench_start, bench_step, bench_train, bench_views, tune_fused
+from benchmarks.measuring import draw_photos, view_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = """#!/usr/bin/env bash

@@ -14,9 +14,9 @@ from rich.console import Console
 from benchmarks import paper_small
 from benchmarks.paper_cells import METHODS, SETTINGS, VARIANTS, Cell, make_recipe
 from benchmarks.paper_small import Arguments, measure, write_lists
-from mvssl.options import RunOptions
 from mvssl.recipe import Recipe
-from mvssl.trainer import TrainResult
+from mvssl.runs.options import RunOptions
+from mvssl.training.trainer import TrainResult
 from pipelines.errors import InputError
 from pipelines.views.spec import tasks
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.baselines.plain_step import PlainStep
+from benchmarks.contenders.baselines.plain_step import PlainStep
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from mvssl.step import TrainStep
+from mvssl.training.step import TrainStep
 from pipelines.errors import InputError
 from pipelines.views.presets import paper_views
 

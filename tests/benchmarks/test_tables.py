@@ -12,17 +12,18 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bench_train, bench_views, result_tables
-from benchmarks.isolated import Turn
-from benchmarks.markers import fill, stale
-from benchmarks.origins import MADE_BY, machine, origin
-from benchmarks.process_memory import Memory
-from benchmarks.rounding import percent, scientific, significant, with_spread
+from benchmarks import bench_train, bench_views
+from benchmarks.contenders.train import OURS, OURS_SYNTHETIC, PLAIN, PLAIN_SYNTHETIC
+from benchmarks.measuring.isolated import Turn
+from benchmarks.measuring.process_memory import Memory
+from benchmarks.measuring.timing import Times
+from benchmarks.measuring.turns import ratios
+from benchmarks.report import result_tables
+from benchmarks.report.markers import fill, stale
+from benchmarks.report.origins import MADE_BY, machine, origin
+from benchmarks.report.rounding import percent, scientific, significant, with_spread
 from benchmarks.tables import COMMAND, RESULTS, TABLES, load, render, update
-from benchmarks.timing import Times
-from benchmarks.train_contenders import OURS, OURS_SYNTHETIC, PLAIN, PLAIN_SYNTHETIC
-from benchmarks.turns import ratios
-from mvssl.environment import environment
+from mvssl.runs.environment import environment
 from pipelines.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.baselines.torchvision_loader import TorchvisionLoader, ViewDataset, view_transform
+from benchmarks.contenders.baselines.torchvision_loader import TorchvisionLoader, ViewDataset, view_transform
 from pipelines.loader import Loader
 from pipelines.order import Order
 from pipelines.storage import open_source

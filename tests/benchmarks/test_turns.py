@@ -12,9 +12,9 @@ from functools import partial
 
 import pytest
 
-from benchmarks.isolated import Turn, Turns
-from benchmarks.process_memory import Memory, PeakMemory, largest, memory_of
-from benchmarks.turns import Budget, rates, ratios, take_turns
+from benchmarks.measuring.isolated import Turn, Turns
+from benchmarks.measuring.process_memory import Memory, PeakMemory, largest, memory_of
+from benchmarks.measuring.turns import Budget, rates, ratios, take_turns
 from pipelines.errors import InputError
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from benchmarks.view_bytes import KERNELS, Arguments, kernel_bytes, mean_bytes, table
+from benchmarks.measuring.view_bytes import KERNELS, Arguments, kernel_bytes, mean_bytes, table
 from pipelines import ViewSpec, draw
 from pipelines.views.fused.engine import LAUNCHES
 

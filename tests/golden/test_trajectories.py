@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from mvssl.step import TrainStep
+from mvssl.training.step import TrainStep
 from pipelines.views.presets import paper_views
 
 STEPS = 20

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import pipelines.decoded_ahead
+import pipelines.loading.decoded_ahead
 import pipelines.storage.beton
 import pipelines.storage.folder
 import pipelines.storage.shards
-from mvssl import checkpoint, trainer
 from mvssl.recipe import Recipe
+from mvssl.runs import checkpoint
+from mvssl.training import trainer
 from pipelines.order import Order
 from pipelines.storage import open_source, together
 from tools.convert import Convert, convert
@@ -97,7 +98,7 @@ def before_batch(damage: Callable[[], object]) -> Iterator[list[list[int]]]:
     Yields:
         dataset indices of the batches decoded, as they come.
     """
-    choose, fetch = pipelines.decoded_ahead.usable_indices, pipelines.decoded_ahead.fetch_complete
+    choose, fetch = pipelines.loading.decoded_ahead.usable_indices, pipelines.loading.decoded_ahead.fetch_complete
     read: list[None] = []
     prepared: list[list[int]] = []
 
@@ -114,8 +115,8 @@ def before_batch(damage: Callable[[], object]) -> Iterator[list[list[int]]]:
         return complete
 
     with first_evaluation() as over, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelines.decoded_ahead, "usable_indices", usable_indices)
-        patch.setattr(pipelines.decoded_ahead, "fetch_complete", fetch_complete)
+        patch.setattr(pipelines.loading.decoded_ahead, "usable_indices", usable_indices)
+        patch.setattr(pipelines.loading.decoded_ahead, "fetch_complete", fetch_complete)
         yield prepared
 
 

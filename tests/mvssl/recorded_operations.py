@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvssl.step import TrainStep
+from mvssl.training.step import TrainStep
 
 READS_THE_DEVICE = (
     "_local_scalar_dense",

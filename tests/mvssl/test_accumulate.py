@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mvssl.distributed import World
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from mvssl.step import StepOutput, TrainStep
+from mvssl.training.step import StepOutput, TrainStep
 from pipelines.errors import InputError
 from pipelines.views.presets import paper_views
 

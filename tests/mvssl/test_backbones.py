@@ -7,7 +7,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from mvssl.backbones import build_backbone, feature_width, is_convolutional
+from mvssl.networks.backbones import build_backbone, feature_width, is_convolutional
 from mvssl.recipe import Backbone
 from pipelines.errors import InputError
 

@@ -14,17 +14,17 @@ from data_faults import copy_of, metrics, write_forms
 from PIL import Image
 from tiny_runs import train, write_images
 
-import pipelines.fetch
+import pipelines.loading.fetch
 from mvssl.monitor.jsonl import read_jsonl
-from mvssl.options import RunOptions
 from mvssl.recipe import Recipe
-from pipelines import cache_choice
-from pipelines.cache_choice import MOST, SHARE, Memory, free_memory, keep_decoded, pixel_bytes
+from mvssl.runs.options import RunOptions
 from pipelines.decode import make_decoder
 from pipelines.decode.decoder import Decoded
 from pipelines.errors import InputError
-from pipelines.fetch import Fetcher
-from pipelines.pixel_store import KeptSource, PixelStore
+from pipelines.loading import cache_choice
+from pipelines.loading.cache_choice import MOST, SHARE, Memory, free_memory, keep_decoded, pixel_bytes
+from pipelines.loading.fetch import Fetcher
+from pipelines.loading.pixel_store import KeptSource, PixelStore
 from pipelines.storage import open_source
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -40,13 +40,13 @@ def forms(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many images each decoding had."""
     counts: list[int] = []
-    decode = pipelines.fetch.Fetcher._decode
+    decode = pipelines.loading.fetch.Fetcher._decode
 
     def counting(self: Fetcher, indices: Sequence[int], read: Any) -> Any:
         counts.append(len(indices))
         return decode(self, indices, read)
 
-    monkeypatch.setattr(pipelines.fetch.Fetcher, "_decode", counting)
+    monkeypatch.setattr(pipelines.loading.fetch.Fetcher, "_decode", counting)
     return counts
 
 
@@ -67,7 +67,7 @@ def test_a_run_that_is_resumed_with_another_cache_is_the_same(
 ) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("mvssl.trainer._Loop.save", _save_and_stop)
+        patch.setattr("mvssl.training.trainer._Loop.save", _save_and_stop)
         with pytest.raises(ZeroDivisionError):
             train(tiny_recipe, images, out)
     train(tiny_recipe, images, out, resume=True, cache="auto")

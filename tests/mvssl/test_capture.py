@@ -18,9 +18,9 @@ from replayed_operations import ReplayedGraph
 from test_ready_for_capture import ADAMW, MOCO, RECIPE, SIMSIAM, VIT, batches
 from torch import Tensor
 
-from mvssl.capture import WARM_UP, Graph, StepGraph, wants_capture
-from mvssl.memory import explain_out_of_memory
-from mvssl.step import StepOutput, TrainStep
+from mvssl.training.compiled.capture import WARM_UP, Graph, StepGraph, wants_capture
+from mvssl.training.step import StepOutput, TrainStep
+from mvssl.trying.memory import explain_out_of_memory
 from pipelines.errors import InputError
 
 STEPS = WARM_UP + 5

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mvssl import checkpoint
+from mvssl.runs import checkpoint
 from pipelines.errors import InputError
 
 STATE: dict[str, Any] = {"weights": torch.arange(1000.0), "nested": {"list": [1, 2.5, "three"]}}

@@ -13,9 +13,9 @@ import torch
 from timm.models import register_model
 from torch import Tensor, nn
 
-from mvssl.compiling import Compiler, wants_compile
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from mvssl.step import TrainStep
+from mvssl.training.compiled.compiling import Compiler, wants_compile
+from mvssl.training.step import TrainStep
 from pipelines.errors import InputError
 from pipelines.views.presets import paper_views
 

@@ -26,8 +26,8 @@ from data_faults import (
 from PIL import Image
 from tiny_runs import STEPS, train, write_images
 
-from mvssl import checkpoint
 from mvssl.recipe import Recipe
+from mvssl.runs import checkpoint
 from pipelines.errors import InputError
 from tools.convert import Convert, convert
 

@@ -27,9 +27,9 @@ from data_faults import (
 from PIL import Image
 from tiny_runs import STEPS, train
 
-from mvssl import checkpoint
 from mvssl.monitor.jsonl import read_jsonl
 from mvssl.recipe import Recipe
+from mvssl.runs import checkpoint
 from pipelines.errors import InputError
 from pipelines.storage import open_source
 

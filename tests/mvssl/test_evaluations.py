@@ -22,15 +22,15 @@ from ranks import run_ranks
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from mvssl import checkpoint
 from mvssl.cli import eval as eval_cli
 from mvssl.cli import features as features_cli
 from mvssl.evaluate import supervised
-from mvssl.evaluate.features import extract_features
+from mvssl.evaluate.features.extract import extract_features
 from mvssl.evaluate.labelled_part import labelled_share, listed_images
 from mvssl.evaluate.results import read_result
 from mvssl.evaluate.session import check_labelled
 from mvssl.evaluate.supervised import Classifier, Supervision
+from mvssl.runs import checkpoint
 from mvssl.weights.subject import Subject, load_subject
 from pipelines.errors import InputError
 from pipelines.storage import open_source
@@ -249,7 +249,7 @@ def test_features_of_a_folder(ending: str, finished: Path, images: Path, tmp_pat
 def test_features_that_were_stopped_go_on(
     finished: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mvssl.evaluate.feature_store import FeatureStore
+    from mvssl.evaluate.features.store import FeatureStore
 
     original, written = FeatureStore.write, []
 

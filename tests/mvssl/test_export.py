@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from mvssl.backbones import build_backbone
+from mvssl.networks.backbones import build_backbone
 from mvssl.recipe import Backbone
 from mvssl.weights.backbone_file import export_backbone, load_backbone, read_backbone
 from pipelines.errors import InputError

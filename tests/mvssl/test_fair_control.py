@@ -19,10 +19,10 @@ from torch import Tensor
 import mvssl.recipes
 from mvssl.distributed import World
 from mvssl.experiment import Experiment, open_experiment
-from mvssl.options import RunOptions
-from mvssl.pairs import task_pairs
 from mvssl.recipe import Recipe
-from mvssl.step import StepOutput, TrainStep
+from mvssl.runs.options import RunOptions
+from mvssl.training.pairs import task_pairs
+from mvssl.training.step import StepOutput, TrainStep
 from pipelines import draw
 
 METHODS = {

@@ -13,9 +13,9 @@ import torch
 from test_online_knn import Brightness
 from torch import Tensor, nn
 
-from mvssl.evaluate.feature_store import BAD, DONE, FeatureStore, open_store
-from mvssl.evaluate.features import extract_features
-from mvssl.evaluate.stored_features import fill_store, train_view
+from mvssl.evaluate.features.extract import extract_features
+from mvssl.evaluate.features.fill import fill_store, train_view
+from mvssl.evaluate.features.store import BAD, DONE, FeatureStore, open_store
 from mvssl.recipe import Evaluation
 from pipelines.errors import InputError
 from pipelines.storage import open_source

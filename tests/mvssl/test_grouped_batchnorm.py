@@ -14,11 +14,11 @@ from timm.layers.norm_act import BatchNormAct2d
 from timm.models import register_model
 from torch import Tensor, nn
 
-from mvssl import grouped_batchnorm
-from mvssl.grouped_batchnorm import Pass, group_batchnorms, ungroupable
-from mvssl.network import Encoder
+from mvssl.networks import grouped_batchnorm
+from mvssl.networks.encoder import Encoder
+from mvssl.networks.grouped_batchnorm import Pass, group_batchnorms, ungroupable
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from mvssl.step import TrainStep
+from mvssl.training.step import TrainStep
 from mvssl.weights.backbone_file import export_backbone
 from pipelines.views.presets import paper_views
 from pipelines.views.spec import ViewSpec

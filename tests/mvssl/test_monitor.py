@@ -21,7 +21,7 @@ from mvssl.monitor.plots import plot_losses
 from mvssl.monitor.progress import LiveDisplay, PlainDisplay, Status, duration, make_display
 from mvssl.monitor.tensorboard import NoWriter, make_scalar_writer
 from mvssl.monitor.window import Window
-from mvssl.step import StepOutput
+from mvssl.training.step import StepOutput
 from pipelines.errors import InputError
 
 STATUS = Status(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvssl.evaluate.features import extract_features
+from mvssl.evaluate.features.extract import extract_features
 from mvssl.evaluate.online import check_knn_data, evaluate_knn
 from mvssl.recipe import Evaluation
 from pipelines.errors import InputError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mvssl.cli import train as train_cli
 from mvssl.monitor.jsonl import read_jsonl
-from mvssl.network import OnlineNetwork
+from mvssl.networks.encoder import OnlineNetwork
 from mvssl.recipe_file import load_recipe
 
 OWN = """

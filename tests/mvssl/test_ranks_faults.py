@@ -14,15 +14,15 @@ from ranks import results, run_ranks
 
 from mvssl.cli.train import body
 from mvssl.distributed import FailedElsewhere, join_world
-from mvssl.evaluate.features import extract_features
+from mvssl.evaluate.features.extract import extract_features
 from mvssl.experiment import _paths
-from mvssl.options import RunOptions
 from mvssl.recipe import Evaluation, Recipe
-from mvssl.trainer import run
+from mvssl.runs.options import RunOptions
+from mvssl.training.trainer import run
 from pipelines.console import run_cli
 from pipelines.errors import InputError
+from pipelines.loading.substitute import too_many_bad
 from pipelines.storage import open_source
-from pipelines.substitute import too_many_bad
 
 
 def failing_on_rank_one() -> tuple[str, bool]:

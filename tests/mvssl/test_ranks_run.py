@@ -19,8 +19,8 @@ from tiny_runs import STEPS, train
 
 from mvssl.monitor.jsonl import read_jsonl
 from mvssl.recipe import Backbone, Head, Recipe
-from mvssl.serialize import to_dict
-from mvssl.step import TrainStep
+from mvssl.runs.serialize import to_dict
+from mvssl.training.step import TrainStep
 from pipelines.batch import ViewBatch
 from pipelines.loader import Loader
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from mvssl.distributed import World, join_world
 from mvssl.methods.mocov3 import pair_loss
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from mvssl.step import TrainStep
+from mvssl.training.step import TrainStep
 from pipelines.views.presets import asymmetric, byol_views, paper_views
 
 BATCH, STEPS = 16, 2

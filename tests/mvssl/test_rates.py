@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mvssl.heads import MLP, PredictorBank
+from mvssl.networks.heads import MLP, PredictorBank
 from mvssl.optim import apply_rates, build_optimizer, parameter_groups, weight_decay
 from mvssl.recipe import Head, Optimizer
 

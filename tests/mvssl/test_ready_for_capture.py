@@ -12,7 +12,7 @@ from recorded_operations import NotReady, assert_ready
 from torch import Tensor, nn
 
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from mvssl.step import TrainStep
+from mvssl.training.step import TrainStep
 from pipelines.views.presets import paper_views
 
 VIT = {"backbone": Backbone(name="test_vit", drop_path=0.3)}

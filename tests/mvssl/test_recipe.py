@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import mvssl
-from mvssl.pairs import task_pairs
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.recipes import all_recipes, get_recipe
-from mvssl.serialize import differences, from_dict, to_dict
+from mvssl.runs.serialize import differences, from_dict, to_dict
+from mvssl.training.pairs import task_pairs
 from pipelines.errors import InputError
 from pipelines.views.presets import byol_views, mocov3_views, paper_views, simsiam_views
 from pipelines.views.spec import ViewSpec

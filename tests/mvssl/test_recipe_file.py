@@ -12,7 +12,7 @@ import mvssl
 from mvssl.cli import train as train_cli
 from mvssl.recipe_file import is_recipe_file, resolve_recipe
 from mvssl.recipes import all_recipes, get_recipe
-from mvssl.serialize import to_dict
+from mvssl.runs.serialize import to_dict
 from pipelines import InputError, ViewSpec
 from pipelines.console import run_cli
 

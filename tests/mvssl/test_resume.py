@@ -15,11 +15,12 @@ from tiny_runs import STEPS, CrashError, crash_at, train
 
 import mvssl
 import mvssl.monitor.jsonl
-from mvssl import checkpoint, trainer
 from mvssl.evaluate.online import evaluate_knn
 from mvssl.monitor.jsonl import read_jsonl
 from mvssl.recipe import Optimizer, Recipe
-from mvssl.step import TrainStep
+from mvssl.runs import checkpoint
+from mvssl.training import trainer
+from mvssl.training.step import TrainStep
 from pipelines.errors import InputError
 
 

@@ -21,7 +21,7 @@ from mvssl.monitor.device_clock import DeviceClock, Shares
 from mvssl.monitor.jsonl import read_jsonl
 from mvssl.monitor.limits import what_limits
 from mvssl.recipe import Recipe
-from pipelines.loader_stats import StageSeconds
+from pipelines.loading.stats import StageSeconds
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SECONDS = 2.0  # of a run under the clock: a thousand samples

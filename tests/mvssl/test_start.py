@@ -12,10 +12,10 @@ import torch
 from test_grouped_batchnorm import mvssl_test_own_norm
 from tiny_runs import train
 
-from mvssl.compile_cache import FOLDERS, keep_compiled_code
-from mvssl.memory import explain_out_of_memory
-from mvssl.options import RunOptions
 from mvssl.recipe import Backbone, Recipe
+from mvssl.runs.options import RunOptions
+from mvssl.training.compiled.compile_cache import FOLDERS, keep_compiled_code
+from mvssl.trying.memory import explain_out_of_memory
 from pipelines.errors import InputError
 
 

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from tiny_runs import STEPS, train
 
-from mvssl import checkpoint
 from mvssl.monitor.jsonl import read_jsonl
 from mvssl.recipe import Recipe
-from mvssl.run_folder import RunFolder
+from mvssl.runs import checkpoint
+from mvssl.runs.folder import RunFolder
 
 
 def test_a_run_leaves_what_the_readme_says(finished: Path, images: Path, tiny_recipe: Recipe) -> None:

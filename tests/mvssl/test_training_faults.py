@@ -14,9 +14,9 @@ from tiny_runs import train
 
 import mvssl
 import mvssl.monitor.jsonl
-from mvssl import checkpoint
 from mvssl.recipe import Recipe
-from mvssl.step import TrainStep
+from mvssl.runs import checkpoint
+from mvssl.training.step import TrainStep
 from pipelines.errors import InputError
 
 

@@ -15,11 +15,11 @@ from checkpoint_samples import dino, moco_v2, moco_v3, put, random_backbone, rel
 from safetensors.torch import save_file
 from torch import nn
 
-from mvssl.backbones import build_backbone
-from mvssl.heads import MLP
+from mvssl.networks.backbones import build_backbone
+from mvssl.networks.heads import MLP
+from mvssl.networks.siamese import build_networks
 from mvssl.recipe import Backbone, Head, Recipe
-from mvssl.siamese import build_networks
-from mvssl.step import TrainStep
+from mvssl.training.step import TrainStep
 from mvssl.weights.architecture import guess_architecture
 from mvssl.weights.backbone_file import export_backbone
 from mvssl.weights.init_from import init_from

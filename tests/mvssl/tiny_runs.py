@@ -12,7 +12,7 @@ from PIL import Image
 
 import mvssl
 from mvssl.recipe import Recipe
-from mvssl.step import TrainStep
+from mvssl.training.step import TrainStep
 
 STEPS = 12  # 3 epochs of 4 steps, see conftest
 

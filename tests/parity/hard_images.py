@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.baselines.torchvision_views import MEAN, STD
+from benchmarks.contenders.baselines.torchvision_views import MEAN, STD
 
 
 def unnormalised(view: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvssl.heads import MLP, PredictorBank
+from mvssl.networks.heads import MLP, PredictorBank
+from mvssl.networks.stacked import StackedLayerNorm
 from mvssl.recipe import Head
-from mvssl.stacked import StackedLayerNorm
 from pipelines.errors import InputError
 
 TASKS = ("global", "local", "cutout")

@@ -9,7 +9,7 @@ from test_views import FLOAT_BAR, worst
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from benchmarks.baselines.torchvision_views import BICUBIC, MEAN
+from benchmarks.contenders.baselines.torchvision_views import BICUBIC, MEAN
 from pipelines import (
     DecodedBatch,
     ViewEngine,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import mvssl.recipes
 from mvssl.recipe import Backbone, Evaluation, Head, Recipe
-from mvssl.step import TrainStep
+from mvssl.training.step import TrainStep
 from pipelines.views.presets import asymmetric, paper_views
 from pipelines.views.spec import ViewSpec
 

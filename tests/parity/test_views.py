@@ -12,7 +12,7 @@ from hard_images import hard_images, unnormalised
 from torch import Tensor
 from torchvision.transforms import v2
 
-from benchmarks.baselines.torchvision_views import BICUBIC, MEAN, STD, torchvision_view
+from benchmarks.contenders.baselines.torchvision_views import BICUBIC, MEAN, STD, torchvision_view
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
 from pipelines.views.center import center_views
 from pipelines.views.native.engine import native_obstacle

@@ -21,8 +21,8 @@ from loader_samples import loader_of
 
 from pipelines.batch import DecodedBatch
 from pipelines.errors import InputError
-from pipelines.fetch import Fetched
-from pipelines.substitute import fetch_complete, too_many_bad
+from pipelines.loading.fetch import Fetched
+from pipelines.loading.substitute import fetch_complete, too_many_bad
 
 
 class Fetch:

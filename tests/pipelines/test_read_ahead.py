@@ -11,7 +11,7 @@ import pytest
 from decode_samples import MemorySource, jpegs
 
 from pipelines.errors import InputError
-from pipelines.read_ahead import ReadAhead
+from pipelines.loading.read_ahead import ReadAhead
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -83,7 +83,7 @@ def test_what_may_be_used_for_long_is_kept_for_long() -> None:
 
 def test_an_interpreter_ends_although_nobody_closes_it() -> None:
     code = (
-        "import threading, time; from pipelines.read_ahead import ReadAhead\n"
+        "import threading, time; from pipelines.loading.read_ahead import ReadAhead\n"
         "class Slow:\n"
         "    def will_need(self, indices): began.set(); time.sleep(60)\n"
         "began = threading.Event()\n"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from benchmarks.page_cache import cached_share, drop
+from benchmarks.measuring.page_cache import cached_share, drop
 from pipelines import c_library
 from pipelines.c_library import load_library
 from pipelines.storage import open_source, together

@@ -1,0 +1,238 @@
+"""What takes steps in the step's benchmark: ours in every way it can run, a plain step, and a matrix product."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.contenders.loader import open_train
+from benchmarks.contenders.train import synthetic
+from benchmarks.measuring.isolated import Turns
+from mvssl.monitor.profiling import profile_steps, wait
+from mvssl.networks.siamese import build_networks
+from mvssl.recipe import Recipe
+from mvssl.training.compiled.compile_cache import keep_compiled_code
+from mvssl.training.precision import autocast_dtype
+from mvssl.training.step import TrainStep
+from mvssl.trying.memory import explain_out_of_memory
+from pipelines.errors import InputError
+from pipelines.loader import Loader
+from pipelines.order import Order
+
+PLAIN = "plain step"
+PEAK = "matrix product"
+WITH_LOADER = ", loader at work"
+PROFILED = 3  # steps under the profiler
+TOTAL = 10_000  # steps of the pretended run
+_SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices
+_PRODUCTS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How our step runs."""
+
+    group_views: bool = True
+    compile: Literal["on", "off"] = "off"
+    cuda_graph: Literal["on", "off"] = "off"
+
+
+OURS: dict[str, Way] = {
+    "captured": Way(compile="on", cuda_graph="on"),
+    "compiled": Way(compile="on"),
+    "grouped": Way(),
+    "view by view": Way(group_views=False),
+}
+"""Ours by name, from all that there is to nothing but the modules."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What trains.
+
+    Attributes:
+        recipe: with its batch size.
+        device: where.
+        steps: of a turn.
+        data: whose images the loader prepares beside the steps; None leaves those turns out.
+    """
+
+    recipe: Recipe
+    device: str
+    steps: int
+    data: Path | None = None
+
+
+@contextmanager
+def our_steps(setup: Setup, name: str) -> Iterator[Turns]:
+    """Our step on one batch of noise, run in the way of this name."""
+    way, device = OURS[name], torch.device(setup.device)
+    keep_compiled_code()
+    step = TrainStep(
+        replace(setup.recipe, compile=way.compile),
+        device=device,
+        total_steps=TOTAL,
+        steps_per_epoch=TOTAL,
+        cuda_graph=way.cuda_graph,
+        group_views=way.group_views,
+    )
+    noise = _noise(setup, step.input_dtype, torch.channels_last)
+
+    def check() -> None:
+        """That it still is what it is measured as: a failure to compile or record has only warned."""
+        if step.compiled != (way.compile == "on") or step.captured != (way.cuda_graph == "on"):
+            raise InputError(f"this step ran {step.description}, for the reason that a warning gives above.")
+
+    with _loading(setup) as batches:
+        yield _turns(
+            name, setup, lambda number: step(noise, number).loss, warm_up=step.warm_up, check=check, batches=batches
+        )
+
+
+@contextmanager
+def plain_steps(setup: Setup) -> Iterator[Turns]:
+    """The plain step on the same batch of noise, from the same weights."""
+    try:
+        from benchmarks.contenders.baselines.plain_step import PlainStep
+    except ImportError as error:
+        raise InputError(f"the plain step needs a package that is missing ({error}): install it.") from error
+    step = PlainStep(setup.recipe, device=torch.device(setup.device), total_steps=TOTAL, steps_per_epoch=TOTAL)
+    step.take_weights(build_networks(setup.recipe)[0])
+    noise = _noise(setup, torch.float32, torch.contiguous_format)
+    with _loading(setup) as batches:
+        yield _turns(PLAIN, setup, lambda number: step(noise, number), warm_up=1, check=lambda: None, batches=batches)
+
+
+@contextmanager
+def matrix_product(setup: Setup) -> Iterator[Turns]:
+    """What the device can do at most: large square matrix products in the steps' dtype."""
+    device = torch.device(setup.device)
+    dtype = autocast_dtype(setup.recipe.precision, device) or torch.float32
+    side = _SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+
+    def turn() -> dict[str, Any]:
+        for _ in range(3):
+            a @ b
+        wait(device)
+        began = time.perf_counter()
+        for _ in range(_PRODUCTS):
+            a @ b
+        wait(device)
+        seconds = time.perf_counter() - began
+        return {"tflops": 2e-12 * side**3 * _PRODUCTS / seconds, "side": side, "dtype": str(dtype)}
+
+    yield {PEAK: turn}
+
+
+def flops_per_image(recipe: Recipe) -> float:
+    """Floating-point operations of a step for one source image: those of convolutions and matrix products, forward and
+    backward, as torch counts them; found with few images on the CPU, which changes nothing but MoCo v3's similarities.
+    """
+    few = replace(recipe, batch_size=2 * recipe.accumulate, precision="fp32", compile="off")
+    step = TrainStep(few, device="cpu", total_steps=TOTAL, steps_per_epoch=TOTAL)
+    views = synthetic(few, torch.device("cpu"), torch.float32, memory_format=torch.channels_last)
+    with FlopCounterMode(display=False) as counter:
+        step(views, 0)
+    return float(counter.get_total_flops()) / few.batch_size
+
+
+def _noise(setup: Setup, dtype: torch.dtype, memory_format: torch.memory_format) -> list[Tensor]:
+    """The same numbers for all contenders, up to the dtype."""
+    torch.manual_seed(0)
+    return synthetic(setup.recipe, torch.device(setup.device), dtype, memory_format=memory_format)
+
+
+@contextmanager
+def _loading(setup: Setup) -> Iterator[Iterator[object] | None]:
+    """Batches of our loader without end, whose threads work while steps are taken; None without data."""
+    if setup.data is None:
+        yield None
+        return
+    source = open_train(setup.data)
+    loader = Loader(
+        source,
+        setup.recipe.views,
+        Order(num_images=len(source), batch_size=setup.recipe.batch_size, seed=0),
+        device=setup.device,
+        dtype=autocast_dtype(setup.recipe.precision, torch.device(setup.device)) or torch.float32,
+    )
+
+    def batches() -> Generator[None, None, None]:
+        for epoch in count():
+            for batch in loader.epoch(epoch, until=2**62):
+                del batch
+                yield
+
+    endless = batches()
+    try:
+        yield endless
+    finally:
+        endless.close()
+        loader.close()
+        source.close()
+
+
+def _turns(
+    name: str,
+    setup: Setup,
+    take: Callable[[int], Tensor],
+    *,
+    warm_up: int,
+    check: Callable[[], None],
+    batches: Iterator[object] | None,
+) -> Turns:
+    """Turns of one step, alone and with the loader at work. The first one of them also warms up and profiles.
+
+    Args:
+        name: of the contender.
+        setup: what it trains.
+        take: one update of this number; its loss, on the device.
+        warm_up: updates after which all are alike.
+        check: called then; raises if the step is not what it is measured as.
+        batches: of the loader.
+    """
+    device = torch.device(setup.device)
+    numbers = count()
+    found: dict[str, Any] = {}
+
+    def prepare() -> None:
+        found["first_loss"] = float(take(next(numbers)))
+        for _ in range(warm_up):
+            take(next(numbers))
+        check()
+        profile = profile_steps(lambda: take(next(numbers)), steps=PROFILED, device=device)
+        for field in ("launches", "kernels", "host_milliseconds", "busy_milliseconds"):
+            found[field] = getattr(profile, field)
+
+    def turn(loading: bool) -> dict[str, Any]:
+        cuda = device.type == "cuda"
+        with explain_out_of_memory() if cuda else nullcontext():
+            if not found:
+                prepare()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            wait(device)
+            began = time.perf_counter()
+            for _ in range(setup.steps):
+                if loading and batches is not None:
+                    next(batches)
+                take(next(numbers))
+            wait(device)
+            seconds = time.perf_counter() - began
+        report = {"images": setup.steps * setup.recipe.batch_size, "seconds": seconds, "steps": setup.steps, **found}
+        return report | ({"device_mib": torch.cuda.max_memory_allocated() / 2**20} if cuda else {})
+
+    turns: dict[str, Callable[[], dict[str, Any]]] = {name: lambda: turn(False)}
+    if batches is not None:
+        turns[name + WITH_LOADER] = lambda: turn(True)
+    return turns

@@ -1,0 +1,199 @@
+"""What trains in the end-to-end benchmark: our step with our loader, a plain step with a DataLoader."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import count, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks.contenders.loader import indices_of, open_train, waiter
+from benchmarks.measuring.isolated import Turns
+from mvssl.distributed import World
+from mvssl.experiment import open_experiment
+from mvssl.monitor.device_clock import DeviceClock
+from mvssl.recipe import Recipe
+from mvssl.runs.options import RunOptions
+from mvssl.trying.memory import explain_out_of_memory
+from pipelines.decode import DecoderName
+from pipelines.errors import InputError
+from pipelines.loader import Loader
+from pipelines.order import Order
+from pipelines.views.backends import choose_backend
+
+OURS, OURS_SYNTHETIC = "mvssl", "mvssl, synthetic input"
+PLAIN, PLAIN_SYNTHETIC = "plain step + DataLoader", "plain step, synthetic input"
+LEAD = 3  # steps before those of our loader that count: until then its queue is as full as it gets
+
+Train = Callable[[Sequence[Tensor], int], object]
+"""A step: one view tensor [B, 3, S, S] per view and the number of the update."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is trained.
+
+    Attributes:
+        recipe: of both steps.
+        data: the data set.
+        device: where the steps run.
+        steps: updates of a turn that count.
+        decoder, threads: of our loader.
+        workers: processes of the DataLoader.
+    """
+
+    recipe: Recipe
+    data: Path
+    device: str
+    steps: int
+    decoder: DecoderName = "auto"
+    threads: int | None = None
+    workers: int = 2
+
+
+@contextmanager
+def our_training(setup: Setup) -> Iterator[Turns]:
+    """Our step, fed by our loader as in a run, and the same step on one batch of noise that lies on the device."""
+    device = torch.device(setup.device)
+    recipe = replace(setup.recipe, evaluation=replace(setup.recipe.evaluation, every_epochs=0))
+    options = RunOptions(data=setup.data, device=setup.device, decoder=setup.decoder, threads=setup.threads)
+    with open_experiment(recipe, options, Console(quiet=True), World()) as experiment:
+        step, loader, total = experiment.step, experiment.loader, experiment.total_steps
+        epochs, number = count(), count()
+        noise = synthetic(recipe, device, step.input_dtype, memory_format=torch.channels_last)
+
+        def train(views: Sequence[Tensor], at: int) -> object:
+            return step(views, at % total)
+
+        def loaded() -> dict[str, Any]:
+            before = replace(loader.stats.stages)
+            batches = _views(loader, next(epochs))
+            report = timed(train, batches, number, setup, lead=LEAD, steps=setup.steps)
+            batches.close()
+            stages = {name: value - asdict(before)[name] for name, value in asdict(loader.stats.stages).items()}
+            return report | {
+                "decoder": loader.decoder_name,
+                "view_engine": choose_backend("auto", device),
+                "stage_seconds": stages,
+                "bad": len(loader.stats.bad),
+            }
+
+        def unloaded() -> dict[str, Any]:
+            return timed(train, repeat(noise), number, setup, lead=LEAD, steps=setup.steps)
+
+        yield {OURS: loaded, OURS_SYNTHETIC: unloaded}
+
+
+def _views(loader: Loader, first_epoch: int) -> Generator[list[Tensor], None, None]:
+    """The views of epoch after epoch without a pause."""
+    for epoch in count(first_epoch):
+        for batch in loader.epoch(epoch, until=2**62):
+            views = batch.views
+            del batch  # or they would live until the next ones are there
+            yield views
+            del views
+
+
+@contextmanager
+def plain_training(setup: Setup) -> Iterator[Turns]:
+    """The plain step, fed by a DataLoader, and on one batch of noise that lies on the device."""
+    try:
+        from benchmarks.contenders.baselines.plain_step import PlainStep
+        from benchmarks.contenders.baselines.torchvision_loader import TorchvisionLoader
+    except ImportError as error:
+        raise InputError(f"torchvision is missing ({error}): install it to measure the baseline.") from error
+    device, recipe = torch.device(setup.device), setup.recipe
+    source = open_train(setup.data)
+    order = Order(num_images=len(source), batch_size=recipe.batch_size, seed=recipe.seed)
+    loader = TorchvisionLoader(source, recipe.views, workers=setup.workers, device=device)
+    total = recipe.epochs * order.steps_per_epoch
+    step = PlainStep(recipe, device=device, total_steps=total, steps_per_epoch=order.steps_per_epoch)
+    position, number = count(), count()
+    noise = synthetic(recipe, device, torch.float32, memory_format=torch.contiguous_format)
+    rounds = -(-setup.steps // setup.workers)  # workers finish together where loading is slow: whole rounds count
+
+    def train(views: Sequence[Tensor], at: int) -> object:
+        return step(views, at % total)
+
+    def loaded() -> dict[str, Any]:
+        lead, steps = max(LEAD, setup.workers), rounds * setup.workers
+        wanted = [next(position) for _ in range(lead + steps + loader.ahead)]
+        batches = loader(indices_of(order, [divmod(n, order.steps_per_epoch) for n in wanted]))
+        report = timed(train, batches, number, setup, lead=lead, steps=steps)
+        for views in batches:  # so that the workers rest in the others' turns
+            del views
+        return report | {"decoder": "PIL", "workers": setup.workers}
+
+    def unloaded() -> dict[str, Any]:
+        return timed(train, repeat(noise), number, setup, lead=LEAD, steps=setup.steps)
+
+    yield {PLAIN: loaded, PLAIN_SYNTHETIC: unloaded}
+    source.close()
+
+
+def synthetic(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, *, memory_format: torch.memory_format
+) -> list[Tensor]:
+    """One batch of normal noise: V tensors [B, 3, S, S]."""
+    return [
+        torch.randn(recipe.batch_size, 3, view.size, view.size, device=device)
+        .to(dtype)
+        .contiguous(memory_format=memory_format)
+        for view in recipe.views
+    ]
+
+
+def timed(
+    train: Train,
+    batches: Iterator[Sequence[Tensor]],
+    number: Iterator[int],
+    setup: Setup,
+    *,
+    lead: int,
+    steps: int,
+) -> dict[str, Any]:
+    """Train for `lead` steps and then for `steps` that count; on CUDA until the device has done them.
+
+    Returns:
+        images, seconds, steps, data_wait (share of the time in which the host waited for a batch), and on CUDA
+        device_mib (peak of torch's allocator) and, where they are measured, device_idle (share in which the GPU had
+        nothing queued) and launching (what of it the wait for batches does not explain).
+    """
+    wait = waiter(setup.device)
+    cuda = setup.device == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    with explain_out_of_memory(), closing(DeviceClock(torch.device(setup.device))) as clock:
+        for _ in range(lead):
+            train(next(batches), next(number))
+        wait()
+        waited, began = 0.0, time.perf_counter()
+        for _ in range(steps):
+            asked = time.perf_counter()
+            views = next(batches)
+            waited += time.perf_counter() - asked
+            with clock.step():
+                train(views, next(number))
+            del views
+        wait()
+        seconds = time.perf_counter() - began
+        shares = clock.shares()
+    report: dict[str, Any] = {
+        "images": steps * setup.recipe.batch_size,
+        "seconds": seconds,
+        "steps": steps,
+        "data_wait": waited / seconds,
+    }
+    if shares is not None:
+        report |= {"device_idle": shares.idle, "launching": shares.launching(report["data_wait"])}
+    if cuda:
+        report["device_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        torch.cuda.empty_cache()  # the others' turns need it
+    return report

@@ -1,0 +1,120 @@
+"""What a run does besides computing its numbers: folders, devices, logging, saving. May change on resumption."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from pipelines.decode import DaliOptions, DecoderName
+from pipelines.errors import InputError, invalid
+from pipelines.loading.cache_choice import CHOICES, Cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a run reads and writes, and how it reports.
+
+    Attributes:
+        data: folder of images, list of files, or converted data set; its train/ and val/ are used where they exist.
+        out: run folder; made, and refused if it exists without resume or overwrite.
+        val: labelled images for the online kNN; by default DATA/val where it exists.
+        device: auto takes CUDA where there is one.
+        decoder: auto takes DALI where it is installed.
+        threads: threads that decode; by default chosen from the machine's cores.
+        dali: of DALI where it decodes on a GPU.
+        cache: where decoded images are kept, so that later epochs neither read nor decode them: in the memory of the
+            machine (host) or of the GPU (device), or nowhere (off); auto: the GPU's if the pixels of all images take at
+            most 40 % of what is free there, else the machine's if at most 50 %. Every process keeps all images.
+        cuda_graph: whether a step is recorded once and replayed by a single launch; auto: on CUDA, in a run of one
+            process. Its memory (the activations of a step) stays reserved.
+        prefetch: finished batches kept ready.
+        log_every: steps between two log points; the only moments the host waits for the device.
+        save_every_epochs: epochs between two checkpoints; 0 saves only at the end of the run and on a signal.
+        save_every_steps: steps between two checkpoints, besides those by epoch.
+        keep_checkpoints: how many checkpoints stay on disk, the last one included.
+        resume: go on with the run in `out` from its last checkpoint.
+        overwrite: delete the run in `out` first.
+        init_from: checkpoint or exported backbone whose weights the run starts from (weights only).
+    """
+
+    data: Path | None = None
+    out: Path | None = None
+    val: Path | None = None
+    device: str = "auto"
+    decoder: DecoderName = "auto"
+    threads: int | None = None
+    dali: DaliOptions = field(default_factory=DaliOptions)
+    cache: Cache = "off"
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    prefetch: int = 2
+    log_every: int = 10
+    save_every_epochs: int = 1
+    save_every_steps: int | None = None
+    keep_checkpoints: int = 2
+    resume: bool = False
+    overwrite: bool = False
+    init_from: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prefetch", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise invalid(f"RunOptions.{name}", getattr(self, name), "at least 1", "give a positive number")
+        for name in ("threads", "save_every_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise invalid(f"RunOptions.{name}", getattr(self, name), "at least 1", "give a positive number")
+        if self.cache not in CHOICES:
+            raise invalid("RunOptions.cache", self.cache, f"one of {', '.join(CHOICES)}", "choose one of these")
+        if self.cuda_graph not in ("auto", "on", "off"):
+            raise invalid("RunOptions.cuda_graph", self.cuda_graph, "auto, on or off", "choose one of these")
+        if self.save_every_epochs < 0:
+            raise invalid("RunOptions.save_every_epochs", self.save_every_epochs, "0 or more", "give 0 or more epochs")
+        if self.resume and self.overwrite:
+            raise InputError("resume and overwrite exclude each other: give one of --resume and --overwrite.")
+        if self.resume and self.init_from is not None:
+            raise InputError("resume and init_from exclude each other: a resumed run has its weights; leave one out.")
+
+
+def resolve_device(name: str, *, local_rank: int | None = None) -> torch.device:
+    """The device of an option: auto is CUDA where there is one, else the CPU.
+
+    Args:
+        name: auto, cpu, cuda or cuda:N.
+        local_rank: number of this process on its machine where several train together: each takes the GPU of its
+            number.
+
+    Raises:
+        InputError: the device is unknown or not there, or one GPU is named for several processes.
+    """
+    device = _named_device(name)
+    if local_rank is None or device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise invalid("device", name, "auto, cpu or cuda with torchrun", "each process takes the GPU of its number")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"Process {local_rank} of this machine has no GPU: torchrun was told to start more processes than the "
+            f"{torch.cuda.device_count()} GPUs here (--nproc-per-node); start fewer, or use --device cpu."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _named_device(name: str) -> torch.device:
+    """The device of a name."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise invalid("device", name, "auto, cpu, cuda or cuda:N", "choose one of these") from error
+    if device.type not in ("cpu", "cuda"):
+        raise invalid("device", name, "auto, cpu, cuda or cuda:N", "choose one of these")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"device is {name!r} but PyTorch sees no CUDA device here: use --device cpu or mend the driver."
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise invalid("device", name, f"one of the {torch.cuda.device_count()} CUDA devices", "they count from cuda:0")
+    return device

@@ -1,0 +1,204 @@
+"""--cache: whether a data set's decoded images are kept, and where, worked out before anything is decoded."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.decode.decoder import MAX_PIXELS
+from pipelines.decode.sniff import sniff
+from pipelines.errors import InputError, invalid
+from pipelines.loading.pixel_store import KeptSource, PixelStore
+from pipelines.storage.source import Source
+
+Cache = Literal["off", "host", "device", "auto"]
+CHOICES = ("off", "host", "device", "auto")
+SHARE = {"device": 0.4, "host": 0.5}
+"""Of the free memory that auto takes at most: a step needs the rest of a GPU, other programs that of a machine."""
+MOST = 0.9
+"""Of the free memory that may be asked for by name."""
+_READERS = 8
+_PART = 1000  # images between two reports
+_GB = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Free memory in bytes.
+
+    Attributes:
+        host: of the machine, for each of the processes that train on it.
+        device: of the GPU; 0 without one.
+    """
+
+    host: int
+    device: int = 0
+
+    def of(self, place: str) -> int:
+        """Free bytes at a place."""
+        return self.host if place == "host" else self.device
+
+
+def free_memory(device: torch.device, *, processes: int) -> Memory:
+    """What is free now, within the limit that a container sets."""
+    free = [_available()]
+    limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    if limit is not None and used is not None:
+        free.append(max(0, limit - used))
+    on_gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return Memory(host=min(free) // processes, device=on_gpu)
+
+
+def keep_decoded(
+    source: Source,
+    choice: Cache,
+    *,
+    device: torch.device,
+    memory: Memory,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Source, str]:
+    """The source itself, or one whose decoded images are kept from their first use on.
+
+    Every process keeps all images, since every one comes to each sooner or later.
+
+    Args:
+        source: the encoded images.
+        choice: where to keep them; auto takes the GPU's memory, else the machine's, else none, by `SHARE`.
+        device: where the views are made.
+        memory: what is free.
+        progress: called with the number of images whose size is known.
+
+    Returns:
+        The source, and a sentence that says what is kept where and why; "" for off.
+
+    Raises:
+        InputError: the place that was named has not so much memory, or there is no such place.
+    """
+    if choice not in CHOICES:
+        raise invalid("cache", choice, f"one of {', '.join(CHOICES)}", "choose one of these")
+    if choice == "off":
+        return source, ""
+    if choice == "device" and device.type != "cuda":
+        raise InputError(
+            f"cache is 'device' but must be off, host or auto on a {device.type} device, whose memory is the "
+            "machine's: take host."
+        )
+    places = [choice] if choice != "auto" else ["device", "host"] if device.type == "cuda" else ["host"]
+    most = {place: int(memory.of(place) * (SHARE[place] if choice == "auto" else MOST)) for place in places}
+    least = int(source.nbytes.sum())  # decoded images are larger than their files
+    if least > max(most.values()):
+        return source, _refused(choice, least, f"more than {_gb(least)}", most, memory)
+    sizes = pixel_bytes(source, progress=progress)
+    needed = int(sizes.sum())
+    fitting = [place for place in places if needed <= most[place]]
+    if not fitting:
+        return source, _refused(choice, needed, _gb(needed), most, memory)
+    return _kept(source, sizes, fitting, device)
+
+
+def _kept(source: Source, sizes: NDArray[np.int64], places: list[str], device: torch.device) -> tuple[Source, str]:
+    """Reserve the memory at the first place that has it; the source itself where none has."""
+    needed, failures = _gb(int(sizes.sum())), []
+    for place in places:
+        where = device if place == "device" else torch.device("cpu")
+        try:
+            store = PixelStore(sizes, device=where, on=device)
+        except (RuntimeError, MemoryError) as error:
+            failures.append(f"the {_name(place)}'s memory had no room for {needed} ({_first(error)})")
+            continue
+        said = f"cache: the {_name(place)}'s memory keeps {needed} of pixels; each image is decoded once"
+        return KeptSource(source, store), "; ".join([said, *failures])
+    return source, f"cache: OFF, images are decoded at every use: {'; '.join(failures)}"
+
+
+def _refused(choice: Cache, needed: int, told: str, most: dict[str, int], memory: Memory) -> str:
+    """Why no images are kept; raises where it was asked for."""
+    allowed = " and ".join(f"{_gb(most[place])} of the {_name(place)}'s {_gb(memory.of(place))} free" for place in most)
+    if choice == "auto":
+        return f"cache: off, because the pixels of all images take {told}, and at most {allowed} are taken"
+    other = "host" if choice == "device" else "device"
+    fits = f"take --cache {other} ({_gb(memory.of(other))} free), or " if needed <= MOST * memory.of(other) else "take "
+    raise InputError(
+        f"cache is {choice!r} but the pixels of all images take {told} and at most {allowed} can be taken: {fits}"
+        "--cache off, or convert the images with mvssl-convert --max-size, which makes them smaller."
+    )
+
+
+def pixel_bytes(source: Source, *, progress: Callable[[int], None] | None = None) -> NDArray[np.int64]:
+    """Bytes that each image has decoded, from its header: int64 [len]; 0 where it cannot be told or is too large.
+
+    Reads every file once, which the first epoch then finds in the system's memory.
+    """
+    sizes = np.zeros(len(source), dtype=np.int64)
+    share = max(1, min(_PART, -(-len(source) // _READERS)))
+    parts = [range(at, min(at + share, len(source))) for at in range(0, len(source), share)]
+
+    def measure(part: range) -> int:
+        for index, pixels in _pixels(source, part):
+            sizes[index] = 3 * pixels if pixels <= MAX_PIXELS else 0
+        return len(part)
+
+    done = 0
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="mvssl-sizes") as pool:
+        for count in pool.map(measure, parts):
+            done += count
+            if progress is not None:
+                progress(done)
+    return sizes
+
+
+def _pixels(source: Source, indices: range) -> Iterator[tuple[int, int]]:
+    """Each index with its number of pixels, 0 where the file does not tell."""
+    for index in indices:
+        try:
+            data = source.read(index)
+        except OSError:  # the fetcher will name it
+            continue
+        header = sniff(data)
+        if header is not None:
+            yield index, header.height * header.width
+            continue
+        try:
+            with Image.open(io.BytesIO(data.data)) as image:
+                yield index, image.width * image.height
+        except Exception:  # Pillow raises any type on a broken file, which the decoder will name
+            continue
+
+
+def _available() -> int:
+    """MemAvailable of /proc/meminfo in bytes; where there is none, all that can be addressed."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 2**62
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 2**62)
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None if there is none ("max")."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _name(place: str) -> str:
+    return "GPU" if place == "device" else "machine"
+
+
+def _gb(count: int) -> str:
+    return f"{count / _GB:.2f} GB" if count >= _GB / 100 else f"{count / 1e6:.2f} MB"
+
+
+def _first(error: BaseException) -> str:
+    """The first line of a message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
