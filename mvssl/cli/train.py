@@ -13,7 +13,9 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from mvssl.cli.doctor import doctor
 from mvssl.cli.recipe_table import print_recipes
+from mvssl.cli.report import report
 from mvssl.distributed import FailedElsewhere, process_local_rank, process_rank
 from mvssl.monitor.failure import Diverged
 from mvssl.recipe import Recipe
@@ -21,6 +23,7 @@ from mvssl.recipe_file import is_recipe_file, resolve_recipe
 from mvssl.recipes import all_recipes
 from mvssl.runs.options import RunOptions
 from mvssl.runs.serialize import to_dict
+from mvssl.runs.slurm import requeue
 from mvssl.training.signals import EXIT_INTERRUPTED
 from mvssl.training.trainer import Interrupted, run
 from mvssl.trying.dry_run import dry_run
@@ -31,12 +34,17 @@ from pipelines.errors import InputError, invalid
 USAGE = """usage: mvssl-train RECIPE --data PATH --out RUN [overrides]
 
   mvssl-train --list             the recipes
+  mvssl-train doctor             what of this machine a run can use
+  mvssl-train report RUN         one page about a run
   mvssl-train RECIPE --help      every field that can be overridden, with its value in this recipe
 
 RECIPE is the name of a recipe, or a .toml or .json file with one.
 
 exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 75 stopped by SIGINT or SIGTERM after saving
 (run the same command with --resume), 130 stopped by Ctrl-C before training or by a second Ctrl-C."""
+
+
+COMMANDS = {"doctor": doctor, "report": report}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +113,8 @@ def body(arguments: Sequence[str]) -> int:
     if arguments[0] == "--list":
         print_recipes(console)
         return 0
+    if arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:], console)
     try:
         with _heard_once():
             parsed = parse(arguments)
@@ -126,6 +136,9 @@ def body(arguments: Sequence[str]) -> int:
     except Interrupted as stopped:
         if rank == 0:
             console.print(str(stopped), highlight=False, markup=False, soft_wrap=True)
+            queued = requeue(stopped.stopped_by)
+            if queued is not None:
+                console.print(queued, highlight=False, markup=False, soft_wrap=True)
         return EXIT_INTERRUPTED
     except FailedElsewhere as failure:
         if rank == 0:

@@ -66,6 +66,7 @@ class Monitor:
                 first_step=step,
                 total_steps=experiment.total_steps,
                 metrics_bytes=position.metrics_bytes,
+                options=experiment.options,
             )
         self._clock = _Clock(step=step)
         self._device_clock = DeviceClock(experiment.device, hold=lambda: experiment.step.capturing)

@@ -7,8 +7,9 @@ from rich.console import Console
 from mvssl.monitor.jsonl import JsonLines, complete_bytes
 from mvssl.monitor.plots import plot_losses
 from mvssl.monitor.progress import make_display
-from mvssl.monitor.tensorboard import make_scalar_writer
+from mvssl.monitor.scalars import make_scalar_writers
 from mvssl.runs.folder import RunFolder
+from mvssl.runs.options import RunOptions
 
 
 class Outputs:
@@ -17,18 +18,25 @@ class Outputs:
     Attributes:
         metrics: metrics.jsonl, cut back to where the run goes on.
         throughput: throughput.jsonl.
-        scalars: TensorBoard, or nothing where it is not installed.
+        scalars: what else takes the numbers: TensorBoard, CSV tables, Weights & Biases.
         display: the console.
     """
 
     def __init__(
-        self, folder: RunFolder, console: Console, *, first_step: int, total_steps: int, metrics_bytes: int
+        self,
+        folder: RunFolder,
+        console: Console,
+        *,
+        first_step: int,
+        total_steps: int,
+        metrics_bytes: int,
+        options: RunOptions,
     ) -> None:
         self._folder = folder
         self.metrics = JsonLines(folder.metrics, keep_bytes=metrics_bytes)
         size = complete_bytes(folder.throughput) if first_step else 0
         self.throughput = JsonLines(folder.throughput, keep_bytes=size)
-        self.scalars = make_scalar_writer(folder.tensorboard, first_step=first_step)
+        self.scalars = make_scalar_writers(folder, options, first_step=first_step)
         self.display = make_display(console, steps=total_steps, done=first_step)
 
     def plot(self) -> None:

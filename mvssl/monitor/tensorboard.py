@@ -4,17 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
-
-
-class ScalarWriter(Protocol):
-    """Takes the numbers of a log point."""
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write the scalars of a step."""
-
-    def close(self) -> None:
-        """Flush and close."""
 
 
 class NoWriter:
@@ -46,7 +35,7 @@ class TensorBoardWriter:
         self._writer.close()
 
 
-def make_scalar_writer(folder: Path, *, first_step: int) -> ScalarWriter:
+def make_tensorboard_writer(folder: Path, *, first_step: int) -> TensorBoardWriter | NoWriter:
     """A TensorBoard writer, or one that writes nothing where TensorBoard is not installed."""
     try:
         return TensorBoardWriter(folder, first_step=first_step)

@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mvssl.recipe import Recipe
 from mvssl.runs.environment import environment
 from mvssl.runs.serialize import differences, from_dict, to_dict
-from pipelines.errors import InputError
+from pipelines.errors import InputError, invalid
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -26,7 +27,8 @@ class RunFolder:
     """Paths of a run's files.
 
     config.json, environment.json, metrics.jsonl (what the recipe decides: the same bytes on every repetition),
-    throughput.jsonl (what the machine decides), train.log, tensorboard/, checkpoints/, backbone.safetensors,
+    throughput.jsonl (what the machine decides), train.log, tensorboard/, csv/, wandb/, checkpoints/, report.html,
+    backbone.safetensors,
     views.png, losses.png, failure.json where a run diverged, and eval/ from mvssl-eval.
     """
 
@@ -38,6 +40,9 @@ class RunFolder:
         self.throughput = path / "throughput.jsonl"
         self.log = path / "train.log"
         self.tensorboard = path / "tensorboard"
+        self.csv = path / "csv"
+        self.wandb = path / "wandb"
+        self.report = path / "report.html"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last"
         self.backbone = path / "backbone.safetensors"
@@ -125,19 +130,39 @@ class RunFolder:
 
     def _delete(self) -> None:
         """Delete what a run writes, and nothing else that lies in its folder."""
-        for path in (self.tensorboard, self.checkpoints, self.evaluations):
+        for path in (self.tensorboard, self.csv, self.wandb, self.checkpoints, self.evaluations):
             if path.exists():
                 shutil.rmtree(path)
         for path in (value for value in vars(self).values() if value not in (self.path, self.last)):
             path.unlink(missing_ok=True)
 
-    def check_same_recipe(self, recipe: Recipe) -> None:
-        """Check that a resumed run has the recipe it was begun with.
+    def extend(self, recipe: Recipe) -> int | None:
+        """Write down that the run now has this recipe, if it has more epochs than before; gives the earlier number."""
+        begun = self.recipe()
+        if recipe.epochs == begun.epochs:
+            return None
+        config = self._config()
+        config["options"].setdefault("earlier_epochs", []).append(begun.epochs)
+        write_json(self.config, {"recipe": to_dict(recipe), "options": config["options"]})
+        return begun.epochs
+
+    def check_same_recipe(self, recipe: Recipe, *, extend: bool = False) -> None:
+        """Check that a resumed run has the recipe it was begun with, or with `extend` that recipe for more epochs.
 
         Raises:
             InputError: it differs; the message says in which fields.
         """
-        changed = differences(to_dict(self.recipe()), to_dict(recipe))
+        begun = self.recipe()
+        if recipe.epochs != begun.epochs and to_dict(replace(recipe, epochs=begun.epochs)) == to_dict(begun):
+            if not extend:
+                raise InputError(
+                    f"The run in {self.path} was begun for {begun.epochs} epochs and not {recipe.epochs}: leave "
+                    "--epochs out to finish it as it is, or add --extend to let it train for more."
+                )
+            if recipe.epochs < begun.epochs:
+                raise invalid("epochs", recipe.epochs, f"more than the {begun.epochs} of the run", "raise --epochs")
+            return
+        changed = differences(to_dict(begun), to_dict(recipe))
         if changed:
             raise InputError(
                 f"The run in {self.path} was begun with another recipe ({'; '.join(changed)}): resume it with the same "

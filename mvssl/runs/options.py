@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
+from mvssl.runs.time_limit import parse_time
 from pipelines.decode import DaliOptions, DecoderName
 from pipelines.errors import InputError, invalid
 from pipelines.loading.cache_choice import CHOICES, Cache
+
+LogTarget = Literal["tensorboard", "csv", "wandb", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +35,20 @@ class RunOptions:
         cuda_graph: whether a step is recorded once and replayed by a single launch; auto: on CUDA, in a run of one
             process. Its memory (the activations of a step) stays reserved.
         prefetch: finished batches kept ready.
+        log: where numbers go besides metrics.jsonl and throughput.jsonl: tensorboard (where it is installed), csv (a
+            table of each kind in the folder csv/), wandb (Weights & Biases; without an account into the folder wandb/,
+            to be uploaded by wandb sync); none alone for nowhere.
+        run_name: what wandb calls the run; by default the name of `out`.
+        notes: a remark that config.json and wandb keep.
+        tags: words that config.json and wandb keep.
         log_every: steps between two log points; the only moments the host waits for the device.
         save_every_epochs: epochs between two checkpoints; 0 saves only at the end of the run and on a signal.
         save_every_steps: steps between two checkpoints, besides those by epoch.
         keep_checkpoints: how many checkpoints stay on disk, the last one included.
+        time: stop, with everything saved, before this much time is over, such as 7h30m or 12:00:00.
         resume: go on with the run in `out` from its last checkpoint.
+        extend: with resume: train for more epochs than the run was begun with. Learning rate, weight decay and target
+            decay go on along the schedule of the longer run, so that the learning rate rises again at first.
         overwrite: delete the run in `out` first.
         init_from: checkpoint or exported backbone whose weights the run starts from (weights only).
     """
@@ -50,11 +63,17 @@ class RunOptions:
     cache: Cache = "off"
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     prefetch: int = 2
+    log: tuple[LogTarget, ...] = ("tensorboard",)
+    run_name: str | None = None
+    notes: str | None = None
+    tags: tuple[str, ...] = ()
     log_every: int = 10
     save_every_epochs: int = 1
     save_every_steps: int | None = None
     keep_checkpoints: int = 2
+    time: str | None = None
     resume: bool = False
+    extend: bool = False
     overwrite: bool = False
     init_from: Path | None = None
 
@@ -71,6 +90,15 @@ class RunOptions:
             raise invalid("RunOptions.cuda_graph", self.cuda_graph, "auto, on or off", "choose one of these")
         if self.save_every_epochs < 0:
             raise invalid("RunOptions.save_every_epochs", self.save_every_epochs, "0 or more", "give 0 or more epochs")
+        unknown = [name for name in self.log if name not in get_args(LogTarget)]
+        if unknown or not self.log or ("none" in self.log and len(self.log) > 1):
+            raise invalid("RunOptions.log", self.log, "tensorboard, csv and wandb, or none alone", "choose of these")
+        if "wandb" in self.log and importlib.util.find_spec("wandb") is None:
+            raise InputError("log names wandb, which is not installed: pip install wandb, or leave it out.")
+        if self.time is not None:
+            parse_time(self.time)
+        if self.extend and not self.resume:
+            raise InputError("extend needs resume: add --resume, and the number of all epochs with --epochs.")
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite exclude each other: give one of --resume and --overwrite.")
         if self.resume and self.init_from is not None:

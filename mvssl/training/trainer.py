@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,15 @@ from mvssl.monitor.jsonl import last_knn
 from mvssl.monitor.limits import what_limits
 from mvssl.monitor.log import run_log
 from mvssl.monitor.monitor import Monitor
+from mvssl.monitor.report import write_report
 from mvssl.monitor.sheet import write_view_sheet
 from mvssl.monitor.window import Window
+from mvssl.optim.schedule import learning_rate
 from mvssl.recipe import Recipe
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.options import RunOptions, resolve_device
 from mvssl.runs.state import Position, restore_state, save_state
+from mvssl.runs.time_limit import parse_time
 from mvssl.training.signals import StopRequest
 from mvssl.trying.memory import explain_out_of_memory
 from mvssl.weights.init_from import init_from
@@ -33,7 +37,15 @@ logger = logging.getLogger("mvssl")
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; its state is saved and `--resume` goes on."""
+    """The run was asked to stop; its state is saved and `--resume` goes on.
+
+    Attributes:
+        stopped_by: name of the signal, or what else asked for it.
+    """
+
+    def __init__(self, message: str, stopped_by: str) -> None:
+        super().__init__(message)
+        self.stopped_by = stopped_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +85,19 @@ def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) 
     """Train as `recipe` and `options` say; see `train`."""
     if options.out is None:
         raise InputError("out is missing: name the run folder with --out PATH.")
-    folder = RunFolder(options.out)
+    began, folder = time.monotonic(), RunFolder(options.out)
     device = resolve_device(options.device, local_rank=process_local_rank())
     with join_world(cuda=device.type == "cuda") as world:
         console = (console or Console()) if world.is_main else Console(quiet=True)
         world.on_main(lambda: _check_folder(folder, recipe, options))
         with open_experiment(recipe, options, console, world) as experiment:
             window = Window()
-            position = _begin(experiment, folder, window)
-            with run_log(folder.log, console, rank=world.rank), StopRequest(world) as stop:
+            position, earlier = _begin(experiment, folder, window)
+            seconds = None if options.time is None else parse_time(options.time) - (time.monotonic() - began)
+            with run_log(folder.log, console, rank=world.rank), StopRequest(world, seconds=seconds) as stop:
                 _announce(experiment, folder, position.step)
+                if earlier is not None:
+                    logger.info("%s", _extended(experiment, position.step, earlier))
                 if position.step == 0:
                     world.on_main(lambda: write_view_sheet(experiment, folder.views))
                 with explain_out_of_memory(), Monitor(experiment, folder, console, position) as monitor:
@@ -92,22 +107,40 @@ def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) 
 def _check_folder(folder: RunFolder, recipe: Recipe, options: RunOptions) -> None:
     """Check that the run may go on or begin in this folder, before any work is done for it."""
     if options.resume:
-        folder.check_same_recipe(recipe)
+        folder.check_same_recipe(recipe, extend=options.extend)
     else:
         folder.check_free(overwrite=options.overwrite)
 
 
-def _begin(experiment: Experiment, folder: RunFolder, window: Window) -> Position:
-    """Restore the run in the folder, or make the folder for a new one; where the run stands."""
+def _begin(experiment: Experiment, folder: RunFolder, window: Window) -> tuple[Position, int | None]:
+    """Restore the run in the folder, or make the folder for a new one.
+
+    Returns where the run stands, and for how many epochs it was begun if it is extended now.
+    """
     recipe, options, world = experiment.recipe, experiment.options, experiment.world
+    earlier = world.on_main(lambda: folder.extend(recipe)) if options.resume else None
     if options.resume and world.on_main(folder.has_checkpoint):
-        return restore_state(experiment, folder, window)
+        return restore_state(experiment, folder, window), earlier
     # A run that was stopped before its first checkpoint is resumed at its beginning.
     weights = world.on_main(lambda: folder.option("init_from")) if options.resume else options.init_from
     init_from(experiment.step, recipe, weights)
     if not options.resume:
         world.on_main(lambda: folder.begin(recipe, _plain(options), overwrite=options.overwrite))
-    return Position()
+    return Position(), earlier
+
+
+def _extended(experiment: Experiment, step: int, earlier: int) -> str:
+    """What a run that goes on for more epochs does with its learning rate, in a sentence."""
+    config, per_epoch = experiment.recipe.optimizer, experiment.order.steps_per_epoch
+    peak, warmup = config.base_lr * experiment.recipe.batch_size / 256, config.warmup_epochs * per_epoch
+    was, now = (
+        learning_rate(step, epochs * per_epoch, warmup, peak, config.final_lr_factor)
+        for epochs in (earlier, experiment.recipe.epochs)
+    )
+    return (
+        f"extended from {earlier} to {experiment.recipe.epochs} epochs: the learning rate goes on at {now:.3g}, where "
+        f"it had come down to {was:.3g}, and falls along the longer cosine from there"
+    )
 
 
 class _Loop:
@@ -169,7 +202,8 @@ class _Loop:
         if stopping and not (self.step == total and self.evaluated):
             raise Interrupted(
                 f"{stopping} came after step {self.step} of {total}; everything is saved in "
-                f"{self.folder.path}: go on with --resume."
+                f"{self.folder.path}: go on with --resume.",
+                stopping,
             )
         return self.conclude()
 
@@ -182,11 +216,13 @@ class _Loop:
 
     def save(self) -> None:
         """Write a checkpoint, the exported backbone and the loss picture."""
+        began = time.monotonic()
         with self.monitor.pause():
             self.window.average(self.world)
             check_finite(self.experiment, self.folder, self.window, self.step)
             check_weights(self.experiment, self.step)
             self.world.on_main(self._write)
+        self.stop.reserve = max(self.stop.reserve, 2 * (time.monotonic() - began))  # disks have their moods
 
     def _write(self) -> None:
         position = Position(step=self.step, metrics_bytes=self.monitor.sync(), evaluated=self.evaluated)
@@ -232,7 +268,16 @@ class _Loop:
                 self.monitor.log_knn(self.knn, step=self.step)
 
     def conclude(self) -> TrainResult:
-        """Say in a few lines what came out."""
+        """Say in a few lines what came out, and leave the page about the run."""
+        result = self._say_what_came_out()
+        if self.world.is_main:
+            try:
+                write_report(self.folder.report, self.folder)
+            except (OSError, InputError) as error:  # all that matters is saved
+                logger.warning("%s could not be written: %s", self.folder.report, error)
+        return result
+
+    def _say_what_came_out(self) -> TrainResult:
         self.monitor.plot()
         speed, views = self.monitor.summary(step=self.step), len(self.experiment.recipe.views)
         result = TrainResult(
@@ -263,7 +308,7 @@ class _Loop:
         bad = stats.bad
         if bad:
             logger.warning("%d images could not be decoded and were replaced, e.g. %s", len(bad), next(iter(bad)))
-        logger.info("backbone: %s", self.folder.backbone)
+        logger.info("backbone: %s; all about this run: %s", self.folder.backbone, self.folder.report)
         return result
 
 

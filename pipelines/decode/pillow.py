@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,12 @@ from pipelines.decode.decoder import MAX_PIXELS, Decoded
 from pipelines.decode.sniff import sniff
 
 Image.init()
+if importlib.util.find_spec("pillow_heif"):
+    importlib.import_module("pillow_heif").register_heif_opener()
 # Named, because Pillow would otherwise try them all, among them EPS, which starts another program.
 _FORMATS = tuple(
     name
-    for name in ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
+    for name in ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "TGA", "HEIF")
     if name in Image.OPEN
 )
 _ORIENTATION_TAG = 0x0112  # EXIF 2.32, section 4.6.4

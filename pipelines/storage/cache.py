@@ -15,15 +15,16 @@ import os
 import tempfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 from pipelines.cache_folder import cache_folder
-from pipelines.storage.index import FileIndex
+from pipelines.storage.index import IMAGE_EXTENSIONS, FileIndex
 from pipelines.storage.keys import KeyTable
 
-_VERSION = 1
+_VERSION = zlib.crc32(repr((2, IMAGE_EXTENSIONS)).encode())  # other endings, other files
 _SETTLED_NS = 2_000_000_000  # coarsest modification times of common file systems (FAT, some NFS servers): 2 s
 
 

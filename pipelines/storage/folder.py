@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipelines.storage.scan import scan_folder
 from pipelines.storage.source import fingerprint
 from pipelines.storage.together import read_files, will_read_files
 
+_log = logging.getLogger("mvssl.data")
 ASKED_LAST = True  # a converted form lies in a folder or file too: whoever knows it goes first
 
 
@@ -94,4 +96,7 @@ def open(path: Path, *, progress: Callable[[int], None] | None = None, use_cache
             f"{path} holds no images: give a folder with files ending in {wanted} (at any depth), a text list of such "
             "files, or data converted with mvssl-convert."
         )
+    if index.left_out:
+        endings = ", ".join(f"{count:,} {ending or 'without an ending'}" for ending, count in index.left_out.items())
+        _log.warning("%s: files that are no images by their ending are left out: %s", path, endings)
     return FolderSource(index, location=path)

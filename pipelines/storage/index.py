@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.util
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,10 @@ import numpy.typing as npt
 
 from pipelines.storage.keys import KeyTable
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+_ALWAYS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".jp2", ".j2k", ".avif")
+_WITH_PLUGIN = (".heic", ".heif")
+IMAGE_EXTENSIONS = _ALWAYS + (_WITH_PLUGIN if importlib.util.find_spec("pillow_heif") else ())
+"""Endings of files that are images, in any case. Those of HEIC need the package pillow_heif."""
 
 
 def is_image_name(name: str) -> bool:
@@ -30,6 +34,7 @@ class FileIndex:
         classes: class names by label, () if unlabelled.
         watched: absolute paths whose change makes this index stale (every folder seen, and the list).
         watched_mtime: int64 [len(watched)], their modification times in nanoseconds, taken before they were read.
+        left_out: number of other files by ending, where the folder was just read; {} for an index from the cache.
     """
 
     root: Path
@@ -39,3 +44,4 @@ class FileIndex:
     classes: tuple[str, ...]
     watched: KeyTable
     watched_mtime: npt.NDArray[np.int64]
+    left_out: dict[str, int] = field(default_factory=dict)

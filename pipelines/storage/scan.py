@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class _Listing:
     mtime: int = 0
     images: list[tuple[str, int]] = field(default_factory=list)
     folders: list[_Folder] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
 
 def scan_folder(root: Path, *, progress: Callable[[int], None] | None = None) -> FileIndex:
@@ -48,6 +50,7 @@ def scan_folder(root: Path, *, progress: Callable[[int], None] | None = None) ->
     """
     found: list[tuple[str, int]] = []
     watched: list[tuple[str, int]] = []
+    left_out: Counter[str] = Counter()
     level = [_Folder(os.path.abspath(root), "", frozenset())]
     with ThreadPoolExecutor(_THREADS) as pool:
         while level:
@@ -55,6 +58,7 @@ def scan_folder(root: Path, *, progress: Callable[[int], None] | None = None) ->
             for listing in pool.map(_list_folder, level):
                 watched.append((listing.folder.path, listing.mtime))
                 found.extend(listing.images)
+                left_out.update(listing.left_out)
                 below.extend(listing.folders)
                 if progress is not None and listing.images:
                     progress(len(found))
@@ -72,6 +76,7 @@ def scan_folder(root: Path, *, progress: Callable[[int], None] | None = None) ->
         classes=classes,
         watched=KeyTable.of(path for path, _ in watched),
         watched_mtime=np.array([mtime for _, mtime in watched], dtype=np.int64),
+        left_out=dict(left_out.most_common()),
     )
 
 
@@ -100,6 +105,8 @@ def _list_folder(folder: _Folder) -> _Listing:
                 listing.folders.append(_Folder(entry.path, f"{folder.prefix}{entry.name}/", ancestors))
             elif is_image_name(entry.name):
                 listing.images.append((folder.prefix + entry.name, _size(entry)))
+            else:
+                listing.left_out.append(os.path.splitext(entry.name)[1].lower())
     return listing
 
 

@@ -19,7 +19,7 @@ from mvssl.monitor.jsonl import JsonLines, complete_bytes, read_jsonl
 from mvssl.monitor.log import run_log
 from mvssl.monitor.plots import plot_losses
 from mvssl.monitor.progress import LiveDisplay, PlainDisplay, Status, duration, make_display
-from mvssl.monitor.tensorboard import NoWriter, make_scalar_writer
+from mvssl.monitor.tensorboard import NoWriter, make_tensorboard_writer
 from mvssl.monitor.window import Window
 from mvssl.training.step import StepOutput
 from pipelines.errors import InputError
@@ -223,7 +223,7 @@ def test_loss_picture_of_no_and_of_some_steps(tmp_path: Path) -> None:
 
 def test_without_tensorboard_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
-    writer = make_scalar_writer(tmp_path / "tensorboard", first_step=0)
+    writer = make_tensorboard_writer(tmp_path / "tensorboard", first_step=0)
     assert isinstance(writer, NoWriter)
     writer.write(1, {"loss": 1.0})
     writer.close()

@@ -245,7 +245,7 @@ def test_nothing_to_read(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     with pytest.raises(InputError, match="holds no images: give"):
         open_source(tmp_path / "d")
-    (tmp_path / "d" / "a.gif").write_bytes(b"GIF89a")
+    (tmp_path / "d" / "a.svg").write_bytes(b"<svg")
     with pytest.raises(InputError, match="holds no images: give"):
         open_source(tmp_path / "d")
     (tmp_path / "binary").write_bytes(bytes(range(256)))
@@ -280,3 +280,35 @@ def test_index_is_the_same_in_another_process(tree: Path) -> None:
     code = f"from pipelines.storage import open_source; print(open_source({str(tree)!r}).fingerprint)"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == open_source(tree).fingerprint
+
+
+def test_other_files_are_counted_by_their_ending(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tree / "dog" / "more.TXT").write_text("")
+    (tree / "dog" / "README").write_text("")
+    open_source(tree)
+    assert f"{tree}: files that are no images by their ending are left out: 2 .txt, 1 without an ending" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("ending", "form"), [("gif", "GIF"), ("jp2", "JPEG2000"), ("j2k", "JPEG2000"), ("avif", "AVIF")]
+)
+def test_rarer_formats_are_read_as_pillow_reads_them(tmp_path: Path, ending: str, form: str) -> None:
+    """Of a GIF the first picture."""
+    from PIL import features
+
+    from pipelines.decode import make_decoder
+
+    if form == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow was built without AVIF")
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (33, 47, 3), dtype=np.uint8)) for _ in range(2)]
+    more = {"save_all": True, "append_images": pictures[1:]} if form == "GIF" else {}
+    pictures[0].save(tmp_path / f"a.{ending}", form, **more)
+    with Image.open(tmp_path / f"a.{ending}") as opened:
+        expected = np.asarray(opened.convert("RGB"))
+    source = open_source(tmp_path)
+    decoder = make_decoder("auto", device="cpu", batch_size=1, threads=1)
+    decoded = decoder([source.read(0)])
+    decoder.close()
+    assert decoded.failures == {}
+    assert np.array_equal(decoded.pixels.numpy().reshape(33, 47, 3), expected)
