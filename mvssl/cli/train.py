@@ -14,8 +14,10 @@ import tyro
 from rich.console import Console
 
 from mvssl.cli.doctor import doctor
+from mvssl.cli.for_people import fit_warmup, with_option
 from mvssl.cli.recipe_table import print_recipes
 from mvssl.cli.report import report
+from mvssl.cli.short_help import print_short_help
 from mvssl.distributed import FailedElsewhere, process_local_rank, process_rank
 from mvssl.monitor.failure import Diverged
 from mvssl.recipe import Recipe
@@ -36,7 +38,8 @@ USAGE = """usage: mvssl-train RECIPE --data PATH --out RUN [overrides]
   mvssl-train --list             the recipes
   mvssl-train doctor             what of this machine a run can use
   mvssl-train report RUN         one page about a run
-  mvssl-train RECIPE --help      every field that can be overridden, with its value in this recipe
+  mvssl-train RECIPE --help      the options that people use, with their values in this recipe
+  mvssl-train RECIPE --help-all  every field that can be overridden
 
 RECIPE is the name of a recipe, or a .toml or .json file with one.
 
@@ -81,15 +84,22 @@ def parse(arguments: Sequence[str]) -> TrainArguments:
         InputError: there is no such recipe, its file cannot be used, or a value cannot.
         SystemExit: with code 2 for wrong usage, 0 after printing help.
     """
-    recipe = resolve_recipe(arguments[0])
+    recipe, said = fit_warmup(resolve_recipe(arguments[0]), arguments[1:])
     from_file = is_recipe_file(arguments[0])
-    return tyro.cli(
-        TrainArguments,
-        prog=f"mvssl-train {arguments[0]}",
-        description=f"The recipe in {arguments[0]}." if from_file else all_recipes()[recipe.name].__doc__,
-        args=list(arguments[1:]),
-        default=TrainArguments(recipe=recipe),
-    )
+    words = ["--help" if word == "--help-all" else word for word in arguments[1:]]
+    try:
+        parsed = tyro.cli(
+            TrainArguments,
+            prog=f"mvssl-train {arguments[0]}",
+            description=f"The recipe in {arguments[0]}." if from_file else all_recipes()[recipe.name].__doc__,
+            args=words,
+            default=TrainArguments(recipe=recipe),
+        )
+    except InputError as error:
+        raise InputError(with_option(str(error))) from error
+    if said:
+        print(said, file=sys.stderr)
+    return parsed
 
 
 @contextmanager
@@ -115,6 +125,9 @@ def body(arguments: Sequence[str]) -> int:
         return 0
     if arguments[0] in COMMANDS:
         return COMMANDS[arguments[0]](arguments[1:], console)
+    if {"-h", "--help"} & set(arguments):
+        print_short_help(console, resolve_recipe(arguments[0]), arguments[0])
+        return 0
     try:
         with _heard_once():
             parsed = parse(arguments)

@@ -95,7 +95,7 @@ def test_unknown_recipe_and_bad_value_are_sentences(capsys: pytest.CaptureFixtur
     assert (code, err) == (1, "error: recipe is 'dmeo' but there is no recipe of that name: did you mean 'demo'?\n")
     code, err = fails(capsys, "demo", "--batch-size", "1")
     assert code != 0
-    assert "batch_size is 1 but must be at least 2" in " ".join(err.replace("│", " ").split())
+    assert "batch_size (--batch-size) is 1 but must be at least 2" in " ".join(err.replace("│", " ").split())
     code, err = fails(capsys, "demo", "--out", str(tmp_path / "run"))
     assert (code, err.startswith("error: data is missing")) == (1, True)
     code, err = fails(capsys, "demo", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "run"))
@@ -119,7 +119,7 @@ def test_an_out_that_cannot_be_written_ends_with_code_1(
 
 def test_help_shows_fields_with_their_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        train_cli.body(["demo", "--help"])
+        train_cli.body(["demo", "--help-all"])
     assert exit_info.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for words in ("--optimizer.base-lr", "--views.0.blur-sigma", "trust coefficient of lars", "--resume", "run folder"):

@@ -190,7 +190,7 @@ def test_the_command_takes_a_file_and_overrides_on_top(tmp_path: Path, capsys: p
     assert (config["epochs"], config["batch_size"], config["views"][4]["flip"]) == (7, 32, 0.25)
     assert config["optimizer"] == to_dict(mvssl.recipes.demo())["optimizer"]
     with pytest.raises(SystemExit) as exit_info:
-        train_cli.body([path, "--help"])
+        train_cli.body([path, "--help-all"])
     assert exit_info.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "The recipe in " in text
