@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import DecodedBatch
-from pipelines.decode import DaliOptions, default_threads, make_decoder
+from pipelines.decode import DecodeOptions, decoder_of
 from pipelines.errors import InputError, invalid
 from pipelines.loading.fetch import Fetcher
 from pipelines.loading.prefetch import Prefetcher
@@ -39,15 +39,15 @@ def iterate_center(
     batch_size: int,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    decoder: str = "auto",
-    threads: int | None = None,
-    dali: DaliOptions | None = None,
+    decode: DecodeOptions | None = None,
     indices: Sequence[int] | np.ndarray | None = None,
     prefetch: int = 2,
-) -> Iterator[EvaluationBatch]:
+) -> Generator[EvaluationBatch, None, None]:
     """Iterate over images in order, prepared in a thread; the last short batch is kept.
 
     An image that cannot be decoded is named in a log warning and left out, so a batch may be smaller than asked for.
+    Whoever leaves early closes the generator (`contextlib.closing`): left to the garbage collector, its threads would
+    be ended in whatever thread collects.
 
     Args:
         source: the encoded images.
@@ -56,9 +56,7 @@ def iterate_center(
         batch_size: images of a batch.
         device: where the views are made and handed over.
         dtype: of the views.
-        decoder: "auto", "dali", "ffcv" or "pillow".
-        threads: CPU threads that decode; None takes `default_threads()`.
-        dali: of DALI on a GPU; None takes `DaliOptions()`.
+        decode: who decodes; None takes `DecodeOptions()`.
         indices: dataset indices to take, in this order; None takes all.
         prefetch: finished batches that may wait.
 
@@ -67,7 +65,7 @@ def iterate_center(
             iterating: not one image could be decoded, the decoder fails, or the storage is damaged.
     """
     make = partial(center_views, resize=resize, crop=crop, dtype=dtype)
-    return _iterate(source, make, batch_size, device, decoder, threads, dali, indices, prefetch)
+    return _iterate(source, make, batch_size, device, decode, indices, prefetch)
 
 
 def iterate_drawn(
@@ -79,12 +77,10 @@ def iterate_drawn(
     batch_size: int,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    decoder: str = "auto",
-    threads: int | None = None,
-    dali: DaliOptions | None = None,
+    decode: DecodeOptions | None = None,
     indices: Sequence[int] | np.ndarray | None = None,
     prefetch: int = 2,
-) -> Iterator[EvaluationBatch]:
+) -> Generator[EvaluationBatch, None, None]:
     """As `iterate_center`, but with one view of `spec` for each image, as drawn for (seed, epoch, image).
 
     Raises:
@@ -96,7 +92,7 @@ def iterate_drawn(
         views: list[Tensor] = engine(batch, draw((spec,), batch.sizes, seed=seed, epoch=epoch, index=batch.index))
         return views[0]
 
-    return _iterate(source, make, batch_size, device, decoder, threads, dali, indices, prefetch)
+    return _iterate(source, make, batch_size, device, decode, indices, prefetch)
 
 
 def _iterate(
@@ -104,12 +100,10 @@ def _iterate(
     make: Callable[[DecodedBatch], Tensor],
     batch_size: int,
     device: str | torch.device,
-    decoder: str,
-    threads: int | None,
-    dali: DaliOptions | None,
+    decode: DecodeOptions | None,
     indices: Sequence[int] | np.ndarray | None,
     prefetch: int,
-) -> Iterator[EvaluationBatch]:
+) -> Generator[EvaluationBatch, None, None]:
     for field, value in (("batch_size", batch_size), ("prefetch", prefetch)):
         if value < 1:
             raise invalid(field, value, "1 or more", "give a positive number")
@@ -118,8 +112,7 @@ def _iterate(
         outside = wanted[(wanted < 0) | (wanted >= len(source))]
         raise invalid("indices", int(outside[0]), f"in [0, {len(source)})", "give indices of this data set")
     place = with_index(device)
-    threads = default_threads() if threads is None else threads
-    fetch = Fetcher(source, make_decoder(decoder, device=place, batch_size=batch_size, threads=threads, dali=dali))
+    fetch = Fetcher(source, decoder_of(decode, device=place, batch_size=batch_size))
     batches = [wanted[at : at + batch_size].tolist() for at in range(0, len(wanted), batch_size)]
     side = SideStream(place)
     return _consume(_produce(source, fetch, batches, side, make), fetch, prefetch)

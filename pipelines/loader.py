@@ -16,7 +16,7 @@ from contextlib import closing
 import torch
 
 from pipelines.batch import ViewBatch
-from pipelines.decode import DaliOptions, default_threads, make_decoder
+from pipelines.decode import DecodeOptions, decoder_of
 from pipelines.errors import invalid
 from pipelines.loading.decoded_ahead import DecodedAhead, Place
 from pipelines.loading.doing import Doing
@@ -53,10 +53,8 @@ class Loader:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        decoder: str = "auto",
+        decode: DecodeOptions | None = None,
         backend: str = "auto",
-        threads: int | None = None,
-        dali: DaliOptions | None = None,
         prefetch: int = 2,
         rank: int = 0,
         world_size: int = 1,
@@ -70,10 +68,8 @@ class Loader:
             order: which image comes when; for `len(source)` images.
             device: where the views are made and handed over.
             dtype: of the views.
-            decoder: "auto", "dali", "ffcv" or "pillow".
+            decode: who decodes; None takes `DecodeOptions()`.
             backend: of the view engine.
-            threads: CPU threads that decode; None takes `default_threads()`.
-            dali: of DALI on a GPU; None takes `DaliOptions()`.
             prefetch: finished batches that may wait.
             rank: of this process among `world_size`.
             beside: the ranks on this machine, which share its cache of files; None takes all.
@@ -93,9 +89,7 @@ class Loader:
         self._device = with_index(device)
         self._engine = ViewEngine(self._specs, device=self._device, backend=backend, dtype=dtype)
         self._side = SideStream(self._device)
-        threads = default_threads() if threads is None else threads
-        images = share.stop - share.start
-        made = make_decoder(decoder, device=self._device, batch_size=images, threads=threads, dali=dali)
+        made = decoder_of(decode, device=self._device, batch_size=share.stop - share.start)
         self._fetch = Fetcher(source, made)
         self._doing = Doing(source.location)
         self._decoded = DecodedAhead(

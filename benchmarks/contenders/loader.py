@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.measuring.isolated import Turns
 from benchmarks.measuring.page_cache import cached_share, drop, files_of
-from pipelines.decode import default_threads, make_decoder
+from pipelines.decode import DecodeOptions, DecoderName, default_threads, make_decoder
 from pipelines.errors import InputError
 from pipelines.loader import Loader
 from pipelines.loading.cache_choice import free_memory, keep_decoded
@@ -54,7 +54,7 @@ class Setup:
     batch_size: int
     num_batches: int
     device: str
-    decoder: str = "auto"
+    decoder: DecoderName = "auto"
     threads: int | None = None
     workers: int = 2
     cold: bool = False
@@ -95,8 +95,7 @@ def our_loader(setup: Setup) -> Iterator[Turns]:
         order,
         device=setup.device,
         dtype=torch.bfloat16 if setup.device == "cuda" else torch.float32,
-        decoder=setup.decoder,
-        threads=setup.threads,
+        decode=DecodeOptions(decoder=setup.decoder, threads=setup.threads),
     )
     epochs = count(0, -(-setup.num_batches // order.steps_per_epoch))
 

@@ -12,11 +12,12 @@ from typing import Annotated
 import tyro
 
 from mvssl.cli.on_ranks import main_speaks
+from mvssl.evaluate.computing import Computing
 from mvssl.evaluate.features.fill import fill_store
 from mvssl.evaluate.features.store import Dtype, bytes_needed, open_store
 from mvssl.evaluate.features.table import check_ending, write_table
 from mvssl.evaluate.results import claimed
-from mvssl.evaluate.session import Computing, Embedder, open_embedder, open_images
+from mvssl.evaluate.session import Embedder, open_embedder, open_images
 from mvssl.monitor.counting import counting_progress
 from mvssl.weights.subject import Subject
 from pipelines.console import run_cli
@@ -96,7 +97,7 @@ def _compute(asked: FeatureArguments, embedder: Embedder, partial: Path) -> None
         evaluation,
         device=embedder.device,
         autocast=embedder.autocast,
-        reading=embedder.reading(),
+        computing=embedder.computing,
         world=embedder.world,
         progress=counting_progress(embedder.console, "features", total=share),
     )

@@ -171,7 +171,7 @@ def trained(
         identity=identity,
         device=session.device,
         autocast=session.autocast,
-        reading=session.reading(),
+        computing=session.computing,
         world=session.world,
         say=lambda line: session.console.print(line, highlight=False, markup=False, soft_wrap=True),
     )
@@ -182,7 +182,7 @@ def trained(
         crop=evaluation.crop,
         device=session.device,
         autocast=session.autocast,
-        reading=session.reading(),
+        computing=session.computing,
         world=session.world,
     )
     measured = accuracy_of(ranked, torch.from_numpy(val_labels[index]), session.train.classes)

@@ -12,7 +12,7 @@ from mvssl.distributed import World
 from mvssl.evaluate.features.extract import extract_features
 from mvssl.evaluate.knn import knn_accuracy
 from mvssl.recipe import Evaluation
-from pipelines.decode import DaliOptions, DecoderName
+from pipelines.decode import DecodeOptions
 from pipelines.errors import InputError, invalid
 from pipelines.storage import align_labels
 from pipelines.storage.source import Source
@@ -47,9 +47,7 @@ def evaluate_knn(
     *,
     device: torch.device,
     autocast: torch.dtype | None = None,
-    decoder: DecoderName = "auto",
-    threads: int | None = None,
-    dali: DaliOptions | None = None,
+    decode: DecodeOptions | None = None,
     progress: Callable[[int], None] | None = None,
     world: World | None = None,
 ) -> dict[int, float]:
@@ -72,9 +70,7 @@ def evaluate_knn(
         evaluation=evaluation,
         device=device,
         autocast=autocast,
-        decoder=decoder,
-        threads=threads,
-        dali=dali,
+        decode=decode,
         progress=progress,
         world=world,
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,41 +14,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from mvssl.distributed import World, join_world, process_local_rank, rank_count
+from mvssl.evaluate.computing import Computing
 from mvssl.evaluate.results import ResultFile, claimed
 from mvssl.monitor.indexing import indexing_progress
 from mvssl.networks.backbones import feature_width
 from mvssl.runs.options import resolve_device
 from mvssl.training.precision import autocast_dtype
 from mvssl.weights.subject import Measured, Subject, load_subject
-from pipelines.decode import DaliOptions, DecoderName
-from pipelines.errors import InputError, invalid
+from pipelines.errors import InputError
 from pipelines.storage import align_labels, open_source, split_paths
 from pipelines.storage.source import Source
-
-
-@dataclass(frozen=True, kw_only=True)
-class Computing:
-    """Where and how features are computed.
-
-    Attributes:
-        device: auto takes CUDA where there is one.
-        decoder: auto takes DALI where it is installed.
-        threads: threads that decode.
-        precision: number format of the backbone; auto is bf16 on CUDA and fp32 on the CPU.
-        extract_batch: images the backbone takes at a time.
-    """
-
-    device: str = "auto"
-    decoder: DecoderName = "auto"
-    threads: int | None = None
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    extract_batch: int = 256
-
-    def __post_init__(self) -> None:
-        if self.extract_batch < 1:
-            raise invalid("extract_batch", self.extract_batch, "at least 1", "give a positive number")
-        if self.threads is not None and self.threads < 1:
-            raise invalid("threads", self.threads, "at least 1", "give a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +64,6 @@ class Embedder:
     computing: Computing
     world: World
     console: Console
-
-    def reading(self) -> dict[str, Any]:
-        """How images are read, as arguments."""
-        computing = self.computing
-        return {
-            "decoder": computing.decoder,
-            "threads": computing.threads,
-            "dali": DaliOptions(),
-            "batch_size": computing.extract_batch,
-        }
 
     def say(self, line: str) -> None:
         """Print a line."""

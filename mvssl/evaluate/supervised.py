@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,6 +20,7 @@ from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]  #
 from torch import Tensor, nn
 
 from mvssl.distributed import World
+from mvssl.evaluate.computing import Computing
 from mvssl.evaluate.features.fill import train_view
 from mvssl.networks.backbones import is_convolutional
 from mvssl.runs import checkpoint
@@ -137,7 +139,7 @@ def train_classifier(
     identity: Mapping[str, Any],
     device: torch.device,
     autocast: torch.dtype | None,
-    reading: Mapping[str, Any],
+    computing: Computing,
     world: World,
     say: Callable[[str], None],
 ) -> None:
@@ -152,7 +154,7 @@ def train_classifier(
         identity: what the state is of; that of something else is not taken up.
         device: of the model.
         autocast: dtype of the forward; None for float32.
-        reading: decoder, threads and dali.
+        computing: who decodes.
         world: the ranks.
         say: prints a line.
 
@@ -189,7 +191,7 @@ def train_classifier(
         rank=world.rank,
         world_size=world.size,
         beside=world.beside,
-        **{name: value for name, value in reading.items() if name != "batch_size"},
+        decode=computing.decode,
     )
     steps = order.steps_per_epoch
     try:
@@ -233,7 +235,7 @@ def classify(
     crop: int,
     device: torch.device,
     autocast: torch.dtype | None,
-    reading: Mapping[str, Any],
+    computing: Computing,
     world: World,
 ) -> tuple[Tensor, NDArray[np.int64]]:
     """The classes of the centre crops of all images, the best first.
@@ -249,13 +251,24 @@ def classify(
             [torch.empty(0, min(5, _classes(model)), dtype=torch.int64)],
             [torch.empty(0, dtype=torch.int64)],
         )
-        for images, numbers, _ in iterate_center(
-            source, resize=resize, crop=crop, device=device, indices=share, **dict(reading)
-        ):
-            with torch.no_grad(), torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-                logits = model(images)  # [B, C]
-            ranked.append(logits.float().topk(ranked[0].shape[1], dim=1).indices.cpu())
-            index.append(numbers)
+        batches = iterate_center(
+            source,
+            resize=resize,
+            crop=crop,
+            batch_size=computing.extract_batch,
+            device=device,
+            decode=computing.decode,
+            indices=share,
+        )
+        with closing(batches):
+            for images, numbers, _ in batches:
+                with (
+                    torch.no_grad(),
+                    torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None),
+                ):
+                    logits = model(images)  # [B, C]
+                ranked.append(logits.float().topk(ranked[0].shape[1], dim=1).indices.cpu())
+                index.append(numbers)
         return torch.cat(ranked), torch.cat(index)
 
     ranked, index = world.together(mine)

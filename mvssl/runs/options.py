@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 
 from mvssl.runs.time_limit import parse_time
-from pipelines.decode import DaliOptions, DecoderName
+from pipelines.decode import DaliOptions, DecodeOptions, DecoderName
 from pipelines.errors import InputError, invalid
 from pipelines.loading.cache_choice import CHOICES, Cache
 
@@ -103,6 +103,11 @@ class RunOptions:
             raise InputError("resume and overwrite exclude each other: give one of --resume and --overwrite.")
         if self.resume and self.init_from is not None:
             raise InputError("resume and init_from exclude each other: a resumed run has its weights; leave one out.")
+
+    @property
+    def decode(self) -> DecodeOptions:
+        """Who decodes."""
+        return DecodeOptions(decoder=self.decoder, threads=self.threads, dali=self.dali)
 
 
 def resolve_device(name: str, *, local_rank: int | None = None) -> torch.device:

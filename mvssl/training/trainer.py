@@ -250,9 +250,7 @@ class _Loop:
                     experiment.recipe.evaluation,
                     device=experiment.device,
                     autocast=experiment.step.autocast_dtype,
-                    decoder=experiment.options.decoder,
-                    threads=experiment.options.threads,
-                    dali=experiment.options.dali,
+                    decode=experiment.options.decode,
                     progress=self.stop.check,
                     world=self.world,
                 )

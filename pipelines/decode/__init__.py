@@ -6,13 +6,12 @@ import functools
 import importlib
 import logging
 import os
-from typing import Literal, get_args
 
 import torch
 
 from pipelines.decode.decoder import MAX_PIXELS, Decoded, Decoder
 from pipelines.decode.ffcv import FfcvDecoder
-from pipelines.decode.options import DaliOptions
+from pipelines.decode.options import DECODERS, DaliOptions, DecodeOptions, DecoderName
 from pipelines.decode.pillow import PillowDecoder
 from pipelines.errors import InputError, invalid
 from pipelines.loading.side_stream import with_index
@@ -21,15 +20,15 @@ __all__ = [
     "DECODERS",
     "MAX_PIXELS",
     "DaliOptions",
+    "DecodeOptions",
     "Decoded",
     "Decoder",
     "DecoderName",
+    "decoder_of",
     "default_threads",
     "make_decoder",
 ]
 
-DecoderName = Literal["auto", "dali", "ffcv", "pillow"]
-DECODERS: tuple[DecoderName, ...] = get_args(DecoderName)
 _log = logging.getLogger("mvssl.data")
 
 
@@ -88,6 +87,13 @@ def make_decoder(
     from pipelines.decode.dali import DaliDecoder  # here, because DALI may be missing
 
     return DaliDecoder(device=with_index(device), batch_size=batch_size, threads=threads, options=dali)
+
+
+def decoder_of(options: DecodeOptions | None, *, device: str | torch.device, batch_size: int) -> Decoder:
+    """The decoder that options ask for; None takes `DecodeOptions()`. Raises as `make_decoder`."""
+    options = options or DecodeOptions()
+    threads = default_threads() if options.threads is None else options.threads
+    return make_decoder(options.decoder, device=device, batch_size=batch_size, threads=threads, dali=options.dali)
 
 
 def default_threads() -> int:

@@ -1,10 +1,14 @@
-"""What can be set of DALI's decoder on a GPU."""
+"""Who decodes, and what can be set of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from pipelines.errors import InputError, invalid
+
+DecoderName = Literal["auto", "dali", "ffcv", "pillow"]
+DECODERS: tuple[DecoderName, ...] = get_args(DecoderName)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +44,24 @@ class DaliOptions:
                 f"DaliOptions.preallocate_width_hint is {self.preallocate_width_hint} and preallocate_height_hint is "
                 f"{self.preallocate_height_hint} but both or none must be 0: give the width and the height."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """Who decodes.
+
+    Attributes:
+        decoder: auto takes DALI where it is installed, else Pillow.
+        threads: CPU threads that decode; None chooses from the machine's cores (`default_threads`).
+        dali: of DALI where it decodes on a GPU.
+    """
+
+    decoder: DecoderName = "auto"
+    threads: int | None = None
+    dali: DaliOptions = field(default_factory=DaliOptions)
+
+    def __post_init__(self) -> None:
+        if self.decoder not in DECODERS:
+            raise invalid("decoder", self.decoder, f"one of {', '.join(DECODERS)}", "take auto if in doubt")
+        if self.threads is not None and self.threads < 1:
+            raise invalid("threads", self.threads, "1 or more", "give a positive number, or leave it out")

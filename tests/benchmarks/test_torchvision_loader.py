@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.contenders.baselines.torchvision_loader import TorchvisionLoader, ViewDataset, view_transform
+from pipelines.decode import DecodeOptions
 from pipelines.loader import Loader
 from pipelines.order import Order
 from pipelines.storage import open_source
@@ -62,7 +63,7 @@ def test_views_are_distributed_as_ours(folder: Path) -> None:
     source = open_source(folder)
     order = Order(num_images=COUNT, batch_size=COUNT, seed=0)
     epochs = 15
-    loader = Loader(source, SPECS, order, decoder="pillow")
+    loader = Loader(source, SPECS, order, decode=DecodeOptions(decoder="pillow"))
     ours = [next(loader.epoch(epoch)).views for epoch in range(epochs)]
     loader.close()
     torch.manual_seed(0)

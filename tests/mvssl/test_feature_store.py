@@ -13,17 +13,20 @@ import torch
 from test_online_knn import Brightness
 from torch import Tensor, nn
 
+from mvssl.evaluate.computing import Computing
 from mvssl.evaluate.features.extract import extract_features
 from mvssl.evaluate.features.fill import fill_store, train_view
 from mvssl.evaluate.features.store import BAD, DONE, FeatureStore, open_store
 from mvssl.recipe import Evaluation
+from pipelines.decode import DecodeOptions
 from pipelines.errors import InputError
 from pipelines.storage import open_source
 from pipelines.storage.source import Source
 
 EVALUATION = Evaluation(resize=32, crop=32)
 CPU = torch.device("cpu")
-READING: dict[str, Any] = {"decoder": "pillow", "threads": 1, "dali": None, "batch_size": 5}
+COMPUTING = Computing(decoder="pillow", threads=1, extract_batch=5)
+PILLOW = DecodeOptions(decoder="pillow", threads=1)
 
 
 def a_store(folder: Path, rows: int = 36, **options: Any) -> FeatureStore:
@@ -33,14 +36,14 @@ def a_store(folder: Path, rows: int = 36, **options: Any) -> FeatureStore:
 
 
 def fill(store: FeatureStore, source: Source, backbone: nn.Module, **options: Any) -> None:
-    fill_store(store, backbone, source, EVALUATION, device=CPU, reading=READING, **options)
+    fill_store(store, backbone, source, EVALUATION, device=CPU, computing=COMPUTING, **options)
 
 
 def test_rows_are_what_is_extracted_at_once(images: Path, tmp_path: Path) -> None:
     source = open_source(images / "train")
     store = a_store(tmp_path / "s")
     fill(store, source, Brightness())
-    expected = extract_features(Brightness(), source, EVALUATION, device=CPU, decoder="pillow").values
+    expected = extract_features(Brightness(), source, EVALUATION, device=CPU, decode=PILLOW).values
     assert np.array_equal(store.values, expected.numpy())
     assert (np.load(tmp_path / "s/state.npy") == DONE).all()
     assert np.array_equal(np.load(tmp_path / "s/features.npy"), expected.numpy())
@@ -82,9 +85,7 @@ def test_drawn_views_are_those_of_the_engine(images: Path, tmp_path: Path) -> No
     views = [
         Brightness()(view)
         for epoch in (0, 1)
-        for view, _, _ in iterate_drawn(
-            source, train_view(32), seed=3, epoch=epoch, batch_size=36, decoder="pillow", threads=1
-        )
+        for view, _, _ in iterate_drawn(source, train_view(32), seed=3, epoch=epoch, batch_size=36, decode=PILLOW)
     ]
     np.testing.assert_allclose(store.values[36:], torch.cat(views), atol=1e-6)
     assert np.abs(store.values[36:72] - store.values[72:]).max() > 0.01
@@ -157,3 +158,21 @@ def test_features_that_are_no_numbers(images: Path, tmp_path: Path) -> None:
             extract_features(Constant(value), source, EVALUATION, device=CPU)
     with pytest.raises(InputError, match=r"reach 1e\+05, more than float16 holds: use --dtype float32"):
         fill(a_store(tmp_path / "half", dtype="float16"), source, Constant(1e5))
+
+
+def test_nothing_is_left_to_the_collector_by_an_early_end(images: Path, tmp_path: Path) -> None:
+    """A pool that is shut down by a collection within another thread's `submit` waits for that one's lock for ever."""
+    import gc
+    import threading
+
+    source = open_source(images / "train")
+    before = set(threading.enumerate())
+    gc.disable()
+    try:
+        for number in range(3):
+            with pytest.raises(InputError) as caught:
+                fill(a_store(tmp_path / str(number)), source, Constant(float("nan")))
+            assert set(threading.enumerate()) <= before, "its threads live on in the frames of an exception"
+            assert caught.value is not None
+    finally:
+        gc.enable()

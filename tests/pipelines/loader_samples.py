@@ -7,6 +7,7 @@ from typing import Any
 
 from decode_samples import MemorySource, encode, jpegs, picture
 
+from pipelines.decode import DecodeOptions
 from pipelines.loader import Loader
 from pipelines.order import Order
 from pipelines.views.spec import ViewSpec
@@ -29,7 +30,9 @@ def source_with(bad: tuple[int, ...] = BAD, count: int = COUNT) -> MemorySource:
 
 def loader_of(source: MemorySource, *, batch_size: int = BATCH, order: Order | None = None, **options: Any) -> Loader:
     order = order or Order(num_images=len(source), batch_size=batch_size, seed=SEED)
-    return Loader(source, SPECS, order, **{"threads": 1, "decoder": "pillow", **options})
+    decoding = {name: options.pop(name) for name in ("decoder", "threads", "dali") if name in options}
+    decode = DecodeOptions(**{"decoder": "pillow", "threads": 1, **decoding})
+    return Loader(source, SPECS, order, decode=decode, **options)
 
 
 class Clock:

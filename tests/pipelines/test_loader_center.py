@@ -15,13 +15,15 @@ import torch
 from decode_samples import MemorySource, jpegs, needs_dali
 from PIL import Image
 
+from pipelines.decode import DecodeOptions
 from pipelines.errors import InputError
 from pipelines.evaluation import iterate_center
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD
 
 
 def options(**others: Any) -> dict[str, Any]:
-    return {"resize": 20, "crop": 16, "batch_size": 8, "threads": 1, **others}
+    decode = DecodeOptions(decoder=others.pop("decoder", "auto"), threads=others.pop("threads", 1))
+    return {"resize": 20, "crop": 16, "batch_size": 8, "decode": decode, **others}
 
 
 @pytest.mark.parametrize("decoder", ["pillow", pytest.param("dali", marks=needs_dali)])

@@ -22,6 +22,7 @@ import pytest
 from decode_samples import encode, needs_dali, picture
 from loader_samples import source_with
 
+from pipelines.decode import DecodeOptions
 from pipelines.loader import Loader
 from pipelines.order import Order
 from pipelines.storage import Source, open_source
@@ -150,7 +151,9 @@ def test_nothing_is_left_behind(storage: Callable[[Path], Callable[[], Source]],
     while rounds < WARM_UP + ROUNDS:
         source = open_source_again()
         order = Order(num_images=len(source), batch_size=BATCH, seed=0)
-        loader = Loader(source, SPECS, order, decoder=decoder, threads=1, prefetch=chance.randint(1, 3))
+        loader = Loader(
+            source, SPECS, order, decode=DecodeOptions(decoder=decoder, threads=1), prefetch=chance.randint(1, 3)
+        )
         for leave in chance.choices(WAYS, k=RENEWED):
             epoch, first = chance.randrange(1000), chance.randrange(order.steps_per_epoch)
             leave(loader, epoch, first, chance.randint(1, order.steps_per_epoch))

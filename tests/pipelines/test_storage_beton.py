@@ -13,7 +13,7 @@ import pytest
 from beton_samples import COUNT, make_beton, with_pixels
 from loader_samples import SPECS
 
-from pipelines.decode import make_decoder
+from pipelines.decode import DecodeOptions, make_decoder
 from pipelines.errors import InputError
 from pipelines.loader import Loader
 from pipelines.order import Order
@@ -180,7 +180,7 @@ def test_jpeg_damaged_in_mid_epoch_is_named_and_replaced(
     source = BetonSource(path)
     order = Order(num_images=COUNT, batch_size=2, seed=3)
     victim = int(order.permutation(0)[-1])
-    loader = Loader(source, SPECS, order, decoder="pillow", threads=1, prefetch=1)
+    loader = Loader(source, SPECS, order, decode=DecodeOptions(decoder="pillow", threads=1), prefetch=1)
     batches = loader.epoch(0)
     seen = [next(batches).index.tolist()]
     at = int(source._offset[victim])

@@ -11,8 +11,9 @@ from typing import Annotated
 import tyro
 
 from mvssl.cli.evaluations.report import accuracy_cells, print_accuracy_table
+from mvssl.evaluate.computing import Computing
 from mvssl.evaluate.finetune import LabelledPart, finetune
-from mvssl.evaluate.session import Computing, EvalOptions, open_session
+from mvssl.evaluate.session import EvalOptions, open_session
 from mvssl.evaluate.supervised import Supervision
 from mvssl.weights.subject import Subject
 

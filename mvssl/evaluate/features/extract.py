@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mvssl.distributed import World
 from mvssl.recipe import Evaluation
-from pipelines.decode import DaliOptions, DecoderName
+from pipelines.decode import DecodeOptions
 from pipelines.errors import InputError
 from pipelines.evaluation import EvaluationBatch, iterate_center
 from pipelines.loading.substitute import too_many_bad
@@ -42,9 +42,7 @@ def extract_features(
     *,
     device: torch.device,
     autocast: torch.dtype | None = None,
-    decoder: DecoderName = "auto",
-    threads: int | None = None,
-    dali: DaliOptions | None = None,
+    decode: DecodeOptions | None = None,
     batch_size: int = 256,
     max_images: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -62,9 +60,7 @@ def extract_features(
         evaluation: resize and crop.
         device: where the backbone is.
         autocast: dtype to compute in; None computes in the weights' own.
-        decoder: which decoder.
-        threads: threads that decode.
-        dali: of DALI on a GPU; None takes `DaliOptions()`.
+        decode: who decodes; None takes `DecodeOptions()`.
         batch_size: images at a time.
         max_images: take at most this many, evenly spaced; None takes all.
         progress: called with the number of images done (by this rank); what it raises ends the extraction.
@@ -87,9 +83,7 @@ def extract_features(
             evaluation,
             device=device,
             autocast=autocast,
-            decoder=decoder,
-            threads=threads,
-            dali=dali,
+            decode=decode,
             batch_size=batch_size,
             indices=share if len(share) else indices[:1],
             progress=progress,
@@ -126,12 +120,14 @@ def check_enough(images: int, *, bad: int, source: Source) -> None:
 
 def embed(
     backbone: nn.Module,
-    batches: Iterable[EvaluationBatch],
+    batches: Generator[EvaluationBatch, None, None],
     *,
     device: torch.device,
     autocast: torch.dtype | None = None,
 ) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
-    """Features of batches of views, by the backbone in eval mode; its training mode is put back at the end.
+    """Features of batches of views, by the backbone in eval mode.
+
+    At the end, also an early one, the batches are closed and the backbone's training mode is put back.
 
     Yields:
         Features float32 [B, D] on the device; index and labels int64 [B] on the CPU.
@@ -144,6 +140,7 @@ def embed(
                 feature = backbone(view)  # [B, D]
             yield feature.float(), index, labels
     finally:
+        batches.close()
         backbone.train(was_training)
 
 
@@ -154,9 +151,7 @@ def _extract(
     *,
     device: torch.device,
     autocast: torch.dtype | None,
-    decoder: DecoderName,
-    threads: int | None,
-    dali: DaliOptions | None,
+    decode: DecodeOptions | None,
     batch_size: int,
     indices: NDArray[np.int64],
     progress: Callable[[int], None] | None,
@@ -172,9 +167,7 @@ def _extract(
         crop=evaluation.crop,
         batch_size=batch_size,
         device=device,
-        decoder=decoder,
-        threads=threads,
-        dali=dali,
+        decode=decode,
         indices=indices,
     )
     with closing(embed(backbone, batches, device=device, autocast=autocast)) as embedded:

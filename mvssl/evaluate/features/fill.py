@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
 from mvssl.distributed import World
+from mvssl.evaluate.computing import Computing
 from mvssl.evaluate.features.extract import check_enough, embed
 from mvssl.evaluate.features.store import BAD, FeatureStore
 from mvssl.recipe import Evaluation
@@ -47,7 +48,7 @@ def fill_store(
     seed: int = 0,
     device: torch.device,
     autocast: torch.dtype | None = None,
-    reading: dict[str, Any],
+    computing: Computing,
     world: World | None = None,
     indices: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
@@ -65,7 +66,7 @@ def fill_store(
         seed: of what is drawn.
         device: of the backbone.
         autocast: dtype to compute in; None computes in the weights' own.
-        reading: decoder, threads, dali and batch_size.
+        computing: who decodes, and how many images the backbone takes at a time.
         world: the ranks, which take every size-th row each.
         indices: the images that the store is of; None for all.
         progress: called with the number of rows that this rank has just added; what it raises stops the work, and the
@@ -88,12 +89,12 @@ def fill_store(
             if not len(mine):
                 continue
             wanted = images[mine - view * len(images)]
-            common = {**reading, "device": device, "indices": wanted}
-            batches = (
-                iterate_drawn(source, spec, seed=seed, epoch=view - 1, **common)
+            make = (
+                partial(iterate_drawn, source, spec, seed=seed, epoch=view - 1)
                 if view
-                else iterate_center(source, resize=evaluation.resize, crop=evaluation.crop, **common)
+                else partial(iterate_center, source, resize=evaluation.resize, crop=evaluation.crop)
             )
+            batches = make(batch_size=computing.extract_batch, device=device, decode=computing.decode, indices=wanted)
             try:
                 with closing(embed(backbone, batches, device=device, autocast=autocast)) as embedded:
                     seen = []
