@@ -1,4 +1,4 @@
-"""Write the tables of measured numbers in README.md and benchmarks/README.md from the JSON files in benchmarks/results.
+"""Write the tables of measured numbers in README.md and benchmarks/ from the JSON files in benchmarks/results.
 
     python -m benchmarks.tables            # rewrites what stands between the markers, and nothing else
     python -m benchmarks.tables --check    # changes nothing; ends with 1 if a table is not what the results say
@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
 COMMAND = "python -m benchmarks.tables"
 TABLES: dict[str, dict[str, Callable[[Results], list[str]]]] = {
-    "README.md": {
+    "README.md": {"headlines": result_tables.headlines},
+    "benchmarks/MEASURED.md": {
         "views": result_tables.views,
         "loader": result_tables.loader,
         "loader-cold": result_tables.loader_cold,

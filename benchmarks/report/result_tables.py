@@ -7,6 +7,7 @@ there. Numbers are as the benchmarks gave them, rounded.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from benchmarks import paper_small
 from benchmarks.bench_loader import BASELINE
@@ -16,9 +17,47 @@ from benchmarks.measuring import view_bytes
 from benchmarks.report.origins import MADE_BY, NOT_YET, Result, Results, command, machine, origin, turns
 from benchmarks.report.rounding import percent, scientific, significant, with_spread
 
-FOLDER = "benchmarks/results"  # as README.md links to it
+FOLDER = "results"  # as benchmarks/MEASURED.md links to it
 Sides = Mapping[str, str]
 """What stands side by side or one below the other, and the name of its result."""
+
+
+def headlines(results: Results) -> list[str]:
+    """The ratios that matter, CPU beside GPU."""
+
+    def times(name: str, *path: str) -> str:
+        """A ratio in a result, by the keys that lead to it."""
+        value: Any = results.get(name, {})
+        for key in path:
+            value = value.get(key) or {}
+        return f"{significant(value['median'])} times" if value else NOT_YET
+
+    def wait(name: str) -> str:
+        own = results.get(name, {}).get("contenders", {}).get("mvssl") or {}
+        return percent(own["data_wait"]) if "data_wait" in own else NOT_YET
+
+    loaders, views, train = "times_dataloader", ("contenders", "times_torchvision"), "times_plain_with_dataloader"
+    rows = [
+        [
+            "the five views of photos, against torchvision",
+            times("views_cpu", views[0], "native", views[1]),
+            times("views_cuda_bfloat16", views[0], "fused", views[1]),
+        ],
+        [
+            "reading, decoding and views of photos, against a DataLoader with torchvision",
+            times("loader_cpu", loaders, "shards + dali"),
+            times("loader_cuda", loaders, "shards + dali"),
+        ],
+        [
+            "the same from the second epoch on, with `--cache`",
+            times("loader_cpu", loaders, "shards + dali, kept"),
+            times("loader_cuda", loaders, "shards + dali, kept"),
+        ],
+        ["the same of 64-pixel images", times("loader_tiny_cpu", loaders, "folder + dali, kept"), NOT_YET],
+        ["training, against a plain step with that DataLoader", times("train_cpu", train), times("train_cuda", train)],
+        ["share of the time that training waits for data", wait("train_cpu"), wait("train_cuda")],
+    ]
+    return _table(["what", "2 CPU cores", "GPU"], rows)
 
 
 def views(results: Results) -> list[str]:

@@ -46,7 +46,7 @@ def test_commands_parse(tmp_path: Path) -> None:
     tests = [call for call in calls if call[1] == "pytest"]  # which run beside the others
     calls = [call for call in calls if call[1] != "pytest"]
     assert [call[2:6] for call in tests] == [["-m", "gpu", "-n", "5"]]
-    assert [call[1].removeprefix("benchmarks.") for call in calls] == [
+    assert [call[1].rpartition(".")[2] for call in calls] == [
         "draw_photos",
         "bench_step",
         "bench_loader",

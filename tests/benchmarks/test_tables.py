@@ -156,17 +156,17 @@ def test_a_number_edited_by_hand_is_found_and_put_right(tree: Path) -> None:
     before = texts(tree)
     views = result_tables.views(load(tree))
     row = next(line for line in views if line.startswith("| native |"))
-    edit(tree / "README.md", row, row.replace("| native | ", "| native | 9"))
+    edit(tree / "benchmarks/MEASURED.md", row, row.replace("| native | ", "| native | 9"))
     edit(tree / "benchmarks/README.md", "| columns | 1,789 |", "| columns | 1,788 |")
     after = texts(tree)
     with pytest.raises(InputError) as caught:
         update(tree, check=True)
     assert str(caught.value) == (
-        "Tables are not what benchmarks/results says (views in README.md; kernels in benchmarks/README.md): "
-        "run python -m benchmarks.tables."
+        "Tables are not what benchmarks/results says (views in benchmarks/MEASURED.md; kernels in "
+        "benchmarks/README.md): run python -m benchmarks.tables."
     )
     assert texts(tree) == after, "--check must not write"
-    assert update(tree, check=False) == {"README.md": ["views"], "benchmarks/README.md": ["kernels"]}
+    assert update(tree, check=False) == {"benchmarks/MEASURED.md": ["views"], "benchmarks/README.md": ["kernels"]}
     assert texts(tree) == before
 
 
@@ -184,27 +184,27 @@ def test_text_beside_the_tables_is_left_alone() -> None:
         (
             r"<!-- table: train -->(.*?)<!-- end -->",
             r"\1",
-            r"README\.md has no marker of the table 'train': put a line <!-- table: train --> and a line <!-- end -->",
+            r"MEASURED\.md has no marker of the table 'train': put a line <!-- table: train --> and a line <!-- end -->",
         ),
         (
             r"(<!-- table: train -->.*?)<!-- end -->",
             r"\1",
-            r"README\.md, line \d+: the table 'train' has no end: put a line <!-- end --> below it\.",
+            r"MEASURED\.md, line \d+: the table 'train' has no end: put a line <!-- end --> below it\.",
         ),
         (
             r"(<!-- table: paper -->.*?)<!-- end -->",
             r"\1",
-            r"README\.md, line \d+: the table 'paper' has no end: put a line <!-- end --> below it\.",
+            r"MEASURED\.md, line \d+: the table 'paper' has no end: put a line <!-- end --> below it\.",
         ),
         (
             r"<!-- table: views -->",
             "",
-            r"README\.md, line \d+ has an <!-- end --> without a table before it: put <!-- table: NAME --> above",
+            r"MEASURED\.md, line \d+ has an <!-- end --> without a table before it: put <!-- table: NAME --> above",
         ),
         (
             r"<!-- table: train -->",
             "<!-- table: trian -->",
-            r"README\.md, line \d+ has a marker of the table 'trian', but the tables there are views, .*: correct",
+            r"MEASURED\.md, line \d+ has a marker of the table 'trian', but the tables there are views, .*: correct",
         ),
     ],
     ids=["no marker", "no end", "no end at the end", "no begin", "unknown name"],
@@ -214,8 +214,8 @@ def test_a_wrong_marker_is_named_and_nothing_is_written(
     tree: Path, pattern: str, replacement: str, message: str, check: bool
 ) -> None:
     edit(tree / "benchmarks/README.md", "| columns | 1,789 |", "| columns | 1,788 |")  # would be rewritten
-    text = (tree / "README.md").read_text()
-    (tree / "README.md").write_text(re.sub(pattern, replacement, text, count=1, flags=re.DOTALL))
+    text = (tree / "benchmarks/MEASURED.md").read_text()
+    (tree / "benchmarks/MEASURED.md").write_text(re.sub(pattern, replacement, text, count=1, flags=re.DOTALL))
     before = texts(tree)
     with pytest.raises(InputError, match=message) as caught:
         update(tree, check=check)
@@ -263,15 +263,17 @@ def test_made_up_gpu_results_fill_the_tables(tree: Path) -> None:
     for name, result in made_up.items():
         (tree / RESULTS / f"{name}.json").write_text(json.dumps(result))
     assert update(tree, check=False) == {
-        "README.md": ["views", "loader", "train"],
+        "README.md": ["headlines"],
+        "benchmarks/MEASURED.md": ["views", "loader", "train"],
         "benchmarks/README.md": ["overview", "views-details"],
     }
-    readme, details = (text.splitlines() for text in texts(tree))
+    headlines, readme, details = (text.splitlines() for text in texts(tree))
     dash = "\N{EN DASH}"
     assert cells(readme, "fused")[3:] == [f"5,000 (2,500{dash}10,000)", "25,000", f"50.0 (25.0{dash}100)"]
     assert cells(readme, "torchvision")[3:] == [f"100 (100{dash}100)", "500", "1"]
     assert cells(readme, "compiled")[3:] == ["failed", "", ""]
     assert cells(readme, "native")[3:] == ["", "", ""], "it runs on the CPU only"
+    assert cells(headlines, "the five views of photos, against torchvision")[1] == "50.0 times"
     assert cells(details, "GPU, float32", "fused")[-3:] == ["50.0 %", "3e-2", "2e0"]
     assert cells(readme, "GPU", "folder + auto") == [
         f"4,360 (4,320{dash}4,400)",
@@ -287,9 +289,7 @@ def test_made_up_gpu_results_fill_the_tables(tree: Path) -> None:
     )
     versions = f"torch {GPU['packages']['torch']}"
     (train_line,) = [line for line in readme if "results/train_cuda.json)" in line]
-    assert train_line.startswith(
-        f"- [GPU](benchmarks/results/train_cuda.json): NVIDIA H100, 16 cores (Xeon), {versions}"
-    )
+    assert train_line.startswith(f"- [GPU](results/train_cuda.json): NVIDIA H100, 16 cores (Xeon), {versions}")
     assert train_line.endswith("`byol_resnet50_200ep`, resnet50, batch 128, one turn: `python -m benchmarks.made_up`")
 
 
