@@ -36,6 +36,7 @@ TABLES: dict[str, dict[str, Callable[[Results], list[str]]]] = {
         "start": result_tables.start,
         "paper": result_tables.paper,
         "evaluation": result_tables.evaluation,
+        "linear": result_tables.linear,
     },
     "benchmarks/README.md": {
         "overview": result_tables.overview,

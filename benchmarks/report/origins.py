@@ -30,6 +30,7 @@ MADE_BY = {
     "start_cuda": SUITE,
     "paper_small_cpu": "python -m benchmarks.paper_small TINY_IMAGENET",
     "evaluation_cpu": "python -m benchmarks.evaluate_small TINY_IMAGENET --out FOLDER",
+    "linear_cpu": "python -m benchmarks.bench_linear TRAIN.npy VAL.npy",
     "tune_fused": SUITE,
 }
 """The results that tables are made of, and the command that makes each."""

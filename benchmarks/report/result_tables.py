@@ -274,6 +274,25 @@ def evaluation(results: Results) -> list[str]:
     return [*_table(["network", *heads.values()], rows), "", *_origins(results, {"CPU": name}, _of_evaluation)]
 
 
+def linear(results: Results) -> list[str]:
+    """Contenders of bench_linear."""
+    name = "linear_cpu"
+    rows = [
+        [
+            contender,
+            significant(own["seconds"]),
+            significant(own["times_one_setting"]),
+            f"{100 * own['top1']:.1f} %",
+        ]
+        for contender, own in results.get(name, {}).get("contenders", {}).items()
+    ]
+    return [
+        *_table(["contender", "seconds", "times one setting", "top-1"], rows),
+        "",
+        *_origins(results, {"CPU": name}, lambda result: [f"{result['settings']} settings, {result['epochs']} epochs"]),
+    ]
+
+
 def _share(measured: Result | None) -> str:
     """Top-1 in per cent with its 95 % interval."""
     if measured is None:

@@ -184,7 +184,7 @@ def test_text_beside_the_tables_is_left_alone() -> None:
         (
             r"<!-- table: train -->(.*?)<!-- end -->",
             r"\1",
-            r"MEASURED\.md has no marker of the table 'train': put a line <!-- table: train --> and a line <!-- end -->",
+            r"\.md has no marker of the table 'train': put a line <!-- table: train --> and a line <!-- end -->",
         ),
         (
             r"(<!-- table: train -->.*?)<!-- end -->",
