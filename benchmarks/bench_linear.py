@@ -137,6 +137,7 @@ def measure(asked: Arguments) -> dict[str, Any]:
         "contenders": {
             name: {
                 "seconds": statistics.median(seconds[name]),
+                "spread": {"min": min(seconds[name]), "max": max(seconds[name]), "n": asked.repeats},
                 "top1": top1[name],
                 "times_one_setting": statistics.median(ratios[name]),
             }

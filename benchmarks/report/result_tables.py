@@ -280,7 +280,7 @@ def linear(results: Results) -> list[str]:
     rows = [
         [
             contender,
-            significant(own["seconds"]),
+            with_spread(own["seconds"], own["spread"]),
             significant(own["times_one_setting"]),
             f"{100 * own['top1']:.1f} %",
         ]

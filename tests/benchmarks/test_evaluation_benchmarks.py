@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import bench_linear, evaluate_small
-from benchmarks.report.result_tables import evaluation
+from benchmarks.report.result_tables import evaluation, linear
 from mvssl.networks.siamese import build_networks
 from mvssl.weights.layouts import find_networks
 from mvssl.weights.read import read_weights
@@ -35,6 +35,9 @@ def test_bench_linear_compares_equally_accurate_classifiers(tmp_path: Path) -> N
     assert min(top1.values()) > 0.6
     assert max(top1.values()) - min(top1.values()) < 0.06
     assert contenders["one setting"]["times_one_setting"] == 1
+    held = bench_linear.measure(asked)
+    lines = linear({"linear_cpu": held})
+    assert [line.split("|")[1].strip() for line in lines[2:6]] == list(contenders)
     (tmp_path / "val.csv").unlink()
     with pytest.raises(InputError, match="write them with mvssl-features"):
         bench_linear.load(val)

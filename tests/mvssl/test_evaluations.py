@@ -180,6 +180,16 @@ def test_two_ranks_measure_what_one_process_does(finished: Path, tmp_path: Path)
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
+def test_two_ranks_finetune_one_network(finished: Path, tmp_path: Path) -> None:
+    whole = ["finetune", "--run", str(finished), "--out", str(tmp_path), "--device", "cpu", "--epochs", "12"]
+    whole += ["--batch-size", "12", "--lr", "0.05", "--backbone-out", str(tmp_path / "b.safetensors")]
+    results_of(run_ranks(on_ranks, 2, whole))
+    assert read_result(tmp_path / "finetune-100pct-online.json")["results"]["top1"] >= 0.75
+    state = checkpoint.load(tmp_path / "finetune-100pct-online-state/last").state["model"]
+    exported = load_subject(Subject(weights=tmp_path / "b.safetensors")).backbone.state_dict()
+    assert torch.equal(exported["conv1.0.weight"], state["backbone.conv1.0.weight"])
+
+
 def test_neighbours_need_no_labels(finished: Path, images: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()
