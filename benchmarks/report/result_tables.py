@@ -271,7 +271,11 @@ def evaluation(results: Results) -> list[str]:
         [network, *(_share(measured.get(evaluation)) for evaluation in heads)]
         for network, measured in results.get(name, {"rows": {}})["rows"].items()
     ]
-    return [*_table(["network", *heads.values()], rows), "", *_origins(results, {"CPU": name}, _of_evaluation)]
+    return [
+        *_table(["network", *heads.values()], rows),
+        "",
+        *_origins(results, {"CPU": name}, _of_evaluation, folder=f"benchmarks/{FOLDER}"),
+    ]
 
 
 def linear(results: Results) -> list[str]:
@@ -323,10 +327,12 @@ def _of_paper(result: Result) -> list[str]:
     ]
 
 
-def _origins(results: Results, sides: Sides, settings: Callable[[Result], list[str]]) -> list[str]:
+def _origins(
+    results: Results, sides: Sides, settings: Callable[[Result], list[str]], *, folder: str = FOLDER
+) -> list[str]:
     """A line for each side that says where it is from, with the settings that a reader needs to know."""
     return [
-        origin(results, name, side, settings(results[name]) if name in results else (), folder=FOLDER)
+        origin(results, name, side, settings(results[name]) if name in results else (), folder=folder)
         for side, name in sides.items()
     ]
 
