@@ -42,6 +42,20 @@ def value_of(arguments: Sequence[str], option: str) -> str | None:
     return None
 
 
+def without_auto_batch(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """A command line without ``--batch-size auto``, and whether that was there."""
+    words = list(arguments)
+    for place, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if name.replace("_", "-") != "--batch-size":
+            continue
+        if value == "auto":
+            return words[:place] + words[place + 1 :], True
+        if words[place + 1 : place + 2] == ["auto"]:
+            return words[:place] + words[place + 2 :], True
+    return words, False
+
+
 def fit_warmup(recipe: Recipe, arguments: Sequence[str]) -> tuple[Recipe, str]:
     """Shorten the warm-up with the run, where --epochs is below the recipe's and --optimizer.warmup-epochs not given.
 

@@ -7,31 +7,34 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from mvssl.cli.doctor import doctor
-from mvssl.cli.for_people import fit_warmup, with_option
+from mvssl.cli.for_people import fit_warmup, with_option, without_auto_batch
 from mvssl.cli.recipe_table import print_recipes
 from mvssl.cli.report import report
 from mvssl.cli.short_help import print_short_help
-from mvssl.distributed import FailedElsewhere, process_local_rank, process_rank
+from mvssl.distributed import FailedElsewhere, process_local_rank, process_rank, rank_count
 from mvssl.monitor.failure import Diverged
 from mvssl.recipe import Recipe
 from mvssl.recipe_file import is_recipe_file, resolve_recipe
 from mvssl.recipes import all_recipes
-from mvssl.runs.options import RunOptions
+from mvssl.runs.folder import RunFolder
+from mvssl.runs.options import RunOptions, resolve_device
 from mvssl.runs.serialize import to_dict
 from mvssl.runs.slurm import requeue
 from mvssl.training.signals import EXIT_INTERRUPTED
 from mvssl.training.trainer import Interrupted, run
+from mvssl.trying.batch_size import with_largest_batch
 from mvssl.trying.dry_run import dry_run
 from mvssl.trying.profile_run import profile_run
 from pipelines.console import EXIT_ERROR, run_cli
 from pipelines.errors import InputError, invalid
+from pipelines.storage import open_source, split_paths
 
 USAGE = """usage: mvssl-train RECIPE --data PATH --out RUN [overrides]
 
@@ -85,6 +88,7 @@ def parse(arguments: Sequence[str]) -> TrainArguments:
         SystemExit: with code 2 for wrong usage, 0 after printing help.
     """
     recipe, said = fit_warmup(resolve_recipe(arguments[0]), arguments[1:])
+    arguments, automatic = without_auto_batch(arguments)
     from_file = is_recipe_file(arguments[0])
     words = ["--help" if word == "--help-all" else word for word in arguments[1:]]
     try:
@@ -97,9 +101,25 @@ def parse(arguments: Sequence[str]) -> TrainArguments:
         )
     except InputError as error:
         raise InputError(with_option(str(error))) from error
+    if automatic:
+        fitted, told = _largest_batch(parsed)
+        parsed, said = replace(parsed, recipe=fitted), "\n".join(filter(None, (said, told)))
     if said:
         print(said, file=sys.stderr)
     return parsed
+
+
+def _largest_batch(parsed: TrainArguments) -> tuple[Recipe, str]:
+    """The recipe with the largest batch for this GPU; a resumed run keeps the one that it was begun with."""
+    options = parsed.options
+    if options.resume and options.out is not None:
+        begun = RunFolder(options.out).recipe().batch_size
+        return replace(parsed.recipe, batch_size=begun), f"batch size: {begun}, as the run was begun"
+    device = resolve_device(options.device, local_rank=process_local_rank())
+    if options.data is None:
+        raise InputError("data is missing: give the folder of images, or a converted data set, with --data PATH.")
+    images = len(open_source(split_paths(options.data)[0]))
+    return with_largest_batch(parsed.recipe, device, processes=rank_count(), images=images)
 
 
 @contextmanager

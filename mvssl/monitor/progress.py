@@ -129,5 +129,6 @@ class PlainDisplay:
 
 
 def make_display(console: Console, *, steps: int, done: int) -> Display:
-    """The display that suits the console."""
-    return LiveDisplay(console, steps=steps, done=done) if console.is_terminal else PlainDisplay(console)
+    """The display that suits the console: drawn in place on a terminal and in a notebook, lines elsewhere."""
+    drawn = console.is_terminal or console.is_jupyter
+    return LiveDisplay(console, steps=steps, done=done) if drawn else PlainDisplay(console)

@@ -9,13 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from mvssl.distributed import FailedElsewhere, World, join_world, process_local_rank
 from mvssl.evaluate.online import evaluate_knn
 from mvssl.experiment import Experiment, open_experiment
 from mvssl.monitor.failure import check_finite, check_weights
-from mvssl.monitor.jsonl import last_knn
+from mvssl.monitor.jsonl import last_knn, read_jsonl
 from mvssl.monitor.limits import what_limits
 from mvssl.monitor.log import run_log
 from mvssl.monitor.monitor import Monitor
@@ -65,6 +67,19 @@ class TrainResult:
     knn: dict[int, float]
     images_per_second: float
     data_wait: float
+
+    def curves(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """Steps [N] and values [N] of every number that was logged, by name: loss, loss/global, lr, knn/top1, ..."""
+        kept: dict[str, list[tuple[int, float]]] = {}
+        for row in read_jsonl(RunFolder(self.out).metrics):
+            before = "" if row["kind"] == "train" else f"{row['kind']}/"
+            for name, value in row.items():
+                if name not in ("kind", "step", "epoch") and value is not None:
+                    kept.setdefault(before + name, []).append((row["step"], value))
+        return {
+            name: (np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], dtype=np.float64))
+            for name, pairs in kept.items()
+        }
 
 
 def train(recipe: Recipe, *, data: str | Path, out: str | Path, **options: Any) -> TrainResult:

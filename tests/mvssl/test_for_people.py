@@ -6,13 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 from tiny_runs import train
 
 from mvssl.cli import train as train_cli
 from mvssl.cli.for_people import fit_warmup, value_of, with_option
 from mvssl.cli.short_help import USED, describe, option
+from mvssl.monitor.jsonl import read_jsonl
+from mvssl.monitor.progress import LiveDisplay, make_display
 from mvssl.recipe import Recipe
 from mvssl.recipes import all_recipes
+from mvssl.trying import batch_size
+from mvssl.trying.batch_size import largest_batch
 from pipelines.errors import InputError
 
 
@@ -96,3 +102,55 @@ def test_short_help_is_short_and_says_something_of_every_option(capsys: pytest.C
         train_cli.body(["byol_resnet50_200ep", "--help-all"])
     everything = capsys.readouterr().out
     assert all(option(owner, field) in everything for owner, field in pairs)
+
+
+@pytest.mark.parametrize("most_that_fits", [32, 33, 63, 64, 1000, 4096, 5000, 70_000])
+def test_the_largest_batch_is_found_in_few_trials(most_that_fits: int) -> None:
+    tried: list[int] = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= most_that_fits
+
+    found = largest_batch(fits, most=8000)
+    assert found == min(most_that_fits // 32 * 32, 8000)
+    assert len(tried) <= 17
+    assert all(size % 32 == 0 and size <= 8000 for size in tried)
+
+
+def test_batches_that_fit_nowhere_and_processors_without_memory_of_their_own(images: Path) -> None:
+    with pytest.raises(InputError, match=r"not even 32 images fit .* take --step-mode per-view"):
+        largest_batch(lambda size: False)
+    with pytest.raises(InputError, match=r"^batch_size is 'auto', which measures a GPU's memory, but .* on the CPU"):
+        train_cli.parse(["demo", "--data", str(images), "--batch-size", "auto", "--device", "cpu"])
+
+
+def test_the_largest_batch_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch, tiny_recipe: Recipe) -> None:
+    monkeypatch.setattr(batch_size, "fits_on", lambda recipe, device: lambda size: size <= 100)
+    found, said = batch_size.with_largest_batch(tiny_recipe, torch.device("cuda"), processes=4, images=10_000)
+    assert found == replace(tiny_recipe, batch_size=384)
+    assert f"batch size: 384, the largest that fits (96 a process); the learning rate is {3.0 * 384 / 256:.4g}" in said
+
+
+def test_a_resumed_run_keeps_its_batch(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["demo", "--batch-size=auto", "--resume", "--out", str(finished)]
+    assert train_cli.parse(words).recipe.batch_size == 8
+    assert "batch size: 8, as the run was begun" in capsys.readouterr().err
+
+
+def test_a_result_has_its_curves_as_arrays(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    result = train(tiny_recipe, images, tmp_path / "run")
+    curves = result.curves()
+    rows = list(read_jsonl(tmp_path / "run/metrics.jsonl"))
+    steps, losses = curves["loss/global"]
+    assert steps.tolist() == [row["step"] for row in rows if row["kind"] == "train"]
+    assert losses.tolist() == [row["loss/global"] for row in rows if row["kind"] == "train"]
+    assert curves["knn/top1"][1].tolist() == [row["top1"] for row in rows if row["kind"] == "knn"]
+    assert "kind" not in curves
+
+
+def test_a_notebook_shows_progress_in_place() -> None:
+    console = Console(force_jupyter=True, quiet=True)
+    display = make_display(console, steps=3, done=0)
+    assert isinstance(display, LiveDisplay)
+    display.close()
