@@ -14,7 +14,6 @@ takes part a second time, in the chunked order of `pipelines.order.Order`, anoth
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ import torch
 import tyro
 
 from benchmarks.contenders.loader import Setup, dali_loader, data_loader, ffcv_loader, open_train, our_loader
-from benchmarks.measuring.command_line import DEFAULT_RECIPE, write_result
+from benchmarks.measuring.command_line import DEFAULT_RECIPE, finish, write_result
 from benchmarks.measuring.isolated import Turn
 from benchmarks.measuring.turns import Budget, Outcome, rates, ratios, take_turns
 from mvssl.recipe_file import resolve_recipe
@@ -236,9 +235,7 @@ def body() -> int:
     """Run the command; returns the exit code: 1 if a contender failed (the others' numbers stand) or none could run."""
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.bench_loader")
     result = measure(arguments)
-    print(json.dumps(result, indent=2))
-    write_result(arguments.out, result)
-    return 1 if result["failed"] or not result["contenders"] else 0
+    return finish(result, arguments.out, failed=bool(result["failed"]) or not result["contenders"])
 
 
 if __name__ == "__main__":

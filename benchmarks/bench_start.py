@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from benchmarks.measuring.command_line import command_of, parse_with_recipe, write_result
+from benchmarks.measuring.command_line import command_of, finish, parse_with_recipe, write_result
 from mvssl.recipe import Recipe
 from mvssl.runs.environment import environment
 from mvssl.runs.serialize import from_dict, to_dict
@@ -169,8 +169,7 @@ def body() -> int:
         if not torch.cuda.is_available():
             raise InputError("device is cuda but torch finds no CUDA device here: take --device cpu.")
     result = measure(arguments, command=command_of(PROG, sys.argv[1:]))
-    print(json.dumps(result, indent=2))
-    return 0
+    return finish(result, arguments.out, failed=False)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ batch sizes; --seconds says after which time nothing more is begun, and what is 
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,7 @@ from benchmarks.contenders.step import (
     our_steps,
     plain_steps,
 )
-from benchmarks.measuring.command_line import DEFAULT_RECIPE, command_of, write_result
+from benchmarks.measuring.command_line import DEFAULT_RECIPE, command_of, finish, write_result
 from benchmarks.measuring.isolated import Build, Turn
 from benchmarks.measuring.turns import Budget, Outcome, rates, ratios, take_turns
 from mvssl.recipe import Recipe
@@ -203,10 +202,9 @@ def body() -> int:
     """Run the command; returns the exit code: 1 if a contender failed (the others' numbers stand) or none could run."""
     arguments = tyro.cli(Arguments, prog=PROG)
     result = measure(arguments, command=command_of(PROG, sys.argv[1:]))
-    print(json.dumps(result, indent=2))
-    write_result(arguments.out, result)
-    failed = any(each["failed"] for each in result["recipes"])
-    return 1 if failed or not any(each["contenders"] for each in result["recipes"]) else 0
+    recipes = result["recipes"]
+    failed = any(each["failed"] for each in recipes) or not any(each["contenders"] for each in recipes)
+    return finish(result, arguments.out, failed=failed)
 
 
 if __name__ == "__main__":

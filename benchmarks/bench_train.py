@@ -11,7 +11,6 @@ Every field of the recipe can be overridden as with mvssl-train.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,7 @@ from benchmarks.contenders.train import (
     our_training,
     plain_training,
 )
-from benchmarks.measuring.command_line import command_of, parse_with_recipe, write_result
+from benchmarks.measuring.command_line import command_of, finish, parse_with_recipe, write_result
 from benchmarks.measuring.isolated import Turn
 from benchmarks.measuring.turns import Budget, Outcome, rates, ratios, take_turns
 from mvssl.recipe import Recipe
@@ -170,9 +169,7 @@ def body() -> int:
     """Run the command; returns the exit code: 1 if a contender failed (the others' numbers stand) or none could run."""
     arguments = parse(sys.argv[1:])
     result = measure(arguments, command=command_of(PROG, sys.argv[1:]))
-    print(json.dumps(result, indent=2))
-    write_result(arguments.out, result)
-    return 1 if result["failed"] or not result["contenders"] else 0
+    return finish(result, arguments.out, failed=bool(result["failed"]) or not result["contenders"])
 
 
 if __name__ == "__main__":

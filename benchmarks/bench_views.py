@@ -9,7 +9,6 @@ missing on this machine is left out with a line that says so.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ import tyro
 from torch import Tensor
 
 from benchmarks.contenders.views import CONTENDERS, MakeAll, Setup, decide, version
+from benchmarks.measuring.command_line import finish
 from benchmarks.measuring.timing import Times, drain, take_turns
 from mvssl.runs.environment import environment
 from pipelines.batch import DecodedBatch
@@ -277,11 +277,7 @@ def body() -> int:
     """Run the command; returns the exit code: 1 if a contender failed, whatever the others have given."""
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.bench_views")
     result = measure(arguments)
-    print(json.dumps(result, indent=2))
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    return 1 if result["failed"] else 0
+    return finish(result, arguments.out, failed=bool(result["failed"]))
 
 
 if __name__ == "__main__":

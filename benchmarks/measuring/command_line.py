@@ -52,6 +52,13 @@ def command_of(prog: str, words: Sequence[str]) -> str:
     return f"{prog} {shlex.join(kept)}".strip()
 
 
+def finish(result: Mapping[str, Any], out: Path | None, *, failed: bool) -> int:
+    """Print a result, write it where that is wanted, and give the exit code: 1 if something failed."""
+    print(json.dumps(result, indent=2))
+    write_result(out, result)
+    return int(failed)
+
+
 def write_result(path: Path | None, result: Mapping[str, Any]) -> None:
     """Write a result as JSON where one is wanted; a reader, or a kill, finds the old file or the new one."""
     if path is None:
