@@ -13,6 +13,7 @@ from pipelines.errors import InputError
 FILES = (
     ("images", "the drawn JPEGs, train/ and val/, one folder a class"),
     ("shards", "the same as tar shards with an index"),
+    ("run/report.html", "one page about the run: open it in a browser"),
     ("run/views.png", "contact sheet: the five views of some images"),
     ("run/losses.png", "loss of each task over the steps"),
     ("run/metrics.jsonl", "every logged number"),

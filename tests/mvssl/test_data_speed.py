@@ -35,9 +35,9 @@ def test_a_slow_disk_changes_no_number_and_is_named(
 @contextmanager
 def decoder(act: Callable[[int], object]) -> Iterator[None]:
     """Call `act` with the number of the batch, from 0, in the loader's thread before it is decoded for training."""
-    original = pipelines.loader.make_decoder
+    original = pipelines.loader.decoder_of
 
-    def make_decoder(*arguments: Any, **options: Any) -> Any:
+    def acting(*arguments: Any, **options: Any) -> Any:
         made = original(*arguments, **options)
 
         class Acting:
@@ -51,7 +51,7 @@ def decoder(act: Callable[[int], object]) -> Iterator[None]:
         return Acting()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelines.loader, "make_decoder", make_decoder)
+        patch.setattr(pipelines.loader, "decoder_of", acting)
         yield
 
 

@@ -247,7 +247,7 @@ def knn_result(top1: float) -> str:
 def test_demo_goes_all_the_way_and_stops_at_a_step_that_fails(tree: Tree) -> None:
     """The commands leave what the real ones leave."""
     bin_ = tree.env / "bin"
-    make = 'mkdir -p "$5"; touch "$5/views.png" "$5/losses.png" "$5/metrics.jsonl"'
+    make = 'mkdir -p "$5"; touch "$5/report.html" "$5/views.png" "$5/losses.png" "$5/metrics.jsonl"'
     tree.script(bin_ / "mvssl-convert", f'#!{BASH}\nmkdir -p "$2"\n')
     tree.script(bin_ / "mvssl-train", f'#!{BASH}\n{make}; echo "seed $7"\n')
     untrained, trained = (f"echo '{knn_result(top1)}'" for top1 in (0.2, 0.5))
@@ -297,7 +297,7 @@ def test_demo_leaves_other_peoples_folders_alone(tree: Tree) -> None:
 
 def test_summary_names_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    with pytest.raises(InputError, match=r"lacks shards, run/views\.png"):
+    with pytest.raises(InputError, match=r"lacks shards, run/report\.html, run/views\.png"):
         summary(tmp_path)
 
 
