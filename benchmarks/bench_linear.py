@@ -23,8 +23,8 @@ import tyro
 from torch import Tensor
 
 from benchmarks.measuring.command_line import command_of, write_result
-from mvssl.evaluate.linear import ROUNDS, FastLinear
-from mvssl.evaluate.linear_fit import Setting, fit, race, stratified
+from mvssl.evaluate.classifiers.linear import ROUNDS, FastLinear
+from mvssl.evaluate.classifiers.linear_fit import Setting, fit, race, stratified
 from mvssl.runs.environment import environment
 from pipelines.console import run_cli
 from pipelines.errors import InputError, invalid

@@ -30,8 +30,8 @@ import tyro
 from rich.console import Console
 
 from benchmarks.paper_cells import METHODS, SETTINGS, TITLES, VARIANTS, Cell, Setting, make_recipe
-from mvssl.evaluate.online import evaluate_knn
-from mvssl.monitor.jsonl import read_jsonl
+from mvssl.evaluate.neighbours.online import evaluate_knn
+from mvssl.monitor.places.jsonl import read_jsonl
 from mvssl.networks.siamese import initial_backbone
 from mvssl.runs.environment import environment
 from mvssl.runs.folder import write_json

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from mvssl.distributed import World
-from mvssl.evaluate.online import check_knn_data
-from mvssl.monitor.indexing import indexing_progress
+from mvssl.evaluate.neighbours.online import check_knn_data
+from mvssl.monitor.display.indexing import indexing_progress
 from mvssl.recipe import Recipe
 from mvssl.runs.options import RunOptions, resolve_device
 from mvssl.training.compiled.compile_cache import keep_compiled_code

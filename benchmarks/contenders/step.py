@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.contenders.loader import open_train
 from benchmarks.contenders.train import synthetic
 from benchmarks.measuring.isolated import Turns
-from mvssl.monitor.profiling import profile_steps, wait
+from mvssl.monitor.device.profiling import profile_steps, wait
 from mvssl.networks.siamese import build_networks
 from mvssl.recipe import Recipe
 from mvssl.training.compiled.compile_cache import keep_compiled_code

@@ -18,7 +18,7 @@ from benchmarks.contenders.loader import indices_of, open_train, waiter
 from benchmarks.measuring.isolated import Turns
 from mvssl.distributed import World
 from mvssl.experiment import open_experiment
-from mvssl.monitor.device_clock import DeviceClock
+from mvssl.monitor.device.device_clock import DeviceClock
 from mvssl.recipe import Recipe
 from mvssl.runs.options import RunOptions
 from mvssl.trying.memory import explain_out_of_memory

@@ -18,7 +18,7 @@ from mvssl.evaluate.features.store import Dtype, bytes_needed, open_store
 from mvssl.evaluate.features.table import check_ending, write_table
 from mvssl.evaluate.results import claimed
 from mvssl.evaluate.session import Embedder, open_embedder, open_images
-from mvssl.monitor.counting import counting_progress
+from mvssl.monitor.display.counting import counting_progress
 from mvssl.weights.subject import Subject
 from pipelines.console import run_cli
 from pipelines.errors import InputError

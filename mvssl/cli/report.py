@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from mvssl.monitor.report import write_report
+from mvssl.monitor.pages.report import write_report
 from mvssl.runs.folder import RunFolder
 from pipelines.errors import InputError
 

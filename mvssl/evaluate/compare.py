@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mvssl.evaluate.results import read_result
-from mvssl.monitor.jsonl import read_jsonl
+from mvssl.monitor.places.jsonl import read_jsonl
 from mvssl.runs.folder import RunFolder
 from pipelines.errors import InputError
 

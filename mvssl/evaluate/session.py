@@ -16,7 +16,7 @@ from rich.console import Console
 from mvssl.distributed import World, join_world, process_local_rank, rank_count
 from mvssl.evaluate.computing import Computing
 from mvssl.evaluate.results import ResultFile, claimed
-from mvssl.monitor.indexing import indexing_progress
+from mvssl.monitor.display.indexing import indexing_progress
 from mvssl.networks.backbones import feature_width
 from mvssl.runs.options import resolve_device
 from mvssl.training.precision import autocast_dtype

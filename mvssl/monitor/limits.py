@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mvssl.monitor.device_clock import Shares
+from mvssl.monitor.device.device_clock import Shares
 from pipelines.loading.stats import StageSeconds
 
 GOOD = 0.01

@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import Console
 
 from mvssl.experiment import Experiment
-from mvssl.monitor.device_clock import DeviceClock, Shares
+from mvssl.monitor.device.device_clock import DeviceClock, Shares
+from mvssl.monitor.display.progress import Status
 from mvssl.monitor.outputs import Outputs
-from mvssl.monitor.progress import Status
 from mvssl.monitor.window import Window
 from mvssl.runs.environment import peak_memory_gib
 from mvssl.runs.folder import RunFolder

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from mvssl.monitor.jsonl import JsonLines, complete_bytes
-from mvssl.monitor.plots import plot_losses
-from mvssl.monitor.progress import make_display
-from mvssl.monitor.scalars import make_scalar_writers
+from mvssl.monitor.display.progress import make_display
+from mvssl.monitor.pages.plots import plot_losses
+from mvssl.monitor.places.jsonl import JsonLines, complete_bytes
+from mvssl.monitor.places.scalars import make_scalar_writers
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.options import RunOptions
 

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from mvssl.distributed import FailedElsewhere, World, join_world, process_local_rank
-from mvssl.evaluate.online import evaluate_knn
+from mvssl.evaluate.neighbours.online import evaluate_knn
 from mvssl.experiment import Experiment, open_experiment
 from mvssl.monitor.failure import check_finite, check_weights
-from mvssl.monitor.jsonl import last_knn, read_jsonl
 from mvssl.monitor.limits import what_limits
 from mvssl.monitor.log import run_log
 from mvssl.monitor.monitor import Monitor
-from mvssl.monitor.report import write_report
-from mvssl.monitor.sheet import write_view_sheet
+from mvssl.monitor.pages.report import write_report
+from mvssl.monitor.pages.sheet import write_view_sheet
+from mvssl.monitor.places.jsonl import last_knn, read_jsonl
 from mvssl.monitor.window import Window
 from mvssl.optim.schedule import learning_rate
 from mvssl.recipe import Recipe

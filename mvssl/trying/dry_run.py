@@ -7,7 +7,7 @@ import math
 import torch
 from rich.console import Console
 
-from mvssl.monitor.profiling import profile_steps
+from mvssl.monitor.device.profiling import profile_steps
 from mvssl.recipe import Recipe
 from mvssl.runs.environment import peak_memory_gib
 from mvssl.runs.folder import RunFolder

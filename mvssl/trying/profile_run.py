@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mvssl.monitor.profiling import StepProfile, profile_steps, table, wait, write_trace
+from mvssl.monitor.device.profiling import StepProfile, profile_steps, table, wait, write_trace
 from mvssl.recipe import Recipe
 from mvssl.runs.environment import environment
 from mvssl.runs.options import RunOptions

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mvssl.monitor import device_clock
-from mvssl.monitor.device_clock import DeviceClock, Shares
+from mvssl.monitor.device import device_clock
+from mvssl.monitor.device.device_clock import DeviceClock, Shares
 from pipelines.c_library import load_library
 
 LIBRARY = load_library(Path(__file__).with_name("fake_device.c"))

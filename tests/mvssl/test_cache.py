@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_runs import train, write_images
 
 import pipelines.loading.fetch
-from mvssl.monitor.jsonl import read_jsonl
+from mvssl.monitor.places.jsonl import read_jsonl
 from mvssl.recipe import Recipe
 from mvssl.runs.options import RunOptions
 from pipelines.decode import make_decoder

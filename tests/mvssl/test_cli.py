@@ -17,7 +17,7 @@ from mvssl.cli import eval as eval_cli
 from mvssl.cli import export as export_cli
 from mvssl.cli import train as train_cli
 from mvssl.evaluate.results import read_result
-from mvssl.monitor.jsonl import read_jsonl
+from mvssl.monitor.places.jsonl import read_jsonl
 from pipelines.console import run_cli
 from pipelines.errors import InputError
 

@@ -27,7 +27,7 @@ from data_faults import (
 from PIL import Image
 from tiny_runs import STEPS, train
 
-from mvssl.monitor.jsonl import read_jsonl
+from mvssl.monitor.places.jsonl import read_jsonl
 from mvssl.recipe import Recipe
 from mvssl.runs import checkpoint
 from pipelines.errors import InputError

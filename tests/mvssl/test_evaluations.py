@@ -24,12 +24,12 @@ from sklearn.preprocessing import StandardScaler
 
 from mvssl.cli import eval as eval_cli
 from mvssl.cli import features as features_cli
-from mvssl.evaluate import supervised
+from mvssl.evaluate.classifiers import supervised
+from mvssl.evaluate.classifiers.labelled_part import labelled_share, listed_images
+from mvssl.evaluate.classifiers.supervised import Classifier, Supervision
 from mvssl.evaluate.features.extract import extract_features
-from mvssl.evaluate.labelled_part import labelled_share, listed_images
 from mvssl.evaluate.results import read_result
 from mvssl.evaluate.session import check_labelled
-from mvssl.evaluate.supervised import Classifier, Supervision
 from mvssl.runs import checkpoint
 from mvssl.weights.subject import Subject, load_subject
 from pipelines.errors import InputError

@@ -13,8 +13,8 @@ from tiny_runs import train
 from mvssl.cli import train as train_cli
 from mvssl.cli.for_people import fit_warmup, value_of, with_option
 from mvssl.cli.short_help import USED, describe, option
-from mvssl.monitor.jsonl import read_jsonl
-from mvssl.monitor.progress import LiveDisplay, make_display
+from mvssl.monitor.display.progress import LiveDisplay, make_display
+from mvssl.monitor.places.jsonl import read_jsonl
 from mvssl.recipe import Recipe
 from mvssl.recipes import all_recipes
 from mvssl.trying import batch_size

@@ -15,7 +15,7 @@ from tiny_runs import train
 
 import mvssl
 from mvssl.distributed import World
-from mvssl.monitor.jsonl import read_jsonl
+from mvssl.monitor.places.jsonl import read_jsonl
 from mvssl.recipe import Recipe
 from mvssl.runs import checkpoint, slurm
 from mvssl.runs.options import RunOptions

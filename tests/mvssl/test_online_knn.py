@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mvssl.evaluate.features.extract import extract_features
-from mvssl.evaluate.online import check_knn_data, evaluate_knn
+from mvssl.evaluate.neighbours.online import check_knn_data, evaluate_knn
 from mvssl.recipe import Evaluation
 from pipelines.errors import InputError
 from pipelines.storage import open_source

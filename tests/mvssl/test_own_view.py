@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from mvssl.cli import train as train_cli
-from mvssl.monitor.jsonl import read_jsonl
+from mvssl.monitor.places.jsonl import read_jsonl
 from mvssl.networks.encoder import OnlineNetwork
 from mvssl.recipe_file import load_recipe
 

@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from torch._C._autograd import DeviceType
 
-from mvssl.monitor import profiling
-from mvssl.monitor.profiling import (
+from mvssl.monitor.device import profiling
+from mvssl.monitor.device.profiling import (
     Entry,
     Span,
     StepProfile,

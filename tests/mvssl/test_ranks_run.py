@@ -17,7 +17,7 @@ import torch
 from ranks import Outcome, results, run_ranks
 from tiny_runs import STEPS, train
 
-from mvssl.monitor.jsonl import read_jsonl
+from mvssl.monitor.places.jsonl import read_jsonl
 from mvssl.recipe import Backbone, Head, Recipe
 from mvssl.runs.serialize import to_dict
 from mvssl.training.step import TrainStep

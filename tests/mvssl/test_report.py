@@ -18,10 +18,10 @@ from PIL import Image
 from tiny_runs import train
 
 from mvssl.cli import train as train_cli
-from mvssl.monitor.curves import log_ticks, number, svg, ticks
-from mvssl.monitor.jsonl import read_jsonl
-from mvssl.monitor.report import render
-from mvssl.monitor.scalars import CsvWriter
+from mvssl.monitor.pages.curves import log_ticks, number, svg, ticks
+from mvssl.monitor.pages.report import render
+from mvssl.monitor.places.jsonl import read_jsonl
+from mvssl.monitor.places.scalars import CsvWriter
 from mvssl.recipe import Recipe
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.options import RunOptions

@@ -14,9 +14,9 @@ import torch
 from tiny_runs import STEPS, CrashError, crash_at, train
 
 import mvssl
-import mvssl.monitor.jsonl
-from mvssl.evaluate.online import evaluate_knn
-from mvssl.monitor.jsonl import read_jsonl
+import mvssl.monitor.places.jsonl
+from mvssl.evaluate.neighbours.online import evaluate_knn
+from mvssl.monitor.places.jsonl import read_jsonl
 from mvssl.recipe import Optimizer, Recipe
 from mvssl.runs import checkpoint
 from mvssl.training import trainer
@@ -129,7 +129,7 @@ def test_resuming_a_finished_run_changes_nothing(
     (out / "backbone.safetensors").unlink()  # a kill between checkpoint and export
     result = train(tiny_recipe, images, out, resume=True)
     assert result.steps == STEPS
-    assert result.knn == mvssl.monitor.jsonl.last_knn(finished / "metrics.jsonl")
+    assert result.knn == mvssl.monitor.places.jsonl.last_knn(finished / "metrics.jsonl")
     ours, theirs = (safetensors.torch.load_file(run / "backbone.safetensors") for run in (out, finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()

@@ -16,10 +16,10 @@ from fake_device import FakeDevice, needs_compiler
 from test_monitor import STATUS
 from tiny_runs import train
 
-from mvssl.monitor import device_clock
-from mvssl.monitor.device_clock import DeviceClock, Shares
-from mvssl.monitor.jsonl import read_jsonl
+from mvssl.monitor.device import device_clock
+from mvssl.monitor.device.device_clock import DeviceClock, Shares
 from mvssl.monitor.limits import what_limits
+from mvssl.monitor.places.jsonl import read_jsonl
 from mvssl.recipe import Recipe
 from pipelines.loading.stats import StageSeconds
 

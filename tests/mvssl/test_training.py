@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tiny_runs import STEPS, train
 
-from mvssl.monitor.jsonl import read_jsonl
+from mvssl.monitor.places.jsonl import read_jsonl
 from mvssl.recipe import Recipe
 from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder

@@ -13,7 +13,7 @@ import torch
 from tiny_runs import train
 
 import mvssl
-import mvssl.monitor.jsonl
+import mvssl.monitor.places.jsonl
 from mvssl.recipe import Recipe
 from mvssl.runs import checkpoint
 from mvssl.training.step import TrainStep

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvssl.evaluate.knn import knn_accuracy
+from mvssl.evaluate.neighbours.knn import knn_accuracy
 from pipelines.errors import InputError
 
 

@@ -16,8 +16,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from mvssl.evaluate.accuracy import accuracy_of, wilson_interval
-from mvssl.evaluate.knn import knn_predictions, nearest_images
-from mvssl.evaluate.linear_fit import Setting, fit, race, standardisation, stratified
+from mvssl.evaluate.classifiers.linear_fit import Setting, fit, race, standardisation, stratified
+from mvssl.evaluate.neighbours.knn import knn_predictions, nearest_images
 from pipelines.errors import InputError
 
 CLASSES, WIDTH = 4, 6

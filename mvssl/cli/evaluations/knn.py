@@ -10,7 +10,7 @@ import tyro
 
 from mvssl.cli.evaluations.report import print_accuracy_table
 from mvssl.evaluate.computing import Computing
-from mvssl.evaluate.knn_grid import knn_grid, neighbour_sheet, plain_accuracy
+from mvssl.evaluate.neighbours.knn_grid import knn_grid, neighbour_sheet, plain_accuracy
 from mvssl.evaluate.session import EvalOptions, open_session
 from mvssl.weights.subject import Subject
 from pipelines.errors import invalid

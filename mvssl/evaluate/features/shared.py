@@ -13,7 +13,7 @@ from torch import Tensor
 from mvssl.evaluate.features.fill import fill_store
 from mvssl.evaluate.features.store import DONE, Dtype, FeatureStore, bytes_needed, open_store
 from mvssl.evaluate.session import Session
-from mvssl.monitor.counting import counting_progress
+from mvssl.monitor.display.counting import counting_progress
 from pipelines.loading.cache_choice import free_memory
 from pipelines.storage.source import Source
 

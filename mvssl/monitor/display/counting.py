@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from mvssl.monitor.progress import duration
+from mvssl.monitor.display.progress import duration
 
 
 def counting_progress(

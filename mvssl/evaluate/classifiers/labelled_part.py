@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mvssl.evaluate.linear_fit import stratified
+from mvssl.evaluate.classifiers.linear_fit import stratified
 from pipelines.errors import InputError, invalid
 from pipelines.storage.source import Source
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from mvssl.monitor.tensorboard import make_tensorboard_writer
-from mvssl.monitor.wandb import WandbWriter
+from mvssl.monitor.places.tensorboard import make_tensorboard_writer
+from mvssl.monitor.places.wandb import WandbWriter
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.options import RunOptions
 

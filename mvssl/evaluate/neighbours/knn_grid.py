@@ -11,8 +11,8 @@ import torch
 
 from mvssl.evaluate.accuracy import accuracy_of
 from mvssl.evaluate.features.shared import loaded, stored
-from mvssl.evaluate.knn import knn_predictions, nearest_images
-from mvssl.evaluate.neighbour_sheet import write_sheet
+from mvssl.evaluate.neighbours.knn import knn_predictions, nearest_images
+from mvssl.evaluate.neighbours.neighbour_sheet import write_sheet
 from mvssl.evaluate.session import Session, check_labelled
 from pipelines.errors import invalid
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from mvssl.evaluate.labelled_part import labelled_share, listed_images
-from mvssl.evaluate.linear import trained
+from mvssl.evaluate.classifiers.labelled_part import labelled_share, listed_images
+from mvssl.evaluate.classifiers.linear import trained
+from mvssl.evaluate.classifiers.supervised import Classifier, Supervision
 from mvssl.evaluate.session import Session, check_labelled
-from mvssl.evaluate.supervised import Classifier, Supervision
 from mvssl.weights.backbone_file import export_backbone
 from pipelines.errors import InputError
 from pipelines.storage.source import Source

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mvssl.evaluate.results import read_result
-from mvssl.monitor.curves import Curve, svg
-from mvssl.monitor.jsonl import read_jsonl
-from mvssl.monitor.progress import duration
+from mvssl.monitor.display.progress import duration
+from mvssl.monitor.pages.curves import Curve, svg
+from mvssl.monitor.places.jsonl import read_jsonl
 from mvssl.recipe import Recipe
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.serialize import to_dict

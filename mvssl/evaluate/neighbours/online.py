@@ -10,7 +10,7 @@ from torch import nn
 
 from mvssl.distributed import World
 from mvssl.evaluate.features.extract import extract_features
-from mvssl.evaluate.knn import knn_accuracy
+from mvssl.evaluate.neighbours.knn import knn_accuracy
 from mvssl.recipe import Evaluation
 from pipelines.decode import DecodeOptions
 from pipelines.errors import InputError, invalid

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mvssl.monitor.jsonl import read_jsonl
+from mvssl.monitor.places.jsonl import read_jsonl
 
 
 def plot_losses(metrics: Path, out: Path) -> None:
