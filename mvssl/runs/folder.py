@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,31 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise InputError(f"{self.config} cannot be read ({error}): restore it or start the run again.") from error
         return plain
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes from training in this folder, which is there, meanwhile.
+
+        The folder itself is locked, so that no file is left behind. A file system without locks lets everybody in.
+
+        Raises:
+            InputError: a run is going on in it.
+        """
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise InputError(
+                f"Another process is training in {self.path}: wait for it, stop it, or choose another folder with "
+                "--out."
+            ) from error
+        except OSError:  # some network file systems have none
+            pass
+        try:
+            yield
+        finally:
+            os.close(descriptor)
 
     def has_checkpoint(self) -> bool:
         """Whether the run has saved anything yet, be it damaged."""

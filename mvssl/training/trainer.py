@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -105,9 +106,12 @@ def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) 
     with join_world(cuda=device.type == "cuda") as world:
         console = (console or Console()) if world.is_main else Console(quiet=True)
         world.on_main(lambda: _check_folder(folder, recipe, options))
-        with open_experiment(recipe, options, console, world) as experiment:
+        with ExitStack() as claim, open_experiment(recipe, options, console, world) as experiment:
             window = Window()
+            claimed = world.on_main(lambda: _claim(folder, claim))  # before anything of an earlier run is touched
             position, earlier = _begin(experiment, folder, window)
+            if not claimed:
+                world.on_main(lambda: _claim(folder, claim))
             seconds = None if options.time is None else parse_time(options.time) - (time.monotonic() - began)
             with run_log(folder.log, console, rank=world.rank), StopRequest(world, seconds=seconds) as stop:
                 _announce(experiment, folder, position.step)
@@ -125,6 +129,14 @@ def _check_folder(folder: RunFolder, recipe: Recipe, options: RunOptions) -> Non
         folder.check_same_recipe(recipe, extend=options.extend)
     else:
         folder.check_free(overwrite=options.overwrite)
+
+
+def _claim(folder: RunFolder, claim: ExitStack) -> bool:
+    """Keep other processes out of the run folder, if it is there already."""
+    if not folder.path.is_dir():
+        return False
+    claim.enter_context(folder.claimed())
+    return True
 
 
 def _begin(experiment: Experiment, folder: RunFolder, window: Window) -> tuple[Position, int | None]:

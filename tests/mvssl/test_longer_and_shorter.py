@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,3 +156,37 @@ def test_a_run_that_is_extended_and_stopped_goes_on_as_one_that_was_not(
             train(longer, images, tmp_path / "stopped", resume=True, extend=True, time="30m")
     train(longer, images, tmp_path / "stopped", resume=True)
     assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
+
+
+def test_two_processes_do_not_train_in_one_folder(
+    finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(finished, out, symlinks=True)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and not path.is_symlink()}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(InputError, match=r"^Another process is training in .*run: wait for it"):
+                train(tiny_recipe, images, out, **options)
+        assert {path: path.read_bytes() for path in before} == before
+    finally:
+        holder.communicate("\n")
+    train(tiny_recipe, images, out, overwrite=True)
+    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from mvssl.runs.folder import RunFolder
+with RunFolder(Path(sys.argv[1])).claimed():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
