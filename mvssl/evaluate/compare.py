@@ -25,14 +25,14 @@ CURVES = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """What is known of a run or of a folder of results.
+    """What is known of one network of a run, or of a folder of results.
 
     Attributes:
-        name: of its folder.
+        name: of its folder, with the network behind it where the folder holds results of several.
         about: recipe and backbone, or the backbone alone.
         steps: training steps done; 0 for results without a run.
         curves: step and value of each curve, by name.
-        results: top-1 and its 95 % interval by evaluation, such as linear-fast-online.
+        results: top-1 and its 95 % interval by evaluation, such as linear-fast.
     """
 
     name: str
@@ -42,8 +42,8 @@ class RunSummary:
     results: dict[str, tuple[float, float, float]]
 
 
-def summarise(path: Path) -> RunSummary:
-    """Read a run folder, or a folder of results of mvssl-eval.
+def summarise(path: Path) -> list[RunSummary]:
+    """Read a run folder, or a folder of results of mvssl-eval: a summary of each network, the trained one first.
 
     Raises:
         InputError: it is neither, or what lies there is damaged.
@@ -52,21 +52,26 @@ def summarise(path: Path) -> RunSummary:
         raise InputError(f"{path} is no folder: give run folders, or folders of results (--out of mvssl-eval).")
     folder = RunFolder(path)
     is_run = folder.config.exists()
-    held = {file.stem: read_result(file) for file in sorted((folder.evaluations if is_run else path).glob("*.json"))}
+    held = [read_result(file) for file in sorted((folder.evaluations if is_run else path).glob("*.json"))]
     if not is_run and not held:
         raise InputError(f"{path} holds neither a run nor results: give the --out of mvssl-train or mvssl-eval.")
     curves = _curves(folder.metrics) if folder.metrics.exists() else {}
     recipe = folder.recipe() if is_run else None
-    about = (
-        f"{recipe.name}, {recipe.backbone.name}" if recipe else str(next(iter(held.values()))["identity"]["backbone"])
-    )
-    return RunSummary(
-        name=path.name,
-        about=about,
-        steps=max((steps[-1] for steps, _ in curves.values() if steps), default=0),
-        curves=curves,
-        results={name: _headline(result["results"]) for name, result in held.items()},
-    )
+    networks = list(dict.fromkeys([*(["online"] if is_run else []), *(result["network"] for result in held)]))
+    summaries = []
+    for network in networks:
+        mine = [result for result in held if result["network"] == network]
+        trained = is_run and network == "online"
+        summaries.append(
+            RunSummary(
+                name=path.name if len(networks) == 1 else f"{path.name}, {network}",
+                about=f"{recipe.name}, {recipe.backbone.name}" if recipe else str(mine[0]["identity"]["backbone"]),
+                steps=max((steps[-1] for steps, _ in curves.values() if steps), default=0) if trained else 0,
+                curves=curves if trained else {},
+                results={result["evaluation"]: _headline(result["results"]) for result in mine},
+            )
+        )
+    return summaries
 
 
 def plot(summaries: Sequence[RunSummary], path: Path) -> None:

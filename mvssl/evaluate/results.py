@@ -20,14 +20,23 @@ class ResultFile:
     """Where one evaluation keeps its result.
 
     Attributes:
-        path: OUT/NAME.json.
+        folder: of the results.
+        evaluation: what is measured, such as knn or finetune-10pct.
+        network: of what, such as online or untrained.
         identity: what was measured and how: JSON values. The same identity gives the same result.
         overwrite: whether the result of another identity may be replaced, and one of the same be measured anew.
     """
 
-    path: Path
+    folder: Path
+    evaluation: str
+    network: str
     identity: Mapping[str, Any]
     overwrite: bool = False
+
+    @property
+    def path(self) -> Path:
+        """FOLDER/EVALUATION-NETWORK.json."""
+        return self.folder / f"{self.evaluation}-{self.network}.json"
 
     def earlier(self) -> dict[str, Any] | None:
         """The result of the same evaluation, if it is there already.
@@ -51,19 +60,25 @@ class ResultFile:
     def write(self, results: Mapping[str, Any]) -> None:
         """Keep a result. Raises OSError if it cannot be written; what was there is kept then."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        held = {"identity": dict(self.identity), "results": dict(results), "environment": environment()}
+        held = {
+            "evaluation": self.evaluation,
+            "network": self.network,
+            "identity": dict(self.identity),
+            "results": dict(results),
+            "environment": environment(),
+        }
         write_json(self.path, held)
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result file's contents: identity, results and environment.
+    """A result file's contents: evaluation, network, identity, results and environment.
 
     Raises:
         InputError: it is none.
     """
     try:
         held = json.loads(path.read_text())
-        if {"identity", "results"} <= held.keys():
+        if {"evaluation", "network", "identity", "results"} <= held.keys():
             return dict(held)
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(

@@ -99,9 +99,15 @@ class Session(Embedder):
             **settings,
         }
 
-    def result_file(self, name: str, identity: dict[str, Any]) -> ResultFile:
-        """OUT/NAME.json."""
-        return ResultFile(path=self.out / f"{name}.json", identity=identity, overwrite=self.overwrite)
+    def result_file(self, evaluation: str, identity: dict[str, Any]) -> ResultFile:
+        """Where the result of an evaluation of this network is kept."""
+        return ResultFile(
+            folder=self.out,
+            evaluation=evaluation,
+            network=self.measured.name,
+            identity=identity,
+            overwrite=self.overwrite,
+        )
 
     def val_labels(self) -> NDArray[np.int64]:
         """int64 [len(val)]: labels of val by the classes of train.

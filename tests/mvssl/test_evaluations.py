@@ -24,9 +24,11 @@ from sklearn.preprocessing import StandardScaler
 
 from mvssl.cli import eval as eval_cli
 from mvssl.cli import features as features_cli
+from mvssl.evaluate.accuracy import wilson_interval
 from mvssl.evaluate.classifiers import supervised
 from mvssl.evaluate.classifiers.labelled_part import labelled_share, listed_images
 from mvssl.evaluate.classifiers.supervised import Classifier, Supervision
+from mvssl.evaluate.compare import summarise
 from mvssl.evaluate.features.extract import extract_features
 from mvssl.evaluate.results import read_result
 from mvssl.evaluate.session import check_labelled
@@ -202,6 +204,12 @@ def test_neighbours_need_no_labels(finished: Path, images: Path, tmp_path: Path)
     assert not (tmp_path / "eval/knn-online.json").exists()
 
 
+def interval_of(top1: float) -> str:
+    """Of 12 images, as a table shows it."""
+    low, high = wilson_interval(round(12 * top1), 12)
+    return f"{100 * low:.1f} to {100 * high:.1f}"
+
+
 def test_compare_shows_runs_and_results(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,8 +222,16 @@ def test_compare_shows_runs_and_results(
     assert evaluate("compare", run, tmp_path / "second", "--out", tmp_path / "plots/c.png") == 0
     shown = capsys.readouterr().out
     top1 = read_result(run / "eval/knn-online.json")["results"]["best"]["top1"]
-    for words in ("first", "second", "knn-online", "knn-untrained", f"{100 * top1:.2f}", "kNN while training"):
+    for words in ("first", "second", "kNN while training"):
         assert words in shown
+    (row,) = [line for line in shown.splitlines() if line.startswith("knn ")]
+    untrained = read_result(tmp_path / "second/knn-untrained.json")["results"]["best"]["top1"]
+    assert [cell for cell in row.split("  ") if cell.strip()][1:] == [
+        cell for top1 in (top1, untrained) for cell in [f"{100 * top1:.2f} ({interval_of(top1)})"]
+    ]
+    assert evaluate("knn", "--run", run, "--k", "3", "--untrained") == 0
+    assert [summary.name for summary in summarise(run)] == ["first, online", "first, untrained"]
+    assert [bool(summary.curves) for summary in summarise(run)] == [True, False]
     with Image.open(tmp_path / "plots/c.png") as picture:
         assert picture.width > 1000
     with pytest.raises(InputError, match="holds neither a run nor results"):

@@ -36,7 +36,7 @@ class CompareArguments:
 def run(arguments: Sequence[str]) -> None:
     """Print the table and draw the plot."""
     asked = tyro.cli(CompareArguments, prog="mvssl-eval compare", args=list(arguments))
-    summaries = [summarise(path) for path in asked.runs]
+    summaries = [summary for path in asked.runs for summary in summarise(path)]
     console = Console()
     measured = list(dict.fromkeys(name for summary in summaries for name in summary.results))
     table = Table(title="top-1 % (95 % interval)", title_justify="left", box=None, pad_edge=False)

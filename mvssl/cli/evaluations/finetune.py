@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> None:
         name = f"finetune-{asked.part.name()}-{session.measured.name}"
         settings = {**dataclasses.asdict(asked.supervision), **dataclasses.asdict(asked.part)}
         settings["label_list"] = str(asked.part.label_list)
-        file = session.result_file(name, session.identity("finetune", **settings))
+        file = session.result_file(f"finetune-{asked.part.name()}", session.identity("finetune", **settings))
         results = session.world.on_main(file.earlier)
         if results is None:
             results = finetune(session, asked.supervision, asked.part, name=name, backbone_out=asked.backbone_out)

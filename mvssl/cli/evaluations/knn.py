@@ -55,7 +55,7 @@ def run(arguments: Sequence[str]) -> None:
             if bool((session.train.labels < 0).any()):
                 session.console.print("These images have no labels, so there is no accuracy.")
                 return
-        file = session.result_file(f"knn-{name}", session.identity("knn", k=k, temperature=asked.temperature))
+        file = session.result_file("knn", session.identity("knn", k=k, temperature=asked.temperature))
         results = session.world.on_main(file.earlier)
         if results is None:
             results = knn_grid(session, k=k, temperatures=asked.temperature)

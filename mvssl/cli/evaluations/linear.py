@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> None:
     with open_session(asked.subject, asked.options, asked.computing) as session:
         settings = asked.fast if asked.protocol == "fast" else asked.release
         identity = session.identity(f"linear-{asked.protocol}", **dataclasses.asdict(settings))
-        file = session.result_file(f"linear-{asked.protocol}-{session.measured.name}", identity)
+        file = session.result_file(f"linear-{asked.protocol}", identity)
         results = session.world.on_main(file.earlier)
         if results is None:
             if asked.protocol == "fast":

@@ -214,11 +214,18 @@ def _failure(folder: RunFolder) -> str:
 def _results(folder: RunFolder) -> str:
     rows = []
     for path in sorted(folder.evaluations.glob("*.json")):
-        results = read_result(path)["results"]
-        best = results.get("best", results)
+        held = read_result(path)
+        best = held["results"].get("best", held["results"])
         low, high = best["top1_interval_95"]
-        rows.append((path.stem, f"{100 * best['top1']:.2f} %", f"{100 * low:.1f} to {100 * high:.1f} %"))
-    return _table(("evaluation", "top-1", "95 % interval"), rows, numbers=2) if rows else ""
+        rows.append(
+            (
+                held["evaluation"],
+                held["network"],
+                f"{100 * best['top1']:.2f} %",
+                f"{100 * low:.1f} to {100 * high:.1f} %",
+            )
+        )
+    return _table(("evaluation", "network", "top-1", "95 % interval"), rows, numbers=2) if rows else ""
 
 
 def _bad(folder: RunFolder) -> str:
