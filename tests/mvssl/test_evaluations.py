@@ -226,7 +226,7 @@ def test_compare_shows_runs_and_results(
         assert words in shown
     (row,) = [line for line in shown.splitlines() if line.startswith("knn ")]
     untrained = read_result(tmp_path / "second/knn-untrained.json")["results"]["best"]["top1"]
-    assert [cell for cell in row.split("  ") if cell.strip()][1:] == [
+    assert [cell.strip() for cell in row.split("  ") if cell.strip()][1:] == [
         cell for top1 in (top1, untrained) for cell in [f"{100 * top1:.2f} ({interval_of(top1)})"]
     ]
     assert evaluate("knn", "--run", run, "--k", "3", "--untrained") == 0
