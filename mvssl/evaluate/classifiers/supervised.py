@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -220,7 +221,7 @@ def train_classifier(
                 raise InputError(
                     f"The loss is {mean} in epoch {epoch + 1}: lower the learning rate (--lr {supervision.lr / 10:g})."
                 )
-            world.on_main(lambda done=epoch + 1: _save(folder, done, identity, model, optimizer))  # type: ignore[misc]
+            world.on_main(partial(_save, folder, epoch + 1, identity, model, optimizer))
             speed = steps * supervision.batch_size / (time.monotonic() - began)
             say(f"epoch {epoch + 1}/{supervision.epochs}  loss {mean:.4f}  {speed:,.0f} images/s")
     finally:
