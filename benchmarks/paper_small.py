@@ -1,45 +1,48 @@
-"""The paper's central comparison at a small scale: three methods, each in four variants, with one budget for all.
+"""The paper's claim at a small scale: one predictor per view type against one for all, three methods, equal tuning.
 
-    python -m benchmarks.paper_small tiny-imagenet-50 --jobs 2 --out benchmarks/results/paper_small_cpu.json
+    python -m benchmarks.paper_small tiny-imagenet-50 --jobs 2
+    python -m benchmarks.paper_small tiny-imagenet-50 --setting gpu --seconds 540
 
 Variants: two-view (the baseline), shared (global and local views, one predictor for both: the paper's failing control),
 per-view (the same views, one predictor per view type), per-view + cutout (with a cutout view and its predictor). All
-see the same images in the same order for the same number of epochs, with one optimiser, learning rate and network.
+see the same images in the same order for the same number of epochs. `benchmarks.paper.cells` says what is tuned how.
 
-Every run is a folder of `--runs`. Started again, finished runs are kept and an interrupted one goes on, so that it may
-be stopped at any time. `--table FILE` prints the table of a result.
+Every run is a cell with a JSON file of its own in --out. Started again, also on another machine, it goes on with the
+cells that have none, the most telling first, and says how many are left. `--report` prints what came out and draws it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-import statistics
+import shutil
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import product
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
 from rich.console import Console
 
-from benchmarks.paper_cells import METHODS, SETTINGS, TITLES, VARIANTS, Cell, Setting, make_recipe
-from mvssl.evaluate.neighbours.online import evaluate_knn
-from mvssl.monitor.places.jsonl import read_jsonl
-from mvssl.networks.siamese import initial_backbone
-from mvssl.runs.environment import environment
-from mvssl.runs.folder import write_json
-from mvssl.runs.options import RunOptions, resolve_device
-from mvssl.training.trainer import run
+from benchmarks.measuring.command_line import command_of
+from benchmarks.paper.cells import OPTIMIZERS, SETTINGS, Cell, Point, Setting, plan
+from benchmarks.paper.picture import draw
+from benchmarks.paper.results import Results
+from benchmarks.paper.run_cell import run_cell
+from benchmarks.paper.splits import Splits, write_splits
+from benchmarks.paper.tables import all_tables
+from mvssl.monitor.failure import Diverged
+from mvssl.training.trainer import Interrupted
 from pipelines.console import run_cli
-from pipelines.errors import InputError
-from pipelines.storage import open_source
+from pipelines.errors import InputError, invalid
+
+PROG = "python -m benchmarks.paper_small"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,194 +51,164 @@ class Arguments:
 
     Attributes:
         data: folder with train/ and val/, one folder a class in each, e.g. tiny-imagenet-50.
-        runs: where the runs lie; started again, finished ones are kept.
-        out: file for the result as JSON.
-        setting: cpu fits an hour on two cores and is small; gpu is at least 100 epochs of all images.
-        seeds: one run of every cell for each.
+        setting: cpu is small and takes some hours on two cores; gpu is 100 epochs of all images, about two minutes a
+            cell.
+        out: folder of the results, a file a cell; by default benchmarks/results/paper_small_SETTING.
+        runs: where a run lies while it trains; those that were stopped go on.
+        seeds: one run of every cell of the table for each; 0 is the one that tuning has.
+        optimizers: paper is LARS, or SGD for SimSiam.
         jobs: runs at a time, each with its share of the cores.
+        seconds: begin no cell that would not end within so many; by default there is no end.
+        cells: begin so many at most.
         device: auto takes CUDA where there is one.
-        table: print the table of this result and stop.
+        report: print the results so far and draw them, and stop.
     """
 
     data: tyro.conf.Positional[Path | None] = None
-    runs: Path = Path("runs/paper_small")
-    out: Path | None = None
     setting: Literal["cpu", "gpu"] = "cpu"
-    seeds: tuple[int, ...] = (0, 1)
+    out: Path | None = None
+    runs: Path = Path("runs/paper_small")
+    seeds: tuple[int, ...] = (1, 2, 3)
+    optimizers: tuple[Literal["paper", "adamw"], ...] = ("paper", "adamw")
     jobs: int = 1
+    seconds: float | None = None
+    cells: int | None = None
     device: str = "auto"
-    table: Path | None = None
+    report: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.seeds or min(self.seeds) < 1:
+            raise invalid("seeds", self.seeds, "one or more numbers of at least 1", "give --seeds 1 2 3")
+        if not self.optimizers:
+            raise invalid("optimizers", self.optimizers, f"some of {', '.join(OPTIMIZERS)}", "give one")
+        for name in ("jobs", "cells", "seconds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise invalid(name, value, "at least 1", "give a positive number")
+
+    @property
+    def folder(self) -> Path:
+        """Of the results."""
+        return self.out or Path(__file__).parent / "results" / f"paper_small_{self.setting}"
 
 
-def write_lists(data: Path, runs: Path, setting: Setting) -> tuple[Path, Path]:
-    """Write the lists of the training and validation images that a setting uses into `runs`.
+class Queue:
+    """Which cell is run next, if there is time for one."""
 
-    Raises:
-        InputError: the data has not the folders, or too few classes or images.
-    """
-    train = data / "train"
-    if not train.is_dir() or not (data / "val").is_dir():
-        raise InputError(
-            f"data is {str(data)!r} but must be a folder with train/ and val/, one folder a class in each: give the "
-            "folder of tiny-imagenet-50."
-        )
-    classes = sorted(path.name for path in train.iterdir() if path.is_dir())[: setting.classes]
-    if len(classes) < setting.classes:
-        raise InputError(f"{train} has {len(classes)} classes but the setting needs {setting.classes}: give more data.")
-    runs.mkdir(parents=True, exist_ok=True)
-    lists = []
-    for split, most in (("train", setting.per_class), ("val", None)):
-        lines: list[str] = []
-        for name in classes:
-            images = sorted((data / split / name).iterdir())[:most]
-            if most is not None and len(images) < most:
-                raise InputError(f"{train / name} has {len(images)} images but the setting needs {most}.")
-            lines += [f"{image.resolve()}\t{name}" for image in images]
-        path = runs / f"{split}.txt"
-        text = "\n".join(lines) + "\n"
-        if not path.exists() or path.read_text() != text:  # rewriting it would make the cached index stale
-            path.write_text(text)
-        lists.append(path)
-    return lists[0], lists[1]
+    def __init__(self, results: Results, cells: Sequence[Cell], *, seconds: float | None, most: int | None) -> None:
+        """`seconds` from now is the end, if there is one; `most` is how many cells to begin, if there is a limit."""
+        self.results = results
+        self.cells = cells
+        self._end = None if seconds is None else time.monotonic() + seconds
+        self._most = most
+        self._begun: set[Cell] = set()
+        self._longest: dict[bool, float] = {}  # seconds of a cell here, by whether it tunes
+
+    @property
+    def left(self) -> int:
+        """Cells without a result."""
+        return sum(cell not in self.results.rows for cell in self.cells)
+
+    def take(self) -> tuple[Cell, Point] | None:
+        """The next cell to run and what with; None where there is none, or none that would end in time."""
+        if self._most is not None and len(self._begun) >= self._most:
+            return None
+        for cell, point in self.results.ready(self.cells):
+            if cell not in self._begun and (self._end is None or time.monotonic() + self._expected(cell) < self._end):
+                self._begun.add(cell)
+                return cell, point
+        return None
+
+    def note(self, cell: Cell, seconds: float) -> None:
+        """Learn how long a cell takes here."""
+        tunes = cell.point is not None
+        self._longest[tunes] = max(seconds, self._longest.get(tunes, 0.0))
+
+    def _expected(self, cell: Cell) -> float:
+        setting, tunes = self.results.setting, cell.point is not None
+        share = setting.tuning_epochs / setting.epochs if tunes else 1.0
+        return self._longest.get(tunes, share * setting.seconds)
 
 
-def run_cell(cell: Cell, setting: Setting, arguments: Arguments, train: Path, val: Path) -> dict[str, Any]:
-    """Train a cell, or take what a finished run of it left; its row of the result."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // arguments.jobs))
-    folder = arguments.runs / cell.folder
-    kept = arguments.runs / f"{cell.folder}.json"
-    recipe = make_recipe(cell, setting)
-    if kept.exists():
-        row: dict[str, Any] = json.loads(kept.read_text())
-        if row["recipe"] != dataclasses.asdict(setting):
-            raise InputError(f"{folder} holds a run of another setting: give another --runs, or delete it.")
-        return row
-    options = RunOptions(
-        data=train,
-        val=val,
-        out=folder,
+def run_or_diverge(
+    cell: Cell, point: Point, setting: Setting, splits: Splits, folder: Path, *, device: str, threads: int
+) -> dict[str, Any]:
+    """`run_cell`; a run that diverges has a result too, the worst."""
+    try:
+        return run_cell(cell, point, setting, splits, folder, device=device, threads=threads)
+    except Diverged as error:
+        return {"diverged": str(error).replace(str(folder), cell.name), "tuning_knn": 0.0}
+
+
+def _stop_with_parent() -> None:
+    """Let this worker save its run and end when the command that started it is gone, however it went."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def compare(arguments: Arguments, data: Path, console: Console) -> bool:
+    """Run cells while there is time; whether all of those that were begun came to a result."""
+    setting, runs = SETTINGS[arguments.setting], arguments.runs
+    results = Results.read(arguments.folder, setting)
+    cells = plan(setting, arguments.seeds, arguments.optimizers)
+    queue = Queue(results, cells, seconds=arguments.seconds, most=arguments.cells)
+    work = partial(
+        run_or_diverge,
+        setting=setting,
+        splits=write_splits(data, runs, setting),
         device=arguments.device,
-        threads=max(1, cores // (2 * arguments.jobs)),
-        log_every=20,
-        save_every_epochs=1,
-        keep_checkpoints=1,
-        resume=(folder / "config.json").exists(),
+        threads=max(1, len(os.sched_getaffinity(0)) // arguments.jobs),
     )
-    began = time.perf_counter()
-    result = run(recipe, options, console=Console(quiet=True))
-    last = [row for row in read_jsonl(folder / "metrics.jsonl") if row["kind"] == "train"][-1]
-    row = {
-        "method": cell.method,
-        "variant": cell.variant,
-        "seed": cell.seed,
-        "knn_k20": result.knn[20],
-        "knn_k10": result.knn[10],
-        "steps": result.steps,
-        "effective_rank": last["effective_rank"],
-        "embedding_std": last["embedding_std"],
-        "images_per_second": result.images_per_second,
-        "seconds_of_last_start": time.perf_counter() - began,
-        "recipe": dataclasses.asdict(setting),
-    }
-    write_json(kept, row)
-    return row
+    running: dict[Future[dict[str, Any]], tuple[Cell, Point]] = {}
+    sound = True
+    console.print(f"{queue.left} of {len(cells)} cells are left", highlight=False)
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn"), initializer=_stop_with_parent) as pool:
+        while True:
+            while len(running) < arguments.jobs and (ready := queue.take()) is not None:
+                running[pool.submit(work, *ready, folder=runs / ready[0].name)] = ready
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell, point = running.pop(future)
+                try:
+                    measured = future.result()
+                except (InputError, Interrupted) as error:
+                    console.print(f"{cell.name} failed: {error}", highlight=False, soft_wrap=True)
+                    sound = False
+                    continue
+                results.add(cell, point, measured, folder=arguments.folder, command=command_of(PROG, sys.argv[1:]))
+                shutil.rmtree(runs / cell.name, ignore_errors=True)  # with its checkpoints
+                queue.note(cell, measured.get("seconds", 0.0))
+                console.print(f"{cell.name}: {_said(measured)}; {queue.left} left", highlight=False, soft_wrap=True)
+    console.print(f"{queue.left} of {len(cells)} cells are left; the same command goes on", highlight=False)
+    return sound
 
 
-def untrained_row(setting: Setting, seed: int, arguments: Arguments, train: Path, val: Path) -> dict[str, Any]:
-    """kNN accuracy of the initial weights, which all methods and variants of a seed share."""
-    device = resolve_device(arguments.device)
-    recipe = make_recipe(Cell(method="byol", variant="two-view", seed=seed), setting)
-    with_train, with_val = open_source(train), open_source(val)
-    accuracy = evaluate_knn(initial_backbone(recipe).to(device), with_train, with_val, recipe.evaluation, device=device)
-    return {"seed": seed, "knn_k20": accuracy[20], "knn_k10": accuracy[10]}
-
-
-def run_all(cells: Sequence[Cell], work: Callable[[Cell], dict[str, Any]], jobs: int) -> Iterator[dict[str, Any]]:
-    """The rows of all cells, `jobs` at a time."""
-    if jobs == 1:
-        yield from map(work, cells)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(work, cells)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Work:
-    """`run_cell` with everything but the cell, for another process."""
-
-    setting: Setting
-    arguments: Arguments
-    train: Path
-    val: Path
-
-    def __call__(self, cell: Cell) -> dict[str, Any]:
-        return run_cell(cell, self.setting, self.arguments, self.train, self.val)
-
-
-def measure(arguments: Arguments, data: Path, console: Console) -> dict[str, Any]:
-    """Run the comparison; the result as plain JSON values."""
-    setting = SETTINGS[arguments.setting]
-    train, val = write_lists(data, arguments.runs, setting)
-    cells = [
-        Cell(method=method, variant=variant, seed=seed)
-        for seed, method, variant in product(arguments.seeds, METHODS, VARIANTS)
-    ]
-    untrained = [untrained_row(setting, seed, arguments, train, val) for seed in arguments.seeds]
-    rows = []
-    work = _Work(setting=setting, arguments=arguments, train=train, val=val)
-    for number, row in enumerate(run_all(cells, work, arguments.jobs), start=1):
-        rows.append(row)
-        console.print(
-            f"{number}/{len(cells)}  {row['method']} {row['variant']}, seed {row['seed']}: "
-            f"kNN top-1 {100 * row['knn_k20']:.1f} % after {row['steps']} steps",
-            highlight=False,
-        )
-    seeds = " ".join(map(str, arguments.seeds))
-    command = f"python -m benchmarks.paper_small {data.name} --setting {arguments.setting} --seeds {seeds}"
-    return {
-        "benchmark": "paper_small",
-        "setting": dataclasses.asdict(setting) | {"name": arguments.setting},
-        "untrained": untrained,
-        "rows": [{name: value for name, value in row.items() if name != "recipe"} for row in rows],
-        "environment": environment() | {"command": f"{command} --jobs {arguments.jobs}"},
-    }
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """The result as a Markdown table: kNN top-1 (k = 20) in percent, mean over the seeds, and the seeds apart."""
-    lines = ["| method | " + " | ".join(VARIANTS) + " |", "|---" * (len(VARIANTS) + 1) + "|"]
-    for method in METHODS:
-        found = [
-            [100 * row["knn_k20"] for row in result["rows"] if (row["method"], row["variant"]) == (method, variant)]
-            for variant in VARIANTS
-        ]
-        lines.append(f"| {TITLES[method]} | " + " | ".join(map(_percent, found)) + " |")
-    return "\n".join(lines) + f"\n\nUntrained: {_percent([100 * row['knn_k20'] for row in result['untrained']])}"
-
-
-def _percent(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"
+def _said(row: dict[str, Any]) -> str:
+    if "diverged" in row:
+        return "diverged"
+    if "knn" not in row:
+        return f"kNN {100 * row['tuning_knn']:.1f} % in {row['seconds']:.0f} s"
+    return f"kNN {100 * row['knn']:.1f} %, linear {100 * row['linear']:.1f} % in {row['seconds']:.0f} s"
 
 
 def body() -> int:
     """Run the command; returns the exit code."""
-    arguments = tyro.cli(Arguments, prog="python -m benchmarks.paper_small")
-    console = Console()
-    if arguments.table is not None:
-        print(table(json.loads(arguments.table.read_text())))
+    arguments = tyro.cli(Arguments, prog=PROG)
+    if arguments.report:
+        found = Results.read(arguments.folder, SETTINGS[arguments.setting])
+        print("\n".join(all_tables({f"paper_small_{arguments.setting}": {"cells": list(found.rows.values())}})))
+        draw(found, arguments.folder / "picture.png")
         return 0
     if arguments.data is None:
         raise InputError("data is missing: give the folder of tiny-imagenet-50 (train/ and val/, a folder a class).")
-    if not arguments.seeds or arguments.jobs < 1:
-        raise InputError("seeds and jobs must hold at least one seed and be at least 1: leave them out.")
-    result = measure(arguments, arguments.data, console)
-    print(table(result))
-    if arguments.out is not None:
-        write_json(arguments.out, result)
-    return 0
+    return 0 if compare(arguments, arguments.data, Console()) else 1
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from typing import Any
 
 import tyro
 
-from benchmarks.report import result_tables
+from benchmarks.paper import tables as paper_tables
+from benchmarks.report import accuracy_tables, result_tables
 from benchmarks.report.markers import fill, stale
 from benchmarks.report.origins import MADE_BY, Results
 from pipelines.console import run_cli
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
 COMMAND = "python -m benchmarks.tables"
 TABLES: dict[str, dict[str, Callable[[Results], list[str]]]] = {
-    "README.md": {"headlines": result_tables.headlines, "evaluation": result_tables.evaluation},
+    "README.md": {"headlines": result_tables.headlines, "evaluation": accuracy_tables.evaluation},
     "benchmarks/MEASURED.md": {
         "views": result_tables.views,
         "loader": result_tables.loader,
@@ -34,8 +35,12 @@ TABLES: dict[str, dict[str, Callable[[Results], list[str]]]] = {
         "train": result_tables.train,
         "step": result_tables.step,
         "start": result_tables.start,
-        "paper": result_tables.paper,
-        "linear": result_tables.linear,
+        "paper": paper_tables.accuracies,
+        "paper-differences": paper_tables.differences,
+        "paper-signs": paper_tables.signs,
+        "paper-tuning": paper_tables.tuning,
+        "paper-power": paper_tables.power,
+        "linear": accuracy_tables.linear,
     },
     "benchmarks/README.md": {
         "overview": result_tables.overview,
@@ -60,21 +65,31 @@ class Arguments:
 def load(root: Path) -> Results:
     """All results of the tree at `root`, by the name of their file without suffix.
 
+    A folder is one result, whose "cells" are its files.
+
     Raises:
         InputError: a file is not JSON, or not what a benchmark writes.
     """
     results: dict[str, Any] = {}
     for path in sorted((root / RESULTS).iterdir()):
-        if path.suffix != ".json":
-            continue
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise _broken(path.name, f"cannot be read as JSON ({error})") from error
-        if not isinstance(result, dict):
-            raise _broken(path.name, "does not hold a JSON object")
-        results[path.stem] = result
+        cells = sorted(path.glob("*.json"))
+        if path.suffix == ".json":
+            results[path.stem] = _read(path)
+        elif cells:
+            rows = [_read(cell) for cell in cells]
+            about = rows[0]["environment"] | {"command": MADE_BY.get(path.name, "")}
+            results[path.name] = {"cells": rows, "environment": about}
     return results
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _broken(path.name, f"cannot be read as JSON ({error})") from error
+    if not isinstance(result, dict):
+        raise _broken(path.name, "does not hold a JSON object")
+    return result
 
 
 def render(results: Results) -> dict[str, dict[str, list[str]]]:

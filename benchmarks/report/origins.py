@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Result = Mapping[str, Any]
@@ -10,6 +10,10 @@ Result = Mapping[str, Any]
 
 Results = Mapping[str, Result]
 """Results by the name of their file without suffix; those that are missing are not in it."""
+
+FOLDER = "results"  # as benchmarks/MEASURED.md links to it
+Sides = Mapping[str, str]
+"""What stands side by side or one below the other, and the name of its result."""
 
 NOT_YET = "not measured yet"
 SUITE = "benchmarks/gpu_suite.sh"
@@ -29,6 +33,7 @@ MADE_BY = {
     "start_cpu": "python -m benchmarks.bench_start",
     "start_cuda": SUITE,
     "paper_small_cpu": "python -m benchmarks.paper_small TINY_IMAGENET",
+    "paper_small_gpu": "python -m benchmarks.paper_small TINY_IMAGENET --setting gpu",
     "evaluation_cpu": "python -m benchmarks.evaluate_small TINY_IMAGENET --out FOLDER",
     "linear_cpu": "python -m benchmarks.bench_linear TRAIN.npy VAL.npy",
     "tune_fused": SUITE,
@@ -55,6 +60,16 @@ def origin(results: Results, name: str, what: str, settings: Sequence[str] = (),
     versions = [f"{package} {packages[package]}" for package in ("torch", "torchvision") if package in packages]
     said = ", ".join([machine(result), *versions, *settings, *taken])
     return f"- [{what}]({folder}/{name}.json): {said}: `{command(result)}`"
+
+
+def origins(
+    results: Results, sides: Sides, settings: Callable[[Result], list[str]], *, folder: str = FOLDER
+) -> list[str]:
+    """A line for each side that says where it is from, with the settings that a reader needs to know."""
+    return [
+        origin(results, name, side, settings(results[name]) if name in results else (), folder=folder)
+        for side, name in sides.items()
+    ]
 
 
 def machine(result: Result) -> str:

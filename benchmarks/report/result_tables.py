@@ -6,20 +6,27 @@ there. Numbers are as the benchmarks gave them, rounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks import paper_small
 from benchmarks.bench_loader import BASELINE
 from benchmarks.contenders.step import PLAIN
 from benchmarks.contenders.views import CONTENDERS
 from benchmarks.measuring import view_bytes
-from benchmarks.report.origins import MADE_BY, NOT_YET, Result, Results, command, machine, origin, turns
+from benchmarks.report.markdown import table
+from benchmarks.report.origins import (
+    MADE_BY,
+    NOT_YET,
+    Result,
+    Results,
+    Sides,
+    command,
+    machine,
+    origin,
+    origins,
+    turns,
+)
 from benchmarks.report.rounding import percent, scientific, significant, with_spread
-
-FOLDER = "results"  # as benchmarks/MEASURED.md links to it
-Sides = Mapping[str, str]
-"""What stands side by side or one below the other, and the name of its result."""
 
 
 def headlines(results: Results) -> list[str]:
@@ -57,7 +64,7 @@ def headlines(results: Results) -> list[str]:
         ["training, against a plain step with that DataLoader", times("train_cpu", train), times("train_cuda", train)],
         ["share of the time that training waits for data", wait("train_cpu"), wait("train_cuda")],
     ]
-    return _table(["what", "2 CPU cores", "GPU"], rows)
+    return table(["what", "2 CPU cores", "GPU"], rows)
 
 
 def views(results: Results) -> list[str]:
@@ -69,7 +76,7 @@ def views(results: Results) -> list[str]:
         for name in sorted(names, key=_place)
     ]
     heads = [f"{side}: {head}" for side in sides for head in ("source images/s", "views/s", "times torchvision")]
-    return [*_table(["contender", *heads], rows), "", *_origins(results, sides, _of_views)]
+    return [*table(["contender", *heads], rows), "", *origins(results, sides, _of_views)]
 
 
 def views_details(results: Results) -> list[str]:
@@ -109,7 +116,7 @@ def _loaders(results: Results, sides: Sides) -> list[str]:
         times = "1" if contender == BASELINE and own else _ratio(result["times_dataloader"].get(contender))
         return [_rate(own), _views_rate(own), _memory(own), times]
 
-    return [*_stacked(results, sides, heads, cells), "", *_origins(results, sides, _of_loader)]
+    return [*_stacked(results, sides, heads, cells), "", *origins(results, sides, _of_loader)]
 
 
 def train(results: Results) -> list[str]:
@@ -138,7 +145,7 @@ def train(results: Results) -> list[str]:
         *_stacked(results, sides, heads, cells),
         "",
         *(["; ".join(sentences) + ".", ""] if measured else []),
-        *_origins(results, sides, _of_train),
+        *origins(results, sides, _of_train),
     ]
 
 
@@ -164,7 +171,7 @@ def step(results: Results) -> list[str]:
         for measured in results[name]["recipes"]:
             what = f"{measured['recipe']['name']}, batch {measured['batch_size']}"
             rows += [[side, what, contender, *_of_step(measured, contender)] for contender in _entrants(measured)]
-    return [*_table(["on", "recipe", "contender", *heads], rows, words=3), "", *_origins(results, sides, _about_steps)]
+    return [*table(["on", "recipe", "contender", *heads], rows, words=3), "", *origins(results, sides, _about_steps)]
 
 
 def _of_step(measured: Result, contender: str) -> list[str]:
@@ -209,14 +216,7 @@ def start(results: Results) -> list[str]:
             continue
         for kind, own in results[name]["starts"].items():
             rows.append([side, kind, *(significant(own[phase]) for phase in phases)])
-    return [*_table(["on", "start", *heads], rows, words=2), "", *_origins(results, sides, _of_train)]
-
-
-def paper(results: Results) -> list[str]:
-    """The table of paper_small."""
-    name = "paper_small_cpu"
-    shown = paper_small.table(results.get(name, {"rows": [], "untrained": []})).splitlines()
-    return [*shown, "", *_origins(results, {"CPU": name}, _of_paper)]
+    return [*table(["on", "start", *heads], rows, words=2), "", *origins(results, sides, _of_train)]
 
 
 def kernels(results: Results) -> list[str]:
@@ -236,11 +236,12 @@ def overview(results: Results) -> list[str]:
     for name in dict.fromkeys([*MADE_BY, *results]):
         if name in results:
             result = results[name]
-            link, torch = f"[`{name}.json`](results/{name}.json)", result["environment"]["packages"]["torch"]
+            file, torch = name if "cells" in result else f"{name}.json", result["environment"]["packages"]["torch"]
+            link = f"[`{file}`](results/{file})"
             rows.append([link, machine(result), torch, str(turns(result) or ""), f"`{command(result)}`"])
         else:
             rows.append([f"`{name}.json`", NOT_YET, "", "", f"`{MADE_BY[name]}`"])
-    return _table(["result", "machine", "torch", "turns", "command"], rows, words=5)
+    return table(["result", "machine", "torch", "turns", "command"], rows, words=5)
 
 
 def _of_views(result: Result) -> list[str]:
@@ -263,80 +264,6 @@ def _of_train(result: Result) -> list[str]:
     return [f"`{recipe['name']}`", recipe["backbone"]["name"], f"batch {recipe['batch_size']}"]
 
 
-def evaluation(results: Results) -> list[str]:
-    """What evaluate_small measured of each network."""
-    name = "evaluation_cpu"
-    heads = {"knn": "kNN, k = 20", "linear": "linear, fast", "release": "linear, release", "finetune": "10 % of labels"}
-    rows = [
-        [network, *(_share(measured.get(evaluation)) for evaluation in heads)]
-        for network, measured in results.get(name, {"rows": {}})["rows"].items()
-    ]
-    return [
-        *_table(["network", *heads.values()], rows),
-        "",
-        *_origins(results, {"CPU": name}, _of_evaluation, folder=f"benchmarks/{FOLDER}"),
-    ]
-
-
-def linear(results: Results) -> list[str]:
-    """Contenders of bench_linear."""
-    name = "linear_cpu"
-    rows = [
-        [
-            contender,
-            with_spread(own["seconds"], own["spread"]),
-            significant(own["times_one_setting"]),
-            f"{100 * own['top1']:.1f} %",
-        ]
-        for contender, own in results.get(name, {}).get("contenders", {}).items()
-    ]
-    return [
-        *_table(["contender", "seconds", "times one setting", "top-1"], rows),
-        "",
-        *_origins(results, {"CPU": name}, lambda result: [f"{result['settings']} settings, {result['epochs']} epochs"]),
-    ]
-
-
-def _share(measured: Result | None) -> str:
-    """Top-1 in per cent with its 95 % interval."""
-    if measured is None:
-        return ""
-    low, high = (100 * end for end in measured["interval"])
-    return f"{100 * measured['top1']:.1f} % ({low:.1f} to {high:.1f})"
-
-
-def _of_evaluation(result: Result) -> list[str]:
-    setting = result["settings"]
-    return [
-        f"ResNet-18, images of {setting['size']} px",
-        f"pre-trained by {result['recipe']}",
-        f"supervised for {setting['supervised_epochs']} epochs",
-        f"the release's probe for {setting['release_epochs']} epochs instead of 100",
-        f"fine-tuned for {setting['finetune_epochs']}",
-        "95 % intervals",
-    ]
-
-
-def _of_paper(result: Result) -> list[str]:
-    setting, steps = result["setting"], max(row["steps"] for row in result["rows"])
-    return [
-        f"{setting['classes']} classes of {setting['per_class']} images (chance {100 / setting['classes']:g} %)",
-        f"views of {setting['size']} and {setting['local_size']} px",
-        f"{setting['epochs']} epochs ({steps} steps of {setting['batch_size']} images)",
-        f"mean of {len(result['untrained'])} seeds (and each)",
-    ]
-
-
-def _origins(
-    results: Results, sides: Sides, settings: Callable[[Result], list[str]], *, folder: str = FOLDER
-) -> list[str]:
-    """A line for each side that says where it is from, with the settings that a reader needs to know."""
-    return [
-        origin(results, name, side, settings(results[name]) if name in results else (), folder=folder)
-        for side, name in sides.items()
-    ]
-
-
 def _stacked(
     results: Results, sides: Sides, heads: Sequence[str], cells: Callable[[Result, str], list[str]]
 ) -> list[str]:
@@ -348,7 +275,7 @@ def _stacked(
             rows += [[side, contender, *cells(results[name], contender)] for contender in contenders]
         else:
             rows.append([side, NOT_YET])
-    return _table(["on", "contender", *heads], rows, words=2)
+    return table(["on", "contender", *heads], rows, words=2)
 
 
 def _entrants(result: Result) -> list[str]:
@@ -390,14 +317,3 @@ def _memory(own: Result | None) -> str:
     if own is not None and "device_mib" in own:
         parts.append(f"{significant(own['device_mib'])} on the GPU")
     return " + ".join(parts)
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> list[str]:
-    """A table whose first `words` columns are words and whose others are numbers; short rows end in blank cells."""
-    rule = ["---"] * words + ["---:"] * (len(heads) - words)
-    padded = [[*row, *[""] * (len(heads) - len(row))] for row in rows]
-    return [_row(heads), f"|{'|'.join(rule)}|", *map(_row, padded)]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "".join(f"| {cell} " if cell else "| " for cell in (cell.replace("|", "\\|") for cell in cells)) + "|"

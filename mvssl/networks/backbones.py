@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import nn
 
+from mvssl.networks import small_resnets  # noqa: F401  (timm knows their names then)
 from mvssl.recipe import Backbone
 from pipelines.errors import InputError
 

@@ -11,13 +11,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from mvssl.networks.small_resnets import NAMES
 from pipelines.errors import InputError
 
 
 def export_backbone(backbone: nn.Module, architecture: str, out: Path) -> None:
     """Write a backbone's parameters and buffers under timm's own names, float32, contiguous.
 
-    ``timm.create_model(architecture, num_classes=0, checkpoint_path=out)`` loads it.
+    ``timm.create_model(architecture, num_classes=0, checkpoint_path=out)`` loads it (`loading_code`).
     The metadata names the architecture.
 
     Raises:
@@ -41,6 +42,13 @@ def export_backbone(backbone: nn.Module, architecture: str, out: Path) -> None:
         raise InputError(
             f"The backbone could not be written to {out} ({error}): free space or choose another path."
         ) from error
+
+
+def loading_code(architecture: str, file: str) -> list[str]:
+    """Lines of Python that load an exported backbone in a program that does not use mvssl otherwise."""
+    own = ["import mvssl.networks.small_resnets  # so that timm knows the name"] if architecture in NAMES else []
+    model = f'timm.create_model("{architecture}", num_classes=0, checkpoint_path="{file}")'
+    return ["import timm", *own, f"backbone = {model}"]
 
 
 def read_backbone(path: Path) -> tuple[str, dict[str, Tensor]]:

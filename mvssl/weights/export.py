@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mvssl.weights.backbone_file import export_backbone
+from mvssl.weights.backbone_file import export_backbone, loading_code
 from mvssl.weights.naming import to_detectron2, to_torchvision
 from mvssl.weights.subject import Measured
 from pipelines.errors import InputError
@@ -74,7 +74,7 @@ def _timm(measured: Measured, out: Path) -> str:
             "say: name the architecture without a tag (--arch), or use them through timm itself."
         )
     export_backbone(measured.backbone, measured.architecture, out)
-    return f'timm.create_model("{measured.architecture}", num_classes=0, checkpoint_path="FILE")'
+    return "; ".join(line.partition("  #")[0] for line in loading_code(measured.architecture, "FILE"))
 
 
 def _torchvision(measured: Measured, out: Path) -> str:

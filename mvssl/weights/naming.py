@@ -34,9 +34,10 @@ def to_torchvision(tensors: Mapping[str, Tensor], *, architecture: str) -> dict[
     """timm's names of a ResNet's or vision transformer's tensors as torchvision's, without classifier.
 
     Raises:
-        InputError: a tensor has no counterpart there.
+        InputError: a tensor has no counterpart there, or another shape.
     """
     if _is_resnet(tensors):
+        _check_stem(tensors, "torchvision", architecture)
         return dict(tensors)
     return {_vit_name(name, architecture): tensor for name, tensor in tensors.items()}
 
@@ -59,13 +60,14 @@ def to_detectron2(tensors: Mapping[str, Tensor], *, architecture: str) -> dict[s
     convolution and the projection is called shortcut.
 
     Raises:
-        InputError: it is no ResNet.
+        InputError: it is no ResNet, or has another stem.
     """
     if not _is_resnet(tensors):
         raise InputError(
             f"format is 'detectron2' but {architecture} is no ResNet, the only backbone that Mask R-CNN FPN has there: "
             "export it with --format timm."
         )
+    _check_stem(tensors, "detectron2", architecture)
     renamed = {}
     for name, tensor in tensors.items():
         if name.endswith("num_batches_tracked"):
@@ -75,6 +77,16 @@ def to_detectron2(tensors: Mapping[str, Tensor], *, architecture: str) -> dict[s
         theirs = theirs.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
         renamed[re.sub(r"\bbn(\d)\.", r"conv\1.norm.", theirs)] = tensor
     return renamed
+
+
+def _check_stem(tensors: Mapping[str, Tensor], format_name: str, architecture: str) -> None:
+    """Check that the first convolution is the one that other libraries' ResNets have."""
+    stem = tensors.get("conv1.weight")
+    if stem is None or tuple(stem.shape[2:]) != (7, 7):
+        raise InputError(
+            f"format is {format_name!r} but {architecture} does not begin with one 7x7 convolution, as all ResNets do "
+            "there: export it with --format timm, onnx or program."
+        )
 
 
 def _is_resnet(tensors: Mapping[str, Tensor]) -> bool:

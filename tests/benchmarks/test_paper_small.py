@@ -1,10 +1,18 @@
-"""The paper's comparison gives all cells one budget and goes on where it was."""
+"""The paper's comparison tunes all arms alike, gives all cells one budget, and goes on where it was."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,80 +20,252 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks import paper_small
-from benchmarks.paper_cells import METHODS, SETTINGS, VARIANTS, Cell, make_recipe
-from benchmarks.paper_small import Arguments, measure, write_lists
-from mvssl.recipe import Recipe
-from mvssl.runs.options import RunOptions
-from mvssl.training.trainer import TrainResult
+from benchmarks.paper.cells import (
+    ARMS,
+    METHODS,
+    OPTIMIZERS,
+    SETTINGS,
+    TUNING_SEED,
+    VARIANTS,
+    Cell,
+    Setting,
+    grid,
+    kind_of,
+    make_recipe,
+    plan,
+)
+from benchmarks.paper.results import Results
+from benchmarks.paper.run_cell import pack, unpack
+from benchmarks.paper.splits import write_splits
+from benchmarks.paper_small import Arguments, Queue, compare, run_or_diverge
+from mvssl.monitor.failure import Diverged
 from pipelines.errors import InputError
 from pipelines.views.spec import tasks
 
-TINY = dataclasses.replace(SETTINGS["cpu"], classes=2, per_class=12, epochs=1, batch_size=8)
+TINY = dataclasses.replace(
+    SETTINGS["cpu"],
+    classes=2,
+    train_images=16,
+    tuning_images=3,
+    epochs=2,
+    tuning_epochs=1,
+    batch_size=8,
+    marks=2,
+    precision="fp32",
+)
+SIMSIAM = Cell(method="simsiam", variant="two-view", seed=1)
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("paper") / "data"
     generator = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 3)):
+    for split, count in (("train", 21), ("val", 3)):
         for name in ("a", "b"):
-            folder = tmp_path / "data" / split / name
+            folder = root / split / name
             folder.mkdir(parents=True)
             for n in range(count):
                 Image.fromarray(generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(folder / f"{n:02d}.jpg")
-    return tmp_path / "data"
+    return root
+
+
+def row(cell: Cell, setting: Setting = TINY, **measured: Any) -> dict[str, Any]:
+    return {"cell": dataclasses.asdict(cell), "setting": dataclasses.asdict(setting), **measured}
+
+
+def tuned(cell: Cell, accuracies: list[float], setting: Setting = TINY) -> list[dict[str, Any]]:
+    """Results of tuning a cell's arm, in the order of the grid."""
+    points = grid(cell.method, cell.optimizer, setting)
+    assert len(points) == len(accuracies)
+    cells = [dataclasses.replace(cell, variant=cell.arm, seed=TUNING_SEED, point=point.name) for point in points]
+    return [row(one, setting, tuning_knn=value) for one, value in zip(cells, accuracies, strict=True)]
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_all_cells_have_one_budget_and_differ_where_they_should(setting: paper_small.Setting) -> None:
-    for method, variant in product(METHODS, VARIANTS):
-        recipe = make_recipe(Cell(method=method, variant=variant, seed=3), setting)
-        assert (recipe.method, recipe.seed) == (method, 3)
-        assert (recipe.epochs, recipe.batch_size) == (setting.epochs, setting.batch_size)
-        assert recipe.backbone.name == "resnet18"
-        assert recipe.optimizer.base_lr == setting.base_lr
-        assert recipe.predictors == ("shared" if variant == "shared" else "per-view")
+def test_all_cells_have_one_budget_and_differ_where_they_should(setting: Setting) -> None:
+    for method, variant, optimizer in product(METHODS, VARIANTS, OPTIMIZERS):
+        cell = Cell(method=method, variant=variant, optimizer=optimizer, seed=3)
+        for point in grid(method, optimizer, setting):
+            recipe = make_recipe(cell, point, setting)
+            assert (recipe.method, recipe.seed) == (method, 3)
+            assert (recipe.epochs, recipe.batch_size) == (setting.epochs, setting.batch_size)
+            assert recipe.backbone.name == setting.backbone
+            assert (recipe.optimizer.base_lr, recipe.target_decay) == (point.base_lr, point.target_decay)
+            assert recipe.predictors == ("shared" if variant == "shared" else "per-view")
         names = {"two-view": ("global",), "per-view + cutout": ("global", "local", "cutout")}
         assert tasks(recipe.views) == names.get(variant, ("global", "local"))
         # SPEC section 4: sums of terms and tasks, for SimSiam means.
         total = sum(recipe.task_weights.values())
         assert total == pytest.approx(1.0 if method == "simsiam" else max(2.0, len(tasks(recipe.views))))
-    shared, per_view = (make_recipe(Cell(method="byol", variant=v, seed=0), setting) for v in ("shared", "per-view"))
+    point = grid("byol", "paper", setting)[0]
+    shared, per_view = (
+        make_recipe(Cell(method="byol", variant=variant, seed=0), point, setting) for variant in ("shared", "per-view")
+    )
     assert dataclasses.replace(shared, name=per_view.name, predictors="per-view") == per_view
 
 
-def test_it_goes_on_where_it_was(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paper_small, "METHODS", ("simsiam",))
-    monkeypatch.setattr(paper_small, "VARIANTS", ("two-view", "shared"))
-    monkeypatch.setitem(SETTINGS, "cpu", TINY)
-    arguments = Arguments(data=data, runs=tmp_path / "runs", seeds=(0,), device="cpu")
-    first = measure(arguments, data, Console(quiet=True))
-    assert [(row["method"], row["variant"]) for row in first["rows"]] == [
-        ("simsiam", "two-view"),
-        ("simsiam", "shared"),
+def test_the_papers_optimisers() -> None:
+    """SPEC section 5."""
+    assert [kind_of(method, "paper") for method in ("byol", "simsiam", "mocov3")] == ["lars", "sgd", "lars"]
+    assert {kind_of(method, "adamw") for method in METHODS} == {"adamw"}
+
+
+def test_every_arm_is_tuned_over_the_same_points_and_the_most_telling_cells_come_first() -> None:
+    cells = plan(TINY, seeds=(1, 2, 3))
+    assert len(set(cells)) == len(cells) == len({cell.name for cell in cells})
+    for method, optimizer in product(METHODS, OPTIMIZERS):
+        points = [point.name for point in grid(method, optimizer, TINY)]
+        for arm in ARMS:
+            found = [
+                c.point for c in cells if (c.method, c.optimizer, c.variant) == (method, optimizer, arm) and c.point
+            ]
+            assert found == points
+        for variant in VARIANTS:
+            seeds = [
+                c.seed
+                for c in cells
+                if (c.method, c.optimizer, c.variant, c.point) == (method, optimizer, variant, None)
+            ]
+            assert seeds == [1, 2, 3]
+    runs = [cell for cell in cells if cell.point is None]
+    assert [(cell.method, cell.variant, cell.seed) for cell in runs[:2]] == [
+        ("byol", "shared", 1),
+        ("byol", "per-view", 1),
     ]
-    assert all(row["steps"] == 3 and 0 <= row["knn_k20"] <= 1 for row in first["rows"])
-
-    trained = []
-    run = paper_small.run
-
-    def noted(recipe: Recipe, options: RunOptions, *, console: Console) -> TrainResult:
-        trained.append(recipe.name)
-        return run(recipe, options, console=console)
-
-    monkeypatch.setattr(paper_small, "run", noted)
-    (tmp_path / "runs" / "simsiam-shared-seed0.json").unlink()
-    again = measure(arguments, data, Console(quiet=True))
-    assert trained == ["simsiam-shared-seed0"]  # the other is kept; this one's run is finished and only read
-    assert [row["knn_k20"] for row in again["rows"]] == [row["knn_k20"] for row in first["rows"]]
-    monkeypatch.setitem(SETTINGS, "cpu", dataclasses.replace(TINY, epochs=2))
-    with pytest.raises(InputError, match="holds a run of another setting"):
-        measure(arguments, data, Console(quiet=True))
+    assert TUNING_SEED not in {cell.seed for cell in runs}
 
 
-def test_data_that_does_not_fit_is_named(data: Path, tmp_path: Path) -> None:
+def test_a_cell_waits_for_tuning_and_takes_the_best_point() -> None:
+    cell = Cell(method="byol", variant="per-view + cutout", seed=2)
+    accuracies = [0.1, 0.2, 0.3, 0.3, 0.1, 0.2, 0.0]
+    rows = tuned(cell, accuracies)
+    best = grid("byol", "paper", TINY)[2]
+    assert Results(TINY, rows).point(cell) == best  # the first of two that are as good
+    assert Results(TINY, rows[:-1]).point(cell) is None
+    assert list(Results(TINY, rows[:-1]).ready([cell])) == []
+    assert list(Results(TINY, rows).ready([cell])) == [(cell, best)]
+    done = Results(TINY, [*rows, row(cell, knn=0.5)])
+    assert list(done.ready([cell])) == []
+    assert done.runs("byol", "per-view + cutout", "paper") == [row(cell, knn=0.5)]
+
+
+def test_images_of_training_tuning_and_test_are_disjoint(data: Path, tmp_path: Path) -> None:
+    splits = write_splits(data, tmp_path / "runs", TINY)
+    parts = [set(path.read_text().splitlines()) for path in (splits.train, splits.tuning, splits.test)]
+    assert [len(part) for part in parts] == [2 * 16, 2 * 3, 2 * (2 + 3)]
+    assert len(set.union(*parts)) == sum(map(len, parts))
+    assert sum("/val/" in line for line in parts[2]) == 6
+
+
+def test_no_cell_is_begun_that_would_not_end_in_time() -> None:
+    cells = plan(TINY, seeds=(1,))
+    whole = TINY.seconds * TINY.tuning_epochs / TINY.epochs  # of one that tunes
+    assert Queue(Results(TINY), cells, seconds=0.9 * whole, most=None).take() is None
+    queue = Queue(Results(TINY), cells, seconds=0.9 * whole, most=None)
+    queue.note(cells[0], 0.5 * whole)  # so they take half of that here
+    first = queue.take()
+    assert first is not None
+    assert first[0] == cells[0]
+    queue.note(cells[0], whole)
+    assert queue.take() is None
+    limited = Queue(Results(TINY), cells, seconds=None, most=2)
+    assert [limited.take() is None for _ in range(3)] == [False, False, True]
+
+
+def test_it_goes_on_where_it_was(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SETTINGS, "cpu", TINY)
+    cells = plan(TINY, seeds=(1,), optimizers=("paper",))
+    cells = [cell for cell in cells if (cell.method, cell.variant) == ("simsiam", "two-view")]
+    cells.append(Cell(method="mocov3", variant="shared", seed=1))
+    monkeypatch.setattr(paper_small, "plan", lambda *_: cells)
+    out, runs = tmp_path / "results", tmp_path / "runs"
+    out.mkdir()
+    for result in tuned(cells[-1], [0.1] * 7):  # as if another machine had made them
+        (out / f"{Cell(**result['cell']).name}.json").write_text(json.dumps(result))
+    said = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115  (closed with the process)
+    arguments = Arguments(data=data, out=out, runs=runs, device="cpu", jobs=2)
+    assert compare(dataclasses.replace(arguments, cells=2), data, said)
+    first = Results.read(out, TINY)
+    assert [cell in first.rows for cell in cells] == [True, True, False, False, False, False, False]
+    assert "5 of 7 cells are left" in said.export_text()
+
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert compare(arguments, data, Console(quiet=True))
+    found = Results.read(out, TINY)
+    assert set(cells) <= found.rows.keys()
+    assert all(path.read_bytes() == text for path, text in before.items())
+    assert not [path for path in runs.iterdir() if path.is_dir()], "checkpoints of finished cells are deleted"
+    measured = found.rows[SIMSIAM]
+    assert measured["point"] == dataclasses.asdict(found.point(SIMSIAM))  # type: ignore[call-overload]
+    assert (measured["steps"], measured["test_images"]) == (8, 10)
+    for measure in ("knn", "linear"):
+        assert measured[measure] == pytest.approx(unpack(measured[f"{measure}_hits"], 10).mean())
+    mocov3 = found.rows[cells[-1]]
+    assert [mark["step"] for mark in mocov3["signals"]] == [4, 8]
+    assert mocov3["signals"][0]["cosine"]["predictor"].keys() == {"global", "local", "global/local"}
+    assert mocov3["curves"].keys() >= {"step", "loss/global", "loss/local", "grad_norm"}
+
+    changed = dataclasses.replace(TINY, epochs=3)
+    with pytest.raises(InputError, match=r"is of another setting \(epochs differ\): give another --out"):
+        Results.read(out, changed)
+    (out / "broken.json").write_text('{"cell": 1')
+    with pytest.raises(InputError, match=r"broken\.json is no result of a cell .*: delete it"):
+        Results.read(out, TINY)
+
+
+def test_which_images_were_right_survives_packing() -> None:
+    import torch
+
+    right = torch.rand(37, generator=torch.Generator().manual_seed(0)) > 0.5
+    assert unpack(pack(right), 37).tolist() == right.tolist()
+
+
+def test_a_run_that_diverges_is_a_result(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(*_: object, **__: object) -> dict[str, Any]:
+        raise Diverged(f"The loss of step 3 is not finite; see {tmp_path / 'run'}/failure.json")
+
+    monkeypatch.setattr(paper_small, "run_cell", diverge)
+    point = grid("simsiam", "paper", TINY)[0]
+    splits = write_splits(data, tmp_path / "lists", TINY)
+    measured = run_or_diverge(SIMSIAM, point, TINY, splits, tmp_path / "run", device="cpu", threads=1)
+    assert measured["tuning_knn"] == 0.0
+    assert "step 3" in measured["diverged"]
+    assert str(tmp_path) not in measured["diverged"]
+    assert Results(TINY, [row(SIMSIAM, **measured)]).runs("simsiam", "two-view", "paper") == []
+
+
+def test_workers_end_with_a_command_that_was_killed() -> None:
+    program = """
+        import os, time
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_context
+        from benchmarks.paper_small import _stop_with_parent
+        if __name__ == "__main__":
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_stop_with_parent) as pool:
+                print(pool.submit(os.getpid).result(), flush=True)
+                pool.submit(time.sleep, 600).result()
+    """
+    command = [sys.executable, "-c", "exec(compile(__import__('sys').argv[1], 'p', 'exec'))", textwrap.dedent(program)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        process.send_signal(signal.SIGKILL)
+    for _ in range(100):
+        if not Path(f"/proc/{worker}").exists():
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker went on for ten seconds")
+
+
+def test_what_cannot_be_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"must be a folder with train/ and val/"):
-        write_lists(tmp_path, tmp_path / "runs", TINY)
+        write_splits(tmp_path, tmp_path / "runs", TINY)
     with pytest.raises(InputError, match="has 2 classes but the setting needs 3"):
-        write_lists(data, tmp_path / "runs", dataclasses.replace(TINY, classes=3))
-    with pytest.raises(InputError, match="has 12 images but the setting needs 13"):
-        write_lists(data, tmp_path / "runs", dataclasses.replace(TINY, per_class=13))
+        write_splits(data, tmp_path / "runs", dataclasses.replace(TINY, classes=3))
+    with pytest.raises(InputError, match="has 21 images but the setting needs 22"):
+        write_splits(data, tmp_path / "runs", dataclasses.replace(TINY, train_images=19))
+    with pytest.raises(InputError, match="seeds is"):
+        Arguments(seeds=(0, 1))
+    with pytest.raises(InputError, match="jobs is 0"):
+        Arguments(jobs=0)

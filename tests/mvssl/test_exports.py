@@ -41,7 +41,8 @@ def features(model: nn.Module, size: int) -> torch.Tensor:
 def test_timm_loads_it(tmp_path: Path) -> None:
     subject = measured("resnet18")
     said = export(subject, "timm", tmp_path / "b.safetensors")
-    assert said == f'timm.create_model("resnet18", num_classes=0, checkpoint_path="{tmp_path / "b.safetensors"}")'
+    path = tmp_path / "b.safetensors"
+    assert said == f'import timm; backbone = timm.create_model("resnet18", num_classes=0, checkpoint_path="{path}")'
     loaded = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(tmp_path / "b.safetensors"))
     assert torch.equal(features(loaded, 64), features(subject.backbone, 64))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,70 @@ class FastLinear:
         return [Setting(lr=lr, weight_decay=decay) for lr in self.lr for decay in self.weight_decay]
 
 
+@dataclass(frozen=True, kw_only=True)
+class BestFit:
+    """The best classifier of a grid.
+
+    Attributes:
+        classifiers: it alone, trained on all images.
+        setting: its learning rate and weight decay.
+        held_out_top1: of each setting of the grid, on images held out in the race.
+    """
+
+    classifiers: Classifiers
+    setting: Setting
+    held_out_top1: list[float]
+
+
+def fit_best(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    settings: FastLinear,
+    *,
+    classes: int,
+    held_out: torch.Tensor,
+    say: Callable[[str], None] = lambda said: None,
+) -> BestFit:
+    """The fast protocol on features: the settings race on images that are held out, the best is trained on all.
+
+    Args:
+        features: float [N, D], of the images to learn from.
+        labels: int64 [N].
+        settings: the grid and how it is trained.
+        classes: how many there are.
+        held_out: bool [N], of images that the settings are compared on (`stratified`).
+        say: called with a sentence on what is done.
+
+    Raises:
+        InputError: the best setting diverges.
+    """
+    grid, batch_size = settings.grid(), settings.batch_for(len(features))
+    raced = race(
+        features,
+        labels,
+        grid,
+        classes=classes,
+        held_out=held_out,
+        rounds=[(max(1.0, share * settings.epochs), part) for share, part in ROUNDS],
+        batch_size=batch_size,
+        seed=settings.seed,
+        progress=say,
+    )
+    chosen = grid[raced.order[0]]
+    say(f"learning rate {chosen.lr:g}, weight decay {chosen.weight_decay:g} for {settings.epochs} epochs on all images")
+    final = fit(
+        features,
+        labels,
+        [chosen],
+        classes=classes,
+        epochs=settings.epochs,
+        batch_size=batch_size,
+        seed=settings.seed,
+    )
+    _check_finite(final, chosen)
+    return BestFit(classifiers=final, setting=chosen, held_out_top1=raced.accuracy)
+
+
 def fast_linear(session: Session, settings: FastLinear) -> dict[str, Any]:
     """Measure a grid of linear classifiers.
 
@@ -84,49 +149,27 @@ def fast_linear(session: Session, settings: FastLinear) -> dict[str, Any]:
     features, labels, image = loaded(session, train_store, session.train.labels)
     val_features, val_truth, _ = loaded(session, val_store, val_labels)
 
-    def best() -> tuple[list[dict[str, Any]], int, Accuracy]:
+    def best() -> tuple[BestFit, Accuracy]:
         held_out = stratified(torch.from_numpy(session.train.labels), settings.held_out, seed=settings.seed)
-        raced = race(
+        found = fit_best(
             features,
             labels,
-            settings.grid(),
+            settings,
             classes=classes,
             held_out=held_out.to(image.device)[image],
-            rounds=[(max(1.0, share * settings.epochs), part) for share, part in ROUNDS],
-            batch_size=settings.batch_for(len(features)),
-            seed=settings.seed,
-            progress=lambda said: session.console.print(f"linear: {said}", highlight=False),
+            say=lambda said: session.console.print(f"linear: {said}", highlight=False),
         )
-        chosen = settings.grid()[raced.order[0]]
-        session.console.print(
-            f"linear: learning rate {chosen.lr:g}, weight decay {chosen.weight_decay:g} for {settings.epochs} epochs "
-            f"on all {len(session.train):,} images",
-            highlight=False,
-        )
-        final = fit(
-            features,
-            labels,
-            [chosen],
-            classes=classes,
-            epochs=settings.epochs,
-            batch_size=settings.batch_for(len(features)),
-            seed=settings.seed,
-        )
-        _check_finite(final, chosen)
-        measured = accuracy_of(final.ranked(val_features, 0), val_truth, session.train.classes)
-        tried = [
-            {"lr": s.lr, "weight_decay": s.weight_decay, "held_out_top1": value}
-            for s, value in zip(settings.grid(), raced.accuracy, strict=True)
-        ]
-        return tried, raced.order[0], measured
+        return found, accuracy_of(found.classifiers.ranked(val_features, 0), val_truth, session.train.classes)
 
-    tried, number, measured = session.world.on_main(best)
-    chosen = settings.grid()[number]
+    found, measured = session.world.on_main(best)
     return {
         **measured.to_dict(),
-        "lr": chosen.lr,
-        "weight_decay": chosen.weight_decay,
-        "grid": tried,
+        "lr": found.setting.lr,
+        "weight_decay": found.setting.weight_decay,
+        "grid": [
+            {"lr": setting.lr, "weight_decay": setting.weight_decay, "held_out_top1": value}
+            for setting, value in zip(settings.grid(), found.held_out_top1, strict=True)
+        ],
         "train_images": int((train_store.state[: len(session.train)] == DONE).sum()),
     }
 

@@ -17,6 +17,7 @@ from mvssl.monitor.places.jsonl import read_jsonl
 from mvssl.recipe import Recipe
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.serialize import to_dict
+from mvssl.weights.backbone_file import loading_code
 from pipelines.errors import InputError
 
 _STYLE = """
@@ -240,10 +241,7 @@ def _bad(folder: RunFolder) -> str:
 def _backbone(folder: RunFolder, recipe: Recipe) -> str:
     if not folder.backbone.exists():
         return ""
-    code = (
-        f'import timm\nbackbone = timm.create_model("{recipe.backbone.name}", num_classes=0, '
-        f'checkpoint_path="{folder.backbone}")'
-    )
+    code = "\n".join(loading_code(recipe.backbone.name, str(folder.backbone)))
     return f"<pre>{escape(code)}</pre><pre>{escape(f'mvssl-eval linear --run {folder.path}')}</pre>"
 
 

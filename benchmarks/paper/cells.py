@@ -1,0 +1,245 @@
+"""What the paper's comparison at a small scale compares: methods, variants, sizes, and the recipe of each cell.
+
+A cell is one run. Each arm (two-view, shared, per-view) of each method is tuned alike: one run for each point of a
+small grid of learning rate, weight decay and target decay, with a seed of its own and fewer epochs, judged by kNN on
+images that are neither trained on nor tested on. The best point is then run with other seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal
+
+from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from pipelines.views.presets import byol_views, mocov3_views, paper_views, simsiam_views
+from pipelines.views.spec import ViewSpec, tasks
+
+METHODS = ("byol", "simsiam", "mocov3")
+TITLES = {"byol": "BYOL", "simsiam": "SimSiam", "mocov3": "MoCo v3"}
+VARIANTS = ("two-view", "shared", "per-view", "per-view + cutout")
+ARMS = ("shared", "per-view", "two-view")
+"""The variants that are tuned; the one with cutout takes the settings of per-view."""
+OPTIMIZERS = {"paper": "the paper's optimiser (LARS; SGD for SimSiam)", "adamw": "AdamW"}
+TUNING_SEED = 0
+TWO_VIEWS: dict[str, Callable[..., tuple[ViewSpec, ...]]] = {
+    "byol": byol_views,
+    "simsiam": simsiam_views,
+    "mocov3": mocov3_views,
+}
+_OPTIMIZER = {  # learning rate for a batch of 256, weight decay and another one to try
+    "lars": (2.0, 1.5e-6, 1e-4),
+    "sgd": (0.05, 1e-4, 5e-4),
+    "adamw": (4e-3, 0.05, 0.01),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """The size of every run.
+
+    Attributes:
+        classes: how many are used, the first in alphabetical order.
+        train_images: of each class that are trained on, the first in alphabetical order.
+        tuning_images: of each class that tuning is judged by, the next ones.
+        backbone: the encoder.
+        size, local_size: pixels of the global and local views.
+        evaluation_size: pixels of an image when it is evaluated.
+        epochs, tuning_epochs: of a run, and of one that tunes.
+        batch_size: images a step.
+        target_decay: the middle of the grid.
+        precision: of training.
+        marks: times during a run at which gradients are compared.
+        seconds: what a run of all epochs is thought to take, before one is known.
+    """
+
+    classes: int
+    train_images: int
+    tuning_images: int
+    backbone: str
+    size: int
+    local_size: int
+    evaluation_size: int
+    epochs: int
+    tuning_epochs: int
+    batch_size: int
+    target_decay: float
+    precision: Literal["auto", "fp32", "bf16"]
+    marks: int
+    seconds: float
+
+
+SETTINGS = {
+    "cpu": Setting(
+        classes=20,
+        train_images=200,
+        tuning_images=100,
+        backbone="resnet10_tiny",
+        size=24,
+        local_size=16,
+        evaluation_size=32,
+        epochs=40,
+        tuning_epochs=10,
+        batch_size=64,
+        target_decay=0.98,
+        precision="bf16",
+        marks=8,
+        seconds=400,
+    ),
+    "gpu": Setting(
+        classes=50,
+        train_images=450,
+        tuning_images=50,
+        backbone="resnet18_small",
+        size=32,
+        local_size=16,
+        evaluation_size=40,
+        epochs=100,
+        tuning_epochs=25,
+        batch_size=256,
+        target_decay=0.99,
+        precision="auto",
+        marks=10,
+        seconds=120,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What tuning chooses.
+
+    Attributes:
+        name: what was changed, seen from the middle of the grid.
+        base_lr: learning rate for a batch of 256.
+        weight_decay: of the optimiser.
+        target_decay: of the target network at the first step; unused by SimSiam.
+    """
+
+    name: str
+    base_lr: float
+    weight_decay: float
+    target_decay: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of the comparison.
+
+    Attributes:
+        method, variant: of METHODS and VARIANTS.
+        optimizer: of OPTIMIZERS.
+        seed: of order, draws and initial weights.
+        point: of the grid, by its name, in a run that tunes; None takes the point that tuning chose.
+    """
+
+    method: str
+    variant: str
+    optimizer: str = "paper"
+    seed: int
+    point: str | None = None
+
+    @property
+    def arm(self) -> str:
+        """The variant whose tuning decides."""
+        return "per-view" if self.variant.startswith("per-view") else self.variant
+
+    @property
+    def name(self) -> str:
+        """Name of its file and folder."""
+        end = f"seed{self.seed}" if self.point is None else f"tuning-{self.point.replace(' ', '')}"
+        return f"{self.method}-{self.optimizer}-{self.variant.replace(' + ', '-')}-{end}"
+
+
+def kind_of(method: str, optimizer: str) -> Literal["lars", "sgd", "adamw"]:
+    """The optimiser by the name that recipes have for it (SPEC section 5)."""
+    if optimizer == "adamw":
+        return "adamw"
+    return "sgd" if method == "simsiam" else "lars"
+
+
+def grid(method: str, optimizer: str, setting: Setting) -> tuple[Point, ...]:
+    """The points that an arm is tuned over: a middle, and one number changed at a time; the same for every arm."""
+    lr, decay, other_decay = _OPTIMIZER[kind_of(method, optimizer)]
+    middle = Point(name="middle", base_lr=lr, weight_decay=decay, target_decay=setting.target_decay)
+    points = [
+        middle,
+        replace(middle, name="lr x 10", base_lr=10 * lr),
+        replace(middle, name="lr x 3", base_lr=3 * lr),
+        replace(middle, name="lr div 3", base_lr=lr / 3),
+        replace(middle, name="decay", weight_decay=other_decay),
+    ]
+    if method != "simsiam":
+        gap = 1 - setting.target_decay
+        points += [
+            replace(middle, name="slow target", target_decay=round(1 - gap / 3, 5)),
+            replace(middle, name="quick target", target_decay=round(1 - gap * 3, 5)),
+        ]
+    return tuple(points)
+
+
+def plan(setting: Setting, seeds: Sequence[int], optimizers: Sequence[str] = tuple(OPTIMIZERS)) -> list[Cell]:
+    """All cells, the most telling first: shared against per-view of BYOL, then its baseline, then the other methods."""
+    cells: list[Cell] = []
+    for optimizer, method in product(optimizers, METHODS):
+        points = grid(method, optimizer, setting)
+        for arms in (("shared", "per-view"), ("two-view",)):
+            cells += [
+                Cell(method=method, variant=arm, optimizer=optimizer, seed=TUNING_SEED, point=point.name)
+                for point, arm in product(points, arms)
+            ]
+            cells += [
+                Cell(method=method, variant=arm, optimizer=optimizer, seed=seed) for seed, arm in product(seeds, arms)
+            ]
+        cells += [Cell(method=method, variant=VARIANTS[-1], optimizer=optimizer, seed=seed) for seed in seeds]
+    return cells
+
+
+def make_recipe(cell: Cell, point: Point, setting: Setting) -> Recipe:
+    """The recipe of a cell: the method's heads and loss, the variant's views and predictors, the common rest."""
+    sizes = {"size": setting.size, "blur_kernel": max(3, setting.size // 10 * 2 - 1)}
+    views = (
+        TWO_VIEWS[cell.method](**sizes)
+        if cell.variant == "two-view"
+        else paper_views(
+            num_local=2, num_cutout=1 if cell.variant.endswith("cutout") else 0, local_size=setting.local_size, **sizes
+        )
+    )
+    # SPEC section 4: BYOL and MoCo v3 sum the two terms of the baseline and the tasks; SimSiam takes means of both.
+    names = tasks(views)
+    weight = 1 / len(names) if cell.method == "simsiam" else 2.0 if cell.variant == "two-view" else 1.0
+    simsiam = cell.method == "simsiam"
+    epochs = setting.epochs if cell.point is None else setting.tuning_epochs
+    return Recipe(
+        name=cell.name,
+        method=cell.method,
+        views=views,
+        task_weights=dict.fromkeys(names, weight),
+        predictors="shared" if cell.variant == "shared" else "per-view",
+        backbone=Backbone(name=setting.backbone),
+        projector=Head(
+            hidden=(512, 512) if simsiam else (1024,),
+            out=512 if simsiam else 256,
+            output_norm=cell.method != "byol",
+        ),
+        predictor=Head(
+            hidden=(128,) if simsiam else (1024,),
+            out=512 if simsiam else 256,
+            output_norm=cell.method == "mocov3",
+        ),
+        optimizer=Optimizer(
+            kind=kind_of(cell.method, cell.optimizer),
+            base_lr=point.base_lr,
+            weight_decay=point.weight_decay,
+            warmup_epochs=0 if simsiam and cell.optimizer == "paper" else epochs / 10,
+            constant_predictor_lr=simsiam,
+        ),
+        temperature=1.0 if cell.method == "mocov3" else None,
+        epochs=epochs,
+        batch_size=setting.batch_size,
+        target_decay=point.target_decay,
+        seed=cell.seed,
+        precision=setting.precision,
+        evaluation=Evaluation(every_epochs=0, resize=setting.evaluation_size, crop=setting.evaluation_size),
+    )

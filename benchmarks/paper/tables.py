@@ -1,0 +1,209 @@
+"""What came out of the paper's comparison, as Markdown tables, a function each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+
+from benchmarks.paper.cells import ARMS, METHODS, OPTIMIZERS, TITLES, VARIANTS, Cell, Setting, kind_of
+from benchmarks.paper.power import Components, components, interval
+from benchmarks.paper.results import Results, Row
+from benchmarks.paper.run_cell import unpack
+from benchmarks.report.markdown import table
+from benchmarks.report.origins import MADE_BY, NOT_YET, machine
+
+NAMES = {"CPU": "paper_small_cpu", "GPU": "paper_small_gpu"}
+"""Folders of results, by where they were made."""
+KIND_TITLES = {"lars": "LARS", "sgd": "SGD", "adamw": "AdamW"}
+MEASURES = {"linear": "linear", "knn": "kNN"}
+COMPARED = (("per-view", "shared"), ("shared", "two-view"), ("per-view", "two-view"), (VARIANTS[-1], "two-view"))
+TEST_IMAGES = (1000, 2500, 10_000, 50_000)
+DIFFERENCE = 0.02
+
+
+def results_of(result: Mapping[str, Any]) -> Results:
+    """The cells of a folder of results as `benchmarks.tables` reads it."""
+    cells: list[Row] = list(result["cells"])
+    return Results(Setting(**cells[0]["setting"]), cells)
+
+
+def accuracies(results: Mapping[str, Any]) -> list[str]:
+    """Top-1 of every method and variant, mean and standard deviation over seeds."""
+    rows = []
+    for side, found, method, optimizer in _methods(results):
+        for measure, title in MEASURES.items():
+            cells = [_spread([row[measure] for row in found.runs(method, variant, optimizer)]) for variant in VARIANTS]
+            rows.append([side, _title(method, optimizer), title, *cells])
+    return [*_table(results, ["top-1", *VARIANTS], rows), "", *_origins(results)]
+
+
+def differences(results: Mapping[str, Any]) -> list[str]:
+    """Differences of arms in points, with 95 % intervals over seeds."""
+    rows = []
+    for side, found, method, optimizer in _methods(results):
+        for one, other in COMPARED:
+            cells = [_difference(found, method, optimizer, one, other, measure) for measure in MEASURES]
+            rows.append([side, _title(method, optimizer), f"{one} less {other}", *cells])
+    return _table(results, ["difference", *MEASURES.values()], rows)
+
+
+def tuning(results: Mapping[str, Any]) -> list[str]:
+    """What tuning chose for each arm, and how far its points lie apart."""
+    rows = []
+    for side, found, method, optimizer in _methods(results):
+        for arm in ARMS:
+            cell = Cell(method=method, variant=arm, optimizer=optimizer, seed=1)
+            point, tried = found.point(cell), found.tuning(cell)
+            if point is None:
+                continue
+            decay = "" if method == "simsiam" else f"{point.target_decay:g}"
+            spread = f"{100 * min(tried.values()):.1f} to {100 * max(tried.values()):.1f}"
+            numbers = [f"{point.base_lr:.3g}", f"{point.weight_decay:g}", decay, spread]
+            rows.append([side, _title(method, optimizer), arm, *numbers])
+    heads = ["learning rate", "weight decay", "target decay", "kNN of all points, %"]
+    return _table(results, ["arm", *heads], rows)
+
+
+def signs(results: Mapping[str, Any]) -> list[str]:
+    """What instability would look like, over the second half of the runs: cosines of gradients, and ranks."""
+    heads = ["predictor: global", "local", "global/local", "encoder: global", "local", "global/local"]
+    rows = []
+    for side, found, method, optimizer in _methods(results):
+        for variant in ("shared", "per-view"):
+            runs = found.runs(method, variant, optimizer)
+            if runs:
+                cosines = [
+                    _late(runs, lambda mark, part=part, pair=pair: mark["cosine"][part].get(pair))
+                    for part, pair in product(("predictor", "encoder"), ("global", "local", "global/local"))
+                ]
+                ranks = [
+                    _late(runs, lambda mark: mark["prediction_rank"]["global"], digits=0),
+                    _late(runs, lambda mark: mark["prediction_rank"]["local"], digits=0),
+                    _late(runs, lambda mark: mark["embedding_rank"], digits=0),
+                ]
+                rows.append([side, _title(method, optimizer), variant, *cosines, *ranks])
+    ranks_heads = ["rank: global predictions", "local predictions", "embeddings"]
+    return _table(results, ["arm", *heads, *ranks_heads], rows)
+
+
+def power(results: Mapping[str, Any]) -> list[str]:
+    """Seeds an arm that it takes to see a difference of 2 points between per-view and shared, by test images."""
+    rows = []
+    for side, found, method, optimizer in _methods(results):
+        for measure, title in MEASURES.items():
+            parts = difference_components(found, method, optimizer, "per-view", "shared", measure)
+            if parts is None:
+                continue
+            needed = [parts.seeds_for(DIFFERENCE, images) for images in TEST_IMAGES]
+            runs = found.runs(method, "shared", optimizer)
+            error = 100 * parts.standard_error(len(runs), runs[0]["test_images"])
+            shown = [f"{max(2, np.ceil(seeds)):.0f}" if np.isfinite(seeds) else "never" for seeds in needed]
+            spread = [f"{100 * parts.seed**0.5:.2f}", f"{error:.2f}"]
+            rows.append([side, _title(method, optimizer), title, *spread, *shown])
+    heads = ["seeds' own spread, points", "standard error here", *(f"{count:,} test images" for count in TEST_IMAGES)]
+    return _table(results, ["top-1", *heads], rows)
+
+
+def difference_components(
+    found: Results, method: str, optimizer: str, one: str, other: str, measure: str
+) -> Components | None:
+    """Where the variance of the difference of two arms comes from; None with fewer than two seeds in common."""
+    pairs = _pairs(found, method, optimizer, one, other)
+    if len(pairs) < 2:
+        return None
+    hits = [[unpack(row[f"{measure}_hits"], row["test_images"]).astype(np.float64) for row in pair] for pair in pairs]
+    return components(np.stack([a - b for a, b in hits]))
+
+
+def _difference(found: Results, method: str, optimizer: str, one: str, other: str, measure: str) -> str:
+    pairs = _pairs(found, method, optimizer, one, other)
+    if not pairs:
+        return ""
+    middle, half = (100 * value for value in interval([a[measure] - b[measure] for a, b in pairs]))
+    shown = f"{middle:+.1f}"
+    return f"{shown} ({middle - half:+.1f} to {middle + half:+.1f})" if np.isfinite(half) else f"{shown} (one seed)"
+
+
+def _pairs(found: Results, method: str, optimizer: str, one: str, other: str) -> list[tuple[Row, Row]]:
+    """Runs of two variants with one seed."""
+    first, second = (
+        {row["cell"]["seed"]: row for row in found.runs(method, variant, optimizer)} for variant in (one, other)
+    )
+    return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
+
+
+def _methods(results: Mapping[str, Any]) -> Iterator[tuple[str, Results, str, str]]:
+    """Where, results, method and optimiser of all that has a cell."""
+    for side, name in NAMES.items():
+        if name in results:
+            found = results_of(results[name])
+            for optimizer, method in product(OPTIMIZERS, METHODS):
+                if any((cell.method, cell.optimizer) == (method, optimizer) for cell in found.rows):
+                    yield side, found, method, optimizer
+
+
+def _table(results: Mapping[str, Any], heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows that begin with where and method, and one for each side without results."""
+    missing = [[side, NOT_YET] for side, name in NAMES.items() if name not in results]
+    return table(["on", "method", *heads], [*rows, *missing], words=3)
+
+
+def _title(method: str, optimizer: str) -> str:
+    return f"{TITLES[method]}, {KIND_TITLES[kind_of(method, optimizer)]}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    shown = f"{100 * mean(values):.1f}"
+    return f"{shown} \N{PLUS-MINUS SIGN} {100 * stdev(values):.1f}" if len(values) > 1 else f"{shown} (one seed)"
+
+
+def _late(runs: Sequence[Row], value: Any, *, digits: int = 2) -> str:
+    """Mean over the second half of the marks of all runs; "" where there is nothing."""
+    values = [
+        found
+        for run in runs
+        for mark in run["signals"][len(run["signals"]) // 2 :]
+        if (found := value(mark)) is not None
+    ]
+    return f"{mean(values):.{digits}f}" if values else ""
+
+
+def _origins(results: Mapping[str, Any]) -> list[str]:
+    """A line for each side on where its cells are from."""
+    lines = []
+    for side, name in NAMES.items():
+        if name not in results:
+            lines.append(f"- {side}: {NOT_YET} (`{MADE_BY[name]}`).")
+            continue
+        cells = results[name]["cells"]
+        setting = Setting(**cells[0]["setting"])
+        machines = Counter(machine({**row, "device": side.lower().replace("gpu", "cuda")}) for row in cells)
+        versions = sorted({f"torch {row['environment']['packages']['torch']}" for row in cells})
+        steps = max(row.get("steps", 0) for row in cells)
+        test = max(row.get("test_images", 0) for row in cells)
+        seeds = Counter(row["cell"]["seed"] for row in cells if row["cell"]["point"] is None)
+        diverged = sum("diverged" in row for row in cells)
+        said = [
+            ", ".join(machines),
+            *versions,
+            f"{setting.backbone}, {setting.classes} classes of {setting.train_images} images (chance "
+            f"{100 / setting.classes:g} %), {test:,} test images",
+            f"views of {setting.size} and {setting.local_size} px",
+            f"{setting.epochs} epochs ({steps:,} steps of {setting.batch_size} images)",
+            f"up to {len(seeds)} seeds, mean \N{PLUS-MINUS SIGN} standard deviation",
+            f"{len(cells)} cells, {diverged} of them diverged",
+        ]
+        lines.append(f"- [{side}](results/{name}): {', '.join(said)}: `{MADE_BY[name]}`")
+    return lines
+
+
+def all_tables(results: Mapping[str, Any]) -> list[str]:
+    """All of them, for a terminal."""
+    return [line for make in (accuracies, differences, tuning, signs, power) for line in [*make(results), ""]]
