@@ -17,7 +17,7 @@ from typing import Any
 import tyro
 
 from benchmarks.paper import tables as paper_tables
-from benchmarks.report import accuracy_tables, result_tables
+from benchmarks.report import accuracy_tables, loader_tables, result_tables, step_tables, view_tables
 from benchmarks.report.markers import fill, stale
 from benchmarks.report.origins import MADE_BY, Results
 from pipelines.console import run_cli
@@ -29,23 +29,26 @@ COMMAND = "python -m benchmarks.tables"
 TABLES: dict[str, dict[str, Callable[[Results], list[str]]]] = {
     "README.md": {"headlines": result_tables.headlines, "evaluation": accuracy_tables.evaluation},
     "benchmarks/MEASURED.md": {
-        "views": result_tables.views,
-        "loader": result_tables.loader,
-        "loader-cold": result_tables.loader_cold,
-        "train": result_tables.train,
-        "step": result_tables.step,
-        "start": result_tables.start,
+        "views": view_tables.views,
+        "loader": loader_tables.loader,
+        "loader-cold": loader_tables.loader_cold,
+        "lock": loader_tables.lock,
+        "train": step_tables.train,
+        "step": step_tables.step,
+        "start": step_tables.start,
+        "linear": accuracy_tables.linear,
+    },
+    "benchmarks/PAPER.md": {
         "paper": paper_tables.accuracies,
         "paper-differences": paper_tables.differences,
         "paper-signs": paper_tables.signs,
         "paper-tuning": paper_tables.tuning,
         "paper-power": paper_tables.power,
-        "linear": accuracy_tables.linear,
     },
     "benchmarks/README.md": {
         "overview": result_tables.overview,
-        "views-details": result_tables.views_details,
-        "kernels": result_tables.kernels,
+        "views-details": view_tables.views_details,
+        "kernels": view_tables.kernels,
     },
 }
 """For each file its tables: what makes the lines of each from the results."""

@@ -25,6 +25,8 @@ MADE_BY = {
     "loader_cpu": "python -m benchmarks.bench_loader FOLDER SHARDS BETON",
     "loader_tiny_cpu": "python -m benchmarks.bench_loader TINY_IMAGENET --cache",
     "loader_cold_cpu": "python -m benchmarks.bench_loader FOLDER SHARDS BETON --cold",
+    "lock_cpu": "python -m benchmarks.bench_lock DATA --other CHECKOUT",
+    "lock_tiny_cpu": "python -m benchmarks.bench_lock TINY_IMAGENET --other CHECKOUT",
     "loader_cuda": SUITE,
     "train_cpu": "python -m benchmarks.bench_train DATA",
     "train_cuda": SUITE,

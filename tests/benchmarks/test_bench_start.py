@@ -13,7 +13,7 @@ import pytest
 from benchmarks import bench_start
 from benchmarks.bench_start import PHASES, STARTS, parse, start
 from benchmarks.measuring.command_line import command_of, write_result
-from benchmarks.report import result_tables
+from benchmarks.report import step_tables
 from pipelines.errors import InputError
 
 
@@ -68,7 +68,7 @@ def test_starts_share_a_cache_and_each_is_kept(
         zip(STARTS, (4.0, 5.0, 6.0), strict=True)
     )
     assert "turn 2 of 3, compiled, second start: training after 5.0 s" in told.err
-    lines = result_tables.start({"start_cpu": result})
+    lines = step_tables.start({"start_cpu": result})
     assert "| CPU | not compiled | 6.00 | 6.00 | 6.00 | 6.00 | 6.00 |" in lines
 
 

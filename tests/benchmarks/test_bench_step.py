@@ -15,7 +15,7 @@ from benchmarks.bench_step import ORDER, Arguments, builds_of, groups, measure
 from benchmarks.contenders.step import OURS, PEAK, PLAIN, WITH_LOADER, Setup, flops_per_image
 from benchmarks.measuring.isolated import Turn
 from benchmarks.measuring.process_memory import Memory
-from benchmarks.report import result_tables
+from benchmarks.report import step_tables
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.runs.environment import environment
 from pipelines.errors import InputError
@@ -69,7 +69,7 @@ def test_all_ways_do_the_same_and_the_result_is_told(
     assert measured["times_plain"]["grouped"]["median"] == pytest.approx(ratio)
     for line in ("building grouped ...", "built grouped in", "warm-up of grouped:", "turn 1 of 1 of grouped:"):
         assert line in told.err
-    lines = result_tables.step({"step_cpu": result})
+    lines = step_tables.step({"step_cpu": result})
     assert sum(line.startswith("| CPU | demo, batch 4 |") for line in lines) == 3
 
 
@@ -137,7 +137,7 @@ def test_a_gpus_numbers_fill_the_table() -> None:
         "recipes": [measured],
         "environment": environment() | {"gpus": ["NVIDIA H100"], "command": "made up"},
     }
-    lines = result_tables.step({"step_cuda": result})
+    lines = step_tables.step({"step_cuda": result})
     rows = {line.split(" | ")[2]: line for line in lines if line.startswith("| GPU |")}
     dash = "\N{EN DASH}"
     expected = f"40.0 (40.0{dash}40.0) | 3.00 (2.00{dash}4.00) | 1 | 5.00 | 90.0 of 100 | 100 | 20.0 % | 80.0 % |"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import bench_linear, evaluate_small
-from benchmarks.report.result_tables import evaluation, linear
+from benchmarks.report.accuracy_tables import evaluation, linear
 from mvssl.networks.siamese import build_networks
 from mvssl.weights.layouts import find_networks
 from mvssl.weights.read import read_weights

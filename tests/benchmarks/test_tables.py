@@ -18,7 +18,7 @@ from benchmarks.measuring.isolated import Turn
 from benchmarks.measuring.process_memory import Memory
 from benchmarks.measuring.timing import Times
 from benchmarks.measuring.turns import ratios
-from benchmarks.report import result_tables
+from benchmarks.report import loader_tables, result_tables, step_tables, view_tables
 from benchmarks.report.markers import fill, stale
 from benchmarks.report.origins import MADE_BY, machine, origin
 from benchmarks.report.rounding import percent, scientific, significant, with_spread
@@ -155,7 +155,7 @@ def test_generating_again_changes_nothing(tree: Path) -> None:
 
 def test_a_number_edited_by_hand_is_found_and_put_right(tree: Path) -> None:
     before = texts(tree)
-    views = result_tables.views(load(tree))
+    views = view_tables.views(load(tree))
     row = next(line for line in views if line.startswith("| native |"))
     edit(tree / "benchmarks/MEASURED.md", row, row.replace("| native | ", "| native | 9"))
     edit(tree / "benchmarks/README.md", "| columns | 1,789 |", "| columns | 1,788 |")
@@ -193,9 +193,9 @@ def test_text_beside_the_tables_is_left_alone() -> None:
             r"MEASURED\.md, line \d+: the table 'train' has no end: put a line <!-- end --> below it\.",
         ),
         (
-            r"(<!-- table: paper -->.*?)<!-- end -->",
+            r"(<!-- table: linear -->.*?)<!-- end -->",
             r"\1",
-            r"MEASURED\.md, line \d+: the table 'paper' has no end: put a line <!-- end --> below it\.",
+            r"MEASURED\.md, line \d+: the table 'linear' has no end: put a line <!-- end --> below it\.",
         ),
         (
             r"<!-- table: views -->",
@@ -268,7 +268,7 @@ def test_made_up_gpu_results_fill_the_tables(tree: Path) -> None:
         "benchmarks/MEASURED.md": ["views", "loader", "train"],
         "benchmarks/README.md": ["overview", "views-details"],
     }
-    headlines, readme, details = (text.splitlines() for text in texts(tree))
+    headlines, readme, _, details = (text.splitlines() for text in texts(tree))
     dash = "\N{EN DASH}"
     assert cells(readme, "fused")[3:] == [f"5,000 (2,500{dash}10,000)", "25,000", f"50.0 (25.0{dash}100)"]
     assert cells(readme, "torchvision")[3:] == [f"100 (100{dash}100)", "500", "1"]
@@ -299,11 +299,11 @@ def test_cpu_results_that_are_measured_now_fill_the_tables() -> None:
     trained = train_result() | cpu
     for contender in trained["contenders"].values():
         del contender["device_idle"], contender["launching"], contender["device_mib"]
-    lines = result_tables.train({"train_cpu": trained})
+    lines = step_tables.train({"train_cpu": trained})
     assert cells(lines, "CPU", OURS) == ["970", "1.2 %", "", "", "1,230"]
     assert cells(lines, "GPU")[0] == "not measured yet"
     cold = loader_result() | cpu | {"cold": True, "disk": "100 reads a second", "more": "fields"}
-    lines = result_tables.loader_cold({"loader_cold_cpu": cold})
+    lines = loader_tables.loader_cold({"loader_cold_cpu": cold})
     assert cells(lines, "CPU", "DataLoader")[-1] == "1"
     assert "100 reads a second, at most 2.1 % of the files in memory before a turn, median of 2 turns" in lines[-1]
 
@@ -312,7 +312,7 @@ def test_kernel_times_fill_the_last_column() -> None:
     times = {
         name: {"now": {"milliseconds": 0.128}} for name in ("weights", "columns", "rows", "color", "down", "along")
     }
-    lines = result_tables.kernels({"tune_fused": {"images": 256, "kernels": times, "environment": GPU}})
+    lines = view_tables.kernels({"tune_fused": {"images": 256, "kernels": times, "environment": GPU}})
     assert cells(lines, "columns")[-1] == "0.500"
     assert cells(lines, "all")[-1] == "3.000"
     assert lines[-1].startswith("- [Times](results/tune_fused.json): NVIDIA H100, 16 cores")
@@ -322,7 +322,7 @@ def test_a_contender_that_failed_stays_in_the_table() -> None:
     result = train_result()
     del result["contenders"][PLAIN]
     result |= {"failed": {PLAIN: "out of memory"}, "times_plain_with_dataloader": None}
-    lines = result_tables.train({"train_cuda": result})
+    lines = step_tables.train({"train_cuda": result})
     assert cells(lines, "GPU", PLAIN) == ["failed", "", "", "", ""]
     assert any("mvssl over the plain step with a DataLoader: GPU not measured" in line for line in lines)
 

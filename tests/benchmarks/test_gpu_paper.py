@@ -1,0 +1,99 @@
+"""benchmarks/gpu_paper.sh goes on from committed cells, keeps the new ones as they come, and says what is wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+import tyro
+
+from benchmarks.paper_small import Arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+STUB = """#!/usr/bin/env bash
+printf '%s\\n' "$@" > "$CALL"
+while [ $# -gt 0 ]; do [ "$1" = --out ] && out=$2; [ "$1" = benchmarks.paper_small ] && data=$2; shift; done
+ls "$data" > "$CALL.data"; ls "$out" > "$CALL.before"
+sleep 1.1  # the file system's clock
+echo '{}' > "$out/first.json"
+[ -n "${HANG:-}" ] && sleep 60
+echo '{}' > "$out/second.json"
+exit "${CODE:-0}"
+"""
+
+
+def run(
+    tmp_path: Path, *, root: Path = ROOT, timeout: float = 60, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    given = {"PYTHON": str(stub), "CALL": str(tmp_path / "call"), "OUT": "out", **environment}
+    return subprocess.run(
+        ["bash", str(root / "benchmarks" / "gpu_paper.sh")],
+        env={**{key: value for key, value in os.environ.items() if key != "DATA"}, **given},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    for split in ("train", "val"):
+        (tmp_path / "set" / "tiny" / split / "a").mkdir(parents=True)
+    with tarfile.open(tmp_path / "set.tar.xz", "w:xz") as tar:
+        tar.add(tmp_path / "set" / "tiny", "tiny")
+    return tmp_path / "set.tar.xz"
+
+
+def kept(tmp_path: Path, name: str = "paper_small_gpu") -> list[str]:
+    with tarfile.open(tmp_path / "out" / f"{name}.tar") as tar:
+        return sorted(tar.getnames())
+
+
+def test_the_command_parses_and_new_cells_are_kept(tmp_path: Path, packed: Path) -> None:
+    done = run(tmp_path, DATA=packed.name, SECONDS_IN_ALL="300")
+    assert done.returncode == 0, done.stderr
+    words = (tmp_path / "call").read_text().splitlines()
+    assert words[:2] == ["-m", "benchmarks.paper_small"]
+    arguments = tyro.cli(Arguments, args=words[2:])
+    assert (arguments.setting, arguments.device, arguments.jobs) == ("gpu", "cuda", 1)
+    assert arguments.seconds is not None
+    assert 280 < arguments.seconds <= 300
+    assert (tmp_path / "call.data").read_text().split() == ["train", "val"]
+    assert kept(tmp_path) == ["paper_small_gpu/first.json", "paper_small_gpu/second.json"]
+    assert "New cells: 2 in out/paper_small_gpu.tar" in done.stdout
+
+
+def test_it_goes_on_from_committed_cells_which_are_not_handed_back(tmp_path: Path, packed: Path) -> None:
+    root = tmp_path / "clone"
+    (root / "benchmarks" / "results" / "paper_small_cpu").mkdir(parents=True)
+    (root / "benchmarks" / "gpu_paper.sh").write_bytes((ROOT / "benchmarks" / "gpu_paper.sh").read_bytes())
+    (root / "benchmarks" / "results" / "paper_small_cpu" / "old.json").write_text("{}")
+    done = run(tmp_path, root=root, DATA=str(packed), SETTING="cpu", DEVICE="cpu")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "call.before").read_text().split() == ["old.json"]
+    assert kept(tmp_path, "paper_small_cpu") == ["paper_small_cpu/first.json", "paper_small_cpu/second.json"]
+
+
+def test_what_was_done_before_a_kill_is_kept(tmp_path: Path, packed: Path) -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        run(tmp_path, DATA=str(packed), HANG="1", timeout=14)
+    assert kept(tmp_path) == ["paper_small_gpu/first.json"]
+
+
+def test_what_is_wrong_is_told(tmp_path: Path, packed: Path) -> None:
+    assert "DATA is missing: give tiny-imagenet-50" in run(tmp_path).stderr
+    broken = tmp_path / "broken.tar"
+    broken.write_bytes(b"no tar")
+    done = run(tmp_path, DATA="broken.tar")
+    assert done.returncode == 1
+    assert "DATA (broken.tar) cannot be unpacked" in done.stderr
+    assert run(tmp_path, DATA=str(packed), CODE="3").returncode == 3
+    assert kept(tmp_path), "a failure keeps what there is"

@@ -1,0 +1,150 @@
+"""Tables and picture of the paper's comparison say what its cells hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from benchmarks.paper import tables
+from benchmarks.paper.cells import SETTINGS, TUNING_SEED, Cell, grid
+from benchmarks.paper.picture import draw
+from benchmarks.paper.results import Results
+from benchmarks.paper.run_cell import pack
+from benchmarks.paper.tables import NAMES
+
+IMAGES = 200
+SETTING = SETTINGS["cpu"]
+ENVIRONMENT = {"gpus": [], "cores": 2, "processor": "AMD EPYC", "machine": "x86_64", "packages": {"torch": "2.14.1"}}
+
+
+def mark(step: int, conflict: float) -> dict[str, Any]:
+    pairs = {"global": 0.5, "local": 0.25, "global/local": conflict}
+    return {
+        "step": step,
+        "cosine": {"encoder": pairs, "predictor": pairs},
+        "prediction_rank": {"global": 40.0, "local": 30.0},
+        "embedding_rank": 60.0,
+        "embedding_std": 0.9,
+    }
+
+
+def run(variant: str, seed: int, *, linear: int, knn: int, conflict: float = 0.0) -> dict[str, Any]:
+    """A run that got so many of the test images right, the first ones."""
+    hits = {"linear": linear, "knn": knn}
+    return {
+        "cell": dataclasses.asdict(Cell(method="byol", variant=variant, seed=seed)),
+        "setting": dataclasses.asdict(SETTING),
+        "environment": ENVIRONMENT,
+        "steps": 2480,
+        "test_images": IMAGES,
+        **{measure: count / IMAGES for measure, count in hits.items()},
+        **{f"{measure}_hits": pack(torch.arange(IMAGES) < count) for measure, count in hits.items()},
+        "curves": {name: [1.0, 2.0] for name in ("step", "loss/global", "loss/local", "grad_norm", "effective_rank")},
+        "signals": [mark(1, -1.0), mark(2, -1.0), mark(3, conflict), mark(4, conflict)],
+    }
+
+
+def tuning(arm: str, best: int) -> list[dict[str, Any]]:
+    points = grid("byol", "paper", SETTING)
+    return [
+        {
+            "cell": dataclasses.asdict(Cell(method="byol", variant=arm, seed=TUNING_SEED, point=point.name)),
+            "setting": dataclasses.asdict(SETTING),
+            "environment": ENVIRONMENT,
+            "tuning_knn": 0.2 if n == best else 0.1,
+        }
+        for n, point in enumerate(points)
+    ]
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    cells = [
+        run("shared", 1, linear=60, knn=40, conflict=0.1),
+        run("shared", 2, linear=64, knn=40, conflict=0.3),
+        run("per-view", 1, linear=66, knn=44),
+        run("per-view", 2, linear=74, knn=44),
+        run("two-view", 2, linear=50, knn=30),
+        *tuning("shared", best=2),
+        *tuning("per-view", best=0),
+        run("per-view + cutout", 1, linear=1, knn=1) | {"diverged": "The loss of step 3 is not finite."},
+    ]
+    return {"paper_small_cpu": {"cells": cells, "environment": ENVIRONMENT}}
+
+
+def cells_of(lines: list[str], begin: str) -> list[str]:
+    found = [line for line in lines if line.startswith(begin)]
+    assert len(found) == 1, found
+    return [cell.strip() for cell in found[0].removeprefix(begin).strip("|").split("|")]
+
+
+def test_accuracies_are_means_and_deviations_over_seeds(results: dict[str, Any]) -> None:
+    lines = tables.accuracies(results)
+    # Linear: 30 and 32 % for shared, 33 and 37 % for per-view; a standard deviation of two is their gap / sqrt(2).
+    linear = cells_of(lines, "| CPU | BYOL, LARS | linear |")
+    assert linear == ["25.0 (one seed)", "31.0 ± 1.4", "35.0 ± 2.8", ""]
+    assert cells_of(lines, "| CPU | BYOL, LARS | kNN |") == ["15.0 (one seed)", "20.0 ± 0.0", "22.0 ± 0.0", ""]
+    assert cells_of(lines, "| GPU |")[0] == "not measured yet"
+    about = next(line for line in lines if line.startswith("- [CPU]"))
+    for said in ("2 cores (AMD EPYC)", "chance 5 %", "2,480 steps", "200 test images", "1 of them diverged"):
+        assert said in about
+
+
+def test_differences_are_paired_by_seed_with_students_interval(results: dict[str, Any]) -> None:
+    lines = tables.differences(results)
+    # Differences of 3 and 5 points: 4 +- 12.706 * sqrt(2) / sqrt(2).
+    row = cells_of(lines, "| CPU | BYOL, LARS | per-view less shared |")
+    assert row == ["+4.0 (-8.7 to +16.7)", "+2.0 (+2.0 to +2.0)"]
+    assert cells_of(lines, "| CPU | BYOL, LARS | shared less two-view |")[0] == "+7.0 (one seed)"
+    assert cells_of(lines, "| CPU | BYOL, LARS | per-view + cutout less two-view |") == ["", ""]
+
+
+def test_tuning_shows_the_chosen_point(results: dict[str, Any]) -> None:
+    lines = tables.tuning(results)
+    point = grid("byol", "paper", SETTING)[2]
+    row = cells_of(lines, "| CPU | BYOL, LARS | shared |")
+    assert row == [f"{point.base_lr:.3g}", "1.5e-06", "0.98", "10.0 to 20.0"]
+    assert not [line for line in lines if "| two-view |" in line]  # not tuned yet
+
+
+def test_signs_are_means_over_the_second_half_of_the_runs(results: dict[str, Any]) -> None:
+    row = cells_of(tables.signs(results), "| CPU | BYOL, LARS | shared |")
+    assert row == ["0.50", "0.25", "0.20", "0.50", "0.25", "0.20", "40", "30", "60"]
+
+
+def test_power_takes_components_from_the_difference(results: dict[str, Any]) -> None:
+    found = Results(SETTING, results["paper_small_cpu"]["cells"])
+    parts = tables.difference_components(found, "byol", "paper", "per-view", "shared", "knn")
+    # With kNN the seeds agree on every image, so all variance is that of images: 4 of 200 differ, by 1.
+    assert parts is not None
+    assert parts.seed == pytest.approx(0.0, abs=1e-12)
+    assert parts.rest == pytest.approx(0.0, abs=1e-12)
+    d = np.zeros(IMAGES)
+    d[40:44] = 1
+    assert parts.image == pytest.approx(d.var(ddof=1))
+    needed = cells_of(tables.power(results), "| CPU | BYOL, LARS | kNN |")
+    # (0.02 / 2.8)^2 = 5.1e-5 is more than 0.0197 / 1000: two seeds are enough, as there must be two.
+    assert needed == ["0.00", "0.99", "2", "2", "2", "2"]
+
+
+def test_without_results_every_table_says_so() -> None:
+    for make in (tables.accuracies, tables.differences, tables.tuning, tables.signs, tables.power):
+        assert [line.split("|")[2].strip() for line in make({}) if line.startswith(("| CPU", "| GPU"))] == [
+            "not measured yet"
+        ] * len(NAMES)
+
+
+def test_the_picture_shows_what_is_there(results: dict[str, Any], tmp_path: Path) -> None:
+    cells = results["paper_small_cpu"]["cells"]
+    draw(Results(SETTING, cells), tmp_path / "all.png")
+    draw(Results(SETTING, [cell for cell in cells if cell["cell"]["point"] is not None]), tmp_path / "none.png")
+    whole, empty = imread(tmp_path / "all.png"), imread(tmp_path / "none.png")
+    assert whole.shape == empty.shape
+    assert whole.shape[1] > 1000
+    assert (whole != empty).mean() > 0.01
