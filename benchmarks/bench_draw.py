@@ -7,7 +7,6 @@ Both take turns in this process with one thread of torch; nothing of a view's pi
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.measuring.command_line import command_of, write_result
+from benchmarks.measuring.command_line import command_of, finish
 from mvssl.runs.environment import environment
 from pipelines.batch import DecodedBatch
 from pipelines.console import run_cli
@@ -121,9 +120,7 @@ def body() -> int:
     """Run the command; returns the exit code."""
     arguments = tyro.cli(Arguments, prog=PROG)
     result = measure(arguments, command=command_of(PROG, sys.argv[1:]))
-    print(json.dumps(result, indent=2))
-    write_result(arguments.out, result)
-    return 0
+    return finish(result, arguments.out, failed=False)
 
 
 if __name__ == "__main__":

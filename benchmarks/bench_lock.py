@@ -20,7 +20,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.measuring.command_line import command_of, write_result
+from benchmarks.measuring.command_line import command_of, finish
 from mvssl.runs.environment import environment
 from pipelines.console import run_cli
 from pipelines.errors import InputError, invalid
@@ -136,9 +136,7 @@ def body() -> int:
     """Run the command; returns the exit code."""
     arguments = tyro.cli(Arguments, prog=PROG)
     result = measure(arguments, command=command_of(PROG, sys.argv[1:]))
-    print(json.dumps(result, indent=2))
-    write_result(arguments.out, result)
-    return 0
+    return finish(result, arguments.out, failed=False)
 
 
 if __name__ == "__main__":

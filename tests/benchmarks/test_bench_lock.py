@@ -7,9 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from benchmarks import bench_lock
 from benchmarks.bench_lock import ROOT, Arguments, measure
@@ -20,21 +18,12 @@ needs_two_cores = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    generator = np.random.default_rng(0)
-    for n in range(16):
-        Image.fromarray(generator.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / f"{n}.jpg")
-    return folder
-
-
 @needs_two_cores
-def test_both_versions_take_turns(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_versions_take_turns(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other, out = tmp_path / "other", tmp_path / "out.json"
     other.mkdir()
     (other / "pipelines").symlink_to(ROOT / "pipelines")
-    words = [str(photos), "--other", str(other), "--batch-size", "4", "--size", "32", "--local-size", "16"]
+    words = [str(folder), "--other", str(other), "--batch-size", "4", "--size", "32", "--local-size", "16"]
     more = ["--batches", "3", "--repeats", "1", "--seconds", "60", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["bench_lock", *words, *more])
     assert bench_lock.body() == 0
@@ -47,14 +36,14 @@ def test_both_versions_take_turns(photos: Path, tmp_path: Path, monkeypatch: pyt
     assert str(tmp_path) not in result["environment"]["command"]
 
 
-def test_what_cannot_be_is_named(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"other is .* must be a checkout of this project"):
-        Arguments(data=photos, other=tmp_path)
+        Arguments(data=folder, other=tmp_path)
     with pytest.raises(InputError, match="batches is 0"):
-        Arguments(data=photos, batches=0)
+        Arguments(data=folder, batches=0)
     if len(os.sched_getaffinity(0)) >= 2:
         with pytest.raises(InputError, match=r"The loader of .* failed: .*nowhere"):
             measure(Arguments(data=tmp_path / "nowhere", repeats=1), command="")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     with pytest.raises(InputError, match="one core only"):
-        measure(Arguments(data=photos), command="")
+        measure(Arguments(data=folder), command="")
