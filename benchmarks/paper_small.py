@@ -13,6 +13,7 @@ cells that have none, the most telling first, and says how many are left. `--rep
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import tyro
 from rich.console import Console
 
@@ -138,6 +140,10 @@ def run_or_diverge(
         return run_cell(cell, point, setting, splits, folder, device=device, threads=threads)
     except Diverged as error:
         return {"diverged": str(error).replace(str(folder), cell.name), "tuning_knn": 0.0}
+    finally:
+        gc.collect()  # graphs and networks refer to each other; the next cell needs their memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _stop_with_parent() -> None:

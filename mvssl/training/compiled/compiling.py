@@ -16,6 +16,9 @@ from pipelines.errors import InputError
 logger = logging.getLogger("mvssl")
 Result = TypeVar("Result")
 
+_VERSIONS = 256
+"""Compiled versions that a function may have, one for each shape of networks in a process; torch's own limit is 8."""
+
 
 def wants_compile(recipe: Recipe, device: torch.device, *, ranks: int) -> bool:
     """Whether to compile; auto does on CUDA only, and not with BatchNorm over several ranks.
@@ -76,8 +79,9 @@ class Compiler:
         buffers = [buffer for module in self._modules for buffer in module.buffers()]
         before = [buffer.clone() for buffer in buffers]
         try:
-            result = work()
-        except torch._dynamo.exc.TorchDynamoException as error:
+            with torch._dynamo.config.patch(recompile_limit=_VERSIONS):  # which is looked at when compiling alone
+                result = work()
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])
             if self._ranks > 1:
                 raise InputError(
