@@ -40,7 +40,7 @@ from benchmarks.paper.run_cell import run_cell
 from benchmarks.paper.splits import Splits, write_splits
 from benchmarks.paper.tables import all_tables
 from mvssl.monitor.failure import Diverged
-from mvssl.training.trainer import Interrupted
+from mvssl.training.result import Interrupted
 from pipelines.console import run_cli
 from pipelines.errors import InputError, invalid
 

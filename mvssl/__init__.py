@@ -9,7 +9,8 @@ from mvssl import recipes
 from mvssl.monitor.failure import Diverged
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.recipe_file import load_recipe
-from mvssl.training.trainer import Interrupted, TrainResult, train
+from mvssl.training.result import Interrupted, TrainResult
+from mvssl.training.trainer import train
 from pipelines.errors import InputError
 
 __all__ = [

@@ -27,8 +27,9 @@ from mvssl.runs.folder import RunFolder
 from mvssl.runs.options import RunOptions, resolve_device
 from mvssl.runs.serialize import to_dict
 from mvssl.runs.slurm import requeue
+from mvssl.training.result import Interrupted
 from mvssl.training.signals import EXIT_INTERRUPTED
-from mvssl.training.trainer import Interrupted, run
+from mvssl.training.trainer import run
 from mvssl.trying.batch_size import with_largest_batch
 from mvssl.trying.dry_run import dry_run
 from mvssl.trying.profile_run import profile_run

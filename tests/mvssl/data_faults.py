@@ -20,7 +20,7 @@ import pipelines.storage.folder
 import pipelines.storage.shards
 from mvssl.recipe import Recipe
 from mvssl.runs import checkpoint
-from mvssl.training import trainer
+from mvssl.training import loop
 from pipelines.order import Order
 from pipelines.storage import open_source, together
 from tools.convert import Convert, convert
@@ -79,7 +79,7 @@ def victims(data: Path, recipe: Recipe, count: int = 1, *, spared: tuple[str, ..
 @contextmanager
 def first_evaluation() -> Iterator[threading.Event]:
     """An event that is set when the kNN behind the first epoch, step 4, is over: threads of the loader are ahead."""
-    original, over = trainer.evaluate_knn, threading.Event()
+    original, over = loop.evaluate_knn, threading.Event()
 
     def evaluate_knn(*arguments: Any, **options: Any) -> dict[int, float]:
         accuracy = original(*arguments, **options)
@@ -87,7 +87,7 @@ def first_evaluation() -> Iterator[threading.Event]:
         return accuracy
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "evaluate_knn", evaluate_knn)
+        patch.setattr(loop, "evaluate_knn", evaluate_knn)
         yield over
 
 
@@ -123,7 +123,7 @@ def before_batch(damage: Callable[[], object]) -> Iterator[list[list[int]]]:
 @contextmanager
 def before_second_evaluation(damage: Callable[[], object]) -> Iterator[None]:
     """Do damage when the kNN behind the second epoch, step 8, begins."""
-    original, calls = trainer.evaluate_knn, []
+    original, calls = loop.evaluate_knn, []
 
     def evaluate_knn(*arguments: Any, **options: Any) -> dict[int, float]:
         calls.append(None)
@@ -132,7 +132,7 @@ def before_second_evaluation(damage: Callable[[], object]) -> Iterator[None]:
         return original(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "evaluate_knn", evaluate_knn)
+        patch.setattr(loop, "evaluate_knn", evaluate_knn)
         yield
 
 

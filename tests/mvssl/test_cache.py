@@ -67,7 +67,7 @@ def test_a_run_that_is_resumed_with_another_cache_is_the_same(
 ) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("mvssl.training.trainer._Loop.save", _save_and_stop)
+        patch.setattr("mvssl.training.loop.Loop.save", _save_and_stop)
         with pytest.raises(ZeroDivisionError):
             train(tiny_recipe, images, out)
     train(tiny_recipe, images, out, resume=True, cache="auto")

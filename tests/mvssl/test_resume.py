@@ -19,7 +19,7 @@ from mvssl.evaluate.neighbours.online import evaluate_knn
 from mvssl.monitor.places.jsonl import read_jsonl
 from mvssl.recipe import Optimizer, Recipe
 from mvssl.runs import checkpoint
-from mvssl.training import trainer
+from mvssl.training import loop
 from mvssl.training.step import TrainStep
 from pipelines.errors import InputError
 
@@ -65,7 +65,7 @@ def test_a_signal_in_mid_evaluation_leaves_it_for_the_resumption(
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "evaluate_knn", interrupted)
+        patch.setattr(loop, "evaluate_knn", interrupted)
         with pytest.raises(mvssl.Interrupted, match="SIGTERM came after step 4 of 12"):
             train(tiny_recipe, images, out)
     assert {row["kind"] for row in read_jsonl(out / "metrics.jsonl")} == {"train"}
@@ -82,7 +82,7 @@ def test_an_error_in_the_evaluation_does_not_lose_the_epoch(
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "evaluate_knn", failing)
+        patch.setattr(loop, "evaluate_knn", failing)
         with pytest.raises(CrashError):
             train(tiny_recipe, images, out)
     assert checkpoint.load(out / "checkpoints" / "last").meta["step"] == 4
