@@ -33,7 +33,7 @@ import tyro
 from rich.console import Console
 
 from benchmarks.measuring.command_line import command_of
-from benchmarks.paper.cells import OPTIMIZERS, SETTINGS, Cell, Point, Setting, plan
+from benchmarks.paper.cells import OPTIMIZERS, SECONDS, SETTINGS, Cell, Point, Setting, plan
 from benchmarks.paper.picture import draw
 from benchmarks.paper.results import Results
 from benchmarks.paper.run_cell import run_cell
@@ -97,8 +97,19 @@ class Arguments:
 class Queue:
     """Which cell is run next, if there is time for one."""
 
-    def __init__(self, results: Results, cells: Sequence[Cell], *, seconds: float | None, most: int | None) -> None:
-        """`seconds` from now is the end, if there is one; `most` is how many cells to begin, if there is a limit."""
+    def __init__(
+        self, results: Results, cells: Sequence[Cell], *, expected: float, seconds: float | None, most: int | None
+    ) -> None:
+        """Begin the time.
+
+        Args:
+            results: what is done.
+            cells: in the order of their importance.
+            expected: seconds of a run of all epochs, before one is known.
+            seconds: from now to the end, if there is one.
+            most: cells to begin, if there is a limit.
+        """
+        self._whole = expected
         self.results = results
         self.cells = cells
         self._end = None if seconds is None else time.monotonic() + seconds
@@ -129,7 +140,7 @@ class Queue:
     def _expected(self, cell: Cell) -> float:
         setting, tunes = self.results.setting, cell.point is not None
         share = setting.tuning_epochs / setting.epochs if tunes else 1.0
-        return self._longest.get(tunes, share * setting.seconds)
+        return self._longest.get(tunes, share * self._whole)
 
 
 def run_or_diverge(
@@ -163,7 +174,8 @@ def compare(arguments: Arguments, data: Path, console: Console) -> bool:
     setting, runs = SETTINGS[arguments.setting], arguments.runs
     results = Results.read(arguments.folder, setting)
     cells = plan(setting, arguments.seeds, arguments.optimizers)
-    queue = Queue(results, cells, seconds=arguments.seconds, most=arguments.cells)
+    expected = SECONDS[arguments.setting]
+    queue = Queue(results, cells, expected=expected, seconds=arguments.seconds, most=arguments.cells)
     work = partial(
         run_or_diverge,
         setting=setting,

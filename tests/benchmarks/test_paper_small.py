@@ -159,16 +159,16 @@ def test_images_of_training_tuning_and_test_are_disjoint(data: Path, tmp_path: P
 
 def test_no_cell_is_begun_that_would_not_end_in_time() -> None:
     cells = plan(TINY, seeds=(1,))
-    whole = TINY.seconds * TINY.tuning_epochs / TINY.epochs  # of one that tunes
-    assert Queue(Results(TINY), cells, seconds=0.9 * whole, most=None).take() is None
-    queue = Queue(Results(TINY), cells, seconds=0.9 * whole, most=None)
+    whole = 100 * TINY.tuning_epochs / TINY.epochs  # of one that tunes
+    assert Queue(Results(TINY), cells, expected=100, seconds=0.9 * whole, most=None).take() is None
+    queue = Queue(Results(TINY), cells, expected=100, seconds=0.9 * whole, most=None)
     queue.note(cells[0], 0.5 * whole)  # so they take half of that here
     first = queue.take()
     assert first is not None
     assert first[0] == cells[0]
     queue.note(cells[0], whole)
     assert queue.take() is None
-    limited = Queue(Results(TINY), cells, seconds=None, most=2)
+    limited = Queue(Results(TINY), cells, expected=100, seconds=None, most=2)
     assert [limited.take() is None for _ in range(3)] == [False, False, True]
 
 
