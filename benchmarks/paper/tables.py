@@ -38,7 +38,8 @@ def accuracies(results: Mapping[str, Any]) -> list[str]:
     for side, found, method, optimizer in _methods(results):
         for measure, title in MEASURES.items():
             cells = [_spread([row[measure] for row in found.runs(method, variant, optimizer)]) for variant in VARIANTS]
-            rows.append([side, _title(method, optimizer), title, *cells])
+            if any(cells):
+                rows.append([side, _title(method, optimizer), title, *cells])
     return [*_table(results, ["top-1", *VARIANTS], rows), "", *_origins(results)]
 
 
@@ -48,7 +49,8 @@ def differences(results: Mapping[str, Any]) -> list[str]:
     for side, found, method, optimizer in _methods(results):
         for one, other in COMPARED:
             cells = [_difference(found, method, optimizer, one, other, measure) for measure in MEASURES]
-            rows.append([side, _title(method, optimizer), f"{one} less {other}", *cells])
+            if any(cells):
+                rows.append([side, _title(method, optimizer), f"{one} less {other}", *cells])
     return _table(results, ["difference", *MEASURES.values()], rows)
 
 

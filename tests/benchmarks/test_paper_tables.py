@@ -102,7 +102,7 @@ def test_differences_are_paired_by_seed_with_students_interval(results: dict[str
     row = cells_of(lines, "| CPU | BYOL, LARS | per-view less shared |")
     assert row == ["+4.0 (-8.7 to +16.7)", "+2.0 (+2.0 to +2.0)"]
     assert cells_of(lines, "| CPU | BYOL, LARS | shared less two-view |")[0] == "+7.0 (one seed)"
-    assert cells_of(lines, "| CPU | BYOL, LARS | per-view + cutout less two-view |") == ["", ""]
+    assert not [line for line in lines if "cutout" in line], "a row without a number is left out"
 
 
 def test_tuning_shows_the_chosen_point(results: dict[str, Any]) -> None:
