@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -182,7 +183,7 @@ def test_it_goes_on_where_it_was(data: Path, tmp_path: Path, monkeypatch: pytest
     out.mkdir()
     for result in tuned(cells[-1], [0.1] * 7):  # as if another machine had made them
         (out / f"{Cell(**result['cell']).name}.json").write_text(json.dumps(result))
-    said = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115  (closed with the process)
+    said = Console(record=True, width=200, file=io.StringIO())
     arguments = Arguments(data=data, out=out, runs=runs, device="cpu", jobs=2)
     assert compare(dataclasses.replace(arguments, cells=2), data, said)
     first = Results.read(out, TINY)
@@ -196,7 +197,9 @@ def test_it_goes_on_where_it_was(data: Path, tmp_path: Path, monkeypatch: pytest
     assert all(path.read_bytes() == text for path, text in before.items())
     assert not [path for path in runs.iterdir() if path.is_dir()], "checkpoints of finished cells are deleted"
     measured = found.rows[SIMSIAM]
-    assert measured["point"] == dataclasses.asdict(found.point(SIMSIAM))  # type: ignore[call-overload]
+    chosen = found.point(SIMSIAM)
+    assert chosen is not None
+    assert measured["point"] == dataclasses.asdict(chosen)
     assert (measured["steps"], measured["test_images"]) == (8, 10)
     for measure in ("knn", "linear"):
         assert measured[measure] == pytest.approx(unpack(measured[f"{measure}_hits"], 10).mean())
