@@ -4,8 +4,8 @@
     python -m benchmarks.paper_small tiny-imagenet-50 --setting gpu --seconds 540
 
 Variants: two-view (the baseline), shared (global and local views, one predictor for both: the paper's failing control),
-per-view (the same views, one predictor per view type), per-view + cutout (with a cutout view and its predictor). All
-see the same images in the same order for the same number of epochs. `benchmarks.paper.cells` says what is tuned how.
+per-view (the same views, one predictor per view type), and both with a cutout view as well. All see the same images in
+the same order for the same number of epochs. `benchmarks.paper.cells` says what is tuned how.
 
 Every run is a cell with a JSON file of its own in --out. Started again, also on another machine, it goes on with the
 cells that have none, the most telling first, and says how many are left. `--report` prints what came out and draws it.
@@ -119,8 +119,8 @@ class Queue:
 
     @property
     def left(self) -> int:
-        """Cells without a result."""
-        return sum(cell not in self.results.rows for cell in self.cells)
+        """Cells without a result that counts."""
+        return sum(not self.results.done(cell) for cell in self.cells)
 
     def take(self) -> tuple[Cell, Point] | None:
         """The next cell to run and what with; None where there is none, or none that would end in time."""

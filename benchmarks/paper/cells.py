@@ -18,10 +18,11 @@ from pipelines.views.spec import ViewSpec, tasks
 
 METHODS = ("byol", "simsiam", "mocov3")
 TITLES = {"byol": "BYOL", "simsiam": "SimSiam", "mocov3": "MoCo v3"}
-VARIANTS = ("two-view", "shared", "per-view", "per-view + cutout")
+VARIANTS = ("two-view", "shared", "per-view", "shared + cutout", "per-view + cutout")
 ARMS = ("shared", "per-view", "two-view")
-"""The variants that are tuned; the one with cutout takes the settings of per-view."""
+"""The variants that are tuned; those with a cutout view take the settings of the arm without."""
 OPTIMIZERS = {"paper": "the paper's optimiser (LARS; SGD for SimSiam)", "adamw": "AdamW"}
+KIND_TITLES = {"lars": "LARS", "sgd": "SGD", "adamw": "AdamW"}
 TUNING_SEED = 0
 TWO_VIEWS: dict[str, Callable[..., tuple[ViewSpec, ...]]] = {
     "byol": byol_views,
@@ -141,7 +142,7 @@ class Cell:
     @property
     def arm(self) -> str:
         """The variant whose tuning decides."""
-        return "per-view" if self.variant.startswith("per-view") else self.variant
+        return self.variant.removesuffix(" + cutout")
 
     @property
     def name(self) -> str:
@@ -174,7 +175,8 @@ def grid(method: str, optimizer: str, setting: Setting) -> tuple[Point, ...]:
             replace(middle, name="slow target", target_decay=round(1 - gap / 3, 5)),
             replace(middle, name="quick target", target_decay=round(1 - gap * 3, 5)),
         ]
-    return tuple(points)
+    # Last, as it was added when the largest so far had been the best of some: of equals the first is taken.
+    return (*points, replace(middle, name="lr x 30", base_lr=30 * lr))
 
 
 def plan(setting: Setting, seeds: Sequence[int], optimizers: Sequence[str] = tuple(OPTIMIZERS)) -> list[Cell]:
@@ -190,7 +192,8 @@ def plan(setting: Setting, seeds: Sequence[int], optimizers: Sequence[str] = tup
             cells += [
                 Cell(method=method, variant=arm, optimizer=optimizer, seed=seed) for seed, arm in product(seeds, arms)
             ]
-        cells += [Cell(method=method, variant=VARIANTS[-1], optimizer=optimizer, seed=seed) for seed in seeds]
+        for variant in ("per-view + cutout", "shared + cutout"):
+            cells += [Cell(method=method, variant=variant, optimizer=optimizer, seed=seed) for seed in seeds]
     return cells
 
 
@@ -214,7 +217,7 @@ def make_recipe(cell: Cell, point: Point, setting: Setting) -> Recipe:
         method=cell.method,
         views=views,
         task_weights=dict.fromkeys(names, weight),
-        predictors="shared" if cell.variant == "shared" else "per-view",
+        predictors="shared" if cell.arm == "shared" else "per-view",
         backbone=Backbone(name=setting.backbone),
         projector=Head(
             hidden=(512, 512) if simsiam else (1024,),

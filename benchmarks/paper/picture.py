@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -12,28 +13,33 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.paper.cells import METHODS, TITLES, VARIANTS
+from benchmarks.paper.cells import KIND_TITLES, METHODS, OPTIMIZERS, TITLES, VARIANTS, kind_of
 from benchmarks.paper.results import Results, Row
 
-COLOURS = {"two-view": "#888888", "shared": "#c8553d", "per-view": "#28666e", "per-view + cutout": "#7fb069"}
+COLOURS = {
+    "two-view": "#888888",
+    "shared": "#c8553d",
+    "per-view": "#28666e",
+    "shared + cutout": "#f2a07b",
+    "per-view + cutout": "#7fb069",
+}
 ON_THE_WAY = "byol"  # whose curves are drawn
 
 
-def draw(found: Results, out: Path, *, optimizer: str = "paper") -> None:
-    """Draw accuracy of all methods, and losses, gradients and ranks of BYOL's runs, as a PNG.
+def draw(found: Results, out: Path) -> None:
+    """Draw accuracy of all methods, and what happens in BYOL's runs with the paper's optimiser, as a PNG.
 
     Args:
         found: finished cells.
         out: file to write.
-        optimizer: whose runs.
     """
-    figure = Figure(figsize=(13.0, 6.6), dpi=100, layout="constrained")
+    figure = Figure(figsize=(14.5, 6.6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
-    _accuracy(axes[0, 0], found, optimizer, "linear", "linear top-1, %")
-    _accuracy(axes[1, 0], found, optimizer, "knn", "kNN top-1, %")
-    runs = {variant: rows for variant in ("shared", "per-view") if (rows := found.runs(ON_THE_WAY, variant, optimizer))}
-    title = TITLES[ON_THE_WAY]
+    axes = figure.subplots(2, 3, width_ratios=(1.4, 1, 1))
+    _accuracy(axes[0, 0], found, "linear", "linear top-1, %")
+    _accuracy(axes[1, 0], found, "knn", "kNN top-1, %")
+    runs = {variant: rows for variant in ("shared", "per-view") if (rows := found.runs(ON_THE_WAY, variant, "paper"))}
+    title = f"{TITLES[ON_THE_WAY]}, {KIND_TITLES[kind_of(ON_THE_WAY, 'paper')]}"
     for task, style in (("global", "-"), ("local", "--")):
         for variant, rows in runs.items():
             x, y = _curve([row["curves"] for row in rows], f"loss/{task}")
@@ -77,21 +83,27 @@ def draw(found: Results, out: Path, *, optimizer: str = "paper") -> None:
     figure.savefig(out, metadata={"Software": None})  # or the bytes would change with the version of matplotlib
 
 
-def _accuracy(place: Axes, found: Results, optimizer: str, measure: str, title: str) -> None:
-    """Bars of the means, dots of the seeds."""
+def _accuracy(place: Axes, found: Results, measure: str, title: str) -> None:
+    """Bars of the means, dots of the seeds; a group for each method and optimiser that has a run."""
+    groups = [
+        (method, optimizer)
+        for optimizer, method in product(OPTIMIZERS, METHODS)
+        if any(found.runs(method, variant, optimizer) for variant in VARIANTS)
+    ]
     width = 0.8 / len(VARIANTS)
     lowest = 100.0
     for n, variant in enumerate(VARIANTS):
-        for m, method in enumerate(METHODS):
+        for m, (method, optimizer) in enumerate(groups):
             values = [100 * row[measure] for row in found.runs(method, variant, optimizer)]
             if values:
-                x = m + (n - 1.5) * width
+                x = m + (n - (len(VARIANTS) - 1) / 2) * width
                 label = variant if variant not in place.get_legend_handles_labels()[1] else None
                 place.bar(x, mean(values), width * 0.9, color=COLOURS[variant], label=label)
-                place.plot([x] * len(values), values, "k.", markersize=4)
+                place.plot([x] * len(values), values, "k.", markersize=3)
                 lowest = min(lowest, *values)
     place.set_ylim(bottom=max(0.0, 5 * (lowest // 5) - 5))
-    place.set_xticks(range(len(METHODS)), [TITLES[method] for method in METHODS])
+    names = [f"{TITLES[method]}\n{KIND_TITLES[kind_of(method, optimizer)]}" for method, optimizer in groups]
+    place.set_xticks(range(len(groups)), names)
     place.set_title(f"{title}; a dot a seed, the axis is cut")
     place.grid(axis="y", alpha=0.25)
     if place.get_legend_handles_labels()[0]:

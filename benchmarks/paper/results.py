@@ -91,20 +91,24 @@ class Results:
                 tried[point.name] = float(self.rows[tuned]["tuning_knn"])
         return tried
 
+    def done(self, cell: Cell) -> bool:
+        """Whether a cell has a result that counts: not of a point that tuning, with more tried, no longer chooses."""
+        row, point = self.rows.get(cell), self.point(cell)
+        return row is not None and (point is None or row["point"] == dataclasses.asdict(point))
+
     def ready(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Point]]:
         """Cells that are not done and can be run now, in order."""
         for cell in cells:
-            if cell not in self.rows:
-                point = self.point(cell)
-                if point is not None:
-                    yield cell, point
+            if not self.done(cell) and (point := self.point(cell)) is not None:
+                yield cell, point
 
     def runs(self, method: str, variant: str, optimizer: str) -> list[Row]:
-        """Finished runs of a cell of the table, by seed; those that diverged left out."""
+        """Finished runs of a cell of the table that count, by seed; those that diverged left out."""
         found = {
             cell.seed: row
             for cell, row in self.rows.items()
             if (cell.method, cell.variant, cell.optimizer, cell.point) == (method, variant, optimizer, None)
             and "diverged" not in row
+            and self.done(cell)
         }
         return [found[seed] for seed in sorted(found)]

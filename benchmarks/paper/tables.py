@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.paper.cells import ARMS, METHODS, OPTIMIZERS, TITLES, VARIANTS, Cell, Setting, kind_of
+from benchmarks.paper.cells import ARMS, KIND_TITLES, METHODS, OPTIMIZERS, TITLES, VARIANTS, Cell, Setting, kind_of
 from benchmarks.paper.power import Components, components, interval
 from benchmarks.paper.results import Results, Row
 from benchmarks.paper.run_cell import unpack
@@ -19,9 +19,14 @@ from benchmarks.report.origins import MADE_BY, NOT_YET, machine
 
 NAMES = {"CPU": "paper_small_cpu", "GPU": "paper_small_gpu"}
 """Folders of results, by where they were made."""
-KIND_TITLES = {"lars": "LARS", "sgd": "SGD", "adamw": "AdamW"}
 MEASURES = {"linear": "linear", "knn": "kNN"}
-COMPARED = (("per-view", "shared"), ("shared", "two-view"), ("per-view", "two-view"), (VARIANTS[-1], "two-view"))
+COMPARED = (
+    ("per-view", "shared"),
+    ("per-view + cutout", "shared + cutout"),
+    ("shared", "two-view"),
+    ("per-view", "two-view"),
+    ("per-view + cutout", "two-view"),
+)
 TEST_IMAGES = (1000, 2500, 10_000, 50_000)
 DIFFERENCE = 0.02
 

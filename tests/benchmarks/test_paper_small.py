@@ -92,9 +92,11 @@ def test_all_cells_have_one_budget_and_differ_where_they_should(setting: Setting
             assert (recipe.epochs, recipe.batch_size) == (setting.epochs, setting.batch_size)
             assert recipe.backbone.name == setting.backbone
             assert (recipe.optimizer.base_lr, recipe.target_decay) == (point.base_lr, point.target_decay)
-            assert recipe.predictors == ("shared" if variant == "shared" else "per-view")
-        names = {"two-view": ("global",), "per-view + cutout": ("global", "local", "cutout")}
-        assert tasks(recipe.views) == names.get(variant, ("global", "local"))
+            assert recipe.predictors == ("shared" if variant.startswith("shared") else "per-view")
+        names = ["global"] if variant == "two-view" else ["global", "local"]
+        if variant.endswith(" + cutout"):
+            names.append("cutout")
+        assert tasks(recipe.views) == tuple(names)
         # SPEC section 4: sums of terms and tasks, for SimSiam means.
         total = sum(recipe.task_weights.values())
         assert total == pytest.approx(1.0 if method == "simsiam" else max(2.0, len(tasks(recipe.views))))
@@ -138,16 +140,38 @@ def test_every_arm_is_tuned_over_the_same_points_and_the_most_telling_cells_come
 
 def test_a_cell_waits_for_tuning_and_takes_the_best_point() -> None:
     cell = Cell(method="byol", variant="per-view + cutout", seed=2)
-    accuracies = [0.1, 0.2, 0.3, 0.3, 0.1, 0.2, 0.0]
+    accuracies = [0.1, 0.2, 0.3, 0.3, 0.1, 0.2, 0.0, 0.1]
     rows = tuned(cell, accuracies)
     best = grid("byol", "paper", TINY)[2]
     assert Results(TINY, rows).point(cell) == best  # the first of two that are as good
     assert Results(TINY, rows[:-1]).point(cell) is None
     assert list(Results(TINY, rows[:-1]).ready([cell])) == []
     assert list(Results(TINY, rows).ready([cell])) == [(cell, best)]
-    done = Results(TINY, [*rows, row(cell, knn=0.5)])
+    run = row(cell, point=dataclasses.asdict(best), knn=0.5)
+    done = Results(TINY, [*rows, run])
+    assert done.done(cell)
     assert list(done.ready([cell])) == []
-    assert done.runs("byol", "per-view + cutout", "paper") == [row(cell, knn=0.5)]
+    assert done.runs("byol", "per-view + cutout", "paper") == [run]
+
+
+def test_a_run_with_a_point_that_tuning_no_longer_chooses_is_run_anew() -> None:
+    """As when the grid was widened after the run."""
+    cell = Cell(method="byol", variant="shared", seed=2)
+    points = grid("byol", "paper", TINY)
+    old = Results(
+        TINY,
+        [
+            *tuned(cell, [0.1, 0.4, *[0.3] * (len(points) - 2)]),
+            row(cell, point=dataclasses.asdict(points[2]), knn=0.5),
+        ],
+    )
+    assert not old.done(cell)
+    assert list(old.ready([cell])) == [(cell, points[1])]
+    assert old.runs("byol", "shared", "paper") == []
+    queue = Queue(old, [cell], expected=1, seconds=None, most=None)
+    assert queue.left == 1
+    old.rows.pop(dataclasses.replace(cell, seed=TUNING_SEED, point=points[1].name))
+    assert old.done(cell), "while tuning is under way, nothing is known against it"
 
 
 def test_images_of_training_tuning_and_test_are_disjoint(data: Path, tmp_path: Path) -> None:
@@ -181,14 +205,14 @@ def test_it_goes_on_where_it_was(data: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(paper_small, "plan", lambda *_: cells)
     out, runs = tmp_path / "results", tmp_path / "runs"
     out.mkdir()
-    for result in tuned(cells[-1], [0.1] * 7):  # as if another machine had made them
+    for result in tuned(cells[-1], [0.1] * 8):  # as if another machine had made them
         (out / f"{Cell(**result['cell']).name}.json").write_text(json.dumps(result))
     said = Console(record=True, width=200, file=io.StringIO())
     arguments = Arguments(data=data, out=out, runs=runs, device="cpu", jobs=2)
     assert compare(dataclasses.replace(arguments, cells=2), data, said)
     first = Results.read(out, TINY)
-    assert [cell in first.rows for cell in cells] == [True, True, False, False, False, False, False]
-    assert "5 of 7 cells are left" in said.export_text()
+    assert [cell in first.rows for cell in cells] == [True, True, *[False] * 6]
+    assert "6 of 8 cells are left" in said.export_text()
 
     before = {path: path.read_bytes() for path in out.iterdir()}
     assert compare(arguments, data, Console(quiet=True))

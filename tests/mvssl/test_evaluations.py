@@ -26,8 +26,9 @@ from mvssl.cli import eval as eval_cli
 from mvssl.cli import features as features_cli
 from mvssl.evaluate.accuracy import wilson_interval
 from mvssl.evaluate.classifiers import supervised
+from mvssl.evaluate.classifiers.classifier import Classifier
 from mvssl.evaluate.classifiers.labelled_part import labelled_share, listed_images
-from mvssl.evaluate.classifiers.supervised import Classifier, Supervision
+from mvssl.evaluate.classifiers.supervised import Supervision
 from mvssl.evaluate.compare import summarise
 from mvssl.evaluate.features.extract import extract_features
 from mvssl.evaluate.results import read_result

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from mvssl.evaluate.classifiers.classifier import Classifier
 from mvssl.evaluate.classifiers.labelled_part import labelled_share, listed_images
 from mvssl.evaluate.classifiers.linear import trained
-from mvssl.evaluate.classifiers.supervised import Classifier, Supervision
+from mvssl.evaluate.classifiers.supervised import Supervision
 from mvssl.evaluate.session import Session, check_labelled
 from mvssl.weights.backbone_file import export_backbone
 from pipelines.errors import InputError

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from mvssl.evaluate.accuracy import Accuracy, accuracy_of
+from mvssl.evaluate.classifiers.classifier import Classifier, classify
 from mvssl.evaluate.classifiers.linear_fit import Classifiers, Setting, fit, race, standardisation, stratified
-from mvssl.evaluate.classifiers.supervised import Classifier, Supervision, classify, train_classifier
+from mvssl.evaluate.classifiers.supervised import Supervision, train_classifier
 from mvssl.evaluate.features.shared import loaded, stored
 from mvssl.evaluate.features.store import DONE
 from mvssl.evaluate.session import Session, check_labelled

@@ -1,4 +1,4 @@
-"""Supervised training on a backbone: of a linear layer on frozen features, or of the whole network."""
+"""Supervised training of a classifier: of its linear layer on frozen features, or of the whole network."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from timm.data.mixup import Mixup
 from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]  # public, but not marked so
-from torch import Tensor, nn
+from torch import nn
 
 from mvssl.distributed import World
+from mvssl.evaluate.classifiers.classifier import Classifier
 from mvssl.evaluate.computing import Computing
 from mvssl.evaluate.features.fill import train_view
 from mvssl.networks.backbones import is_convolutional
 from mvssl.runs import checkpoint
 from pipelines.errors import InputError, invalid
-from pipelines.evaluation import iterate_center
 from pipelines.loader import Loader
 from pipelines.loading.cache_choice import Cache, free_memory, keep_decoded
 from pipelines.order import Order
@@ -80,54 +78,6 @@ class Supervision:
             raise invalid("label_smoothing", self.label_smoothing, "at least 0 and below 1", "0.1 is usual")
         if self.warmup_epochs >= self.epochs:
             raise invalid("warmup_epochs", self.warmup_epochs, f"below the {self.epochs} epochs", "shorten it")
-
-
-class Classifier(nn.Module):
-    """A backbone and a linear layer, zero at first, on its features.
-
-    Attributes:
-        frozen: the backbone stays as it is, in eval mode, and its features are standardised.
-    """
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(
-        self, backbone: nn.Module, width: int, classes: int, *, standardise: tuple[Tensor, Tensor] | None = None
-    ) -> None:
-        """`standardise` is the mean [D] and 1 / standard deviation [D] for a frozen backbone; None trains it."""
-        super().__init__()
-        self.frozen = standardise is not None
-        mean, scale = standardise or (torch.zeros(width), torch.ones(width))
-        self.backbone = backbone
-        self.register_buffer("mean", mean.clone())
-        self.register_buffer("scale", scale.clone())
-        self.linear = nn.Linear(width, classes)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        for parameter in backbone.parameters():
-            parameter.requires_grad_(not self.frozen)
-        self.train(False)
-
-    def train(self, mode: bool = True) -> Classifier:
-        """As nn.Module, but a frozen backbone stays in eval mode."""
-        super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
-        return self
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] to logits [B, C]."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.backbone(images)  # [B, D]
-        if self.frozen:
-            features = (features.float() - self.mean) * self.scale
-        logits: Tensor = self.linear(features)
-        return logits
-
-    def learned(self) -> dict[str, Tensor]:
-        """What training changes, by name."""
-        return {k: v for k, v in self.state_dict().items() if not (self.frozen and k.startswith("backbone."))}
 
 
 def train_classifier(
@@ -226,61 +176,6 @@ def train_classifier(
             say(f"epoch {epoch + 1}/{supervision.epochs}  loss {mean:.4f}  {speed:,.0f} images/s")
     finally:
         loader.close()
-
-
-def classify(
-    model: nn.Module,
-    source: Source,
-    *,
-    resize: int,
-    crop: int,
-    device: torch.device,
-    autocast: torch.dtype | None,
-    computing: Computing,
-    world: World,
-) -> tuple[Tensor, NDArray[np.int64]]:
-    """The classes of the centre crops of all images, the best first.
-
-    Returns:
-        int64 [M, min(5, C)] on the CPU, and the images' indices, int64 [M], rising; undecodable images are left out.
-    """
-    share = np.arange(len(source))[world.rank :: world.size]
-    model.eval()
-
-    def mine() -> tuple[Tensor, Tensor]:
-        ranked, index = (
-            [torch.empty(0, min(5, _classes(model)), dtype=torch.int64)],
-            [torch.empty(0, dtype=torch.int64)],
-        )
-        batches = iterate_center(
-            source,
-            resize=resize,
-            crop=crop,
-            batch_size=computing.extract_batch,
-            device=device,
-            decode=computing.decode,
-            indices=share,
-        )
-        with closing(batches):
-            for images, numbers, _ in batches:
-                with (
-                    torch.no_grad(),
-                    torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None),
-                ):
-                    logits = model(images)  # [B, C]
-                ranked.append(logits.float().topk(ranked[0].shape[1], dim=1).indices.cpu())
-                index.append(numbers)
-        return torch.cat(ranked), torch.cat(index)
-
-    ranked, index = world.together(mine)
-    parts = world.gather_objects((ranked, index))
-    everyone, numbers = torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
-    order = numbers.argsort()
-    return everyone[order], numbers[order].numpy()
-
-
-def _classes(model: nn.Module) -> int:
-    return cast(Classifier, model).linear.out_features
 
 
 def _rate(supervision: Supervision, step: int, steps: int) -> float:
