@@ -41,6 +41,7 @@ TABLES: dict[str, dict[str, Callable[[Results], list[str]]]] = {
     "benchmarks/PAPER.md": {
         "paper": paper_tables.accuracies,
         "paper-differences": paper_tables.differences,
+        "paper-points": paper_tables.points,
         "paper-signs": paper_tables.signs,
         "paper-tuning": paper_tables.tuning,
         "paper-power": paper_tables.power,

@@ -10,7 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.paper.cells import ARMS, KIND_TITLES, METHODS, OPTIMIZERS, TITLES, VARIANTS, Cell, Setting, kind_of
+from benchmarks.paper.cells import (
+    ARMS,
+    KIND_TITLES,
+    METHODS,
+    OPTIMIZERS,
+    TITLES,
+    VARIANTS,
+    Cell,
+    Setting,
+    grid,
+    kind_of,
+)
 from benchmarks.paper.power import Components, components, interval
 from benchmarks.paper.results import Results, Row
 from benchmarks.paper.run_cell import unpack
@@ -74,6 +85,35 @@ def tuning(results: Mapping[str, Any]) -> list[str]:
             rows.append([side, _title(method, optimizer), arm, *numbers])
     heads = ["learning rate", "weight decay", "target decay", "kNN of all points, %"]
     return _table(results, ["arm", *heads], rows)
+
+
+def points(results: Mapping[str, Any]) -> list[str]:
+    """Per-view against shared at every point of tuning, where one arm may be steadier than the other."""
+    rows = []
+    for side, found, method, optimizer in _methods(results):
+        shared, per_view = (
+            found.tuning(Cell(method=method, variant=arm, optimizer=optimizer, seed=1))
+            for arm in ("shared", "per-view")
+        )
+        common = shared.keys() & per_view.keys()
+        if common:
+            gaps = [100 * (per_view[name] - shared[name]) for name in common]
+            largest = max(
+                (point for point in grid(method, optimizer, found.setting) if point.name in common),
+                key=lambda point: point.base_lr,
+            )
+            numbers = [f"{mean(gaps):+.1f}", f"{largest.base_lr:g}"]
+            numbers += [f"{100 * tried[largest.name]:.1f}" for tried in (shared, per_view)]
+            better = f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"
+            rows.append([side, _title(method, optimizer), better, *numbers])
+    heads = [
+        "per-view is better at",
+        "mean difference",
+        "largest learning rate",
+        "shared there, %",
+        "per-view there, %",
+    ]
+    return _table(results, heads, rows)
 
 
 def signs(results: Mapping[str, Any]) -> list[str]:
@@ -213,4 +253,4 @@ def _origins(results: Mapping[str, Any]) -> list[str]:
 
 def all_tables(results: Mapping[str, Any]) -> list[str]:
     """All of them, for a terminal."""
-    return [line for make in (accuracies, differences, tuning, signs, power) for line in [*make(results), ""]]
+    return [line for make in (accuracies, differences, tuning, points, signs, power) for line in [*make(results), ""]]
