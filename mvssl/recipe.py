@@ -46,13 +46,18 @@ class Backbone:
         name: timm's name of the architecture, e.g. resnet50.
         drop_path: stochastic depth rate of the online network (the target has none).
         freeze_stem: whether the first convolution (a vision transformer's patch embedding) keeps its initial weights.
+        init: how initial weights are drawn: as timm does (a ResNet's residual branches begin at zero), or as the
+            paper's release (at full strength), which differs for ResNets and plain vision transformers.
     """
 
     name: str = "resnet50"
     drop_path: float = 0.0
     freeze_stem: bool = False
+    init: Literal["timm", "release"] = "timm"
 
     def __post_init__(self) -> None:
+        if self.init not in ("timm", "release"):
+            raise invalid("Backbone.init", self.init, "timm or release", "choose one; the paper's recipes use release")
         if not 0.0 <= self.drop_path < 1.0:
             raise invalid("Backbone.drop_path", self.drop_path, "at least 0 and below 1", "the paper's ViTs use 0.1")
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mvssl.networks import small_resnets  # noqa: F401  (timm knows their names then)
+from mvssl.networks.initial_weights import redraw_as_release
 from mvssl.recipe import Backbone
 from pipelines.errors import InputError
 
@@ -19,7 +20,7 @@ def build_backbone(config: Backbone, *, drop_path: bool = True) -> nn.Module:
     """Build a randomly initialised timm model without classifier; nothing is downloaded.
 
     Args:
-        config: name, stochastic depth rate and whether the first convolution is frozen.
+        config: name, stochastic depth rate, how weights are drawn and whether the first convolution is frozen.
         drop_path: False leaves stochastic depth out (the target network has none).
 
     Returns:
@@ -37,6 +38,8 @@ def build_backbone(config: Backbone, *, drop_path: bool = True) -> nn.Module:
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them."
         raise InputError(f"Backbone.name is {config.name!r} but must be the name of a timm model: {hint}")
     model = _create(config, {"drop_path_rate": config.drop_path} if drop_path and config.drop_path > 0 else {})
+    if config.init == "release":
+        redraw_as_release(model)
     if config.freeze_stem:
         _freeze_stem(model, config.name)
     return model

@@ -20,7 +20,7 @@ def byol_resnet50_200ep() -> Recipe:
         name="byol_resnet50_200ep",
         method="byol",
         views=paper_views(num_local=2, num_cutout=1),
-        backbone=Backbone(name="resnet50"),
+        backbone=Backbone(name="resnet50", init="release"),
         projector=Head(hidden=(4096,), out=256),
         predictor=Head(hidden=(4096,), out=256),
         optimizer=Optimizer(kind="lars", base_lr=0.4, weight_decay=1.5e-6, warmup_epochs=10),
@@ -98,7 +98,7 @@ def byol_vits16_200ep() -> Recipe:
     return dataclasses.replace(
         byol_resnet50_200ep(),
         name="byol_vits16_200ep",
-        backbone=Backbone(name="vit_small_patch16_224", drop_path=0.1),
+        backbone=Backbone(name="vit_small_patch16_224", init="release", drop_path=0.1),
         projector=Head(hidden=(4096, 4096), out=256),
         optimizer=Optimizer(
             kind="adamw",
@@ -123,5 +123,5 @@ def byol_vitb16_200ep() -> Recipe:
     return dataclasses.replace(
         byol_vits16_200ep(),
         name="byol_vitb16_200ep",
-        backbone=Backbone(name="vit_base_patch16_224", drop_path=0.1),
+        backbone=Backbone(name="vit_base_patch16_224", init="release", drop_path=0.1),
     )

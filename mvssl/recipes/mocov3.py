@@ -20,7 +20,7 @@ def mocov3_resnet50_200ep() -> Recipe:
         name="mocov3_resnet50_200ep",
         method="mocov3",
         views=paper_views(num_local=2, num_cutout=1),
-        backbone=Backbone(name="resnet50"),
+        backbone=Backbone(name="resnet50", init="release"),
         projector=Head(hidden=(4096,), out=256, output_norm=True),
         predictor=Head(hidden=(4096,), out=256, output_norm=True),
         optimizer=Optimizer(kind="lars", base_lr=0.4, weight_decay=1.5e-6, warmup_epochs=10),

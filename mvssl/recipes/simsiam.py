@@ -21,7 +21,7 @@ def simsiam_resnet50_200ep() -> Recipe:
         method="simsiam",
         views=paper_views(num_local=2, num_cutout=1),
         task_weights={"global": 1 / 3, "local": 1 / 3, "cutout": 1 / 3},
-        backbone=Backbone(name="resnet50"),
+        backbone=Backbone(name="resnet50", init="release"),
         projector=Head(hidden=(2048, 2048), out=2048, output_norm=True),
         predictor=Head(hidden=(512,), out=2048),
         optimizer=Optimizer(
