@@ -33,7 +33,7 @@ import tyro
 from rich.console import Console
 
 from benchmarks.measuring.command_line import command_of
-from benchmarks.paper.cells import OPTIMIZERS, SECONDS, SETTINGS, Cell, Point, Setting, plan
+from benchmarks.paper.cells import METHODS, OPTIMIZERS, SECONDS, SETTINGS, Cell, Point, Setting, plan
 from benchmarks.paper.picture import draw
 from benchmarks.paper.results import Results
 from benchmarks.paper.run_cell import run_cell
@@ -53,12 +53,13 @@ class Arguments:
 
     Attributes:
         data: folder with train/ and val/, one folder a class in each, e.g. tiny-imagenet-50.
-        setting: cpu is small and takes some hours on two cores; gpu is 100 epochs of all images, about two minutes a
-            cell.
+        setting: cpu is small and takes some hours on two cores, with timm's initial weights; cpu_release is the same
+            with those of the paper's release; gpu is 100 epochs of all images, about two minutes a cell.
         out: folder of the results, a file a cell; by default benchmarks/results/paper_small_SETTING.
         runs: where a run lies while it trains; those that were stopped go on.
         seeds: one run of every cell of the table for each; 0 is the one that tuning has.
         optimizers: paper is LARS, or SGD for SimSiam.
+        methods: those to compare.
         jobs: runs at a time, each with its share of the cores.
         seconds: begin no cell that would not end within so many; by default there is no end.
         cells: begin so many at most.
@@ -67,11 +68,12 @@ class Arguments:
     """
 
     data: tyro.conf.Positional[Path | None] = None
-    setting: Literal["cpu", "gpu"] = "cpu"
+    setting: Literal["cpu", "cpu_release", "gpu"] = "cpu"
     out: Path | None = None
     runs: Path = Path("runs/paper_small")
     seeds: tuple[int, ...] = (1, 2, 3)
     optimizers: tuple[Literal["paper", "adamw"], ...] = ("paper", "adamw")
+    methods: tuple[Literal["byol", "simsiam", "mocov3"], ...] = ("byol", "simsiam", "mocov3")
     jobs: int = 1
     seconds: float | None = None
     cells: int | None = None
@@ -81,8 +83,9 @@ class Arguments:
     def __post_init__(self) -> None:
         if not self.seeds or min(self.seeds) < 1:
             raise invalid("seeds", self.seeds, "one or more numbers of at least 1", "give --seeds 1 2 3")
-        if not self.optimizers:
-            raise invalid("optimizers", self.optimizers, f"some of {', '.join(OPTIMIZERS)}", "give one")
+        for name, known in (("optimizers", OPTIMIZERS), ("methods", METHODS)):
+            if not getattr(self, name):
+                raise invalid(name, getattr(self, name), f"some of {', '.join(known)}", "give one")
         for name in ("jobs", "cells", "seconds"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -173,7 +176,7 @@ def compare(arguments: Arguments, data: Path, console: Console) -> bool:
     """Run cells while there is time; whether all of those that were begun came to a result."""
     setting, runs = SETTINGS[arguments.setting], arguments.runs
     results = Results.read(arguments.folder, setting)
-    cells = plan(setting, arguments.seeds, arguments.optimizers)
+    cells = plan(setting, arguments.seeds, arguments.optimizers, arguments.methods)
     expected = SECONDS[arguments.setting]
     queue = Queue(results, cells, expected=expected, seconds=arguments.seconds, most=arguments.cells)
     work = partial(

@@ -28,8 +28,9 @@ from benchmarks.paper.run_cell import unpack
 from benchmarks.report.markdown import table
 from benchmarks.report.origins import MADE_BY, NOT_YET, machine
 
-NAMES = {"CPU": "paper_small_cpu", "GPU": "paper_small_gpu"}
+NAMES = {"CPU": "paper_small_cpu", "CPU, release's init": "paper_small_cpu_release", "GPU": "paper_small_gpu"}
 """Folders of results, by where they were made."""
+INITS = {"timm": "timm", "release": "the paper's release"}
 MEASURES = {"linear": "linear", "knn": "kNN"}
 COMPARED = (
     ("per-view", "shared"),
@@ -231,7 +232,7 @@ def _origins(results: Mapping[str, Any]) -> list[str]:
             continue
         cells = results[name]["cells"]
         setting = Setting(**cells[0]["setting"])
-        machines = Counter(machine({**row, "device": side.lower().replace("gpu", "cuda")}) for row in cells)
+        machines = Counter(machine({**row, "device": "cuda" if side == "GPU" else "cpu"}) for row in cells)
         versions = sorted({f"torch {row['environment']['packages']['torch']}" for row in cells})
         steps = max(row.get("steps", 0) for row in cells)
         test = max(row.get("test_images", 0) for row in cells)
@@ -240,7 +241,8 @@ def _origins(results: Mapping[str, Any]) -> list[str]:
         said = [
             ", ".join(machines),
             *versions,
-            f"{setting.backbone}, {setting.classes} classes of {setting.train_images} images (chance "
+            f"{setting.backbone}, initial weights of {INITS[setting.init]}",
+            f"{setting.classes} classes of {setting.train_images} images (chance "
             f"{100 / setting.classes:g} %), {test:,} test images",
             f"views of {setting.size} and {setting.local_size} px",
             f"{setting.epochs} epochs ({steps:,} steps of {setting.batch_size} images)",

@@ -35,6 +35,7 @@ MADE_BY = {
     "start_cpu": "python -m benchmarks.bench_start",
     "start_cuda": SUITE,
     "paper_small_cpu": "python -m benchmarks.paper_small TINY_IMAGENET",
+    "paper_small_cpu_release": "python -m benchmarks.paper_small TINY_IMAGENET --setting cpu_release --methods byol",
     "paper_small_gpu": "python -m benchmarks.paper_small TINY_IMAGENET --setting gpu",
     "evaluation_cpu": "python -m benchmarks.evaluate_small TINY_IMAGENET --out FOLDER",
     "linear_cpu": "python -m benchmarks.bench_linear TRAIN.npy VAL.npy",
