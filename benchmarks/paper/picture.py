@@ -64,7 +64,7 @@ def draw(found: Results, out: Path) -> None:
                 label=f"{variant}, {part}: {pair}",
             )
     axes[0, 2].axhline(0, color="#bbbbbb", linewidth=0.8)
-    axes[0, 2].set_title(f"{title}: cosine between gradients of two views")
+    axes[0, 2].set_title(f"{title}: cosine of two views' gradients")
     ranks: dict[str, tuple[str, Callable[[Row], float]]] = {
         "embeddings": ("-", lambda mark: mark["embedding_rank"]),
         "predictions, global": ("--", lambda mark: mark["prediction_rank"]["global"]),
@@ -78,7 +78,7 @@ def draw(found: Results, out: Path) -> None:
         place.set_xlabel("step")
         place.grid(alpha=0.25)
         if place.get_legend_handles_labels()[0]:
-            place.legend(fontsize=7, frameon=False)
+            place.legend(fontsize=7, frameon=False, loc="center right" if place is axes[1, 2] else "best")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Software": None})  # or the bytes would change with the version of matplotlib
 
