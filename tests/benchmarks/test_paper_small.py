@@ -100,6 +100,7 @@ def test_all_cells_have_one_budget_and_differ_where_they_should(setting: Setting
         # SPEC section 4: sums of terms and tasks, for SimSiam means.
         total = sum(recipe.task_weights.values())
         assert total == pytest.approx(1.0 if method == "simsiam" else max(2.0, len(tasks(recipe.views))))
+        assert recipe.backbone.init == ("timm" if setting == SETTINGS["cpu"] else "release")
     point = grid("byol", "paper", setting)[0]
     shared, per_view = (
         make_recipe(Cell(method="byol", variant=variant, seed=0), point, setting) for variant in ("shared", "per-view")
@@ -136,6 +137,7 @@ def test_every_arm_is_tuned_over_the_same_points_and_the_most_telling_cells_come
         ("byol", "per-view", 1),
     ]
     assert TUNING_SEED not in {cell.seed for cell in runs}
+    assert plan(TINY, (1, 2, 3), methods=("simsiam",)) == [cell for cell in cells if cell.method == "simsiam"]
 
 
 def test_a_cell_waits_for_tuning_and_takes_the_best_point() -> None:
@@ -296,3 +298,5 @@ def test_what_cannot_be_is_named(data: Path, tmp_path: Path) -> None:
         Arguments(seeds=(0, 1))
     with pytest.raises(InputError, match="jobs is 0"):
         Arguments(jobs=0)
+    with pytest.raises(InputError, match=r"methods is \(\) but must be some of byol, simsiam, mocov3: give one"):
+        Arguments(methods=())
