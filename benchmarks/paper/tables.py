@@ -61,13 +61,17 @@ def accuracies(results: Mapping[str, Any]) -> list[str]:
 
 
 def differences(results: Mapping[str, Any]) -> list[str]:
-    """Differences of arms in points, with 95 % intervals over seeds."""
+    """Differences of arms in points, with 95 % intervals over seeds; at last over all runs of a side together."""
     rows = []
+    pooled: dict[tuple[str, str], list[tuple[Row, Row]]] = {}
     for side, found, method, optimizer in _methods(results):
         for one, other in COMPARED:
-            cells = [_difference(found, method, optimizer, one, other, measure) for measure in MEASURES]
-            if any(cells):
-                rows.append([side, _title(method, optimizer), f"{one} less {other}", *cells])
+            pairs, what = _pairs(found, method, optimizer, one, other), f"{one} less {other}"
+            if pairs:
+                rows.append([side, _title(method, optimizer), what, *(_difference(pairs, name) for name in MEASURES)])
+                pooled.setdefault((side, what), []).extend(pairs)
+    for (side, what), pairs in pooled.items():
+        rows.append([side, f"all {len(pairs)} pairs", what, *(_difference(pairs, name) for name in MEASURES)])
     return _table(results, ["difference", *MEASURES.values()], rows)
 
 
@@ -168,10 +172,7 @@ def difference_components(
     return components(np.stack([a - b for a, b in hits]))
 
 
-def _difference(found: Results, method: str, optimizer: str, one: str, other: str, measure: str) -> str:
-    pairs = _pairs(found, method, optimizer, one, other)
-    if not pairs:
-        return ""
+def _difference(pairs: Sequence[tuple[Row, Row]], measure: str) -> str:
     middle, half = (100 * value for value in interval([a[measure] - b[measure] for a, b in pairs]))
     shown = f"{middle:+.1f}"
     return f"{shown} ({middle - half:+.1f} to {middle + half:+.1f})" if np.isfinite(half) else f"{shown} (one seed)"

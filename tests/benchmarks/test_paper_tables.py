@@ -106,6 +106,16 @@ def test_differences_are_paired_by_seed_with_students_interval(results: dict[str
     assert not [line for line in lines if "cutout" in line], "a row without a number is left out"
 
 
+def test_differences_of_all_methods_are_pooled(results: dict[str, Any]) -> None:
+    cells = results["paper_small_cpu"]["cells"]
+    for one in [cell for cell in cells if cell["cell"]["variant"] in ("shared", "per-view") and "linear" in cell]:
+        more = one["linear"] + (0.01 if one["cell"]["variant"] == "per-view" else 0.0)
+        cells.append(one | {"cell": one["cell"] | {"optimizer": "adamw"}, "linear": more})
+    # 3, 5, 4 and 6 points: 4.5 +- 3.1824 * sqrt(5 / 3) / 2, Student's 97.5 % quantile at three degrees of freedom.
+    row = cells_of(tables.differences(results), "| CPU | all 4 pairs | per-view less shared |")
+    assert row[0] == "+4.5 (+2.4 to +6.6)"
+
+
 def test_tuning_shows_the_chosen_point(results: dict[str, Any]) -> None:
     lines = tables.tuning(results)
     point = grid("byol", "paper", SETTING)[2]
