@@ -78,7 +78,9 @@ def draw(found: Results, out: Path) -> None:
         place.set_xlabel("step")
         place.grid(alpha=0.25)
         if place.get_legend_handles_labels()[0]:
-            place.legend(fontsize=7, frameon=False, loc="center right" if place is axes[1, 2] else "best")
+            place.legend(fontsize=7, frameon=False)
+    if runs:  # between the ranks of embeddings and of predictions
+        axes[1, 2].legend(fontsize=7, frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.4))
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Software": None})  # or the bytes would change with the version of matplotlib
 
