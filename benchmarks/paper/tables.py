@@ -63,15 +63,17 @@ def accuracies(results: Mapping[str, Any]) -> list[str]:
 def differences(results: Mapping[str, Any]) -> list[str]:
     """Differences of arms in points, with 95 % intervals over seeds; at last over all runs of a side together."""
     rows = []
-    pooled: dict[tuple[str, str], list[tuple[Row, Row]]] = {}
+    pooled: dict[tuple[str, str], list[list[tuple[Row, Row]]]] = {}
     for side, found, method, optimizer in _methods(results):
         for one, other in COMPARED:
             pairs, what = _pairs(found, method, optimizer, one, other), f"{one} less {other}"
             if pairs:
                 rows.append([side, _title(method, optimizer), what, *(_difference(pairs, name) for name in MEASURES)])
-                pooled.setdefault((side, what), []).extend(pairs)
-    for (side, what), pairs in pooled.items():
-        rows.append([side, f"all {len(pairs)} pairs", what, *(_difference(pairs, name) for name in MEASURES)])
+                pooled.setdefault((side, what), []).append(pairs)
+    for (side, what), parts in pooled.items():
+        if len(parts) > 1:
+            pairs = [pair for part in parts for pair in part]
+            rows.append([side, f"all {len(pairs)} pairs", what, *(_difference(pairs, name) for name in MEASURES)])
     return _table(results, ["difference", *MEASURES.values()], rows)
 
 
