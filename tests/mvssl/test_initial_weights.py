@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -15,15 +16,15 @@ from mvssl.recipes import all_recipes
 from pipelines.errors import InputError
 
 
-def drawn(name: str, init: str) -> dict[str, Tensor]:
+def drawn(name: str, init: Literal["timm", "release"]) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return build_backbone(Backbone(name=name, init=init)).state_dict()  # type: ignore[arg-type]
+        return build_backbone(Backbone(name=name, init=init)).state_dict()
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize(("init", "zero"), [("release", False), ("timm", True)])
-def test_resnets_begin_as_torchvisions(name: str, init: str, zero: bool) -> None:
+def test_resnets_begin_as_torchvisions(name: str, init: Literal["timm", "release"], zero: bool) -> None:
     """The release's ResNet is torchvision's, with `zero_init_residual` off."""
     theirs = getattr(torchvision.models, name)(zero_init_residual=zero).state_dict()
     compared = 0
