@@ -108,7 +108,7 @@ def _iterate(
         if value < 1:
             raise invalid(field, value, "1 or more", "give a positive number")
     wanted = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
-    if wanted.size and not 0 <= int(wanted.min()) <= int(wanted.max()) < len(source):
+    if wanted.size and not 0 <= int(np.min(wanted)) <= int(np.max(wanted)) < len(source):
         outside = wanted[(wanted < 0) | (wanted >= len(source))]
         raise invalid("indices", int(outside[0]), f"in [0, {len(source)})", "give indices of this data set")
     place = with_index(device)

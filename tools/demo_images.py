@@ -104,7 +104,7 @@ def ground(rng: np.random.Generator, colour: Array, x: Array, y: Array) -> Array
     blotches = smooth_noise(rng, height, width, int(rng.integers(2, 9)))
     picture = colour + np.float32(0.05) * blotches[..., None] * rng.standard_normal(3, dtype=np.float32)
     for _ in range(int(rng.integers(2, 6))):
-        along, across = rotated(x - rng.uniform(0, x.max()), y - rng.uniform(0, y.max()), rng.uniform(0, np.pi))
+        along, across = rotated(x - rng.uniform(0, np.max(x)), y - rng.uniform(0, np.max(y)), rng.uniform(0, np.pi))
         length, breadth = rng.uniform(0.03, 0.25), rng.uniform(0.01, 0.06)
         inside = (np.abs(along) < length) & (np.abs(across) < breadth)
         picture[inside] = (rng.uniform(0.3, 0.7) + rng.normal(0, 0.04, 3)).astype(np.float32)

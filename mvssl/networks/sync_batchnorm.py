@@ -33,7 +33,8 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def _mean_over_ranks(x: Tensor, ranks: int) -> Tensor:
-    total: Tensor = _SumOverRanks.apply(x)
+    apply: Any = _SumOverRanks.apply  # untyped before torch 2.12
+    total: Tensor = apply(x)
     return total / ranks
 
 

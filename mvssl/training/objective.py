@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from mvssl.distributed import World
@@ -69,7 +70,7 @@ class Objective:
         world: World,
         compiled: bool,
         autocast: torch.dtype | None,
-        scaler: torch.amp.GradScaler,
+        scaler: GradScaler,
     ) -> None:
         """Wrap networks that are on their device; `target` is None where `needs_target_network` says so.
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from mvssl.distributed import World
 from mvssl.methods import get_method
@@ -21,6 +22,7 @@ from mvssl.optim import apply_rates, build_optimizer, hold_on_device, target_dec
 from mvssl.recipe import Recipe
 from mvssl.training.compiled.capture import WARM_UP, WARM_UP_RANKS, CudaGraph, StepGraph, in_stream, wants_capture
 from mvssl.training.compiled.compiling import wants_compile
+from mvssl.training.memory_format import to_memory_format
 from mvssl.training.objective import Objective, check_batch, needs_target_network
 from mvssl.training.precision import autocast_dtype, check_bf16_on_cpu
 from pipelines.errors import InputError
@@ -105,10 +107,10 @@ class TrainStep:
             check_bf16_on_cpu(online.backbone, (view.size for view in recipe.views))
         channels_last = recipe.channels_last and is_convolutional(online.backbone)
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.online = online.to(self.device).to(memory_format=self._memory_format)
+        self.online = to_memory_format(online.to(self.device), self._memory_format)
         self.target = None
         if needs_target_network(recipe, method):
-            self.target = target.to(self.device).to(memory_format=self._memory_format)
+            self.target = to_memory_format(target.to(self.device), self._memory_format)
         self.view_by_view = online.ungroupable
         self._target_rule = method.target_rule
         self._follow = None if self.target is None else Follow(self.target, self.online)
@@ -118,7 +120,7 @@ class TrainStep:
         hold_on_device(self.optimizer, recipe.optimizer)
         dtype = torch.promote_types(self._parameters[0].dtype, torch.float32)
         self._pace = torch.zeros((), dtype=dtype, device=self.device)  # 1 - decay of the target network
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype is torch.float16)
+        self.scaler = GradScaler(self.device.type, enabled=self.autocast_dtype is torch.float16)
         self._plan = make_plan(
             recipe.views,
             joint=recipe.step_mode == "joint",

@@ -47,7 +47,7 @@ class BetonSource:
             self._keys, self.classes, sizes = index.keys, index.classes, index.sizes
             if len(index.keys) != count or len(sizes) != count:
                 raise damaged(path, f"has keys for {len(index.keys)} of {count} images")
-            if not -1 <= int(numbers.min()) <= int(numbers.max()) < len(index.classes):
+            if not -1 <= int(np.min(numbers)) <= int(np.max(numbers)) < len(index.classes):
                 raise damaged(path, f"has labels that are not among its {len(index.classes)} classes")
         self.labels = numbers
         self.nbytes = layout.nbytes

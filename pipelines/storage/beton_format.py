@@ -135,7 +135,7 @@ def class_labels(path: Path, numbers: npt.NDArray[np.int64], *, most: int = 1_00
             f"{path}, sample {wrong[0]}: the label {numbers[wrong[0]]} is not between -1 (none) and {most - 1}: "
             f"{_OTHER_LABELS} that counts classes from 0."
         )
-    return tuple(str(label) for label in range(int(numbers.max(initial=-1)) + 1))
+    return tuple(str(label) for label in range(int(np.max(numbers, initial=-1)) + 1))
 
 
 def damaged(path: Path, what: str) -> InputError:

@@ -64,7 +64,7 @@ def save_index(path: Path, index: FileIndex) -> bool:
     Data changed within the last two seconds is not cached: a change right after could leave the modification time as
     it is, and would never be noticed.
     """
-    if time.time_ns() - int(index.watched_mtime.max(initial=0)) < _SETTLED_NS:
+    if time.time_ns() - int(np.max(index.watched_mtime, initial=0)) < _SETTLED_NS:
         return False
     classes = KeyTable.of(index.classes)
     target = cache_file(path)

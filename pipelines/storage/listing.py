@@ -121,7 +121,7 @@ def _labels(
             f"{path}, line {lines[wrong[0]]}: the label {numbers[wrong[0]]} is not between -1 (none) and "
             f"{_MAX_CLASSES - 1}: number the classes from 0."
         )
-    return numbers, tuple(str(label) for label in range(int(numbers.max(initial=-1)) + 1))
+    return numbers, tuple(str(label) for label in range(int(np.max(numbers, initial=-1)) + 1))
 
 
 def _size(path: str) -> int:

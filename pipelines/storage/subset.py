@@ -22,7 +22,7 @@ class SubsetSource:
             InputError: there are none, or one does not exist.
         """
         self.indices = np.asarray(indices, dtype=np.int64)
-        if not len(self.indices) or self.indices.min() < 0 or self.indices.max() >= len(source):
+        if not len(self.indices) or np.min(self.indices) < 0 or np.max(self.indices) >= len(source):
             raise InputError(
                 f"A subset of {len(self.indices)} images was asked of {source.location} but must name one or more of "
                 f"its {len(source)} images by number, from 0."

@@ -80,7 +80,7 @@ class Conversion:
                 self._destination,
                 origin,
                 capacity=len(job.source),
-                page=page_bytes(int(job.source.nbytes.max(initial=0))),
+                page=page_bytes(int(np.max(job.source.nbytes, initial=0))),
                 quality=options.quality,
             )
         self._log = WarningLog()

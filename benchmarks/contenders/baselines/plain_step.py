@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from mvssl.methods import get_method
 from mvssl.networks.backbones import build_backbone, feature_width
@@ -87,7 +88,7 @@ class PlainStep:
         self.online.to(device).train()
         self.optimizer = _optimizer(self.online, recipe.optimizer)
         self._dtype = autocast_dtype(recipe.precision, device)
-        self._scaler = torch.amp.GradScaler(device.type, enabled=self._dtype is torch.float16)
+        self._scaler = GradScaler(device.type, enabled=self._dtype is torch.float16)
 
     def __call__(self, views: Sequence[Tensor], step: int) -> Tensor:
         """Train on one batch, V tensors [B, 3, S, S] on the device, as update number `step`; the loss, [] detached."""

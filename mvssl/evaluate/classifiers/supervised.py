@@ -24,6 +24,7 @@ from mvssl.evaluate.computing import Computing
 from mvssl.evaluate.features.fill import train_view
 from mvssl.networks.backbones import is_convolutional
 from mvssl.runs import checkpoint
+from mvssl.training.memory_format import to_memory_format
 from pipelines.errors import InputError, invalid
 from pipelines.loader import Loader
 from pipelines.loading.cache_choice import Cache, free_memory, keep_decoded
@@ -123,7 +124,7 @@ def train_classifier(
     groups = _groups(model, supervision)
     optimizer = _optimizer(groups, supervision)
     if is_convolutional(model.backbone):
-        model.to(memory_format=torch.channels_last)
+        to_memory_format(model, torch.channels_last)
     done = _resume(folder, identity, model, optimizer)
     wrapped: nn.Module = model
     if world.size > 1:
