@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset
 from PIL import Image
 
 from pipelines.errors import InputError
@@ -130,6 +129,7 @@ def test_tar_reads_the_shards(converted: Path, folder: Path) -> None:
 def test_webdataset_reads_the_shards(converted: Path) -> None:
     source = open_source(converted)
     urls = [str(path) for path in sorted(converted.glob("*.tar"))]
+    webdataset = pytest.importorskip("webdataset")
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
     assert [sample["__key__"] for sample in samples] == [source.key(i) for i in range(COUNT)]
     assert [sample["cls"] for sample in samples] == source.labels.tolist()
