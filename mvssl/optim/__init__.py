@@ -46,5 +46,19 @@ def build_optimizer(network: nn.Module, config: Optimizer) -> torch.optim.Optimi
     if lars:
         return LARS(groups, lr=config.base_lr, momentum=config.momentum, eta=config.eta)
     if config.kind == "sgd":
-        return torch.optim.SGD(groups, lr=config.base_lr, momentum=config.momentum, fused=True)
+        sgd = torch.optim.SGD(groups, lr=config.base_lr, momentum=config.momentum, fused=True)
+        sgd.register_step_pre_hook(_zero_momentum)
+        return sgd
     return torch.optim.AdamW(groups, lr=config.base_lr, betas=config.betas, fused=True)
+
+
+def _zero_momentum(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Give every parameter with a gradient a zero momentum buffer if it has none.
+
+    torch allocates the buffers with `empty_like` and counts on its first update to write them; under a GradScaler an
+    overflow skips that update, and the next one would read uninitialised memory. 0.9 * 0 + g is g: same numbers.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -6,8 +6,9 @@ itself is marked `gpu`.
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from replayed_operations import ReplayedGraph
 from test_ready_for_capture import ADAMW, MOCO, RECIPE, SIMSIAM, VIT, batches
 from torch import Tensor
 
+from mvssl.recipe import Optimizer
 from mvssl.training.compiled.capture import WARM_UP, Graph, StepGraph, wants_capture
 from mvssl.training.step import StepOutput, TrainStep
 from mvssl.trying.memory import explain_out_of_memory
@@ -253,6 +255,43 @@ def test_replays_scale_gradients_and_pass_over_an_overflow() -> None:
     replayed(views, STEPS)
     assert all(torch.equal(value, before[name]) for name, value in replayed.online.named_parameters())
     assert float(replayed.scaler._scale) == scale / 2
+
+
+@pytest.fixture
+def filled_memory() -> Iterator[None]:
+    """`torch.empty` gives NaN, so that whoever reads memory that nobody wrote is found out."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "lars": RECIPE.optimizer,
+    "sgd": Optimizer(kind="sgd", base_lr=0.5, warmup_epochs=3),
+    "sgd, decay that changes": Optimizer(
+        kind="sgd", base_lr=0.5, weight_decay=1e-4, weight_decay_end=0.1, warmup_epochs=3
+    ),
+    "adamw": ADAMW["optimizer"],
+}
+
+
+@pytest.mark.usefixtures("filled_memory")
+@pytest.mark.parametrize("resumed", [False, True], ids=["", "resumed"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_an_overflow_in_the_first_step_changes_nothing(optimizer: Optimizer, resumed: bool) -> None:
+    """As fp16 usually begins: its first scale, 65536, is too large."""
+    ours, expected = scaled(make(optimizer=optimizer)), scaled(make(optimizer=optimizer))
+    if resumed:  # from a checkpoint written before the first update
+        ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+    views = batches(ours)(0)
+    views[0].fill_(float("inf"))
+    ours(views, 0)
+    for number in range(6, 9):  # at the full learning rate
+        mine, theirs = take(ours, range(number, number + 1)), take(expected, range(number, number + 1))
+        assert torch.isfinite(mine[0].loss)
+        assert torch.equal(mine[0].losses, theirs[0].losses)
+    for name, value in expected.online.named_parameters():
+        assert torch.equal(dict(ours.online.named_parameters())[name], value), name
 
 
 def test_a_replayed_run_goes_on_from_a_checkpoint() -> None:
