@@ -49,12 +49,14 @@ class Arguments:
     Attributes:
         recipe: what would be trained.
         device: where the steps run.
+        compiled: whether compiled starts are timed too, which takes long.
         repeats: turns of all kinds of starts; the median counts.
         out: JSON file to write, anew after every start.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     device: Literal["cpu", "cuda"] = "cpu"
+    compiled: bool = True
     repeats: int = 1
     out: Path | None = None
 
@@ -127,11 +129,12 @@ def start(recipe: Recipe, device: str, caches: Path) -> dict[str, Any]:
 
 def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
     """Run the benchmark, a line and a result for each start; the result as plain JSON values."""
-    seconds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in STARTS}
+    kinds = {kind: compiles for kind, compiles in STARTS.items() if arguments.compiled or compiles == "off"}
+    seconds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     result: dict[str, Any] = {}
     for turn in range(arguments.repeats):
         with tempfile.TemporaryDirectory() as caches:
-            for kind, compiles in STARTS.items():
+            for kind, compiles in kinds.items():
                 recipe = replace(arguments.recipe, compile=compiles)
                 seconds[kind].append(start(recipe, arguments.device, Path(caches)))
                 now = seconds[kind][-1]
@@ -141,7 +144,7 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
                     file=sys.stderr,
                     flush=True,
                 )
-                done = turn == arguments.repeats - 1 and kind == list(STARTS)[-1]
+                done = turn == arguments.repeats - 1 and kind == list(kinds)[-1]
                 result = {
                     "benchmark": "start",
                     "partial": not done,

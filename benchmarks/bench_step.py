@@ -4,16 +4,21 @@ python -m benchmarks.bench_step [--recipes NAME ...] [--batch-sizes 128 ...] [--
 
 All train on one batch of noise that lies on the device, each in a process of its own, and take turns. With --data each
 also takes turns while our loader prepares batches of that data in the same process. Every contender is profiled once:
-launches, kernels, time of the host and of the device. The share of the peak is that of a large matrix product, which
-takes turns with them. The first recipe at the first batch size comes first, then the other recipes, then the other
-batch sizes; --seconds says after which time nothing more is begun, and what is left out is named.
+launches, kernels, time of the host and of the device; what bench_compile predicted of the compiled step stands beside.
+The share of the peak is that of a large matrix product, which takes turns with them. The first recipe at the first
+batch size comes first, then the other recipes, then the other batch sizes; --seconds says after which time nothing more
+is begun, and what is left out is named.
+
+Compiled code is kept from process to process (`mvssl.training.compiled.compile_cache`): the first compiled contender of
+a recipe compiles, the others find its code. `first_step_seconds` of each says so.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +40,7 @@ from benchmarks.contenders.step import (
 )
 from benchmarks.measuring.command_line import DEFAULT_RECIPE, command_of, finish, write_result
 from benchmarks.measuring.isolated import Build, Turn
+from benchmarks.measuring.prediction import predicted
 from benchmarks.measuring.turns import Budget, Outcome, rates, ratios, take_turns
 from mvssl.recipe import Recipe
 from mvssl.recipe_file import resolve_recipe
@@ -141,24 +147,29 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
             "environment": environment() | {"command": command},
         }
 
-    def save(recipe: Recipe, flops: float, outcome: Outcome) -> None:
-        write_result(arguments.out, result([summary(outcome, recipe, flops=flops)], unfinished=True))
+    def save(recipe: Recipe, prediction: dict[str, Any] | None, flops: Callable[[], float], outcome: Outcome) -> None:
+        now = summary(outcome, recipe, flops=flops(), prediction=prediction)
+        write_result(arguments.out, result([now], unfinished=True))
 
     for recipe in planned:
-        print(f"{recipe.name}, batch {recipe.batch_size}", file=sys.stderr, flush=True)
+        prediction = predicted(recipe.name, device=arguments.device)
+        print(f"{recipe.name}, batch {recipe.batch_size}; predicted: {prediction}", file=sys.stderr, flush=True)
         setup = Setup(recipe=recipe, device=arguments.device, steps=arguments.steps, data=arguments.data)
-        flops = 0.0 if budget.spent else flops_per_image(recipe)
-        outcome = take_turns(
-            builds_of(setup, arguments.contenders),
-            repeats=arguments.repeats,
-            budget=budget,
-            keep=partial(save, recipe, flops),
-        )
-        measured.append(summary(outcome, recipe, flops=flops))
+        with ThreadPoolExecutor(1) as beside:  # counts operations while the contenders' processes are built
+            flops = float if budget.spent else beside.submit(flops_per_image, recipe).result
+            outcome = take_turns(
+                builds_of(setup, arguments.contenders),
+                repeats=arguments.repeats,
+                budget=budget,
+                keep=partial(save, recipe, prediction, flops),
+            )
+            measured.append(summary(outcome, recipe, flops=flops(), prediction=prediction))
     return result([], unfinished=False)
 
 
-def summary(outcome: Outcome, recipe: Recipe, *, flops: float) -> dict[str, Any]:
+def summary(
+    outcome: Outcome, recipe: Recipe, *, flops: float, prediction: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """What came of one recipe; `flops` an image. Turns with the loader at work stand beside those without."""
     turns = {name: taken for name, taken in outcome.turns.items() if name != PEAK}
     peak = [turn.report for turn in outcome.turns.get(PEAK, [])]
@@ -169,6 +180,7 @@ def summary(outcome: Outcome, recipe: Recipe, *, flops: float) -> dict[str, Any]
         "batch_size": recipe.batch_size,
         "views_per_image": views,
         "gflops_per_image": flops / 1e9,
+        "predicted": prediction,
         "matrix_product": {**peak[-1], "tflops": tflops} if peak else None,
         "contenders": {
             name: contender(taken, views=views, flops=flops, peak=tflops)
@@ -194,7 +206,7 @@ def contender(turns: Sequence[Turn], *, views: int, flops: float, peak: float | 
     achieved = result["images_per_second"] * flops / 1e12
     result |= {"tflops": achieved, "share_of_peak": None if peak is None else achieved / peak}
     result["milliseconds"] = 1e3 * statistics.median(turn.report["seconds"] / turn.report["steps"] for turn in turns)
-    names = ("launches", "kernels", "host_milliseconds", "busy_milliseconds", "first_loss")
+    names = ("launches", "kernels", "host_milliseconds", "busy_milliseconds", "first_step_seconds", "first_loss")
     return result | {name: last[name] for name in (*names, "device_mib") if name in last}
 
 

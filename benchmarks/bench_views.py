@@ -4,7 +4,8 @@ python -m benchmarks.bench_views DATA [--device cuda] [--dtype bfloat16] [--num-
 
 Decoding is not timed; the decoded images lie on the device. Contenders that can be told what to do get the same
 decisions, and their views are compared with torchvision's on the CPU; DALI and kornia draw for themselves. What is
-missing on this machine is left out with a line that says so.
+missing on this machine is left out with a line that says so. --out is written anew after every round of turns, and
+after --seconds nothing more is begun.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import tyro
 from torch import Tensor
 
 from benchmarks.contenders.views import CONTENDERS, MakeAll, Setup, decide, version
-from benchmarks.measuring.command_line import finish
+from benchmarks.measuring.command_line import finish, write_result
 from benchmarks.measuring.timing import Times, drain, take_turns
+from benchmarks.measuring.turns import Budget
 from mvssl.runs.environment import environment
 from pipelines.batch import DecodedBatch
 from pipelines.console import run_cli
@@ -33,7 +35,7 @@ from pipelines.storage import open_source
 from pipelines.views.presets import paper_views
 from pipelines.views.spec import IMAGENET_STD
 
-Name = Literal["fused", "reference", "compiled", "torchvision", "dali", "kornia"]
+Name = Literal["fused", "native", "reference", "compiled", "torchvision", "dali", "kornia"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPARED = 16  # images whose views are compared with torchvision's
 
@@ -54,7 +56,8 @@ class Arguments:
         size: side of the global and cutout views in pixels.
         local_size: side of the local views in pixels.
         blur_kernel: taps of the blur.
-        out: JSON file to write.
+        seconds: after which nothing more is begun; all that is wanted by default.
+        out: JSON file to write, anew after every round of turns.
     """
 
     data: tyro.conf.Positional[Path]
@@ -68,6 +71,7 @@ class Arguments:
     size: int = 224
     local_size: int = 96
     blur_kernel: int = 23
+    seconds: float | None = None
     out: Path | None = None
 
     def __post_init__(self) -> None:
@@ -118,10 +122,17 @@ def load(arguments: Arguments) -> list[DecodedBatch]:
     return batches
 
 
-def enter(names: Sequence[str], setup: Setup, batches: Sequence[DecodedBatch]) -> Entrants:
-    """Build the contenders and let each make all views once; say on stderr who is left out, and why."""
+def enter(names: Sequence[str], setup: Setup, batches: Sequence[DecodedBatch], *, budget: Budget) -> Entrants:
+    """Build the contenders and let each make all views once; say on stderr who is left out, and why.
+
+    The one that compiles is built last, as it takes longest.
+    """
     entrants = Entrants(functions={}, missing={}, failed={})
-    for name in names:
+    for name in sorted(names, key=lambda name: name == "compiled"):
+        if budget.spent:
+            entrants.missing[name] = budget.reason
+            print(f"left out {name}: {budget.reason}", file=sys.stderr, flush=True)
+            continue
         try:
             function = CONTENDERS[name].build(setup)
         except (InputError, ImportError) as error:
@@ -216,6 +227,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     """
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device is cuda but torch finds no CUDA device here: take --device cpu.")
+    budget = Budget(arguments.seconds)
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
     batches = load(arguments)
@@ -228,15 +240,40 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     )
     on_device = [batch.to(device) for batch in batches]
     with torch.inference_mode():
-        entrants = enter(arguments.contenders or tuple(CONTENDERS), setup, on_device)
+        entrants = enter(arguments.contenders or tuple(CONTENDERS), setup, on_device, budget=budget)
         gaps = differences(entrants.functions, setup, batches[0])
         turns = {name: turn(function, on_device) for name, function in entrants.functions.items()}
-        times = take_turns(turns, repeats=arguments.repeats, device=device)
+        times = {name: Times() for name in turns}
+        result = told(arguments, batches, setup, entrants, times={}, gaps=gaps, unfinished=True)
+        for done in range(arguments.repeats):
+            if done > 0 and budget.spent:
+                break
+            for name, own in take_turns(turns, repeats=1, device=device).items():
+                times[name].seconds.extend(own.seconds)
+                times[name].host_seconds.extend(own.host_seconds)
+            unfinished = done + 1 < arguments.repeats and not budget.spent
+            result = told(arguments, batches, setup, entrants, times=times, gaps=gaps, unfinished=unfinished)
+            write_result(arguments.out, result)
+    return result
+
+
+def told(
+    arguments: Arguments,
+    batches: Sequence[DecodedBatch],
+    setup: Setup,
+    entrants: Entrants,
+    *,
+    times: dict[str, Times],
+    gaps: dict[str, dict[str, float]],
+    unfinished: bool,
+) -> dict[str, Any]:
+    """The result of the turns so far."""
     images = arguments.num_images * len(batches)
     faster = ratios(times, "torchvision")
     pixels = torch.cat([batch.sizes for batch in batches]).prod(dim=1).double().mean()
     return {
         "benchmark": "views",
+        "partial": unfinished,
         "device": arguments.device,
         "dtype": arguments.dtype,
         "images": arguments.num_images,

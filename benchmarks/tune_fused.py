@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from unittest import mock
 import torch
 import tyro
 
+from benchmarks.measuring.command_line import write_result
+from benchmarks.measuring.turns import Budget
 from mvssl.runs.environment import environment
 from pipelines.batch import DecodedBatch
 from pipelines.console import run_cli
@@ -51,11 +52,13 @@ class Arguments:
     Attributes:
         num_images: images of a batch.
         repeats: timed batches of each candidate; the median counts.
-        out: JSON file to write.
+        seconds: after which no other candidate is tried; all are by default. What is launched today comes first.
+        out: JSON file to write, anew after every candidate.
     """
 
     num_images: int = 256
     repeats: int = 10
+    seconds: float | None = None
     out: Path | None = None
 
 
@@ -113,40 +116,56 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         raise InputError(f"The fused kernels cannot be tuned: {obstacle}; run this on a machine with a GPU.")
     from pipelines.views.fused import engine
 
+    budget = Budget(arguments.seconds)
     generator = torch.Generator().manual_seed(0)
     count = arguments.num_images
     images = torch.randint(0, 256, (count, 375, 500, 3), generator=generator, dtype=torch.uint8)
     batch = DecodedBatch.from_images(list(images), index=range(count), device=device)
     params = draw(paper_views(), batch.sizes, seed=0, epoch=0, index=batch.index)
-    kernels: dict[str, Any] = {}
-    for name, launch in engine.LAUNCHES.items():
-        rows = []
-        for constants, num_warps in candidates(name):
-            with launched_with(name, constants, num_warps):
-                milliseconds = kernel_milliseconds(name, batch, params, arguments.repeats)
-            rows.append({**constants, "num_warps": num_warps, "milliseconds": milliseconds})
-        rows.sort(key=lambda row: row["milliseconds"])
-        now = {**launch.constants, "num_warps": launch.num_warps}
-        current = next(row["milliseconds"] for row in rows if now.items() <= row.items())
-        kernels[name] = {"best": rows[0], "now": now | {"milliseconds": current}, "all": rows}
-        microseconds = 1000 * current / count
-        print(f"{name:8} now {microseconds:.2f} us per image, best {rows[0]}")
+    rows: dict[str, list[dict[str, Any]]] = {}
     command = f"python -m benchmarks.tune_fused --num-images {count} --repeats {arguments.repeats}"
-    return {
-        "benchmark": "tune_fused",
-        "device": "cuda",
-        "images": count,
-        "kernels": kernels,
-        "environment": environment() | {"command": command},
-    }
+    about = environment() | {"command": command}
+
+    def result(*, unfinished: bool) -> dict[str, Any]:
+        return {
+            "benchmark": "tune_fused",
+            "partial": unfinished,
+            "device": "cuda",
+            "images": count,
+            "kernels": {
+                name: {"best": min(tried, key=lambda row: row["milliseconds"]), "now": tried[0], "all": tried}
+                for name, tried in rows.items()
+            },
+            "environment": about,
+        }
+
+    for name, constants, num_warps in order(engine.LAUNCHES):
+        if name in rows and budget.spent:
+            break
+        with launched_with(name, constants, num_warps):
+            milliseconds = kernel_milliseconds(name, batch, params, arguments.repeats)
+        rows.setdefault(name, []).append({**constants, "num_warps": num_warps, "milliseconds": milliseconds})
+        write_result(arguments.out, result(unfinished=True))
+    for name, tried in rows.items():
+        best = min(tried, key=lambda row: row["milliseconds"])
+        print(f"{name:8} now {1000 * tried[0]['milliseconds'] / count:.2f} us per image, best of {len(tried)}: {best}")
+    return result(unfinished=False)
+
+
+def order(launches: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, int], int]]:
+    """Kernel, block sizes and warps of all that is timed: how each kernel is launched today, then the others."""
+    for name, launch in launches.items():
+        yield name, dict(launch.constants), launch.num_warps
+    for name, launch in launches.items():
+        for constants, num_warps in candidates(name):
+            if (constants, num_warps) != (launch.constants, launch.num_warps):
+                yield name, constants, num_warps
 
 
 def body() -> int:
     """Run the command; returns the exit code."""
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.tune_fused")
-    result = measure(arguments)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(arguments.out, measure(arguments))
     return 0
 
 

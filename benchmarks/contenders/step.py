@@ -206,7 +206,9 @@ def _turns(
     found: dict[str, Any] = {}
 
     def prepare() -> None:
-        found["first_loss"] = float(take(next(numbers)))
+        began = time.perf_counter()
+        found["first_loss"] = float(take(next(numbers)))  # waits for the device
+        found["first_step_seconds"] = time.perf_counter() - began
         for _ in range(warm_up):
             take(next(numbers))
         check()

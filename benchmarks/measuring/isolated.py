@@ -46,27 +46,18 @@ class Isolated:
     """Contenders in a process of their own, a context manager. Their turns are taken one at a time, when asked for.
 
     Attributes:
-        contenders: names of the turns that can be taken.
+        contenders: names of the turns that can be taken, once they are `built`.
     """
 
     def __init__(self, name: str, build: Build) -> None:
-        """Start the process and wait until its contenders are built.
-
-        Raises:
-            InputError: they cannot be built here; the message says why.
-            ContenderFailed: building them failed otherwise.
-        """
+        """Start the process, which builds its contenders meanwhile."""
         self._name = name
         context = multiprocessing.get_context("spawn")  # a fork would take over threads' locks and CUDA's state
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(build, theirs), name=name)
         self._process.start()
         theirs.close()
-        try:
-            self.contenders: tuple[str, ...] = self._receive()
-        except BaseException:
-            self.close()
-            raise
+        self.contenders: tuple[str, ...] = ()
 
     def __enter__(self) -> Isolated:
         return self
@@ -75,6 +66,15 @@ class Isolated:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def built(self) -> None:
+        """Wait until the contenders are built.
+
+        Raises:
+            InputError: they cannot be built here; the message says why.
+            ContenderFailed: building them failed otherwise.
+        """
+        self.contenders = self._receive()
 
     def turn(self, contender: str) -> Turn:
         """Let this contender take its turn and wait for its end.

@@ -58,7 +58,8 @@ def take_turns(
 ) -> Outcome:
     """Let each contender of each process warm up with one turn and then take `repeats`, all in turns.
 
-    Who cannot take part, or fails, costs the others nothing. stderr says what begins and what came of it.
+    The processes are built at the same time, as most of that is imports. Who cannot take part, or fails, costs the
+    others nothing. stderr says what begins and what came of it.
 
     Args:
         builds: the processes, the most important ones first.
@@ -69,19 +70,23 @@ def take_turns(
     outcome, budget = Outcome(), budget or Budget(None)
     with ExitStack() as stack:
         entrants: dict[str, Isolated] = {}
+        building: dict[str, Isolated] = {}
+        began = time.monotonic()
         for process, build in builds.items():
             if budget.spent:
                 _leave_out(outcome, process, budget.reason)
                 continue
-            began = _begin(f"building {process} ...")
+            _say(f"building {process} ...")
+            building[process] = stack.enter_context(Isolated(process, build))
+        for process, isolated in building.items():
             try:
-                isolated = stack.enter_context(Isolated(process, build))
+                isolated.built()
             except InputError as error:
                 _leave_out(outcome, process, str(error))
             except ContenderFailed as error:
                 _note_failure(outcome, process, error)
             else:
-                _say(f"built {process} in {time.monotonic() - began:.1f} s")
+                _say(f"built {process} after {time.monotonic() - began:.1f} s")
                 entrants |= dict.fromkeys(isolated.contenders, isolated)
         for number in range(repeats + 1):
             for name in [name for name in entrants if name not in outcome.failed | outcome.missing]:
@@ -110,11 +115,6 @@ def _summary(turn: Turn) -> str:
     if {"images", "seconds"} <= report.keys():
         return f"{report['images'] / report['seconds']:,.1f} images/s"
     return ", ".join(f"{name} {value:,.3g}" for name, value in report.items() if isinstance(value, int | float))
-
-
-def _begin(words: str) -> float:
-    _say(words)
-    return time.monotonic()
 
 
 def _say(words: str) -> None:

@@ -8,10 +8,17 @@ from benchmarks.report.markdown import table
 from benchmarks.report.origins import NOT_YET, Result, Results, Sides, origins
 from benchmarks.report.rounding import percent, significant, with_spread
 
+SIDES = {
+    "CPU": "loader_cpu",
+    "CPU, 64 px": "loader_tiny_cpu",
+    "GPU": "loader_cuda",
+    "GPU, 64 px": "loader_tiny_cuda",
+}
+
 
 def loader(results: Results) -> list[str]:
     """Contenders of bench_loader, with the files in memory."""
-    return _loaders(results, {"CPU": "loader_cpu", "CPU, 64 px": "loader_tiny_cpu", "GPU": "loader_cuda"})
+    return _loaders(results, SIDES)
 
 
 def loader_cold(results: Results) -> list[str]:

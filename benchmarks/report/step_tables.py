@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.contenders.step import PLAIN
+from benchmarks.contenders.step import OURS, PLAIN
 from benchmarks.report.contender_cells import entrants, memory, rate, ratio, stacked
 from benchmarks.report.markdown import table
 from benchmarks.report.origins import NOT_YET, Result, Results, origins, turns
@@ -40,13 +40,17 @@ def train(results: Results) -> list[str]:
 
 def step(results: Results) -> list[str]:
     """Contenders of bench_step: each recipe at each batch size."""
-    sides = {"CPU": "step_cpu", "GPU": "step_cuda"}
+    sides = {"CPU": "step_cpu", "GPU": "step_cuda", "GPU, more": "steps_cuda"}
     heads = [
         "source images/s",
         "times the plain step",
         "launches",
+        "kernels",
+        "kernels, predicted",
+        "MB an image, predicted",
         "host, ms",
         "device, ms of a step's",
+        "predicted, ms",
         "TFLOP/s",
         "of the peak",
         "with the loader",
@@ -69,17 +73,32 @@ def _of_step(measured: Result, contender: str) -> list[str]:
     if own is None:
         return ["failed"]
     busy, loaded = own["busy_milliseconds"], measured["with_loader"].get(contender)
+    compiled = contender in OURS and OURS[contender].compile == "on"
+    expected = (measured.get("predicted") or {}) if compiled else {}
+    same_batch = expected.get("batch_size", measured["batch_size"]) == measured["batch_size"]
     return [
         rate(own),
         "1" if contender == PLAIN else ratio(measured["times_plain"].get(contender)),
-        "" if own["launches"] is None else f"{own['launches']:,.0f}",
+        _count(own["launches"]),
+        _count(own.get("kernels")),
+        _count(expected.get("launches")),
+        _number(expected.get("megabytes_per_image")),
         significant(own["host_milliseconds"]),
         "" if busy is None else f"{significant(busy)} of {significant(own['milliseconds'])}",
+        _number(expected.get("predicted_milliseconds") if same_batch else None),
         significant(own["tflops"]),
         "" if own["share_of_peak"] is None else percent(own["share_of_peak"]),
         "" if loaded is None else percent(loaded["over_alone"]["median"]),
         memory(own),
     ]
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else significant(value)
 
 
 def _about_steps(result: Result) -> list[str]:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import bench_step
 from benchmarks.bench_step import ORDER, Arguments, builds_of, groups, measure
 from benchmarks.contenders.step import OURS, PEAK, PLAIN, WITH_LOADER, Setup, flops_per_image
 from benchmarks.measuring.isolated import Turn
 from benchmarks.measuring.process_memory import Memory
-from benchmarks.report import step_tables
+from benchmarks.measuring.prediction import predicted
+from benchmarks.report import result_tables, step_tables
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.runs.environment import environment
 from pipelines.errors import InputError
@@ -58,6 +60,7 @@ def test_all_ways_do_the_same_and_the_result_is_told(
     for name, row in rows.items():
         assert row["first_loss"] == pytest.approx(rows[PLAIN]["first_loss"], abs=1e-4)
         assert row["host_milliseconds"] > 0
+        assert row["first_step_seconds"] > 0
         assert (row["launches"], row["kernels"], row["busy_milliseconds"]) == (None, None, None)
         assert row["tflops"] == pytest.approx(row["images_per_second"] * measured["gflops_per_image"] / 1e3)
         assert row["share_of_peak"] == pytest.approx(row["tflops"] / measured["matrix_product"]["tflops"])
@@ -67,7 +70,7 @@ def test_all_ways_do_the_same_and_the_result_is_told(
         assert loaded["over_alone"]["median"] == pytest.approx(ratio)
     ratio = rows["grouped"]["images_per_second"] / rows[PLAIN]["images_per_second"]
     assert measured["times_plain"]["grouped"]["median"] == pytest.approx(ratio)
-    for line in ("building grouped ...", "built grouped in", "warm-up of grouped:", "turn 1 of 1 of grouped:"):
+    for line in ("building grouped ...", "built grouped after", "warm-up of grouped:", "turn 1 of 1 of grouped:"):
         assert line in told.err
     lines = step_tables.step({"step_cpu": result})
     assert sum(line.startswith("| CPU | demo, batch 4 |") for line in lines) == 3
@@ -128,7 +131,8 @@ def test_a_gpus_numbers_fill_the_table() -> None:
         failed={"compiled": "out of memory"},
     )
     assert isinstance(outcome, Outcome)
-    measured = bench_step.summary(outcome, TINY, flops=2.5e12)
+    prediction = {"batch_size": 4, "megabytes_per_image": 1400.0, "launches": 1279, "predicted_milliseconds": 63.4}
+    measured = bench_step.summary(outcome, TINY, flops=2.5e12, prediction=prediction)
     result = {
         "benchmark": "step",
         "partial": False,
@@ -137,18 +141,37 @@ def test_a_gpus_numbers_fill_the_table() -> None:
         "recipes": [measured],
         "environment": environment() | {"gpus": ["NVIDIA H100"], "command": "made up"},
     }
+    headline = result_tables.headlines({"step_cuda": result})[2]
+    assert headline.endswith("| not measured yet | 3.00 times (captured) |")
     lines = step_tables.step({"step_cuda": result})
     rows = {line.split(" | ")[2]: line for line in lines if line.startswith("| GPU |")}
     dash = "\N{EN DASH}"
-    expected = f"40.0 (40.0{dash}40.0) | 3.00 (2.00{dash}4.00) | 1 | 5.00 | 90.0 of 100 | 100 | 20.0 % | 80.0 % |"
+    expected = (
+        f"40.0 (40.0{dash}40.0) | 3.00 (2.00{dash}4.00) | 1 | 2,400 | 1,279 | 1,400 | 5.00 | 90.0 of 100 | 63.4 | 100 "
+        "| 20.0 % | 80.0 % |"
+    )
     assert expected in rows["captured"]
-    assert "| 9,000 | 5.00 | 120 of 300 |" in rows[PLAIN]
+    assert "| 9,000 | 2,400 | | | 5.00 | 120 of 300 | |" in rows[PLAIN], "the prediction is of the compiled step"
     assert "| failed |" in rows["compiled"]
+    lines = [line for line in lines if "step_cuda" in line]
     assert "NVIDIA H100" in lines[-1]
     assert (
         "10 steps a turn, median of 2 turns, peak 500 TFLOP/s: a product of matrices of 8,192 x 8,192 in bfloat16"
         in (lines[-1])
     )
+
+
+def test_a_prediction_is_that_of_the_recipe_and_the_kind_of_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"megabytes_per_image": 1400.0, "launches": 1279, "predicted_milliseconds": None, "kernels": []}
+    (tmp_path / "compile_tiny_sm90.json").write_text(json.dumps(found))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert predicted("tiny", device="cuda", folder=tmp_path) == {"megabytes_per_image": 1400.0, "launches": 1279}
+    assert predicted("other", device="cuda", folder=tmp_path) is None
+    assert predicted("tiny", device="cpu", folder=tmp_path) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert predicted("tiny", device="cuda", folder=tmp_path) is None
 
 
 def test_the_important_ones_come_first() -> None:

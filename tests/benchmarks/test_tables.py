@@ -88,7 +88,11 @@ def views_result(dtype: str) -> dict[str, Any]:
 
 def loader_result() -> dict[str, Any]:
     """What bench_loader writes, as far as the tables need it."""
-    turns = {"folder + auto": [turn(4321.0), turn(4400.0)], "DataLoader": [turn(400.0), turn(440.0)]}
+    turns = {
+        "folder + auto": [turn(4321.0), turn(4400.0)],
+        "shards + dali, kept": [turn(3200.0), turn(3520.0)],
+        "DataLoader": [turn(400.0), turn(440.0)],
+    }
     contenders = {
         name: bench_train.rates(taken, views=5) | {"device_mib": 77.7, "cached_share_before_turns": 0.021}
         for name, taken in turns.items()
@@ -259,6 +263,7 @@ def test_made_up_gpu_results_fill_the_tables(tree: Path) -> None:
         "views_cuda_bfloat16": views_result("bfloat16"),
         "views_cuda_float32": views_result("float32"),
         "loader_cuda": loader_result(),
+        "loader_tiny_cuda": loader_result(),
         "train_cuda": train_result(),
     }
     for name, result in made_up.items():
@@ -275,6 +280,10 @@ def test_made_up_gpu_results_fill_the_tables(tree: Path) -> None:
     assert cells(readme, "compiled")[3:] == ["failed", "", ""]
     assert cells(readme, "native")[3:] == ["", "", ""], "it runs on the CPU only"
     assert cells(headlines, "the five views of photos, against torchvision")[1] == "50.0 times"
+    loading = "reading, decoding and views of photos, against a DataLoader with torchvision"
+    assert cells(headlines, loading)[1] == "10.4 times (folder + auto)", "what is there is shown by its name"
+    assert cells(headlines, "the same from the second epoch on, with `--cache`")[1] == "8.00 times"
+    assert cells(headlines, "the same of 64-pixel images")[1] == "8.00 times (shards + dali)"
     assert cells(details, "GPU, float32", "fused")[-3:] == ["50.0 %", "3e-2", "2e0"]
     assert cells(readme, "GPU", "folder + auto") == [
         f"4,360 (4,320{dash}4,400)",

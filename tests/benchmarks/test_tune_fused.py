@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.tune_fused import CANDIDATES, Arguments, candidates, launched_with, measure
+from benchmarks.tune_fused import CANDIDATES, Arguments, candidates, launched_with, measure, order
 from pipelines.errors import InputError
 
 engine = pytest.importorskip("pipelines.views.fused.engine", reason="Triton is not installed on this platform")
@@ -34,3 +34,16 @@ def test_it_times_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     result = measure(Arguments(num_images=8, repeats=2))
     assert all(kernel["best"]["milliseconds"] > 0 for kernel in result["kernels"].values())
     assert result["environment"]["command"] == "python -m benchmarks.tune_fused --num-images 8 --repeats 2"
+
+
+def test_what_is_launched_today_is_timed_first_and_every_candidate_once() -> None:
+    timed = [(name, tuple(sorted(constants.items())), warps) for name, constants, warps in order(engine.LAUNCHES)]
+    count = len(engine.LAUNCHES)
+    today = [
+        (name, tuple(sorted(launch.constants.items())), launch.num_warps) for name, launch in engine.LAUNCHES.items()
+    ]
+    assert timed[:count] == today
+    every = [
+        (name, tuple(sorted(found.items())), warps) for name in engine.LAUNCHES for found, warps in candidates(name)
+    ]
+    assert sorted(timed) == sorted(every)

@@ -96,7 +96,7 @@ def test_what_is_done_is_said_and_kept_at_once(capfd: pytest.CaptureFixture[str]
         "turn 2 of 2 of other: 10.0 images/s",
     ]
     assert said[0] == "building slow ..."
-    assert said[1].startswith("built slow in ")
+    assert said[1].startswith("built slow after ")
 
 
 class Told(Budget):
