@@ -81,6 +81,8 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
     if options.data is None:
         raise InputError("data is missing: give the folder of images, or a converted data set, with --data PATH.")
     device = resolve_device(options.device, local_rank=world.local_rank if world.size > 1 else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # "cuda:1" is where all streams, recordings and allocations belong
     keep_compiled_code()
     with ExitStack() as stack:
         train_path, val_path = world.together(partial(_paths, options.data, options.val, world))

@@ -127,8 +127,8 @@ class TrainStep:
             grouped=group_views and self.view_by_view is None,
             targets_first=self.target is None,
         )
-        # DistributedDataParallel keeps to the stream it is made in, and what is recorded must lie in one.
-        stream: Any = torch.cuda.Stream(self.device) if captures and self._world.size > 1 else None  # type: ignore[no-untyped-call]  # torch's
+        # Warm-up, recording and replays share one stream of the step's device; DistributedDataParallel is made in it.
+        stream: Any = torch.cuda.Stream(self.device) if captures else None  # type: ignore[no-untyped-call]  # torch's
         with in_stream(stream):
             self._objective = Objective(
                 recipe,
@@ -146,7 +146,7 @@ class TrainStep:
             self._forget,
             wanted=captures,
             asked=cuda_graph == "on",
-            warm_up=WARM_UP if stream is None else WARM_UP_RANKS,
+            warm_up=WARM_UP if self._world.size == 1 else WARM_UP_RANKS,
             stream=stream,
             graph=lambda: CudaGraph(stream),
         )

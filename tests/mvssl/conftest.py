@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import train, write_images
 
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
@@ -42,3 +44,10 @@ def finished(images: Path, tiny_recipe: Recipe, tmp_path_factory: pytest.TempPat
     out = tmp_path_factory.mktemp("finished") / "run"
     train(tiny_recipe, images, out)
     return out
+
+
+@pytest.fixture
+def exact_convolutions() -> Iterator[None]:
+    """No TF32 and no atomic sums in cuDNN's convolutions: two runs on a GPU then differ by rounding alone."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield

@@ -234,6 +234,7 @@ def test_free_memory_is_shared_by_the_processes(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("exact_convolutions")
 @pytest.mark.parametrize("choice", ["device", "host"])
 def test_on_a_gpu_a_cached_run_is_the_same(
     images: Path, tiny_recipe: Recipe, tmp_path: Path, decoded: list[int], choice: Any

@@ -7,23 +7,33 @@ itself is marked `gpu`.
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from fake_cuda import ECHO, FakeCuda, FakeStream
 from recorded_operations import kept_tensors
 from replayed_operations import ReplayedGraph
+from rich.console import Console
 from test_ready_for_capture import ADAMW, MOCO, RECIPE, SIMSIAM, VIT, batches
 from torch import Tensor
 
-from mvssl.recipe import Optimizer
-from mvssl.training.compiled.capture import WARM_UP, Graph, StepGraph, wants_capture
+import mvssl.training.step
+from mvssl import experiment
+from mvssl.distributed import World
+from mvssl.recipe import Optimizer, Recipe
+from mvssl.runs.options import RunOptions
+from mvssl.training.compiled.capture import WARM_UP, CudaGraph, Graph, StepGraph, describe, wants_capture
 from mvssl.training.step import StepOutput, TrainStep
 from mvssl.trying.memory import explain_out_of_memory
 from pipelines.errors import InputError
+from pipelines.loading.side_stream import receive
 
 STEPS = WARM_UP + 5
 
@@ -147,7 +157,7 @@ def test_what_cannot_be_recorded_runs_on_with_one_warning(caplog: pytest.LogCapt
     assert len(caplog.records) == 1
     message = caplog.records[0].getMessage()
     assert "could NOT be recorded" in message
-    assert "RuntimeError: CUDA error: operation not permitted when stream is capturing." in message
+    assert "RuntimeError: CUDA error: operation not permitted when stream is capturing (in record" in message
     assert "--cuda-graph off" in message
     assert not graph.captured
     assert not graph.capturing
@@ -168,6 +178,161 @@ def test_full_memory_while_recording_says_what_to_turn() -> None:
     graph = StepGraph(Toy(), lambda: None, wanted=True, warm_up=0, graph=lambda: Unrecordable(full, []))
     with pytest.raises(InputError, match=r"(?s)memory is full.*--cuda-graph off"), explain_out_of_memory():
         graph([torch.ones(3)])
+
+
+# What torch leaves behind a recording that CUDA broke, and what must be left: `FakeCuda`.
+
+RELEASES = {
+    "torch 2.11": {"end_closes": False, "reset_releases": False},
+    "torch 2.13": {"end_closes": True, "reset_releases": False},
+    "newer": {"end_closes": True, "reset_releases": True},
+    "newer, scarce memory": {"end_closes": True, "reset_releases": True, "forgets": True},
+}
+
+
+@pytest.fixture(params=RELEASES.values(), ids=RELEASES.keys())
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return FakeCuda(monkeypatch, **request.param)
+
+
+def test_all_steps_run_in_one_stream_of_the_device(cuda: FakeCuda) -> None:
+    ran_in: list[FakeStream] = []
+
+    def work(stacks: Any) -> tuple[Tensor, ...]:
+        ran_in.append(cuda.current)
+        return (2 * stacks[0],)
+
+    graph = StepGraph(work, lambda: None, wanted=True, stream=cuda.stream, graph=lambda: CudaGraph(cuda.stream))
+    for number in range(WARM_UP + 3):
+        assert len(cuda.default.waited) == number + (number > WARM_UP)  # the recording waits, too
+        graph([torch.ones(3)])
+    assert cuda.recorded_in == [cuda.stream]
+    assert ran_in == [cuda.stream] * (WARM_UP + 1)
+    assert cuda.graphs[0].replayed_in == [cuda.stream] * 3
+    assert cuda.current is cuda.default
+    assert len(cuda.stream.waited) == len(cuda.default.waited)
+
+
+def test_a_broken_recording_is_undone(cuda: FakeCuda, caplog: pytest.LogCaptureFixture) -> None:
+    runs: list[FakeStream] = []
+
+    def work(stacks: Any) -> tuple[Tensor, ...]:
+        runs.append(cuda.current)
+        if cuda.underway:
+            cuda.sync()
+        return (2 * stacks[0],)
+
+    graph = StepGraph(work, lambda: None, wanted=True, stream=cuda.stream, graph=lambda: CudaGraph(cuda.stream))
+    with caplog.at_level(logging.WARNING, "mvssl"):
+        for _ in range(STEPS):
+            graph([torch.ones(3)])
+            assert cuda.current is cuda.default
+            assert (cuda.underway, cuda.generator_captures) == ([], False)
+            assert cuda.users.get(cuda.pool, 0) == 0, "the pool's memory stays reserved"
+    assert len(runs) == STEPS + 1
+    assert len(caplog.records) == 1
+    message = caplog.records[0].getMessage()
+    assert "operation not permitted when stream is capturing (in sync, fake_cuda.py line" in message
+    assert "previous error" not in message
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_error_of_python_is_undone_as_well(cuda: FakeCuda, broken: bool) -> None:
+    def work() -> tuple[Tensor, ...]:
+        cuda.broken = broken  # as by a library that hides CUDA's error, or with work forked to another stream
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        CudaGraph(cuda.stream).record(work)
+    assert (cuda.underway, cuda.generator_captures, cuda.current) == ([], False, cuda.default)
+    assert cuda.graphs[0].was_reset
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_cannot_be_undone_ends_the_run_with_the_cause(cuda: FakeCuda, asked: bool) -> None:
+    def work(stacks: Any) -> tuple[Tensor, ...]:
+        cuda.dead = True
+        cuda.sync()
+        return ()
+
+    graph = StepGraph(
+        work,
+        lambda: None,
+        wanted=True,
+        asked=asked,
+        warm_up=0,
+        stream=cuda.stream,
+        graph=lambda: CudaGraph(cuda.stream),
+    )
+    with pytest.raises(
+        InputError, match=r"^cuda_graph is '(on|auto)' but must be 'off' .*not permitted.*previous error"
+    ):
+        graph([torch.ones(3)])
+
+
+def test_an_empty_graph_is_an_error(cuda: FakeCuda) -> None:
+    """The work ran, in another stream: a fallback would run it once more, and replays would do nothing."""
+    cuda.empty = True
+    graph = StepGraph(
+        lambda stacks: (stacks[0],),
+        lambda: None,
+        wanted=True,
+        warm_up=0,
+        stream=cuda.stream,
+        graph=lambda: CudaGraph(cuda.stream),
+    )
+    with pytest.raises(InputError, match=r"must be 'off' for this step.*launched nothing in the stream"):
+        graph([torch.ones(3)])
+
+
+def test_other_warnings_of_a_recording_are_passed_on(cuda: FakeCuda) -> None:
+    def work() -> tuple[Tensor, ...]:
+        warnings.warn("something else", UserWarning, stacklevel=1)
+        return ()
+
+    with pytest.warns(UserWarning, match="something else"):
+        CudaGraph(cuda.stream).record(work)
+
+
+def test_echoes_of_an_error_are_left_out() -> None:
+    with pytest.raises(RuntimeError) as raised:  # noqa: PT012  # the second error has the first one as its context
+        try:
+            raise RuntimeError("CUDA error: the cause\nmore")
+        finally:
+            raise RuntimeError(ECHO)
+    assert describe(raised.value).startswith("RuntimeError: CUDA error: the cause (in test_echoes_of")
+
+
+def test_a_step_that_will_be_recorded_gets_a_stream_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch, end_closes=True, reset_releases=True)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(mvssl.training.step, "wants_capture", lambda *asked, **options: True)
+    step = make()
+    assert step._graph._stream.device == step.device
+    assert step.warm_up == WARM_UP + 1
+    take(step, range(WARM_UP))
+    assert len(cuda.default.waited) == WARM_UP + 1  # and for what was built there
+
+
+def test_a_run_makes_its_device_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, images: Path, tiny_recipe: Recipe
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop() -> None:
+        raise Stop
+
+    device, taken = torch.device("cuda", 1), []
+    monkeypatch.setattr(experiment, "resolve_device", lambda name, local_rank: device)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(experiment, "keep_compiled_code", stop)
+    with (
+        pytest.raises(Stop),
+        experiment.open_experiment(tiny_recipe, RunOptions(data=images, device="cuda:1"), Console(), World()),
+    ):
+        pass
+    assert taken == [device]
 
 
 @pytest.mark.parametrize(
@@ -348,6 +513,7 @@ GPU_CASES = CASES | {
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("exact_convolutions")
 @pytest.mark.parametrize("changes", GPU_CASES.values(), ids=GPU_CASES.keys())
 def test_cuda_graphs_are_the_steps(changes: dict[str, Any]) -> None:
     plain = make(device="cuda", cuda_graph="off", **{"compile": "off"} | changes)
@@ -370,6 +536,7 @@ def test_cuda_graphs_are_the_steps(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("exact_convolutions")
 def test_a_compiled_step_is_recorded_too() -> None:
     torch._dynamo.reset()
     plain = make(device="cuda", cuda_graph="off", compile="off", precision="bf16")
@@ -381,6 +548,7 @@ def test_a_compiled_step_is_recorded_too() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("exact_convolutions")
 def test_a_captured_run_goes_on_from_a_checkpoint() -> None:
     changes = VIT | ADAMW | {"compile": "off"}
     straight = make(device="cuda", cuda_graph="on", **changes)
@@ -392,3 +560,50 @@ def test_a_captured_run_goes_on_from_a_checkpoint() -> None:
     for mine, theirs in zip(take(resumed, further), take(straight, further), strict=True):
         torch.testing.assert_close(mine.losses, theirs.losses, rtol=0, atol=5e-3)
     assert resumed.captured
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact_convolutions")
+def test_a_step_that_waits_for_the_device_goes_on_as_if_nothing_had_been_tried() -> None:
+    """CUDA breaks the recording; afterwards memory, random numbers and streams are those of a run without one."""
+
+    def waiting(cuda_graph: Literal["auto", "off"]) -> tuple[TrainStep, list[Tensor], list[int]]:
+        step = make(device="cuda", cuda_graph=cuda_graph, compile="off", **VIT | ADAMW)
+        forward = step.online.projector.forward
+        step.online.projector.forward = lambda x: (float(x.detach().sum()), forward(x))[1]  # type: ignore[method-assign]
+        side, losses, reserved = torch.cuda.Stream(), [], []
+        for number in range(WARM_UP + 40):
+            with torch.cuda.stream(side):
+                views = [view.cuda() for view in batches(step)(number)]
+                event = torch.cuda.Event()
+                event.record(side)
+            receive(views, event)  # as the loader's batches, with `record_stream`
+            losses.append(step(views, number).losses)
+            del views
+            reserved.append(torch.cuda.memory_reserved())
+        return step, losses, reserved
+
+    def pools() -> set[tuple[int, int]]:
+        gc.collect()
+        torch.cuda.empty_cache()
+        return {tuple(segment["segment_pool_id"]) for segment in torch.cuda.memory_snapshot()}
+
+    before = pools() | {(0, 0)}
+    step, ours, reserved = waiting("auto")
+    assert not step.captured
+    assert reserved[-1] == reserved[WARM_UP + 10]  # where batches are not freed it grows
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert pools() <= before, "the recording's memory stays reserved"
+    _, expected, _ = waiting("off")  # with stochastic depth
+    for mine, theirs in zip(ours[:STEPS], expected[:STEPS], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact_convolutions")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_step_on_another_device_than_the_current_one_is_recorded() -> None:
+    captured, plain = (make(device="cuda:1", cuda_graph=graph, compile="off") for graph in ("on", "off"))
+    for mine, theirs in zip(take(captured, range(STEPS)), take(plain, range(STEPS)), strict=True):
+        torch.testing.assert_close(mine.losses, theirs.losses, rtol=0, atol=5e-3)
+    assert captured.captured
