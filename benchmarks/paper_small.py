@@ -33,7 +33,7 @@ import tyro
 from rich.console import Console
 
 from benchmarks.measuring.command_line import command_of
-from benchmarks.paper.cells import METHODS, OPTIMIZERS, SECONDS, SETTINGS, Cell, Point, Setting, plan
+from benchmarks.paper.cells import METHODS, OPTIMIZERS, SECONDS, SETTINGS, TUNED_BY, Cell, Point, Setting, plan
 from benchmarks.paper.picture import draw
 from benchmarks.paper.results import Results
 from benchmarks.paper.run_cell import run_cell
@@ -45,6 +45,7 @@ from pipelines.console import run_cli
 from pipelines.errors import InputError, invalid
 
 PROG = "python -m benchmarks.paper_small"
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,10 @@ class Arguments:
     Attributes:
         data: folder with train/ and val/, one folder a class in each, e.g. tiny-imagenet-50.
         setting: cpu is small and takes some hours on two cores, with timm's initial weights; cpu_release is the same
-            with those of the paper's release; gpu is 100 epochs of all images, about two minutes a cell.
+            with those of the paper's release; gpu is 40 epochs of all images with a larger network; rehearsal is a
+            miniature of it that takes seconds.
+        tune: whether gpu and rehearsal are tuned too; by default they take the points that were chosen by cpu, whose
+            cells lie in benchmarks/results/paper_small_cpu.
         out: folder of the results, a file a cell; by default benchmarks/results/paper_small_SETTING.
         runs: where a run lies while it trains; those that were stopped go on.
         seeds: one run of every cell of the table for each; 0 is the one that tuning has.
@@ -68,7 +72,8 @@ class Arguments:
     """
 
     data: tyro.conf.Positional[Path | None] = None
-    setting: Literal["cpu", "cpu_release", "gpu"] = "cpu"
+    setting: Literal["cpu", "cpu_release", "gpu", "rehearsal"] = "cpu"
+    tune: bool = False
     out: Path | None = None
     runs: Path = Path("runs/paper_small")
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -94,7 +99,12 @@ class Arguments:
     @property
     def folder(self) -> Path:
         """Of the results."""
-        return self.out or Path(__file__).parent / "results" / f"paper_small_{self.setting}"
+        return self.out or RESULTS / f"paper_small_{self.setting}"
+
+    @property
+    def tuned_by(self) -> Literal["cpu"] | None:
+        """The setting whose points are taken; None tunes here."""
+        return None if self.tune else TUNED_BY.get(self.setting)
 
 
 class Queue:
@@ -118,7 +128,7 @@ class Queue:
         self._end = None if seconds is None else time.monotonic() + seconds
         self._most = most
         self._begun: set[Cell] = set()
-        self._longest: dict[bool, float] = {}  # seconds of a cell here, by whether it tunes
+        self._last: dict[bool, float] = {}  # seconds of a cell here, by whether it tunes
 
     @property
     def left(self) -> int:
@@ -136,14 +146,13 @@ class Queue:
         return None
 
     def note(self, cell: Cell, seconds: float) -> None:
-        """Learn how long a cell takes here."""
-        tunes = cell.point is not None
-        self._longest[tunes] = max(seconds, self._longest.get(tunes, 0.0))
+        """Learn how long a cell takes here: as long as the last one did. The first ones also compile."""
+        self._last[cell.point is not None] = seconds
 
     def _expected(self, cell: Cell) -> float:
         setting, tunes = self.results.setting, cell.point is not None
         share = setting.tuning_epochs / setting.epochs if tunes else 1.0
-        return self._longest.get(tunes, share * self._whole)
+        return self._last.get(tunes, share * self._whole)
 
 
 def run_or_diverge(
@@ -172,11 +181,25 @@ def _stop_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def tuning_of(setting: Literal["cpu"] | None) -> tuple[str, Results] | None:
+    """The committed results of a setting whose points are taken, and the name of their folder."""
+    if setting is None:
+        return None
+    folder = RESULTS / f"paper_small_{setting}"
+    return folder.name, Results.read(folder, SETTINGS[setting])
+
+
 def compare(arguments: Arguments, data: Path, console: Console) -> bool:
     """Run cells while there is time; whether all of those that were begun came to a result."""
     setting, runs = SETTINGS[arguments.setting], arguments.runs
-    results = Results.read(arguments.folder, setting)
-    cells = plan(setting, arguments.seeds, arguments.optimizers, arguments.methods)
+    results = Results.read(arguments.folder, setting, tuned=tuning_of(arguments.tuned_by))
+    cells = plan(setting, arguments.seeds, arguments.optimizers, arguments.methods, tune=arguments.tuned_by is None)
+    unknown = [cell.name for cell in cells if results.tuned is not None and results.point(cell) is None]
+    if unknown:
+        raise InputError(
+            f"paper_small_{arguments.tuned_by} lacks cells that tune {unknown[0]} (and {len(unknown) - 1} others): run "
+            "those, or give --tune."
+        )
     expected = SECONDS[arguments.setting]
     queue = Queue(results, cells, expected=expected, seconds=arguments.seconds, most=arguments.cells)
     work = partial(

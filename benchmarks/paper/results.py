@@ -22,16 +22,18 @@ class Results:
     Attributes:
         setting: the size of all runs.
         rows: what each finished cell's file holds.
+        tuned: results of another setting, whose points are taken, and the name of their folder; None tunes here.
     """
 
-    def __init__(self, setting: Setting, rows: Iterable[Row] = ()) -> None:
+    def __init__(self, setting: Setting, rows: Iterable[Row] = (), *, tuned: tuple[str, Results] | None = None) -> None:
         """Take the contents of files."""
         self.setting = setting
+        self.tuned = tuned
         self.rows: dict[Cell, Row] = {Cell(**row["cell"]): row for row in rows}
 
     @classmethod
-    def read(cls, folder: Path, setting: Setting) -> Results:
-        """Read all files of a folder, which need not be there.
+    def read(cls, folder: Path, setting: Setting, *, tuned: tuple[str, Results] | None = None) -> Results:
+        """Read all files of a folder, which need not be there; `tuned` as the attribute.
 
         Raises:
             InputError: one is damaged, or of a cell of another size.
@@ -53,7 +55,7 @@ class Results:
                     f"{path} is of another setting ({', '.join(differ)} differ): give another --out, or delete it."
                 )
             rows.append(row)
-        return cls(setting, rows)
+        return cls(setting, rows, tuned=tuned)
 
     def add(self, cell: Cell, point: Point, measured: Mapping[str, Any], *, folder: Path, command: str) -> Row:
         """Keep the measurements of a cell, here and in a file of the folder."""
@@ -62,6 +64,7 @@ class Results:
             "cell": dataclasses.asdict(cell),
             "point": dataclasses.asdict(point),
             "setting": dataclasses.asdict(self.setting),
+            **self._origin(cell),
             **measured,
             "environment": environment() | {"command": command},
         }
@@ -72,11 +75,17 @@ class Results:
     def point(self, cell: Cell) -> Point | None:
         """What a cell is run with: its own point, or the one that tuning chose; None while that is not done.
 
-        Of points with equal accuracy the first is taken.
+        Of points with equal accuracy the first is taken. Of another setting's tuning the name of the point is taken.
         """
         points = grid(cell.method, cell.optimizer, self.setting)
-        if cell.point is not None:
-            return next(point for point in points if point.name == cell.point)
+        name = cell.point
+        if name is None and self.tuned is not None:
+            chosen = self.tuned[1].point(cell)
+            if chosen is None:
+                return None
+            name = chosen.name
+        if name is not None:
+            return next(point for point in points if point.name == name)
         tried = self.tuning(cell)
         if len(tried) < len(points):
             return None
@@ -90,6 +99,13 @@ class Results:
             if tuned in self.rows:
                 tried[point.name] = float(self.rows[tuned]["tuning_knn"])
         return tried
+
+    def _origin(self, cell: Cell) -> Row:
+        """Where the point of a cell is from, if not from this setting's own tuning."""
+        if self.tuned is None or cell.point is not None:
+            return {}
+        folder, results = self.tuned
+        return {"point_from": {"results": folder, "tuning_knn": results.tuning(cell)}}
 
     def done(self, cell: Cell) -> bool:
         """Whether a cell has a result that counts: not of a point that tuning, with more tried, no longer chooses."""

@@ -18,6 +18,7 @@ from benchmarks.paper.cells import (
     TITLES,
     VARIANTS,
     Cell,
+    Point,
     Setting,
     grid,
     kind_of,
@@ -84,10 +85,13 @@ def tuning(results: Mapping[str, Any]) -> list[str]:
         for arm in ARMS:
             cell = Cell(method=method, variant=arm, optimizer=optimizer, seed=1)
             point, tried = found.point(cell), found.tuning(cell)
+            spread = f"{100 * min(tried.values()):.1f} to {100 * max(tried.values()):.1f}" if tried else ""
+            taken = next((run for run in found.runs(method, arm, optimizer) if "point_from" in run), None)
+            if point is None and taken is not None:
+                point, spread = Point(**taken["point"]), f"as in {taken['point_from']['results']}"
             if point is None:
                 continue
             decay = "" if method == "simsiam" else f"{point.target_decay:g}"
-            spread = f"{100 * min(tried.values()):.1f} to {100 * max(tried.values()):.1f}"
             numbers = [f"{point.base_lr:.3g}", f"{point.weight_decay:g}", decay, spread]
             rows.append([side, _title(method, optimizer), arm, *numbers])
     heads = ["learning rate", "weight decay", "target decay", "kNN of all points, %"]

@@ -15,8 +15,8 @@ from benchmarks import bench_step
 from benchmarks.bench_step import ORDER, Arguments, builds_of, groups, measure
 from benchmarks.contenders.step import OURS, PEAK, PLAIN, WITH_LOADER, Setup, flops_per_image
 from benchmarks.measuring.isolated import Turn
-from benchmarks.measuring.process_memory import Memory
 from benchmarks.measuring.prediction import predicted
+from benchmarks.measuring.process_memory import Memory
 from benchmarks.report import result_tables, step_tables
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.runs.environment import environment

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
 import tyro
 
+from benchmarks.paper import tables
 from benchmarks.paper_small import Arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,21 +23,21 @@ while [ $# -gt 0 ]; do [ "$1" = --out ] && out=$2; [ "$1" = benchmarks.paper_sma
 ls "$data" > "$CALL.data"; ls "$out" > "$CALL.before"
 sleep 1.1  # the file system's clock
 echo '{}' > "$out/first.json"
-[ -n "${HANG:-}" ] && sleep 60
+while [ -n "${HANG:-}" ] && [ -e "$HANG" ]; do sleep 0.2; done
 echo '{}' > "$out/second.json"
 exit "${CODE:-0}"
 """
 
 
 def run(
-    tmp_path: Path, *, root: Path = ROOT, timeout: float = 60, **environment: str
+    tmp_path: Path, *words: str, root: Path = ROOT, timeout: float = 60, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     stub = tmp_path / "python"
     stub.write_text(STUB)
     stub.chmod(0o755)
     given = {"PYTHON": str(stub), "CALL": str(tmp_path / "call"), "OUT": "out", **environment}
     return subprocess.run(
-        ["bash", str(root / "benchmarks" / "gpu_paper.sh")],
+        ["bash", str(root / "benchmarks" / "gpu_paper.sh"), *words],
         env={**{key: value for key, value in os.environ.items() if key != "DATA"}, **given},
         cwd=tmp_path,
         capture_output=True,
@@ -63,12 +67,41 @@ def test_the_command_parses_and_new_cells_are_kept(tmp_path: Path, packed: Path)
     words = (tmp_path / "call").read_text().splitlines()
     assert words[:2] == ["-m", "benchmarks.paper_small"]
     arguments = tyro.cli(Arguments, args=words[2:])
-    assert (arguments.setting, arguments.device, arguments.jobs) == ("gpu", "cuda", 1)
+    assert (arguments.setting, arguments.device, arguments.jobs) == ("gpu", "cuda", 2)
     assert arguments.seconds is not None
     assert 280 < arguments.seconds <= 300
     assert (tmp_path / "call.data").read_text().split() == ["train", "val"]
     assert kept(tmp_path) == ["paper_small_gpu/first.json", "paper_small_gpu/second.json"]
     assert "New cells: 2 in out/paper_small_gpu.tar" in done.stdout
+
+
+def test_other_options_are_handed_on_and_time_is_never_below_a_second(tmp_path: Path, packed: Path) -> None:
+    words = ("--methods", "byol", "simsiam", "--optimizers", "adamw", "--seeds", "2")
+    done = run(tmp_path, *words, DATA=packed.name, SECONDS_IN_ALL="0", JOBS="3")
+    assert done.returncode == 0, done.stderr
+    arguments = tyro.cli(Arguments, args=(tmp_path / "call").read_text().splitlines()[2:])
+    assert (arguments.methods, arguments.optimizers, arguments.seeds) == (("byol", "simsiam"), ("adamw",), (2,))
+    assert (arguments.seconds, arguments.jobs) == (1, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_rehearsal_gives_the_first_rows_of_the_table(tmp_path: Path) -> None:
+    done = run(tmp_path, "--rehearse", timeout=800, PYTHON=sys.executable, SECONDS_IN_ALL="700")
+    assert done.returncode == 0, done.stderr
+    assert "15 of 15 cells are left" in done.stdout, "none that tunes"
+    with tarfile.open(tmp_path / "out" / "paper_small_rehearsal.tar") as tar:
+        cells = [json.load(file) for member in tar if (file := tar.extractfile(member)) is not None]
+    assert {(cell["cell"]["variant"], cell["cell"]["seed"]) for cell in cells} == {
+        (variant, seed) for variant in ("shared", "per-view") for seed in (1, 2, 3)
+    }
+    results = {"paper_small_gpu": {"cells": cells}}
+    assert any(line.startswith("| GPU | BYOL, LARS | linear | | ") for line in tables.accuracies(results))
+    assert any(line.startswith("| GPU | BYOL, LARS | per-view less shared |") for line in tables.differences(results))
+    tuned = [line for line in tables.tuning(results) if line.startswith("| GPU |")]
+    assert tuned == [
+        f"| GPU | BYOL, LARS | {arm} | 6 | 1.5e-06 | 0.98 | as in paper_small_cpu |" for arm in ("shared", "per-view")
+    ]
 
 
 def test_it_goes_on_from_committed_cells_which_are_not_handed_back(tmp_path: Path, packed: Path) -> None:
@@ -83,8 +116,21 @@ def test_it_goes_on_from_committed_cells_which_are_not_handed_back(tmp_path: Pat
 
 
 def test_what_was_done_before_a_kill_is_kept(tmp_path: Path, packed: Path) -> None:
-    with pytest.raises(subprocess.TimeoutExpired):
-        run(tmp_path, DATA=str(packed), HANG="1", timeout=14)
+    (tmp_path / "hang").touch()
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    given = {"PYTHON": str(stub), "CALL": str(tmp_path / "call"), "OUT": "out", "DATA": str(packed)}
+    with subprocess.Popen(
+        ["bash", str(ROOT / "benchmarks" / "gpu_paper.sh")],
+        env={**os.environ, **given, "HANG": str(tmp_path / "hang")},
+        cwd=tmp_path,
+    ) as hanging:
+        while not (tmp_path / "out" / "paper_small_gpu.tar").exists() or not kept(tmp_path):
+            assert hanging.poll() is None
+            time.sleep(0.2)
+        hanging.kill()
+    (tmp_path / "hang").unlink()
     assert kept(tmp_path) == ["paper_small_gpu/first.json"]
 
 

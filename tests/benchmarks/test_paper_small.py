@@ -156,6 +156,47 @@ def test_a_cell_waits_for_tuning_and_takes_the_best_point() -> None:
     assert done.runs("byol", "per-view + cutout", "paper") == [run]
 
 
+def test_points_of_another_settings_tuning_are_taken_by_name_and_told(tmp_path: Path) -> None:
+    cell = Cell(method="byol", variant="shared", seed=2)
+    names = [point.name for point in grid("byol", "paper", TINY)]
+    accuracies = [0.5 if name == "slow target" else 0.1 for name in names]
+    other = Results(TINY, tuned(cell, accuracies))
+    here = Results(SETTINGS["gpu"], tuned=("paper_small_cpu", other))
+    point = here.point(cell)
+    assert point is not None
+    assert (point.name, point.target_decay) == ("slow target", 0.99667), "about the middle of its own grid"
+    assert here.point(dataclasses.replace(cell, variant="two-view")) is None
+    kept = here.add(cell, point, {"knn": 0.5}, folder=tmp_path, command="")
+    assert kept["point_from"] == {
+        "results": "paper_small_cpu",
+        "tuning_knn": dict(zip(names, accuracies, strict=True)),
+    }
+    assert here.done(cell)
+    assert Results.read(tmp_path, SETTINGS["gpu"]).runs("byol", "shared", "paper") == [kept], "also without the other"
+
+
+def test_the_gpus_first_cells_are_the_first_rows_of_the_table() -> None:
+    tuning = paper_small.tuning_of(Arguments(setting="gpu").tuned_by)
+    assert tuning is not None
+    cells = plan(SETTINGS["gpu"], (1, 2, 3), tune=False)
+    assert {cell.point for cell in cells} == {None}
+    assert [(cell.method, cell.variant, cell.seed) for cell in cells[:6]] == [
+        ("byol", variant, seed) for seed in (1, 2, 3) for variant in ("shared", "per-view")
+    ]
+    results = Results(SETTINGS["gpu"], tuned=tuning)
+    assert all(results.point(cell) is not None for cell in cells), "the committed cells tune all of them"
+    assert Arguments(setting="gpu", tune=True).tuned_by is None
+    assert Arguments(setting="cpu").tuned_by is Arguments(setting="cpu_release").tuned_by is None
+
+
+def test_what_is_not_tuned_elsewhere_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper_small, "RESULTS", tmp_path)
+    monkeypatch.setitem(SETTINGS, "rehearsal", TINY)
+    arguments = Arguments(data=data, setting="rehearsal", methods=("simsiam",), out=tmp_path / "out", runs=tmp_path)
+    with pytest.raises(InputError, match=r"paper_small_cpu lacks cells that tune simsiam-paper-shared-seed1 \(and 29"):
+        compare(arguments, data, Console(quiet=True))
+
+
 def test_a_run_with_a_point_that_tuning_no_longer_chooses_is_run_anew() -> None:
     """As when the grid was widened after the run."""
     cell = Cell(method="byol", variant="shared", seed=2)
@@ -195,6 +236,8 @@ def test_no_cell_is_begun_that_would_not_end_in_time() -> None:
     assert first[0] == cells[0]
     queue.note(cells[0], whole)
     assert queue.take() is None
+    queue.note(cells[0], 0.5 * whole)  # the one before compiled
+    assert queue.take() is not None
     limited = Queue(Results(TINY), cells, expected=100, seconds=None, most=2)
     assert [limited.take() is None for _ in range(3)] == [False, False, True]
 
@@ -204,7 +247,7 @@ def test_it_goes_on_where_it_was(data: Path, tmp_path: Path, monkeypatch: pytest
     cells = plan(TINY, seeds=(1,), optimizers=("paper",))
     cells = [cell for cell in cells if (cell.method, cell.variant) == ("simsiam", "two-view")]
     cells.append(Cell(method="mocov3", variant="shared", seed=1))
-    monkeypatch.setattr(paper_small, "plan", lambda *_: cells)
+    monkeypatch.setattr(paper_small, "plan", lambda *_, **__: cells)
     out, runs = tmp_path / "results", tmp_path / "runs"
     out.mkdir()
     for result in tuned(cells[-1], [0.1] * 8):  # as if another machine had made them
