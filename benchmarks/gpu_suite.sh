@@ -145,16 +145,22 @@ now() { if [ -n "${CLOCK:-}" ]; then cat "$CLOCK"; else printf '%s' "$SECONDS"; 
 say() { printf '%s\n' "$*" | tee -a "$results/suite.log" >&2; }
 failed=0 ran=0 later=
 
-begin() { # begin PART LEAST MOST: whether there is time for it; sets `limit`, the seconds that it may take
-    case " $parts " in *" $1 "*) ;; *) return 1 ;; esac
+within() { # within SECONDS: sets `limit`, the seconds that a command may take from now on, at most so many
+    most=$1
     limit=$((in_all - $(now)))
-    if [ "$limit" -lt "$2" ]; then
+    limit=$((limit < 1 ? 1 : limit < most ? limit : most))
+    enough=$((limit * 8 / 10)) # after which a benchmark begins no further turn
+}
+
+begin() { # begin PART LEAST MOST: whether there is time for it
+    case " $parts " in *" $1 "*) ;; *) return 1 ;; esac
+    local left=$((in_all - $(now)))
+    if [ "$left" -lt "$2" ]; then
         later="$later $1"
-        say "--- $1 is not begun: $limit s are left of $in_all, it takes $2 or more"
+        say "--- $1 is not begun: $left s are left of $in_all, it takes $2 or more"
         return 1
     fi
-    limit=$((limit < $3 ? limit : $3))
-    enough=$((limit * 8 / 10)) # after which a benchmark begins no further turn
+    within "$3"
     say "--- $1, at most $limit s, $(now) s after the start"
     ran=1
 }
@@ -181,10 +187,11 @@ shards=
 convert() { # once, into shards; what cannot be converted in a minute is read as it is
     [ -n "$shards" ] && return
     shards=$scratch/shards
-    if ! timeout --kill-after=10 60 "$python" -m tools.convert "$data" "$shards" > /dev/null 2>> "$results/suite.log"; then
+    if ! timeout --kill-after=10 "$((limit < 60 ? limit : 60))" "$python" -m tools.convert "$data" "$shards" > /dev/null 2>> "$results/suite.log"; then
         say "DATA is read as it is: it could not be converted into shards within a minute, or is converted already."
         shards=$data
     fi
+    within "$most"
 }
 
 views() { # views DTYPE
