@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from timm.models import register_model
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.exc import CppCompileError, InductorError, TritonMissing
 
 from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.training.compiled.compile_errors import describe
 from mvssl.training.compiled.compiling import Compiler, wants_compile
 from mvssl.training.step import TrainStep
 from pipelines.errors import InputError
@@ -35,6 +41,14 @@ def mvssl_test_conv(pretrained: bool = False, num_classes: int = 0, **options: A
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
+
+
+@register_model
+def mvssl_test_drop(pretrained: bool = False, num_classes: int = 0, **options: Any) -> nn.Module:
+    """The same with dropout, which draws random numbers in the forward."""
+    network = mvssl_test_conv(pretrained, num_classes, **options)
+    network.add_module("drop", nn.Dropout(0.3))
+    return network
 
 
 RECIPE = Recipe(
@@ -123,6 +137,190 @@ def test_failure_to_compile_is_loud_and_leaves_no_trace(
         assert torch.equal(compiled.online.state_dict()[name], value)
     for name, value in eager.target.state_dict().items():
         assert torch.equal(compiled.target.state_dict()[name], value)
+
+
+def without_a_backward(raised: Callable[[], Exception], *, kind: str = "convolution_backward") -> Any:
+    """A backend that compiles all forwards, and fails at an operation of the first backward as real ones do."""
+
+    def forward(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    def backward(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        for node in graph.graph.nodes:
+            if kind in str(node.target):
+                raise raised()
+        return forward(graph, inputs)
+
+    return aot_autograd(fw_compiler=forward, bw_compiler=backward)
+
+
+def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **options: real(module, backend=backend, **options))
+
+
+RAISED: dict[str, Callable[[], Exception]] = {
+    "as it is": lambda: AssertionError("64 v.s. 2048"),
+    "wrapped": lambda: InductorError(AssertionError("64 v.s. 2048"), None),
+}
+
+
+@pytest.mark.parametrize("raised", RAISED.values(), ids=RAISED.keys())
+@pytest.mark.parametrize("step_mode", ["joint", "per-view"])
+def test_failure_to_compile_the_backward_leaves_no_trace(
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    step_mode: str,
+    raised: Callable[[], Exception],
+) -> None:
+    """It is compiled when it first runs: the forward has moved buffers and drawn random numbers by then."""
+    compile_with(monkeypatch, without_a_backward(raised))
+    changes = {"step_mode": step_mode, "backbone": Backbone(name="mvssl_test_drop"), "accumulate": 2}
+    compiled, eager = make(compile="on", **changes), make(compile="off", **changes)
+    for step in (compiled, eager):  # so that a second average would show
+        assert step.target is not None
+        with torch.no_grad():
+            torch._foreach_add_(list(step.target.parameters()), 0.1)
+    with caplog.at_level(logging.WARNING, logger="mvssl"):
+        for k in range(1, 4):
+            ours, random_state = compiled(batch(k), k), torch.get_rng_state()
+            expected = eager(batch(k), k)
+            assert torch.equal(ours.losses, expected.losses)
+            assert torch.equal(ours.grad_norm, expected.grad_norm)
+            assert torch.equal(random_state, torch.get_rng_state())
+            assert not compiled.compiled
+            assert all(parameter.grad is None for parameter in compiled.online.parameters())
+    assert len(caplog.records) == 1
+    message = caplog.records[0].getMessage()
+    assert "torch.compile FAILED in the backward of backbone.3 (Conv2d) (" in message
+    assert "AssertionError: 64 v.s. 2048) and the step runs uncompiled" in message
+    for ours_, theirs in ((compiled.online, eager.online), (compiled.target, eager.target)):
+        assert ours_ is not None
+        assert theirs is not None
+        for name, value in theirs.state_dict().items():
+            assert torch.equal(ours_.state_dict()[name], value), name
+
+
+def test_failure_in_the_backward_on_several_ranks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_with(monkeypatch, without_a_backward(RAISED["as it is"], kind="mm"))
+    network = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    compiler = Compiler([network], enabled=True, ranks=2)
+    work = compiler(lambda x: network(x).square().sum())
+    told = r"^Recipe.compile is .* but must be 'off' on 2 ranks .* in the backward of 2 \(Linear\) \(AssertionError"
+    with pytest.raises(InputError, match=told):
+        compiler.run(lambda: work(torch.ones(2, 3)).backward())
+
+
+class Interrupted(torch.autograd.Function):
+    """A backward that no graph can hold."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        torch._dynamo.graph_break()
+        return gradient * x.cos()
+
+
+class Odd(nn.Module):
+    """A user's layer with it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = Interrupted.apply(x)
+        return result
+
+
+def test_a_backward_that_cannot_be_traced_is_named_by_its_line(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_with(monkeypatch, "aot_eager")
+    network = nn.Sequential(nn.Linear(3, 3), Odd())
+    compiler = Compiler([network], enabled=True)
+    work = compiler(lambda x: network(x).sum())
+    with caplog.at_level(logging.WARNING, logger="mvssl"):
+        compiler.run(lambda: work(torch.ones(2, 3)).backward())
+    assert not compiler.compiled
+    assert re.search(r"torch.compile FAILED in \w+, test_compile.py line \d+ \(", caplog.text)
+    assert network[0].weight.grad is not None
+
+
+def test_full_memory_is_no_failure_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncompiled the step would take more of it."""
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        return run
+
+    compile_with(monkeypatch, backend)
+    compiler = Compiler([nn.Linear(2, 2)], enabled=True)
+    work = compiler(lambda x: x + 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        compiler.run(lambda: work(torch.ones(2)))
+    assert compiler.compiled
+
+
+def test_a_missing_compiler_has_its_remedy(caplog: pytest.LogCaptureFixture) -> None:
+    """And no layer, since none is to blame."""
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())
+    compiler = Compiler([network], enabled=True)
+    work = compiler(lambda x: network(x).sum())
+    options = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
+    with torch._inductor.config.patch(options), caplog.at_level(logging.WARNING, logger="mvssl"):
+        compiler.run(lambda: work(torch.ones(2, 3)).backward())
+    message = caplog.records[-1].getMessage()
+    assert message.startswith("torch.compile FAILED (InductorError: InvalidCxxCompiler: No working C++ compiler")
+    assert "('no-such-compiler',)) and the step runs uncompiled" in message
+    assert "Install a C++ compiler (g++), or name one in the variable CXX; set Recipe.compile to 'off'" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), "install gcc"),
+        (subprocess.CalledProcessError(1, ["gcc", "main.c"]), "Python's headers"),
+        (TritonMissing(None), "Install the triton package"),
+        (CppCompileError(["g++", "a.cpp"], "error: no match"), "install a newer g++"),
+    ],
+    ids=["no gcc", "gcc fails", "no Triton", "g++ fails"],
+)
+def test_a_missing_tool_has_its_remedy(error: Exception, remedy: str) -> None:
+    told, said = describe(InductorError(error, None), [])
+    assert told.startswith("(InductorError: ")
+    assert remedy in said
+
+
+@compiler
+@pytest.mark.slow
+def test_inductors_own_failure_in_the_backward_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    import torch._inductor.lowering as lowering
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten())
+    compiler = Compiler([network], enabled=True)
+    work = compiler(lambda x: network(x).sum())
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("64 v.s. 2048")
+
+    operation = torch.ops.aten.convolution_backward.default
+    real = lowering.lowerings[operation]
+    lowering.lowerings[operation] = fails
+    try:
+        with (
+            torch._inductor.config.patch({"force_disable_caches": True}),
+            caplog.at_level(logging.WARNING, logger="mvssl"),
+        ):
+            compiler.run(lambda: work(torch.ones(2, 3, 8, 8)).backward())
+    finally:
+        lowering.lowerings[operation] = real
+    message = caplog.records[-1].getMessage()
+    assert "torch.compile FAILED in the backward of 0 (Conv2d) (InductorError: " in message
+    assert network[0].weight.grad is not None
 
 
 def test_a_process_may_train_many_networks_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:

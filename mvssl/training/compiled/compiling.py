@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from mvssl.recipe import Recipe
+from mvssl.training.compiled.compile_errors import describe, is_compile_error
 from pipelines.errors import InputError
 
 logger = logging.getLogger("mvssl")
@@ -65,8 +67,9 @@ class Compiler:
     def run(self, work: Callable[[], Result]) -> Result:
         """Do `work`, which calls the functions; the first time, do it again without compiling if compiling fails.
 
-        Before the second attempt all buffers of the modules are put back and their gradients cleared. Once a whole
-        `work` has gone through, all graphs exist and errors are passed on.
+        Before the second attempt all that the first one changed is put back: buffers and gradients of the modules, and
+        the random number generators. Once a whole `work` with its backward has gone through, all graphs exist and
+        errors are passed on.
 
         Raises:
             InputError: compiling fails where several ranks train: on one alone the second attempt would communicate
@@ -78,28 +81,60 @@ class Compiler:
         began = time.perf_counter()
         buffers = [buffer for module in self._modules for buffer in module.buffers()]
         before = [buffer.clone() for buffer in buffers]
+        random = _RandomState(self._modules)
         try:
             with torch._dynamo.config.patch(recompile_limit=_VERSIONS):  # which is looked at when compiling alone
                 result = work()
-        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])
-            if self._ranks > 1:
-                raise InputError(
-                    f"torch.compile failed ({type(error).__name__}: {reason}): set Recipe.compile to 'off'; a C++ "
-                    "compiler (CPU) or Triton (CUDA) is what usually is missing."
-                ) from error
-            logger.warning(
-                "torch.compile FAILED and the step runs uncompiled, which is slower: %s: %s. Set Recipe.compile to "
-                "'off' to train so on purpose; a C++ compiler (CPU) or Triton (CUDA) is what usually is missing.",
-                type(error).__name__,
-                reason,
-            )
+        except Exception as error:
+            if not is_compile_error(error):
+                raise
+            self._give_up(error)
+        else:
+            self._proven = True
+            logger.info("compiled in %.0f s", time.perf_counter() - began)
+            return result
+        # Out of the handler: the exception holds the first attempt's activations.
+        gc.collect()
+        with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
-            for module in self._modules:
-                module.zero_grad(set_to_none=True)
-            self.compiled = False
-            return work()
-        self._proven = True
-        logger.info("compiled in %.0f s", time.perf_counter() - began)
-        return result
+        for module in self._modules:
+            module.zero_grad(set_to_none=True)
+        random.restore()
+        return work()
+
+    def _give_up(self, error: Exception) -> None:
+        """Compile no more, and say why.
+
+        Raises:
+            InputError: there are several ranks.
+        """
+        told, remedy = describe(error, self._modules)
+        if self._ranks > 1:
+            raise InputError(
+                f"Recipe.compile is in use but must be 'off' on {self._ranks} ranks where torch.compile fails {told}: "
+                f"set Recipe.compile to 'off'. {remedy}."
+            ) from error
+        logger.warning(
+            "torch.compile FAILED %s and the step runs uncompiled, which is slower. %s; set Recipe.compile to 'off' "
+            "to train so on purpose.",
+            told,
+            remedy,
+        )
+        logger.debug("torch.compile failed", exc_info=error)
+        self.compiled = False
+
+
+class _RandomState:
+    """What layers will draw next (stochastic depth), on the CPU and on the modules' GPU."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        devices = {parameter.device for module in modules for parameter in module.parameters()}
+        self._gpus = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
+        self._cpu = torch.get_rng_state()
+
+    def restore(self) -> None:
+        """Let it be drawn again."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._gpus.items():
+            torch.cuda.set_rng_state(state, device)

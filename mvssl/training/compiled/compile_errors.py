@@ -1,0 +1,126 @@
+"""What a failure of torch.compile is about: whether it is one, the layer that it was compiling, and the remedy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+_COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "triton")
+_MOST_LAYERS = 3  # that a message names; a fused kernel may hold many
+_TOOLS = (  # signs in an exception's type or text that a tool is missing, and the remedy
+    ("InvalidCxxCompiler", "Install a C++ compiler (g++), or name one in the variable CXX"),
+    ("CppCompileError", "The C++ compiler refuses generated code: install a newer g++, or name another in CXX"),
+    ("Failed to find C compiler", "Triton needs a C compiler: install gcc, or name one in the variable CC"),
+    ("CalledProcessError", "Triton's C compiler failed: install gcc and Python's headers (python3-dev)"),
+    ("TritonMissing", "Install the triton package that this version of torch asks for"),
+    ("TritonUnavailableError", "Install the triton package that this version of torch asks for"),
+    ("GPUTooOldForTriton", "Triton needs a GPU of compute capability 7.0 or more"),
+)
+_ADVERT = "Set TORCHDYNAMO_VERBOSE"
+_OTHERWISE = "It is a fault of torch.compile or of a layer that it does not take"
+
+
+def is_compile_error(error: Exception) -> bool:
+    """Whether an exception comes from compiling or from compiled code.
+
+    The backward is compiled when it first runs: what is raised there passes through the autograd engine as it is, so
+    the type alone does not tell. Full memory is no such error: without compiling a step takes more.
+    """
+    if isinstance(error, (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)):
+        return True
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return any(
+        str(frame.f_globals.get("__name__")).startswith(_COMPILERS) for link in _chain(error) for frame in _frames(link)
+    )
+
+
+def describe(error: Exception, modules: Iterable[nn.Module]) -> tuple[str, str]:
+    """Where and how compiling failed, and what to do: two sentences without full stops.
+
+    Args:
+        error: for which `is_compile_error` holds.
+        modules: whose layers are named as they are called there.
+    """
+    reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2]).partition(_ADVERT)[0]
+    text = " ".join(f"{type(link).__name__}: {link}" for link in _chain(error))
+    tool = next((remedy for sign, remedy in _TOOLS if sign in text), None)
+    where = "" if tool else _place(error, modules)
+    return f"{where} ({type(error).__name__}: {reason.strip()})".strip(), tool or _OTHERWISE
+
+
+def _place(error: Exception, modules: Iterable[nn.Module]) -> str:
+    """What was being compiled."""
+    backward = "in the backward" if any(f.f_code.co_name == "_engine_run_backward" for f in _frames(error)) else ""
+    try:
+        layers = _layers(error, modules)
+    except Exception:  # torch's internals are looked into; what goes wrong there must not hide the failure
+        layers = ""
+    if not layers:
+        return backward
+    return f"{backward} of {layers}" if backward else f"in {layers}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those that it wraps or follows."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        link = waiting.pop(0)
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        inner = getattr(link, "inner_exception", None)  # of torch's BackendCompilerFailed
+        waiting += [inner if isinstance(inner, BaseException) else None, link.__cause__, link.__context__]
+
+
+def _frames(error: BaseException) -> list[FrameType]:
+    """The frames that an exception went through, the innermost last."""
+    frames, traceback = [], error.__traceback__
+    while traceback is not None:
+        frames.append(traceback.tb_frame)
+        traceback = traceback.tb_next
+    return frames
+
+
+def _layers(error: BaseException, modules: Iterable[nn.Module]) -> str:
+    """The layers whose operations were being compiled, or the line of the model that was traced; "" if unknown."""
+    names = [name for module in modules for name, _ in module.named_modules() if name]
+    for link in _chain(error):
+        for frame in reversed(_frames(link)):
+            found = {_layer(node, names): None for value in frame.f_locals.values() for node in _nodes(value)}
+            found.pop("", None)
+            if found:
+                return ", ".join([*found][:_MOST_LAYERS]) + (", ..." if len(found) > _MOST_LAYERS else "")
+    traced = next((stack for link in _chain(error) if (stack := getattr(link, "real_stack", None))), None)
+    return "" if traced is None else f"{traced[-1].name}, {Path(traced[-1].filename).name} line {traced[-1].lineno}"
+
+
+def _nodes(value: Any) -> Iterator[Node]:
+    """The operations of a graph that a compiler's variable stands for: a node, Inductor's buffers, fused kernels."""
+    if isinstance(value, Node):
+        yield value
+    elif type(value).__module__.startswith("torch._inductor"):
+        for buffer in [value, *(getattr(value, "snodes", None) or ())]:
+            for holder in (buffer, getattr(buffer, "node", None)):
+                yield from (node for node in getattr(holder, "origins", None) or () if isinstance(node, Node))
+
+
+def _layer(node: Node, names: Iterable[str]) -> str:
+    """The layer whose forward has an operation, or whose backward it is of; "" if the graph does not tell."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return ""
+    path, kind = [*stack.values()][-1]
+    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", str(path))
+    name = max((name for name in names if path.endswith(f".{name}")), key=len, default="")
+    kind = kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
+    return f"{name} ({kind})" if name else kind
