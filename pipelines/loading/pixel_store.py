@@ -45,7 +45,8 @@ class PixelStore:
         self._sizes = torch.zeros((len(sizes), 2), dtype=torch.int64)  # (height, width), once it is there
         self._there = np.zeros(len(sizes), dtype=bool)
         self._moves = device.type != on.type
-        self._pixels = torch.empty(self.nbytes, dtype=torch.uint8, device=device, pin_memory=self._moves)
+        # Not pinned: torch would take the next power of two of bytes, all at once. `batch` pins what is uploaded.
+        self._pixels = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
         self._lock = threading.Lock()
         self._kept = self._said = 0  # bytes, and marks of the filling that were said
         self._written: dict[int, Any] = {}  # CUDA event behind the last writing of each stream

@@ -146,9 +146,15 @@ def test_an_image_that_changed_is_decoded_at_every_use(folder: Path, caplog: pyt
 
 
 def test_pixels_for_another_device_come_in_one_piece(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is copied to a GPU: nothing of the other images."""
-    real = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: real(*size, **options))
+    """What is copied to a GPU: nothing of the other images. It alone is pinned, which may take twice the memory."""
+    real, pinned = torch.empty, []
+
+    def empty(size: int, *, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            pinned.append(size)
+        return real(size, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
     source = open_source(folder)
     store = PixelStore(pixel_bytes(source), device=CPU, on=CUDA)
     decoder = make_decoder("pillow", device=CPU, batch_size=64, threads=2)
@@ -157,6 +163,7 @@ def test_pixels_for_another_device_come_in_one_piece(folder: Path, monkeypatch: 
         ours = cached([7, 2, 9])
         assert_same_images(ours, plain([7, 2, 9]))
         assert ours.batch.pixels.numel() == int(ours.batch.sizes.prod(dim=1).sum()) * 3 < store.nbytes
+        assert set(pinned) == {ours.batch.pixels.numel()}
 
 
 def test_sizes_are_those_of_the_decoded_images(folder: Path) -> None:
