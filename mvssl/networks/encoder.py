@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mvssl.networks.backbones import build_backbone, feature_width
+from mvssl.networks.fused_resnet import fuse_resnets
 from mvssl.networks.grouped_batchnorm import Pass, group_batchnorms, ungroupable
 from mvssl.networks.heads import MLP, PredictorBank
 from mvssl.networks.passes import Group
@@ -32,6 +33,7 @@ class Encoder(nn.Module):
         self.ungroupable = ungroupable(self)
         self._pass = Pass()
         group_batchnorms(self, self._pass)
+        fuse_resnets(self)
 
     def forward(self, batch: Tensor, places: tuple[int, ...] = (0,), of: int = 1, first: bool = True) -> Tensor:
         """Embed one view [B, 3, S, S], or V views of one size as one batch [V * B, 3, S, S].
@@ -62,7 +64,8 @@ class Encoder(nn.Module):
         """
         by_place: dict[int, Tensor] = {}
         for number, (block, batch) in enumerate(zip(group.blocks, batches, strict=True)):
-            z: Tensor = self(batch, block.places, group.of, number == 0)  # [V * B, out]
+            alone = group.of == 1
+            z: Tensor = self(batch) if alone else self(batch, block.places, group.of, number == 0)  # [V * B, out]
             embedded = torch.unflatten(z, 0, (len(block.places), -1))
             if block.places == tuple(range(len(group.views))):
                 return embedded

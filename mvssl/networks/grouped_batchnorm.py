@@ -15,6 +15,16 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mvssl.networks.batchnorm_function import batch_norm_kernels, batch_norm_training
+
+try:
+    from mvssl.networks.batchnorm_kernels import fits
+
+    KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
+except ImportError:  # Triton has no wheel for this platform
+    KERNEL_DEVICES = ()
+"""Devices on which compiled norms are our Triton kernels."""
+
 
 class Pass:
     """Which views of a step a network's forward holds; shared by all norms of the network.
@@ -39,7 +49,7 @@ class Pass:
         self.views, self.of, self.first = (0,), 1, True
 
 
-class _Grouped(_BatchNorm):
+class Grouped(_BatchNorm):
     """Mixed in before a BatchNorm: in training it normalises the views of its network's `Pass` one by one."""
 
     current: Pass
@@ -47,7 +57,7 @@ class _Grouped(_BatchNorm):
     @property
     def alone(self) -> bool:
         """Whether the original forward does."""
-        return not self.training or self.current.of == 1
+        return not self.training or (self.current.of == 1 and not torch.compiler.is_compiling())
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [V * B, C, ...]."""
@@ -56,13 +66,82 @@ class _Grouped(_BatchNorm):
             return result
         return self.normalise(x)
 
-    def normalise(self, x: Tensor) -> Tensor:
-        """Normalise each view of [V * B, C, ...] and let the running statistics follow."""
-        apart = _by_formula if torch.compiler.is_compiling() else _view_by_view
-        y, mean, var = apart(x, len(self.current.views), self.weight, self.bias, self.eps)
-        if self.running_mean is not None and self.running_var is not None:
-            self._track(mean, var)
+    def normalise(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        """Normalise each view of [V * B, C, ...] and update the running statistics; with `relu` only when compiled."""
+        if torch.compiler.is_compiling():
+            return self.fused(x, relu=relu)[0]
+        y, mean, var = _view_by_view(x, len(self.current.views), self.weight, self.bias, self.eps)
+        self._track(mean, var)
         return y
+
+    def fused(
+        self,
+        x: Tensor,
+        *,
+        relu: bool,
+        pool: bool = False,
+        shortcut: Tensor | None = None,
+        shortcut_norm: Grouped | None = None,
+        split: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """relu(norm(x) + shortcut) for the compiler, and update the running statistics.
+
+        Args:
+            x: [V * B, C, ...], the views one after the other.
+            relu: whether ReLU follows.
+            pool: whether 3x3 max-pooling (stride 2, padding 1) follows ReLU; without a shortcut.
+            shortcut: of x's shape, added before ReLU.
+            shortcut_norm: normalises the shortcut first.
+            split: whether to return the result twice, so that the gradients of two users are added while they are read.
+        """
+        if self._by_kernels(x) and (shortcut_norm is None or shortcut_norm._by_kernels(x)):
+            norm = shortcut_norm if shortcut is not None else None
+            return batch_norm_kernels(
+                x,
+                self._statistics(x),
+                self.weight,
+                self.bias,
+                relu=relu,
+                pool=pool,
+                other=shortcut,
+                other_statistics=None if norm is None or shortcut is None else norm._statistics(shortcut),
+                other_weight=None if norm is None else norm.weight,
+                other_bias=None if norm is None else norm.bias,
+                split=split,
+            )
+        if shortcut is not None and shortcut_norm is not None:
+            shortcut = shortcut_norm.normalise(shortcut)
+        views = len(self.current.views)
+        y, mean, var = batch_norm_training(
+            x, self.weight, self.bias, views=views, eps=self.eps, relu=relu, shortcut=shortcut
+        )
+        self._track(mean, var)
+        if pool:
+            y = F.max_pool2d(y, 3, 2, 1)
+        return (y, y) if split else (y,)
+
+    def _by_kernels(self, x: Tensor) -> bool:
+        """Whether our Triton kernels normalise this input."""
+        return x.device.type in KERNEL_DEVICES and fits(x, self.weight, self.bias, len(self.current.views))
+
+    @torch.no_grad()
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and 1 / standard deviation of each view [V, C]; the running statistics follow."""
+        current = self.current
+        ops: Any = torch.ops.mvssl
+        mean, rstd = ops.batchnorm_statistics(
+            x.detach(),
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            len(current.views),
+            list(current.views),
+            current.of,
+            current.first,
+            self.momentum if self.momentum is not None else 0.1,
+            self.eps,
+        )
+        return mean, rstd
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
@@ -71,6 +150,8 @@ class _Grouped(_BatchNorm):
         n views one after the other leave (1 - m)^n r + sum over views of m (1 - m)^(n - 1 - place) statistic: a sum, so
         the forwards of a step may come in any order, and the first one brings the decay.
         """
+        if self.running_mean is None:
+            return
         momentum = self.momentum if self.momentum is not None else 0.1
         for running, batch in ((self.running_mean, mean), (self.running_var, var)):
             if running is None:
@@ -102,49 +183,31 @@ def _view_by_view(
     return torch.cat(parts), mean, var
 
 
-def _by_formula(
-    x: Tensor, views: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same as one formula for all views, which the compiler fuses with what stands around it."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # [V * B, C, ...]
-    apart = torch.unflatten(wide, 0, (views, -1))  # [V, B, C, ...]
-    dims = [d for d in range(apart.dim()) if d not in (0, 2)]
-    var, mean = torch.var_mean(apart, dim=dims, correction=0)  # [V, C] each
-    images = apart.shape[1]
-
-    def each(rows: Tensor) -> Tensor:
-        """[V, C] as [V * B, C, 1, ...]: batches keep their shape and so their memory layout."""
-        return rows.repeat_interleave(images, dim=0).reshape(len(x), -1, *[1] * (x.dim() - 2))
-
-    y = (wide - each(mean)) * each(torch.rsqrt(var + eps))
-    shape = [-1 if d == 1 else 1 for d in range(x.dim())]
-    if weight is not None:
-        y = y * weight.view(shape)
-    if bias is not None:
-        y = y + bias.view(shape)
-    count = apart.numel() // (views * apart.shape[2])
-    return y.to(x.dtype), mean.detach(), var.detach() * (count / (count - 1))
-
-
-class GroupedBatchNorm1d(_Grouped, nn.BatchNorm1d):
+class GroupedBatchNorm1d(Grouped, nn.BatchNorm1d):
     """nn.BatchNorm1d of several views."""
 
 
-class GroupedBatchNorm2d(_Grouped, nn.BatchNorm2d):
+class GroupedBatchNorm2d(Grouped, nn.BatchNorm2d):
     """nn.BatchNorm2d of several views."""
 
 
-class GroupedBatchNormAct2d(_Grouped, BatchNormAct2d):
+class GroupedBatchNormAct2d(Grouped, BatchNormAct2d):
     """timm's BatchNorm with activation, of several views."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and activate [V * B, C, H, W]."""
-        activated: Any = BatchNormAct2d  # Any: timm ships no types
-        y: Tensor = activated.forward(self, x) if self.alone else self.act(self.drop(self.normalise(x)))
+        original: Any = BatchNormAct2d  # Any: timm ships no types
+        y: Tensor
+        if self.alone:
+            y = original.forward(self, x)
+        elif torch.compiler.is_compiling() and type(self.act) is nn.ReLU and isinstance(self.drop, nn.Identity):
+            y = self.normalise(x, relu=True)
+        else:
+            y = self.act(self.drop(self.normalise(x)))
         return y
 
 
-_GROUPED: dict[type[nn.Module], type[_Grouped]] = {
+_GROUPED: dict[type[nn.Module], type[Grouped]] = {
     nn.BatchNorm1d: GroupedBatchNorm1d,
     nn.BatchNorm2d: GroupedBatchNorm2d,
     BatchNormAct2d: GroupedBatchNormAct2d,
@@ -159,7 +222,7 @@ def ungroupable(network: nn.Module) -> str | None:
     """
     for name, module in network.named_modules():
         keeps = any(key.startswith("running_") for key, _ in module.named_buffers(recurse=False))
-        known = type(module) in _GROUPED or isinstance(module, _Grouped)
+        known = type(module) in _GROUPED or isinstance(module, Grouped)
         if (keeps or isinstance(module, _BatchNorm)) and not (known and module.momentum is not None):
             return f"{name or 'itself'} ({type(module).__name__})"
     return None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mvssl.networks.grouped_batchnorm import Grouped
 from mvssl.networks.stacked import StackedBatchNorm, StackedLayerNorm, StackedLinear
 from mvssl.recipe import Head
 from pipelines.errors import InputError
@@ -44,6 +45,19 @@ class MLP(nn.Sequential):
         super().__init__(*layers)
         self.in_features = in_features
         self.head = head
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map [B, in] to [B, out]; compiled, norm and ReLU are one function."""
+        x, layers, done = input, list(self), False
+        fuses = self.training and torch.compiler.is_compiling()
+        for layer, following in zip(layers, [*layers[1:], None], strict=True):
+            if done:  # this ReLU
+                done = False
+            elif fuses and isinstance(layer, Grouped) and isinstance(following, nn.ReLU):
+                x, done = layer.normalise(x, relu=True), True
+            else:
+                x = layer(x)
+        return x
 
 
 class PredictorBank(nn.Module):

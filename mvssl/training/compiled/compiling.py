@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch._inductor.config
 from torch import nn
 
 from mvssl.recipe import Recipe
@@ -20,6 +21,16 @@ Result = TypeVar("Result")
 
 _VERSIONS = 256
 """Compiled versions that a function may have, one for each shape of networks in a process; torch's own limit is 8."""
+
+
+def gpu_options() -> dict[str, Any]:
+    """Inductor's options on a GPU, those that this torch knows.
+
+    Independent small kernels (casts of weights and gradients) share a launch; by default each has one of its own.
+    """
+    wanted = {"combo_kernels": True, "combo_kernels_pointwise_only": True, "combo_kernel_max_num_nodes": 64}
+    known = torch._inductor.config.get_config_copy()
+    return {name: value for name, value in wanted.items() if name in known}
 
 
 def wants_compile(recipe: Recipe, device: torch.device, *, ranks: int) -> bool:
@@ -57,7 +68,9 @@ class Compiler:
         """The function, compiled at its first call if that is wanted."""
         if not self.compiled:
             return function
-        fast = torch.compile(function, dynamic=False, fullgraph=True)
+        on_gpu = any(parameter.is_cuda for module in self._modules for parameter in module.parameters())
+        options = gpu_options() if on_gpu else None
+        fast = torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
         def call(*arguments: Any) -> Result:
             return (fast if self.compiled else function)(*arguments)
