@@ -16,8 +16,10 @@ from mvssl.evaluate.neighbours.online import check_knn_data
 from mvssl.monitor.display.indexing import indexing_progress
 from mvssl.recipe import Recipe
 from mvssl.runs.options import RunOptions, resolve_device
+from mvssl.training.compiled.capture import wants_capture
 from mvssl.training.compiled.compile_cache import keep_compiled_code
 from mvssl.training.step import TrainStep
+from mvssl.trying.step_memory import peak_step_memory
 from pipelines.errors import InputError
 from pipelines.loader import Loader
 from pipelines.loading.cache_choice import Cache, free_memory, keep_decoded
@@ -95,6 +97,7 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
             _check_same_data(val, world)
         _check_same_data(source, world)
         order = world.together(partial(_order, recipe, source, val, world))
+        peak = world.together(partial(_peak, recipe, options, device, world))
         step = TrainStep(
             recipe,
             device=device,
@@ -103,10 +106,14 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
             world=world,
             cuda_graph=options.cuda_graph,
         )
-        source, cache = world.together(partial(_keep, source, options.cache, device, console, world))
+        steps = (
+            max(0, peak - torch.cuda.memory_reserved(device)) if peak else 0
+        )  # without the networks, which are there
+        keep = partial(_keep, device=device, console=console, world=world, steps=steps)
+        source, cache = world.together(partial(keep, source, options.cache))
         if val is not None and options.cache != "off":  # where there is room: who names a place means training's
             taken = source.store.nbytes if isinstance(source, KeptSource) else 0
-            val, _ = world.together(partial(_keep, val, "auto", device, console, world, taken=taken))
+            val, _ = world.together(partial(keep, val, "auto", taken=taken))
         loader = Loader(
             source,
             recipe.views,
@@ -134,12 +141,37 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
         )
 
 
-def _keep(
-    source: Source, choice: Cache, device: torch.device, console: Console, world: World, *, taken: int = 0
-) -> tuple[Source, str]:
-    """Images as the cache that was chosen gives them, when all else that takes the GPU's memory is there.
+def _peak(recipe: Recipe, options: RunOptions, device: torch.device, world: World) -> int:
+    """Bytes of the GPU that this process's steps take at most; all there are if they do not fit.
 
-    `taken` bytes of the machine's memory are promised already, which the system does not count before they are used.
+    0 where it does not matter: without a GPU, or without a cache that would take what steps need.
+    """
+    if device.type != "cuda" or options.cache == "off":
+        return 0
+    captures = wants_capture(options.cuda_graph, device, ranks=world.size)
+    peak = peak_step_memory(
+        recipe,
+        device,
+        images=recipe.batch_size // world.size,
+        cuda_graph=options.cuda_graph if captures else "off",
+    )
+    return torch.cuda.get_device_properties(device).total_memory if peak is None else peak
+
+
+def _keep(
+    source: Source,
+    choice: Cache,
+    *,
+    device: torch.device,
+    console: Console,
+    world: World,
+    steps: int = 0,
+    taken: int = 0,
+) -> tuple[Source, str]:
+    """Images as the cache that was chosen gives them, when the networks are on the GPU.
+
+    `steps` bytes of the GPU's memory are for training steps, and `taken` bytes of the machine's are promised already:
+    the system counts neither before they are used.
 
     Raises:
         InputError: they do not fit.
@@ -147,7 +179,7 @@ def _keep(
     if choice == "off":
         return source, ""
     memory = free_memory(device, processes=len(world.beside))
-    memory = replace(memory, host=max(0, memory.host - taken))
+    memory = replace(memory, host=max(0, memory.host - taken), steps=steps)
     progress = indexing_progress(console, source.location, what="sizes of")
     return keep_decoded(source, choice, device=device, memory=memory, progress=progress)
 

@@ -120,7 +120,9 @@ def _largest_batch(parsed: TrainArguments) -> tuple[Recipe, str]:
     if options.data is None:
         raise InputError("data is missing: give the folder of images, or a converted data set, with --data PATH.")
     images = len(open_source(split_paths(options.data)[0]))
-    return with_largest_batch(parsed.recipe, device, processes=rank_count(), images=images)
+    return with_largest_batch(
+        parsed.recipe, device, processes=rank_count(), images=images, cuda_graph=options.cuda_graph
+    )
 
 
 @contextmanager

@@ -31,7 +31,8 @@ class RunOptions:
         dali: of DALI where it decodes on a GPU.
         cache: where decoded images are kept, so that later epochs neither read nor decode them: in the memory of the
             machine (host) or of the GPU (device), or nowhere (off); auto: the GPU's if the pixels of all images take at
-            most 40 % of what is free there, else the machine's if at most 50 %. Every process keeps all images.
+            most 40 % of what is free there and steps fit beside them, else the machine's if at most 50 %. Every process
+            keeps all images.
         cuda_graph: whether a step is recorded once and replayed by a single launch; auto: on CUDA, in a run of one
             process. Its memory (the activations of a step) stays reserved.
         prefetch: finished batches kept ready.

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
 from mvssl.recipe import Recipe
-from mvssl.training.step import TrainStep
+from mvssl.training.compiled.capture import wants_capture
+from mvssl.trying.step_memory import peak_step_memory
 from pipelines.errors import InputError
 
 MULTIPLE = 32
 """Batches are whole multiples of this: tensor cores and kernels like such numbers."""
 
 _MOST = 65_536
-_ROOM = 0.9  # share of the memory that may be taken: the loader, evaluations and fragments need some as well
+_ROOM = 0.9  # fraction of the memory that may be taken: the loader, evaluations and fragments need some as well
+_ROOM_BESIDE_GRAPH = 0.8
 
 
 def largest_batch(fits: Callable[[int], bool], *, most: int = _MOST) -> int:
@@ -45,38 +48,33 @@ def largest_batch(fits: Callable[[int], bool], *, most: int = _MOST) -> int:
     return good
 
 
-def fits_on(recipe: Recipe, device: torch.device) -> Callable[[int], bool]:
-    """Whether two steps of a recipe fit on a GPU, by batch size. Steps are not compiled, which takes more memory."""
+def fits_on(recipe: Recipe, device: torch.device, *, cuda_graph: Literal["auto", "on", "off"]) -> Callable[[int], bool]:
+    """Whether the steps of a recipe fit on a GPU and leave room for all else, by batch size.
+
+    Args:
+        recipe: whose batch size does not matter.
+        device: the GPU.
+        cuda_graph: as for `TrainStep` in a run of one process. A graph keeps its memory, so that evaluations and the
+            loader cannot use it between steps and need more room beside it.
+    """
+    room = _ROOM_BESIDE_GRAPH if wants_capture(cuda_graph, device, ranks=1) else _ROOM
 
     def fits(batch_size: int) -> bool:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        step = None
-        try:
-            tried = replace(recipe, batch_size=batch_size, compile="off")
-            step = TrainStep(tried, device=device, total_steps=4, steps_per_epoch=4, cuda_graph="off")
-            images = batch_size
-            views = [
-                torch.randn(images, 3, view.size, view.size, device=device, dtype=step.input_dtype).contiguous(
-                    memory_format=torch.channels_last
-                )
-                for view in recipe.views
-            ]
-            for number in range(2):
-                step(views, number)
-            torch.cuda.synchronize(device)
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            del step
-            torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(device).total_memory
-        return torch.cuda.max_memory_reserved(device) <= _ROOM * total
+        peak = peak_step_memory(recipe, device, images=batch_size, cuda_graph=cuda_graph)
+        total: int = torch.cuda.get_device_properties(device).total_memory
+        return peak is not None and peak <= room * total
 
     return fits
 
 
-def with_largest_batch(recipe: Recipe, device: torch.device, *, processes: int, images: int) -> tuple[Recipe, str]:
+def with_largest_batch(
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    processes: int,
+    images: int,
+    cuda_graph: Literal["auto", "on", "off"],
+) -> tuple[Recipe, str]:
     """The recipe with the largest batch that fits, and a sentence that says what it is and what the learning rate is.
 
     Args:
@@ -84,6 +82,7 @@ def with_largest_batch(recipe: Recipe, device: torch.device, *, processes: int, 
         device: the GPU.
         processes: of the run; each takes an equal share, and all are thought to be alike.
         images: of the data set, which a batch cannot exceed.
+        cuda_graph: as for `TrainStep`.
 
     Raises:
         InputError: the device is no GPU, or nothing fits.
@@ -93,7 +92,8 @@ def with_largest_batch(recipe: Recipe, device: torch.device, *, processes: int, 
             "batch_size is 'auto', which measures a GPU's memory, but the run is on the CPU: give a number, for "
             "example --batch-size 64."
         )
-    share = largest_batch(fits_on(recipe, device), most=max(MULTIPLE, images // processes))
+    tried = cuda_graph if wants_capture(cuda_graph, device, ranks=processes) else "off"
+    share = largest_batch(fits_on(recipe, device, cuda_graph=tried), most=max(MULTIPLE, images // processes))
     found = replace(recipe, batch_size=share * processes)
     return found, (
         f"batch size: {found.batch_size}, the largest that fits ({share} a process); the learning rate is "

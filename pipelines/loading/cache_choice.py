@@ -23,9 +23,9 @@ from pipelines.storage.source import Source
 Cache = Literal["off", "host", "device", "auto"]
 CHOICES = ("off", "host", "device", "auto")
 SHARE = {"device": 0.4, "host": 0.5}
-"""Of the free memory that auto takes at most: a step needs the rest of a GPU, other programs that of a machine."""
+"""Of the free memory that auto takes at most: evaluations and other programs need the rest."""
 MOST = 0.9
-"""Of the free memory that may be asked for by name."""
+"""Of the free memory that may be asked for by name, and of what steps leave of a GPU's."""
 _READERS = 8
 _PART = 1000  # images between two reports
 _GB = 1e9
@@ -38,14 +38,22 @@ class Memory:
     Attributes:
         host: of the machine, for each of the processes that train on it.
         device: of the GPU; 0 without one.
+        steps: what training steps will take of the GPU's.
     """
 
     host: int
     device: int = 0
+    steps: int = 0
 
     def of(self, place: str) -> int:
         """Free bytes at a place."""
         return self.host if place == "host" else self.device
+
+    def most(self, place: str, choice: Cache) -> int:
+        """Bytes that pixels may take there."""
+        left = self.of(place) - (self.steps if place == "device" else 0)
+        named = int(MOST * max(0, left))
+        return min(named, int(SHARE[place] * self.of(place))) if choice == "auto" else named
 
 
 def free_memory(device: torch.device, *, processes: int) -> Memory:
@@ -72,7 +80,8 @@ def keep_decoded(
 
     Args:
         source: the encoded images.
-        choice: where to keep them; auto takes the GPU's memory, else the machine's, else none, by `SHARE`.
+        choice: where to keep them; auto takes the GPU's memory, else the machine's, else none, by `SHARE`; steps keep
+            what they need of the GPU's.
         device: where the views are made.
         memory: what is free.
         progress: called with the number of images whose size is known.
@@ -93,7 +102,7 @@ def keep_decoded(
             "machine's: take host."
         )
     places = [choice] if choice != "auto" else ["device", "host"] if device.type == "cuda" else ["host"]
-    most = {place: int(memory.of(place) * (SHARE[place] if choice == "auto" else MOST)) for place in places}
+    most = {place: memory.most(place, choice) for place in places}
     least = int(source.nbytes.sum())  # decoded images are larger than their files
     if least > max(most.values()):
         return source, _refused(choice, least, f"more than {_gb(least)}", most, memory)
@@ -123,12 +132,15 @@ def _kept(source: Source, sizes: NDArray[np.int64], places: list[str], device: t
 def _refused(choice: Cache, needed: int, told: str, most: dict[str, int], memory: Memory) -> str:
     """Why no images are kept; raises where it was asked for."""
     allowed = " and ".join(f"{_gb(most[place])} of the {_name(place)}'s {_gb(memory.of(place))} free" for place in most)
+    if memory.steps and "device" in most:
+        allowed += f" ({_gb(memory.steps)} of the GPU's are for training steps)"
     if choice == "auto":
         return f"cache: off, because the pixels of all images take {told}, and at most {allowed} are taken"
-    other = "host" if choice == "device" else "device"
-    fits = f"take --cache {other} ({_gb(memory.of(other))} free), or " if needed <= MOST * memory.of(other) else "take "
+    other: Cache = "host" if choice == "device" else "device"
+    fits = needed <= memory.most(other, other)
+    remedy = f"take --cache {other} ({_gb(memory.of(other))} free), or " if fits else "take "
     raise InputError(
-        f"cache is {choice!r} but the pixels of all images take {told} and at most {allowed} can be taken: {fits}"
+        f"cache is {choice!r} but the pixels of all images take {told} and at most {allowed} can be taken: {remedy}"
         "--cache off, or convert the images with mvssl-convert --max-size, which makes them smaller."
     )
 

@@ -126,8 +126,10 @@ def test_batches_that_fit_nowhere_and_processors_without_memory_of_their_own(ima
 
 
 def test_the_largest_batch_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch, tiny_recipe: Recipe) -> None:
-    monkeypatch.setattr(batch_size, "fits_on", lambda recipe, device: lambda size: size <= 100)
-    found, said = batch_size.with_largest_batch(tiny_recipe, torch.device("cuda"), processes=4, images=10_000)
+    monkeypatch.setattr(batch_size, "fits_on", lambda recipe, device, cuda_graph: lambda size: size <= 100)
+    found, said = batch_size.with_largest_batch(
+        tiny_recipe, torch.device("cuda"), processes=4, images=10_000, cuda_graph="auto"
+    )
     assert found == replace(tiny_recipe, batch_size=384)
     assert f"batch size: 384, the largest that fits (96 a process); the learning rate is {3.0 * 384 / 256:.4g}" in said
 

@@ -1,0 +1,192 @@
+"""A GPU's memory that steps take, for --batch-size auto and --cache; torch.cuda is pretended, but for the last test."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from rich.console import Console
+
+from mvssl import experiment
+from mvssl.distributed import World
+from mvssl.recipe import Recipe
+from mvssl.runs.options import RunOptions
+from mvssl.training.compiled.capture import WARM_UP
+from mvssl.training.step import TrainStep
+from mvssl.trying import batch_size, step_memory
+from mvssl.trying.step_memory import peak_step_memory
+from pipelines.loading.cache_choice import Memory, keep_decoded, pixel_bytes
+from pipelines.storage import open_source
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+class FakeStep:
+    """Refers to itself as a real step does, draws, and takes memory; those that are alive are in `alive`."""
+
+    alive: ClassVar[weakref.WeakSet[FakeStep]] = weakref.WeakSet()
+    made: ClassVar[list[tuple[int, str, str]]] = []  # of all steps
+    taken: ClassVar[list[int]] = []
+
+    def __init__(self, recipe: Recipe, *, device: Any, total_steps: int, steps_per_epoch: int, cuda_graph: str) -> None:
+        self.input_dtype, self.myself = torch.float32, self
+        self.warm_up = 1 if cuda_graph == "off" else WARM_UP + 1
+        self.made.append((recipe.batch_size, recipe.compile, cuda_graph))
+        self.alive.add(self)
+        assert len(self.alive) == 1, "the step that was tried before is still there"
+
+    def __call__(self, views: list[torch.Tensor], number: int) -> None:
+        torch.manual_seed(number)  # as for stochastic depth
+        if len(views[0]) > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        self.taken.append(number)
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A GPU of 1000 bytes; the function sets how many steps reserve at most."""
+    FakeStep.made.clear()
+    FakeStep.taken.clear()
+    monkeypatch.setattr(step_memory, "TrainStep", FakeStep)
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
+    whole = type("Properties", (), {"total_memory": 1000})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: whole)
+
+    def reserves(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: count)
+
+    return reserves
+
+
+def test_steps_of_all_kinds_are_taken_and_leave_nothing(tiny_recipe: Recipe, gpu: Callable[[int], None]) -> None:
+    gpu(500)
+    before = torch.get_rng_state()
+    assert peak_step_memory(tiny_recipe, CPU, images=32, cuda_graph="off") == 500
+    assert FakeStep.taken == [0, 1]
+    assert peak_step_memory(tiny_recipe, CPU, images=64, cuda_graph="on") == 500
+    assert FakeStep.taken[2:] == [*range(WARM_UP + 2)]  # the last one is a replay that is no recording
+    assert FakeStep.made == [(32, "off", "off"), (64, "off", "on")]
+    assert peak_step_memory(tiny_recipe, CPU, images=201, cuda_graph="off") is None
+    assert not FakeStep.alive
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("cuda_graph", "most"), [("off", 900), ("auto", 800), ("on", 800)])
+def test_a_graph_keeps_its_memory_so_that_more_must_be_left(
+    tiny_recipe: Recipe,
+    gpu: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    cuda_graph: Any,
+    most: int,
+) -> None:
+    monkeypatch.setattr(step_memory, "_take_steps", lambda *arguments: None)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: torch.no_grad())
+    fits = batch_size.fits_on(tiny_recipe, CUDA, cuda_graph=cuda_graph)
+    gpu(most)
+    assert fits(32)
+    gpu(most + 1)
+    assert not fits(32)
+
+
+@pytest.mark.parametrize(
+    ("cuda_graph", "processes", "tried"),
+    [("auto", 1, "auto"), ("auto", 2, "off"), ("on", 2, "on"), ("off", 1, "off")],
+)
+def test_a_batch_is_tried_as_it_will_be_trained(
+    tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, cuda_graph: Any, processes: int, tried: str
+) -> None:
+    seen: list[str] = []
+
+    def peak(recipe: Recipe, device: Any, *, images: int, cuda_graph: str) -> int | None:
+        seen.append(cuda_graph)
+        return 1 if images <= 64 else None
+
+    monkeypatch.setattr(batch_size, "peak_step_memory", peak)
+    found, _ = batch_size.with_largest_batch(tiny_recipe, CUDA, processes=processes, images=1000, cuda_graph=cuda_graph)
+    assert found.batch_size == 64 * processes
+    assert set(seen) == {tried}
+
+
+def test_a_cache_leaves_what_steps_need(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(images / "train")
+    needed = int(pixel_bytes(source).sum())
+    monkeypatch.setattr("pipelines.loading.cache_choice.PixelStore", lambda sizes, device, on: device)
+
+    def choose(choice: Any, steps: float) -> str:
+        memory = Memory(host=needed, device=10 * needed, steps=int(steps * needed))
+        return keep_decoded(source, choice, device=CUDA, memory=memory)[1]
+
+    assert "the GPU's memory keeps" in choose("auto", 8.8)
+    told = choose("auto", 9.0)
+    assert told.startswith("cache: off")
+    assert "of the GPU's are for training steps)" in told
+    assert "the GPU's memory keeps" in choose("device", 8.8)
+    with pytest.raises(Exception, match=r"cache is 'device' but .* are for training steps\) can be taken"):
+        choose("device", 9.0)
+    with pytest.raises(Exception, match=r"can be taken: take --cache off"):  # not device, which is full
+        choose("host", 9.0)
+    with pytest.raises(Exception, match=r"can be taken: take --cache device"):
+        choose("host", 8.0)
+
+
+@pytest.mark.parametrize(
+    ("cache", "device", "expected"),
+    [("auto", CUDA, 600), ("host", CUDA, 600), ("off", CUDA, 0), ("auto", CPU, 0)],
+)
+def test_steps_are_tried_before_a_cache_is_made(
+    tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, cache: Any, device: torch.device, expected: int
+) -> None:
+    """host, too: the validation images may lie on the GPU."""
+    seen: list[tuple[int, str]] = []
+
+    def peak(recipe: Recipe, device: Any, *, images: int, cuda_graph: str) -> int | None:
+        seen.append((images, cuda_graph))
+        return 600 if images < 8 else None
+
+    monkeypatch.setattr(experiment, "peak_step_memory", peak)
+    options = RunOptions(cache=cache)
+    assert experiment._peak(tiny_recipe, options, device, World(size=2)) == expected
+    assert seen == ([(4, "off")] if expected else [])
+    if expected:
+        assert experiment._peak(tiny_recipe, options, device, World()) == 1000  # they do not fit: nothing is left
+        assert seen[1] == (8, "auto")
+
+
+def test_the_networks_count_once(images: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps need their peak but for what the networks have taken by then."""
+    seen: list[Memory] = []
+
+    def keep(source: Any, choice: str, *, device: Any, memory: Memory, progress: Any) -> tuple[Any, str]:
+        seen.append(memory)
+        return source, ""
+
+    monkeypatch.setattr(experiment, "_peak", lambda *arguments: 600)
+    monkeypatch.setattr(experiment, "keep_decoded", keep)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
+    options = RunOptions(data=images, device="cpu", cache="auto")
+    with experiment.open_experiment(tiny_recipe, options, Console(quiet=True), World()):
+        pass
+    assert [memory.steps for memory in seen] == [500, 500]  # for the validation images as well
+
+
+@pytest.mark.gpu
+def test_a_run_takes_no_more_than_was_measured(tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    recipe = replace(tiny_recipe, batch_size=256, compile="off")
+    peak = peak_step_memory(recipe, CUDA, images=256, cuda_graph="on")
+    left = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    step = TrainStep(recipe, device=CUDA, total_steps=40, steps_per_epoch=4, cuda_graph="on")
+    views = [torch.randn(256, 3, view.size, view.size, device="cuda") for view in recipe.views]
+    for number in range(step.warm_up + 4):
+        step(views, number)
+    assert step.captured
+    assert peak is not None
+    assert left < peak / 4  # what was tried is freed
+    assert torch.cuda.max_memory_reserved() <= 1.1 * peak
