@@ -15,6 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def operations() -> Any:
+    """The operations of `mvssl.networks.batchnorm_kernels`, which has to be imported before."""
+    return torch.ops.mvssl
+
+
 def _per_channel(rows: Tensor, dims: int) -> Tensor:
     """[V, C] in the shape that broadcasts over [V, B, C, ...] of `dims` dimensions."""
     views, channels = rows.shape
@@ -151,7 +156,7 @@ class _KernelNorm(torch.autograd.Function):
         pool: bool,
         split: bool,
     ) -> tuple[Tensor, ...]:
-        ops: Any = torch.ops.mvssl
+        ops = operations()
         if pool:
             y, mask = ops.batchnorm_forward_pool(x, mean, rstd, weight, bias)
         else:
@@ -168,7 +173,7 @@ class _KernelNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         first, second = gradients[0], gradients[1] if len(gradients) > 1 else None
-        ops: Any = torch.ops.mvssl
+        ops = operations()
         dx, dweight, dbias, dother, other_dweight = ops.batchnorm_backward(
             first, second, *ctx.saved_tensors, ctx.relu, ctx.shortcut, ctx.pool
         )

@@ -23,8 +23,10 @@ from pipelines.views.ops._triton import jit
 
 ROWS = tl.constexpr(32)
 """Rows of a tile. 32 rows by 64 channels are 16 values a thread: three float32 sums of them fit without spilling."""
-_PROGRAMS = 512
-"""Programs that sum at most, about four per multiprocessor of an H100: more would only make more partial sums."""
+PARTS = tl.constexpr(128)
+"""Partial sums that are added at a time, so that the second kernel waits for memory a few times only."""
+_PROGRAMS = 1024
+"""Programs that sum at most, about eight per multiprocessor of an H100: more would only make more partial sums."""
 _MOST_VIEWS = 12
 """Views whose places in the step's order fit into one int64 of 5 bits each."""
 
@@ -57,9 +59,9 @@ def _sums_kernel(x, mean, partial, rows, channels, parts, size: tl.constexpr):  
 @jit
 def _added(partial, which, view, views, parts, channels, c, inside):  # type: ignore[no-untyped-def]
     """The sum over the parts, in a fixed order; partial is [kinds, V, parts, C]."""
-    total = tl.zeros((ROWS, c.shape[0]), tl.float32)
-    for part in range(0, parts, ROWS):
-        p = part + tl.arange(0, ROWS)
+    total = tl.zeros((PARTS, c.shape[0]), tl.float32)
+    for part in range(0, parts, PARTS):
+        p = part + tl.arange(0, PARTS)
         at = ((which * views + view) * parts + p)[:, None] * channels + c[None, :]
         total += tl.load(partial + at, mask=(p < parts)[:, None] & inside[None, :], other=0.0)
     return tl.sum(total, axis=0)
@@ -68,8 +70,8 @@ def _added(partial, which, view, views, parts, channels, c, inside):  # type: ig
 @jit
 def _statistics_kernel(  # type: ignore[no-untyped-def]
     partial, mean, rstd, running_mean, running_var, tracked,
-    rows, channels, parts, views, places, step_views, momentum, eps,
-    track: tl.constexpr, first: tl.constexpr, size: tl.constexpr,
+    rows, channels, parts, views, places, step_views,
+    momentum: tl.constexpr, eps: tl.constexpr, track: tl.constexpr, first: tl.constexpr, size: tl.constexpr,
 ):  # fmt: skip
     """Mean, which holds the pivots, and 1 / standard deviation [V, C]; moves the running statistics [C]."""
     c = tl.program_id(0) * size + tl.arange(0, size)
@@ -79,19 +81,19 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
         new_var = tl.load(running_var + c, mask=inside, other=0.0)
         keep = 1.0 - momentum
         if first:
-            for _ in range(step_views):
+            for each in range(step_views):  # noqa: B007
                 new_mean *= keep
                 new_var *= keep
     for view in range(views):
         pivot = tl.load(mean + view * channels + c, mask=inside, other=0.0)
         away = _added(partial, 0, view, views, parts, channels, c, inside) / rows
         square = _added(partial, 1, view, views, parts, channels, c, inside) / rows
-        var = tl.maximum(square - away * away, 0.0)
+        var = tl.maximum(square - away * away, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(mean + view * channels + c, pivot + away, mask=inside)
         tl.store(rstd + view * channels + c, tl.rsqrt(var + eps), mask=inside)
         if track:
-            weight = momentum
-            for _ in range(step_views - 1 - ((places >> (5 * view)) & 31)):
+            weight = tl.full((), momentum, tl.float32)
+            for later in range(step_views - 1 - ((places >> (5 * view)) & 31)):  # noqa: B007
                 weight *= keep
             new_mean += weight * (pivot + away)
             new_var += weight * var * (rows / (rows - 1.0))
@@ -133,7 +135,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     if kind == 2:
         value += _normalised(other, other_mean, other_rstd, other_weight, other_bias, at, mask, row, c, inside, affine)
     if relu:
-        value = tl.maximum(value, 0.0)
+        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a diverged run must show NaN
     tl.store(y + at, value, mask=mask)
 
 
@@ -158,8 +160,12 @@ def _pool_kernel(  # type: ignore[no-untyped-def]
         present = mask & ((h >= 0) & (h < height) & (w >= 0) & (w < width))[:, None]
         at = ((image * height + h) * width + w)[:, None] * channels + c[None, :]
         value = _normalised(x, mean, rstd, weight, bias, at, present, view * channels, c, inside, affine)
-        value = tl.where(present, tl.maximum(value, 0.0).to(y.dtype.element_ty).to(tl.float32), -1.0)
-        better = value > best
+        value = tl.where(
+            present,
+            tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL).to(y.dtype.element_ty).to(tl.float32),
+            -1.0,
+        )
+        better = (value > best) | (value != value)  # NaN wins, as in torch
         best = tl.where(better, value, best)
         taken = tl.where(better, tap, taken).to(tl.int8)
     at = (view.to(tl.int64) * rows + r)[:, None] * channels + c[None, :]
@@ -445,8 +451,8 @@ def statistics(
         views,
         packed,
         step_views,
-        momentum,
-        eps,
+        momentum=momentum,
+        eps=eps,
         track=track,
         first=first,
         size=16,

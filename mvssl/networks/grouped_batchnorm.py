@@ -15,6 +15,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mvssl.networks import batchnorm_function
 from mvssl.networks.batchnorm_function import batch_norm_kernels, batch_norm_training
 
 try:
@@ -128,8 +129,7 @@ class Grouped(_BatchNorm):
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and 1 / standard deviation of each view [V, C]; the running statistics follow."""
         current = self.current
-        ops: Any = torch.ops.mvssl
-        mean, rstd = ops.batchnorm_statistics(
+        mean, rstd = batchnorm_function.operations().batchnorm_statistics(
             x.detach(),
             self.running_mean,
             self.running_var,
