@@ -292,8 +292,8 @@ class StepGraph:
             self._wanted = False
             if self._asked:
                 raise InputError(
-                    f"cuda_graph is 'on' but must be 'auto' or 'off' for this step, which cannot be recorded ({reason}): "
-                    "set it to auto or off."
+                    f"cuda_graph is 'on' but must be 'auto' or 'off' for this step, which cannot be recorded "
+                    f"({reason}): set it to auto or off."
                 ) from error
             logger.warning(
                 "The step could NOT be recorded as a CUDA graph and is launched kernel by kernel, which may be slower: "
