@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import re
+import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -24,12 +27,19 @@ import torch._inductor.compile_fx as compile_fx
 import torch._inductor.graph as inductor_graph
 import torch._inductor.scheduler as scheduler
 import torch._subclasses.fake_impls as fake_impls
+import torch.utils._foreach_utils as foreach_utils
 import torch.utils._triton as triton_utils
 from torch._dynamo import device_interface
 from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._inductor.codecache import PyCodeCache
 from torch._inductor.codegen.triton import TritonScheduling
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.ir import UserDefinedTritonKernel
+from torch._inductor.runtime import triton_helpers
 from torch._inductor.virtualized import V
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 from mvssl.networks import grouped_batchnorm
@@ -56,7 +66,8 @@ class Kernel:
         library: whether it is a call of cuDNN, cuBLAS or ATen.
         megabytes: device memory traffic by Inductor's count, each buffer read or written once (10^6 bytes).
         gflops: of convolutions and products, by torch's formulas.
-        layers: modules that its operations come from.
+        layers: modules that its operations come from, of library calls the one.
+        source: key in `Graph.sources`; empty for library calls.
     """
 
     name: str
@@ -64,6 +75,7 @@ class Kernel:
     megabytes: float
     gflops: float
     layers: tuple[str, ...]
+    source: str = ""
 
 
 @dataclass(kw_only=True)
@@ -123,12 +135,13 @@ def capability(target: str) -> int:
     return int(target.removeprefix("sm_"))
 
 
-def gpu_graphs(work: Callable[[], object], *, target: str) -> list[Graph]:
+def gpu_graphs(work: Callable[[], object], *, target: str, graphs: list[Graph] | None = None) -> list[Graph]:
     """Run `work`, whose calls of `torch.compile` generate code for a GPU, and return the graphs in order of creation.
 
     Args:
         work: calls compiled functions on CPU tensors, forward and backward. Their results are zeros.
         target: a key of `TARGETS`.
+        graphs: list to append to, for `work` to look at.
 
     Raises:
         InputError: torch or the target is unknown, or Triton is missing.
@@ -138,8 +151,10 @@ def gpu_graphs(work: Callable[[], object], *, target: str) -> list[Graph]:
     try:
         from triton.runtime.driver import driver
     except ImportError as error:
-        raise InputError("triton is not installed but generates a GPU's kernels: pip install triton.") from error
-    graphs: list[Graph] = []
+        raise InputError(
+            "triton is missing but must be installed, since it generates a GPU's kernels: pip install triton."
+        ) from error
+    graphs = [] if graphs is None else graphs
     real = torch.compile
 
     def inner(module: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
@@ -152,10 +167,20 @@ def gpu_graphs(work: Callable[[], object], *, target: str) -> list[Graph]:
         def backend(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
             # Without caches, or CPU code of the same graph comes back. The patches hold for the backward, too.
             return compile_fx.compile_fx(
-                module, list(inputs), inner_compile=inner, config_patches={**settings, "force_disable_caches": True}
+                module,
+                list(inputs),
+                inner_compile=inner,
+                config_patches={**settings, "force_disable_caches": True},
+                decompositions={**select_decomp_table(), **_DECOMPOSITIONS},
             )
 
-        return real(function, backend=backend, **options)
+        fast = real(function, backend=backend, **options)
+
+        def call(*arguments: Any) -> Any:
+            with uncounted():  # torch.compile refuses to run under one that counts operations
+                return fast(*arguments)
+
+        return call
 
     torch._dynamo.reset()
     with (
@@ -195,7 +220,7 @@ def _compile(
         with V.set_graph_handler(lowered), V.set_debug_handler(DebugContext()):
             lowered.run(*on_gpu)
             code, _ = lowered.codegen()
-            kernels = [kernel for node in lowered.scheduler.nodes if (kernel := _account(node, named)) is not None]
+            kernels = [kernel for node in lowered.scheduler.nodes for kernel in _account(node, named)]
     source = str(getattr(code, "value", code))
     graph = Graph(
         kind="backward" if backward else "inference" if inference else "forward",
@@ -208,7 +233,10 @@ def _compile(
 
     def run(*_: Any) -> list[Any]:
         graph.calls += 1
-        return [_zeros(result) if isinstance(result, _Description) else result for result in results]
+        with uncounted():  # making zeros is no work of the step
+            return [
+                _zeros(result, dense=backward) if isinstance(result, _Description) else result for result in results
+            ]
 
     boxed: Callable[..., Any] = make_boxed_func(run)
     return boxed
@@ -229,9 +257,20 @@ def _description(node: Any) -> Any:
     return _Description(value.shape, value.stride(), value.dtype) if isinstance(value, torch.Tensor) else node
 
 
-def _zeros(result: _Description) -> torch.Tensor:
-    """Zeros of this shape; large ones share one element, so strides are 0 there."""
-    if result.shape.numel() <= 4_000_000:
+def _bernoulli(x: torch.Tensor, p: float = 0.5, *, generator: None = None) -> torch.Tensor:
+    """What random bits are made of on a GPU; on the CPU torch keeps the operation."""
+    return (torch.rand_like(x, dtype=torch.float32) < p).to(x.dtype)
+
+
+_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {torch.ops.aten.bernoulli.p: _bernoulli}
+
+
+def _zeros(result: _Description, *, dense: bool) -> torch.Tensor:
+    """Zeros of this shape; large ones share one element unless `dense`, so strides are 0 there.
+
+    Gradients must be dense: autograd copies others into the parameter's layout.
+    """
+    if dense or result.shape.numel() <= 4_000_000:
         return torch.empty_strided(result.shape, result.stride, dtype=result.dtype).zero_()
     return torch.zeros((), dtype=result.dtype).as_strided(result.shape, [0] * len(result.shape))
 
@@ -248,46 +287,94 @@ def _to_cuda(module: torch.fx.GraphModule) -> None:
     module.recompile()
 
 
+@dataclass(frozen=True)
+class _Names:
+    """Names of the generated Triton kernels.
+
+    Attributes:
+        fused: of the kernels that each operation became part of, by the operation's name.
+        own: of our kernels, by the id of their operation.
+    """
+
+    fused: dict[str, list[str]] = field(default_factory=dict)
+    own: dict[int, str] = field(default_factory=dict)
+
+
 @contextlib.contextmanager
-def _named_kernels() -> Iterator[dict[str, str]]:
+def _named_kernels() -> Iterator[_Names]:
     """Note the name of the Triton kernel that each scheduled operation becomes part of."""
-    named: dict[str, str] = {}
+    names = _Names()
     define: Any = TritonScheduling.define_kernel
+    define_own: Any = PythonWrapperCodegen.define_user_defined_triton_kernel
+    generate: Any = UserDefinedTritonKernel.codegen
+    current: list[int] = []
 
     def noted(self: Any, source: str, nodes: Sequence[Any], *rest: Any) -> str:
         name: str = define(self, source, nodes, *rest)
-        for node in nodes:
-            if hasattr(node, "get_name"):
-                named[node.get_name()] = name
+        members = {member.get_name(): None for node in nodes if hasattr(node, "get_nodes") for member in _members(node)}
+        for member in members:
+            names.fused.setdefault(member, []).append(name)
         return name
 
-    with mock.patch.object(TritonScheduling, "define_kernel", noted):
-        yield named
+    def generated(self: Any, *arguments: Any, **options: Any) -> Any:
+        current.append(id(self))
+        try:
+            return generate(self, *arguments, **options)
+        finally:
+            current.pop()
+
+    def noted_own(self: Any, *arguments: Any, **options: Any) -> Any:
+        result = define_own(self, *arguments, **options)
+        names.own[current[-1]] = result[0]
+        return result
+
+    with (
+        mock.patch.object(TritonScheduling, "define_kernel", noted),
+        mock.patch.object(UserDefinedTritonKernel, "codegen", generated),
+        mock.patch.object(PythonWrapperCodegen, "define_user_defined_triton_kernel", noted_own),
+    ):
+        yield names
 
 
-def _account(node: Any, named: dict[str, str]) -> Kernel | None:
-    """One entry of the schedule; None for what is no work on the device."""
-    members = node.get_nodes()
+def _members(node: Any) -> list[Any]:
+    """The single operations of an entry of the schedule, which may be a group of groups."""
+    nodes = node.get_nodes()
+    return [node] if nodes == [node] else [member for each in nodes for member in _members(each)]
+
+
+def _account(node: Any, names: _Names) -> list[Kernel]:
+    """The kernels of one entry of the schedule; none for what is no work on the device.
+
+    An entry with more than one kernel (large groups of independent small ones) gives the first all of its bytes.
+    """
+    members = _members(node)
     if isinstance(node, scheduler.NopKernelSchedulerNode):
-        return None
+        return []
     library = isinstance(node, scheduler.ExternKernelSchedulerNode)
     if library and type(node.node).__name__ == "MultiOutput":
-        return None
+        return []
     origins = [origin for member in members if member.node is not None for origin in member.node.get_origins()]
-    own_kernel = type(node.node).__name__ == "UserDefinedTritonKernel"
-    if own_kernel:
-        library, name = False, str(node.node.get_kernel_and_metadata()[0].fn.__name__)
+    if type(node.node).__name__ == "UserDefinedTritonKernel":
+        library = False
+        sources = [names.own[id(node.node)]]
+        called = [str(node.node.get_kernel_and_metadata()[0].fn.__name__)]
     elif library:
-        name = str(getattr(node.node, "python_kernel_name", None) or type(node.node).__name__)
+        origins = _own(node)
+        sources = [""]
+        called = [str(getattr(node.node, "python_kernel_name", None) or type(node.node).__name__)]
     else:
-        name = next((named[member.get_name()] for member in members if member.get_name() in named), "triton")
-    return Kernel(
-        name=name,
+        sources = list(dict.fromkeys(name for member in members for name in names.fused.get(member.get_name(), [])))
+        called = sources
+    first = Kernel(
+        name=called[0],
         library=library,
         megabytes=(node.get_read_write_buffers_sizes() - _written_only(node)) / 1e6,
         gflops=sum(map(_flops, _own(node))) / 1e9 if library else 0.0,
         layers=tuple(layer for layer, _ in Counter(filter(None, map(_layer, origins))).most_common()),
+        source=sources[0],
     )
+    others = zip(called[1:], sources[1:], strict=True)
+    return [first, *(replace(first, name=name, source=source, megabytes=0.0) for name, source in others)]
 
 
 def _written_only(node: Any) -> int:
@@ -306,6 +393,7 @@ def _own(node: Any) -> list[Any]:
 def _flops(node: Any) -> float:
     """Floating-point operations of a convolution, product or attention; 0 for everything else."""
     packet = getattr(node.target, "overloadpacket", None)
+    packet = _ATTENTION.get(str(packet), packet)
     if packet not in flop_registry:
         return 0.0
 
@@ -318,6 +406,15 @@ def _flops(node: Any) -> float:
     return float(count(*arguments, **options, out_val=node.meta["val"]))
 
 
+_ATTENTION = {
+    "aten._scaled_dot_product_flash_attention_for_cpu": torch.ops.aten._scaled_dot_product_flash_attention,
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": (
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+"""Attention as it is traced on the CPU, and as it runs on a GPU: the same inputs, outputs and arithmetic."""
+
+
 def _layer(node: Any) -> str | None:
     """Name of the module that an operation comes from, without what wraps it."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
@@ -326,7 +423,7 @@ def _layer(node: Any) -> str | None:
     path = list(stack.values())[-1][0]
     found = re.sub(r"\['(\w+)'\]|\.slice\(.*?\)", r".\1", str(path))
     return re.sub(
-        r"^L\.self\.|^L\['self'\]\.?|^self\.|\._modules|\[(\d+)\]",
+        r"^L\.self\.|^L\['self'\]\.?|^self\.|\._modules|_encode\.__self__\.?|\[(\d+)\]",
         lambda match: f".{match[1]}" if match[1] else "",
         found,
     ).strip(".")
@@ -434,3 +531,71 @@ class _Overlay:
 
 
 _TORCH = _Overlay(torch, _C=_Overlay(torch._C, _conv_determine_backend_memory_format=_memory_format))
+
+
+@contextlib.contextmanager
+def foreach_as_on_gpu() -> Iterator[None]:
+    """Let torch's gradient norms and clipping take foreach kernels for CPU tensors, as for those on a GPU."""
+    with mock.patch.object(foreach_utils, "_get_foreach_kernels_supported_devices", return_value=["cpu", "cuda"]):
+        yield
+
+
+def uncounted() -> contextlib.AbstractContextManager[Any]:
+    """Hide operations from a dispatch mode that counts them."""
+    hidden: contextlib.AbstractContextManager[Any] = _disable_current_modes()
+    return hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What one Triton kernel needs on the target.
+
+    Attributes:
+        registers: of a thread.
+        spilled: bytes of a thread's local memory and stack.
+        shared: bytes of shared memory of a block.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def resources(source: str, *, target: str) -> Resources:
+    """Compile a kernel's generated source ahead of time, in the first of its configurations.
+
+    Args:
+        source: of `Graph.sources`.
+        target: the one that the source was generated for.
+    """
+    import triton
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner, StaticTritonCompileResult
+    from triton.runtime.driver import driver
+
+    binaries: list[Any] = []
+    build: Any = triton.compile
+
+    def compiled(*arguments: Any, **options: Any) -> Any:
+        binaries.append(build(*arguments, **options))
+        return binaries[-1]
+
+    with (
+        _pretend(target),
+        mock.patch.object(driver, "_active", _Driver(target)),
+        mock.patch.object(triton_helpers, "set_driver_to_gpu"),
+        mock.patch.object(triton, "compile", compiled),
+        mock.patch.object(StaticTritonCompileResult, "can_statically_launch", return_value=None),
+    ):
+        module = PyCodeCache.load(source)
+        (tuner,) = [value for value in vars(module).values() if isinstance(value, CachingAutotuner)]
+        tuner._precompile_config(tuner.configs[0])
+    (binary,) = binaries
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        said = subprocess.run([tool, "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    return Resources(
+        registers=usage["REG"], spilled=usage["LOCAL"] + usage["STACK"], shared=int(binary.metadata.shared)
+    )

@@ -1,0 +1,366 @@
+"""What a recipe's step launches and moves on a GPU, from the compiler's own account, on any machine.
+
+python -m benchmarks.bench_compile RECIPE [--batch-size N] [--target sm_90] [--step-mode per-view] [--out FILE]
+
+Generates the step's code for the target without a GPU and computes nothing, so any batch size fits. Counted are the
+compiled graphs (Triton kernels and library calls), the optimiser's update with the gradient's norm and clipping, the
+EMA, the copies of views into the graph's inputs, and the view engine. benchmarks/COMPILED.md says what is pretended and
+how well the predicted time fits a trace.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.compiled.floor import Floor, floor
+from benchmarks.compiled.gpu_code import Graph, Kernel, capability, check_torch, resources
+from benchmarks.compiled.roofline import MEASURED, Rates, milliseconds
+from benchmarks.compiled.step_code import StepCode, compile_step
+from benchmarks.measuring.command_line import command_of, write_result
+from mvssl.recipe import Recipe
+from mvssl.recipe_file import resolve_recipe
+from mvssl.runs.environment import environment
+from mvssl.runs.serialize import to_dict
+from pipelines.console import run_cli
+
+PROG = "python -m benchmarks.bench_compile"
+LARGEST = 15
+"""Kernels that the result lists one by one."""
+
+GRAPHS = {"inference": "target forward", "forward": "online forward", "backward": "backward"}
+"""Parts of a step by the kind of their graphs."""
+
+VIEW_ENGINE = "view engine"
+_LAYERS = 4  # named of one kernel
+_WIDTH = 150  # of tables in files and pipes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Count the launches and the traffic of a recipe's step on a GPU.
+
+    Attributes:
+        recipe: name or file.
+        batch_size: images of a step; None takes the recipe's own.
+        target: generation of the GPU: sm_80 (A100), sm_90 (H100), sm_100 (B200).
+        step_mode: joint or per-view; None takes the recipe's own.
+        accumulate: micro-batches of a step; None takes the recipe's own.
+        precision: None takes the recipe's own; auto is bf16.
+        ungrouped: let views of one size pass one by one.
+        resources: of which Triton kernels to give registers and spilled bytes.
+        out: JSON file to write.
+    """
+
+    recipe: tyro.conf.Positional[str]
+    batch_size: int | None = None
+    target: str = "sm_90"
+    step_mode: Literal["joint", "per-view"] | None = None
+    accumulate: int | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
+    ungrouped: bool = False
+    resources: Literal["all", "largest", "none"] = "largest"
+    out: Path | None = None
+
+
+@dataclass(kw_only=True)
+class Row:
+    """Launches of one kernel in one part of a step.
+
+    Attributes:
+        part: target forward, online forward or backward.
+        name: of the kernel; Triton kernels that differ have names that differ.
+        launches: in a step.
+        megabytes, gflops: of all of them together.
+        layers: that they come from.
+        source: generated, of a Triton kernel.
+    """
+
+    part: str
+    name: str
+    launches: int = 0
+    megabytes: float = 0.0
+    gflops: float = 0.0
+    layers: dict[str, None] = field(default_factory=dict)
+    source: str | None = None
+
+
+def chosen(arguments: Arguments) -> Recipe:
+    """The recipe with what the command line changes.
+
+    Raises:
+        InputError: there is no such recipe, or it cannot be had with these values.
+    """
+    recipe = resolve_recipe(arguments.recipe)
+    names = ("batch_size", "step_mode", "accumulate", "precision")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return replace(recipe, **given)
+
+
+def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
+    """Compile and count; the result as plain JSON values.
+
+    Args:
+        arguments: what to compile.
+        command: how it was asked for, for the result.
+
+    Raises:
+        InputError: torch, the target or the recipe is unknown, Triton is missing, or the step does not compile.
+    """
+    check_torch()
+    capability(arguments.target)
+    recipe = chosen(arguments)
+    code = compile_step(recipe, target=arguments.target, group_views=not arguments.ungrouped)
+    return summary(code, recipe, arguments) | {"environment": environment() | {"command": command}}
+
+
+def summary(code: StepCode, recipe: Recipe, arguments: Arguments) -> dict[str, Any]:
+    """What is kept of a compiled step.
+
+    Bytes are per source image, launches and milliseconds per step. The totals at the top are those of the step on views
+    that are there; the view engine has a row of its own.
+    """
+    rates = MEASURED.get(arguments.target)
+    images = recipe.batch_size
+    parts = {
+        name: _of_graphs([graph for graph in code.graphs if graph.kind == kind], images, rates)
+        for kind, name in GRAPHS.items()
+        if any(graph.kind == kind for graph in code.graphs)
+    }
+    compiled = _total(parts.values())
+    parts |= {
+        name: _part(triton=0, library=0, eager=work.launches, megabytes=work.megabytes, images=images, rates=rates)
+        for name, work in sorted(code.eager.items())
+    }
+    total = _total(parts.values())
+    views = _part(
+        triton=code.views.launches, library=0, eager=0, megabytes=code.views.megabytes, images=images, rates=rates
+    )
+    if rates is not None:
+        views["milliseconds"] = 1e9 * code.views.megabytes / rates.views
+    rows = rows_of(code.graphs)
+    least = floor(recipe, group_views=not arguments.ungrouped, target_network="target forward" in parts)
+    return {
+        "benchmark": "compile",
+        "recipe": recipe.name,
+        "batch_size": images,
+        "target": arguments.target,
+        "megabytes_per_image": total["megabytes_per_image"],
+        "launches": total["launches"],
+        "predicted_milliseconds": total["milliseconds"],
+        "gflops_per_image": total["gflops_per_image"],
+        "precision": "bf16" if recipe.precision == "auto" else recipe.precision,
+        "step_mode": recipe.step_mode,
+        "accumulate": recipe.accumulate,
+        "grouped": not arguments.ungrouped,
+        "views_per_image": len(recipe.views),
+        "compiled": compiled,
+        "parts": parts,
+        "floor": None if least is None else _of_floor(least),
+        VIEW_ENGINE.replace(" ", "_"): views,
+        "kinds": _kinds(rows, images),
+        "largest": _largest(rows, images, arguments),
+        "resources": _resources(rows, arguments) if arguments.resources == "all" else None,
+        "settings": to_dict(recipe),
+    }
+
+
+def rows_of(graphs: Sequence[Graph]) -> list[Row]:
+    """The kernels of a step, the largest traffic first; library calls by the layer they come from."""
+    rows: dict[tuple[int, str, str], Row] = {}
+    for number, graph in enumerate(graphs):
+        for kernel in graph.kernels:
+            where = (number, kernel.source or kernel.name, "" if kernel.source else _layer(kernel))
+            row = rows.setdefault(where, Row(part=GRAPHS[graph.kind], name=kernel.source or kernel.name))
+            row.launches += graph.calls
+            row.megabytes += graph.calls * kernel.megabytes
+            row.gflops += graph.calls * kernel.gflops
+            row.layers |= dict.fromkeys(kernel.layers)
+            row.source = graph.sources.get(kernel.source)
+    return sorted((row for row in rows.values() if row.launches), key=lambda row: -row.megabytes)
+
+
+def _layer(kernel: Kernel) -> str:
+    return kernel.layers[0] if kernel.layers else ""
+
+
+def _of_graphs(graphs: Sequence[Graph], images: int, rates: Rates | None) -> dict[str, Any]:
+    """A part of the step: all runs of its graphs."""
+
+    def over(library: bool, value: str) -> float:
+        return sum(
+            graph.calls * float(getattr(kernel, value))
+            for graph in graphs
+            for kernel in graph.kernels
+            if kernel.library == library
+        )
+
+    return _part(
+        triton=sum(graph.calls * graph.triton_launches for graph in graphs),
+        library=sum(graph.calls * graph.library_calls for graph in graphs),
+        eager=0,
+        megabytes=over(False, "megabytes"),
+        library_megabytes=over(True, "megabytes"),
+        gflops=over(True, "gflops"),
+        images=images,
+        rates=rates,
+    )
+
+
+def _part(
+    *,
+    triton: int,
+    library: int,
+    eager: int,
+    megabytes: float,
+    images: int,
+    rates: Rates | None,
+    library_megabytes: float = 0.0,
+    gflops: float = 0.0,
+) -> dict[str, Any]:
+    """Numbers of one part of a step."""
+    return {
+        "triton_launches": triton,
+        "library_calls": library,
+        "eager_launches": eager,
+        "launches": triton + library + eager,
+        "megabytes_per_image": (megabytes + library_megabytes) / images,
+        "library_megabytes_per_image": library_megabytes / images,
+        "gflops_per_image": gflops / images,
+        "milliseconds": None if rates is None else milliseconds(rates, megabytes=megabytes, gflops=gflops),
+    }
+
+
+def _total(parts: Any) -> dict[str, Any]:
+    """The sum of parts."""
+    rows = list(parts)
+    return {
+        name: None if any(row[name] is None for row in rows) else sum(row[name] for row in rows) for name in rows[0]
+    }
+
+
+def _of_floor(least: Floor) -> dict[str, Any]:
+    return asdict(least) | {
+        "total": {
+            "megabytes_per_image": sum(least.megabytes_per_image.values()),
+            "launches": sum(least.launches.values()),
+        }
+    }
+
+
+def _kinds(rows: Sequence[Row], images: int) -> list[dict[str, Any]]:
+    """Kernels by part and kind, the number at the end of their names left out."""
+    kinds: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        name = row.name.rstrip("0123456789").rstrip("_") if row.source else row.name
+        own = kinds.setdefault(
+            (row.part, name),
+            {"part": row.part, "name": name, "launches": 0, "megabytes_per_image": 0.0, "gflops_per_image": 0.0},
+        )
+        own["launches"] += row.launches
+        own["megabytes_per_image"] += row.megabytes / images
+        own["gflops_per_image"] += row.gflops / images
+    return sorted(kinds.values(), key=lambda own: -float(own["megabytes_per_image"]))[: 2 * LARGEST]
+
+
+def _largest(rows: Sequence[Row], images: int, arguments: Arguments) -> list[dict[str, Any]]:
+    """The kernels that move most."""
+    found = []
+    for row in rows[:LARGEST]:
+        own = {
+            "part": row.part,
+            "name": row.name,
+            "layers": [*row.layers][:_LAYERS],
+            "more_layers": max(0, len(row.layers) - _LAYERS),
+            "launches": row.launches,
+            "megabytes_per_image": row.megabytes / images,
+            "gflops_per_image": row.gflops / images,
+        }
+        if row.source is not None and arguments.resources != "none":
+            own |= asdict(resources(row.source, target=arguments.target))
+        found.append(own)
+    return found
+
+
+def _resources(rows: Sequence[Row], arguments: Arguments) -> dict[str, Any]:
+    """Registers and spilled bytes of all Triton kernels."""
+    found = [asdict(resources(row.source, target=arguments.target)) for row in rows if row.source is not None]
+    return {
+        "kernels": len(found),
+        "spilling": sum(own["spilled"] > 0 for own in found),
+        "most_registers": max((own["registers"] for own in found), default=0),
+        "most_spilled": max((own["spilled"] for own in found), default=0),
+    }
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """Print a result as tables."""
+    least = result["floor"] or {"megabytes_per_image": {}, "launches": {}, "total": {}}
+    title = f"{result['recipe']}, batch {result['batch_size']}, {result['precision']}, {result['target']}"
+    table = Table(title=title)
+    table.add_column("part", no_wrap=True)
+    for head in ("launches", "Triton", "library", "floor", "MB an image", "floor", "GFLOP an image", "predicted ms"):
+        table.add_column(head, justify="right")
+
+    def add(name: str, own: Mapping[str, Any], launches: Any = None, megabytes: Any = None) -> None:
+        numbers = (own["launches"], own["triton_launches"], own["library_calls"], launches)
+        table.add_row(
+            name,
+            *("" if number is None else f"{number:,}" for number in numbers),
+            *(
+                "" if number is None else f"{number:,.1f}"
+                for number in (own["megabytes_per_image"], megabytes, own["gflops_per_image"], own["milliseconds"])
+            ),
+        )
+
+    for name, own in result["parts"].items():
+        add(name, own, least["launches"].get(name), least["megabytes_per_image"].get(name))
+    total = least["total"]
+    table.add_section()
+    add("compiled graphs", result["compiled"], total.get("launches"), total.get("megabytes_per_image"))
+    step = {name: sum(own[name] for own in result["parts"].values()) for name in ("triton_launches", "library_calls")}
+    names = ("launches", "megabytes_per_image", "gflops_per_image")
+    add("step", step | {name: result[name] for name in names} | {"milliseconds": result["predicted_milliseconds"]})
+    add(VIEW_ENGINE, result["view_engine"])
+    console.print(table)
+
+    table = Table(title="Kernels that move most")
+    table.add_column("part", no_wrap=True)
+    for head in ("kernel", "layers"):
+        table.add_column(head, overflow="fold")
+    for head in ("launches", "MB an image", "GFLOP an image", "registers", "spilled bytes"):
+        table.add_column(head, justify="right")
+    for own in result["largest"]:
+        more = f", {own['more_layers']} more" if own["more_layers"] else ""
+        table.add_row(
+            own["part"],
+            own["name"],
+            ", ".join(own["layers"][:2]) + more,
+            f"{own['launches']:,}",
+            f"{own['megabytes_per_image']:.1f}",
+            f"{own['gflops_per_image']:.2f}",
+            str(own.get("registers", "")),
+            str(own.get("spilled", "")),
+        )
+    console.print(table)
+
+
+def body() -> int:
+    """Run the command; returns the exit code."""
+    arguments = tyro.cli(Arguments, prog=PROG)
+    result = measure(arguments, command=command_of(PROG, sys.argv[1:]))
+    console = Console()
+    show(result, console if console.is_terminal else Console(width=_WIDTH))
+    write_result(arguments.out, result)
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(body)

@@ -1,0 +1,110 @@
+"""What a convolutional network's step has to move and launch at least, if nothing but its layers is counted.
+
+Counted as the instrument counts, so that the two compare: a convolution reads its input and writes its output; its
+backward reads the gradient and the input once and writes the input's gradient. A training BatchNorm takes two passes
+forward (statistics; normalise, with ReLU and residual for free) and two backward (sums; dx). Heads, weights and the
+optimiser are left out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mvssl.networks.backbones import build_backbone, is_convolutional
+from mvssl.networks.passes import Group, make_plan
+from mvssl.recipe import Recipe
+from pipelines.views.spec import ViewSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """The least that a step takes.
+
+    Attributes:
+        megabytes_per_image: by part (target forward, online forward, backward).
+        launches: likewise.
+    """
+
+    megabytes_per_image: dict[str, float]
+    launches: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layers:
+    """Layers of one forward of one image; `inputs`, `outputs` and `normalised` count elements."""
+
+    convolutions: int
+    norms: int
+    inputs: int
+    outputs: int
+    normalised: int
+
+
+def floor(recipe: Recipe, *, group_views: bool = True, target_network: bool = True) -> Floor | None:
+    """The floor of a recipe's step; None for backbones that are not convolutions with BatchNorm.
+
+    Args:
+        recipe: with backbone, views, precision, accumulate and step mode.
+        group_views: whether views of one size pass as one batch.
+        target_network: whether targets take a forward of their own.
+    """
+    backbone = build_backbone(recipe.backbone)
+    if not is_convolutional(backbone) or not any(isinstance(module, _BatchNorm) for module in backbone.modules()):
+        return None
+    size = 4 if recipe.precision == "fp32" else 2
+    plan = make_plan(
+        recipe.views, joint=recipe.step_mode == "joint", grouped=group_views, targets_first=not target_network
+    )
+    layers = {view.size: _layers(backbone, view.size) for view in recipe.views}
+    targets = _passes(recipe.views, plan.targets) if target_network else []
+    online = [each for group in plan.online for each in _passes(recipe.views, group)]
+    megabytes: dict[str, float] = {}
+    launches: dict[str, int] = {}
+    for name, passes, backward in (
+        ("target forward", targets, False),
+        ("online forward", online, False),
+        ("backward", online, True),
+    ):
+        moved = count = 0
+        for pixels, views in passes:
+            own = layers[pixels]
+            convolution = own.outputs + (2 if backward else 1) * own.inputs
+            norm = (5 if backward else 3) * own.normalised
+            moved += views * size * (convolution + norm)
+            count += own.convolutions + 2 * own.norms
+        megabytes[name] = moved / 1e6
+        launches[name] = count * recipe.accumulate
+    return Floor(megabytes_per_image=megabytes, launches=launches)
+
+
+def _passes(views: Sequence[ViewSpec], group: Group) -> list[tuple[int, int]]:
+    """Size and number of the views of each forward."""
+    return [(views[group.views[block.places[0]]].size, len(block.places)) for block in group.blocks]
+
+
+def _layers(backbone: nn.Module, pixels: int) -> _Layers:
+    """Count the layers that an image of this size passes."""
+    shadow = copy.deepcopy(backbone).to("meta").eval()
+    found: list[tuple[bool, int, int]] = []
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found.append((isinstance(module, _BatchNorm), inputs[0].numel(), output.numel()))
+
+    for module in shadow.modules():
+        if isinstance(module, (nn.Conv2d, _BatchNorm)):
+            module.register_forward_hook(look)
+    with torch.no_grad():
+        shadow(torch.zeros(1, 3, pixels, pixels, device="meta"))
+    return _Layers(
+        convolutions=sum(not norm for norm, *_ in found),
+        norms=sum(norm for norm, *_ in found),
+        inputs=sum(taken for norm, taken, _ in found if not norm),
+        outputs=sum(given for norm, _, given in found if not norm),
+        normalised=sum(given for norm, _, given in found if norm),
+    )
