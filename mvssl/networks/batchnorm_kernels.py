@@ -395,6 +395,7 @@ def fits(x: Tensor, weight: Tensor | None, bias: Tensor | None, views: int) -> b
         x.dim() in (2, 4)
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and (weight is None) == (bias is None)
+        and (weight is None or weight.dtype is torch.float32)
         and views <= _MOST_VIEWS
     )
 
