@@ -196,6 +196,31 @@ def test_a_step_equals_the_step_view_by_view(name: str) -> None:
             torch.testing.assert_close(network.state_dict()[key], value, rtol=1e-8, atol=1e-11, msg=key)
 
 
+@pytest.mark.parametrize(
+    ("name", "step_mode"),
+    [
+        ("resnet10_tiny", "joint"),
+        ("test_resnet", "joint"),
+        ("test_efficientnet", "joint"),
+        ("resnet10_tiny", "per-view"),
+    ],
+)
+def test_a_compiled_step_equals_the_plain_one(name: str, step_mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused formula in whole networks: residual blocks, stems, norms with activations, heads; in float64."""
+    recipe = replace(RECIPE, backbone=Backbone(name=name, init="release"), step_mode=step_mode)
+    plain, expected = steps(recipe, group_views=True)
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend="aot_eager", **options))
+    torch._dynamo.reset()
+    ours, losses = steps(replace(recipe, compile="on"), group_views=True)
+    assert ours.compiled
+    for loss, other in zip(losses, expected, strict=True):
+        torch.testing.assert_close(loss, other, rtol=1e-10, atol=1e-12)
+    for network, other_network in ((ours.online, plain.online), (ours.target, plain.target)):
+        for key, value in other_network.state_dict().items():
+            torch.testing.assert_close(network.state_dict()[key], value, rtol=1e-8, atol=1e-11, msg=key)
+
+
 def calls(recipe: Recipe) -> list[tuple[str, int]]:
     """The forwards of a step: whose backbone, and how many images in it."""
     step = TrainStep(recipe, device="cpu", total_steps=9, steps_per_epoch=2)

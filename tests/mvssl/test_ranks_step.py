@@ -64,6 +64,7 @@ PARTS = {  # recipes whose numbers depend on how many images BatchNorm sees at a
     "byol clipped": replace(BATCHNORM, optimizer=replace(LAYER.optimizer, clip_grad_norm=0.1)),
     "simsiam": replace(BATCHNORM, method="simsiam"),
     "mocov3": replace(BATCHNORM, method="mocov3", temperature=0.5),
+    "byol compiled": replace(BATCHNORM, compile="on"),
     "mocov3 without batchnorm": SAME["mocov3"],
 }
 PARTS_ON_FOUR = ("byol", "mocov3")
