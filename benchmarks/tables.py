@@ -17,7 +17,14 @@ from typing import Any
 import tyro
 
 from benchmarks.paper import tables as paper_tables
-from benchmarks.report import accuracy_tables, loader_tables, result_tables, step_tables, view_tables
+from benchmarks.report import (
+    accuracy_tables,
+    compile_tables,
+    loader_tables,
+    result_tables,
+    step_tables,
+    view_tables,
+)
 from benchmarks.report.markers import fill, stale
 from benchmarks.report.origins import MADE_BY, Results
 from pipelines.console import run_cli
@@ -45,6 +52,11 @@ TABLES: dict[str, dict[str, Callable[[Results], list[str]]]] = {
         "paper-signs": paper_tables.signs,
         "paper-tuning": paper_tables.tuning,
         "paper-power": paper_tables.power,
+    },
+    "benchmarks/COMPILED.md": {
+        "compiled-steps": compile_tables.steps,
+        "compiled-kernels": compile_tables.kernels,
+        "compiled-resources": compile_tables.resources,
     },
     "benchmarks/README.md": {
         "overview": result_tables.overview,

@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 import torch._dynamo
+import torch._higher_order_ops.triton_kernel_wrap as wrap
 import torch._inductor.compile_fx as compile_fx
 import torch._inductor.graph as inductor_graph
 import torch._inductor.scheduler as scheduler
@@ -187,7 +188,8 @@ def gpu_graphs(work: Callable[[], object], *, target: str, graphs: list[Graph] |
         mock.patch.object(torch, "compile", compile_for_gpu),
         mock.patch.object(fake_impls, "torch", _TORCH),
         mock.patch.object(grouped_batchnorm, "KERNEL_DEVICES", ("cpu",)),
-        mock.patch.object(driver, "_active", _Driver(target)),  # which mutations of our kernels are analysed for
+        mock.patch.object(driver, "_active", _Driver(target)),  # which accesses of our kernels are analysed for
+        _cached_analyses(),
     ):
         work()
     torch._dynamo.reset()
@@ -226,7 +228,7 @@ def _compile(
         kind="backward" if backward else "inference" if inference else "forward",
         kernels=kernels,
         triton_launches=len(re.findall(r"\.run\(", source)),
-        library_calls=len(re.findall(r"extern_kernels\.\w+\(|torch\.ops\.[\w.]+\(|= aten\.[\w.]+\(", source)),
+        library_calls=len(re.findall(r"extern_kernels\.\w+\(|torch\.ops\.[\w.]+\(|(?<![\w.])aten\.[\w.]+\(", source)),
         sources=_sources(source),
     )
     graphs.append(graph)
@@ -240,6 +242,28 @@ def _compile(
 
     boxed: Callable[..., Any] = make_boxed_func(run)
     return boxed
+
+
+@contextlib.contextmanager
+def _cached_analyses() -> Iterator[None]:
+    """Analyse what a Triton kernel of ours reads and writes once for each set of types, not for each launch."""
+    name = next(name for name in ("identify_accessed_tensors", "identify_mutated_tensors") if hasattr(wrap, name))
+    analyse: Callable[..., Any] = getattr(wrap, name)
+    found: dict[Any, Any] = {}
+
+    def cached(kernel: Any, kwargs: dict[str, Any], *rest: Any) -> Any:
+        if any(rest) or not all(isinstance(value, (torch.Tensor, bool, int, float)) for value in kwargs.values()):
+            return analyse(kernel, kwargs, *rest)
+        key = (
+            id(kernel),
+            *((name, type(value), getattr(value, "dtype", value)) for name, value in kwargs.items()),
+        )
+        if key not in found:
+            found[key] = analyse(kernel, kwargs, *rest)
+        return found[key]
+
+    with mock.patch.object(wrap, name, cached):
+        yield
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,19 @@ MADE_BY = {
     "evaluation_cpu": "python -m benchmarks.evaluate_small TINY_IMAGENET --out FOLDER",
     "linear_cpu": "python -m benchmarks.bench_linear TRAIN.npy VAL.npy",
     "tune_fused": SUITE,
+    **{
+        f"compile_{recipe}_{target}".replace("sm_", "sm"): (
+            f"python -m benchmarks.bench_compile {recipe} --batch-size {images} --target {target}"
+        )
+        for recipe, images, target in (
+            ("byol_resnet50_200ep", 128, "sm_90"),
+            ("byol_resnet50_200ep", 128, "sm_80"),
+            ("byol_resnet50_200ep", 128, "sm_100"),
+            ("byol_vits16_200ep", 128, "sm_90"),
+            ("byol_vitb16_200ep", 128, "sm_90"),
+            ("laptop", 64, "sm_90"),
+        )
+    },
 }
 """The results that tables are made of, and the command that makes each."""
 

@@ -273,7 +273,7 @@ def test_made_up_gpu_results_fill_the_tables(tree: Path) -> None:
         "benchmarks/MEASURED.md": ["views", "loader", "train"],
         "benchmarks/README.md": ["overview", "views-details"],
     }
-    headlines, readme, _, details = (text.splitlines() for text in texts(tree))
+    headlines, readme, _, _, details = (text.splitlines() for text in texts(tree))
     dash = "\N{EN DASH}"
     assert cells(readme, "fused")[3:] == [f"5,000 (2,500{dash}10,000)", "25,000", f"50.0 (25.0{dash}100)"]
     assert cells(readme, "torchvision")[3:] == [f"100 (100{dash}100)", "500", "1"]

@@ -1,0 +1,130 @@
+"""Every kind of step compiles for a GPU, on a machine that has none; the main recipe's bytes and launches stay.
+
+A case that fails here would train uncompiled on a GPU, behind a warning. The exception names the layers; the first
+commit that breaks it is usually a change of a layer's forward or another torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+from benchmarks.bench_compile import Arguments, measure, summary
+from benchmarks.compiled.gpu_code import resources
+from benchmarks.compiled.step_code import StepCode, compile_step
+from mvssl.recipe import Backbone, Head, Optimizer, Recipe
+from mvssl.recipe_file import resolve_recipe
+from pipelines.views.presets import paper_views
+from pipelines.views.spec import ViewSpec
+
+RESULT = Path(__file__).resolve().parents[2] / "benchmarks/results/compile_byol_resnet50_200ep_sm90.json"
+GROWTH = 1.02
+"""How much larger bytes and launches may be than the committed result."""
+
+FIVE = paper_views(num_local=2, num_cutout=1, size=32, local_size=16, blur_kernel=5)
+TWO = paper_views(num_local=0, size=32, local_size=16, blur_kernel=5)
+SMALL = Recipe(
+    name="small",
+    views=FIVE,
+    backbone=Backbone(name="resnet10_tiny"),
+    projector=Head(hidden=(32,), out=16),
+    predictor=Head(hidden=(32,), out=16),
+    batch_size=8,
+    precision="bf16",
+)
+SGD = Optimizer(kind="sgd", base_lr=0.05, weight_decay=1e-4, warmup_epochs=0)
+ADAMW = Optimizer(kind="adamw", base_lr=1e-3, weight_decay=0.1, clip_grad_norm=3.0, warmup_epochs=0)
+
+
+@pytest.fixture(autouse=True)
+def _no_trace_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest collects log records of every level, so torch would write its own trace: half of the time."""
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "handlers", [])
+
+
+def small(backbone: str, *, views: Sequence[ViewSpec] = FIVE, **changes: object) -> Recipe:
+    drop_path = 0.1 if "vit" in backbone else 0.0
+    own = {"backbone": Backbone(name=backbone, drop_path=drop_path), "views": tuple(views)}
+    if changes.get("method") == "mocov3":
+        own |= {"temperature": 1.0}
+    if changes.get("method") == "simsiam":
+        own |= {"projector": Head(hidden=(32,), out=16, output_norm=True), "optimizer": SGD}
+    return dataclasses.replace(SMALL, **own | changes)  # type: ignore[arg-type]
+
+
+CASES = {
+    "byol, five views, resnet": small("resnet10_tiny"),
+    "byol, five views, accumulate, fp16, resnet": small("test_resnet", accumulate=2, precision="fp16"),
+    "byol, five views, per-view, fp16, efficientnet": small(
+        "test_efficientnet", step_mode="per-view", precision="fp16", optimizer=SGD
+    ),
+    "mocov3, five views, fp16, vit": small("test_vit", method="mocov3", precision="fp16", optimizer=ADAMW),
+    "mocov3, two views, accumulate, bf16, vit": small(
+        "test_vit", views=TWO, method="mocov3", accumulate=2, optimizer=ADAMW
+    ),
+    "simsiam, two views, bf16, efficientnet": small("test_efficientnet", views=TWO, method="simsiam"),
+    "simsiam, five views, per-view, bf16, resnet": small("resnet10_tiny", method="simsiam", step_mode="per-view"),
+}
+
+
+def check(code: StepCode, recipe: Recipe) -> None:
+    """Everything was compiled, each part ran as often as the step says, and Triton takes every kernel."""
+    calls = {
+        kind: sum(graph.calls for graph in code.graphs if graph.kind == kind) for kind in ("inference", "backward")
+    }
+    online = sum(view.task is not None for view in recipe.views) if recipe.step_mode == "per-view" else 1
+    if recipe.method == "simsiam" and recipe.step_mode == "per-view":
+        online -= sum(view.is_target for view in recipe.views) - 1  # targets share the first graph
+    assert calls["backward"] == online * recipe.accumulate
+    assert calls["inference"] == (0 if recipe.method == "simsiam" else recipe.accumulate)
+    for graph in code.graphs:
+        assert graph.triton_launches == sum(not kernel.library for kernel in graph.kernels)
+        assert graph.library_calls == sum(kernel.library for kernel in graph.kernels)
+        for kernel in graph.kernels:
+            assert kernel.library or kernel.source in graph.sources
+        for source in graph.sources.values():
+            assert resources(source, target="sm_90").registers > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_step_compiles_for_a_gpu(case: str) -> None:
+    recipe = CASES[case]
+    code = compile_step(recipe, target="sm_90")
+    check(code, recipe)
+    # BatchNorms are our kernels: a backbone's, and those of a ViT's projector.
+    assert {"_sums_kernel", "_forward_kernel"} <= {kernel.name for graph in code.graphs for kernel in graph.kernels}
+    result = summary(code, recipe, Arguments(recipe=case, resources="none"))
+    assert result["launches"] == sum(part["launches"] for part in result["parts"].values()) > 0
+    assert result["parts"]["optimiser"]["eager_launches"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_main_recipe_moves_and_launches_no_more_than_before() -> None:
+    """If this fails: find the commit that added bytes or launches, by `bench_compile` before and after. Where the
+    growth is meant, or another torch fuses otherwise, write the result again and commit it with the reason:
+
+    python -m benchmarks.bench_compile byol_resnet50_200ep --batch-size 128 --out benchmarks/results/compile_...json
+    """
+    before = json.loads(RESULT.read_text())
+    arguments = Arguments(recipe=before["recipe"], batch_size=before["batch_size"], resources="none")
+    now = measure(arguments, command="")
+    for name in ("megabytes_per_image", "launches"):
+        assert now[name] <= GROWTH * before[name], f"{name} was {before[name]} and is {now[name]}"
+        assert now["compiled"][name] <= GROWTH * before["compiled"][name]
+
+
+def test_main_recipe_is_the_committed_one() -> None:
+    before = json.loads(RESULT.read_text())
+    recipe = resolve_recipe(before["recipe"])
+    assert (before["batch_size"], before["target"]) == (128, "sm_90")
+    assert before["settings"]["backbone"]["name"] == recipe.backbone.name
+    assert before["views_per_image"] == len(recipe.views)
