@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 
 def operations() -> Any:
-    """The operations of `mvssl.networks.batchnorm_kernels`, which has to be imported before."""
+    """The operations of `mvssl.networks.batchnorm_ops`, which has to be imported before."""
     return torch.ops.mvssl
 
 

@@ -19,7 +19,7 @@ from mvssl.networks import batchnorm_function
 from mvssl.networks.batchnorm_function import batch_norm_kernels, batch_norm_training
 
 try:
-    from mvssl.networks.batchnorm_kernels import fits
+    from mvssl.networks.batchnorm_ops import fits
 
     KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
 except ImportError:  # Triton has no wheel for this platform

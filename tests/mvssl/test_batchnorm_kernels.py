@@ -24,6 +24,7 @@ from pipelines.views.presets import paper_views
 
 triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
 kernels = pytest.importorskip("mvssl.networks.batchnorm_kernels")
+ops = pytest.importorskip("mvssl.networks.batchnorm_ops")
 
 interpreted = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="needs a run with TRITON_INTERPRET=1, which tools/test.sh makes"
@@ -35,18 +36,20 @@ OPERATIONS = {"statistics": "batchnorm_statistics", "forward": "batchnorm_forwar
 }
 
 
-def launched(kernel: Any) -> Any:
-    """A kernel as it is: what wraps it for the compiler refuses interpreted ones."""
-    return kernel
+@pytest.fixture(autouse=True)
+def _as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are launched as they are: what wraps them for the compiler refuses interpreted ones."""
+    if triton.knobs.runtime.interpret:
+        monkeypatch.setattr(ops, "wrap_triton", lambda kernel: kernel)
 
 
 @pytest.fixture
 def _by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms take the compiled path and its kernels, without a compiler and on the CPU."""
-    ops = {op: partial(getattr(kernels, name), launch=launched) for name, op in OPERATIONS.items()}
-    forward = ops["batchnorm_forward"]
-    ops["batchnorm_forward"] = lambda *arguments: forward(*arguments).clone()  # an operation's result is no view
-    monkeypatch.setattr(batchnorm_function, "operations", lambda: SimpleNamespace(**ops))
+    taken = {op: getattr(ops, name) for name, op in OPERATIONS.items()}
+    forward = taken["batchnorm_forward"]
+    taken["batchnorm_forward"] = lambda *arguments: forward(*arguments).clone()  # an operation's result is no view
+    monkeypatch.setattr(batchnorm_function, "operations", lambda: SimpleNamespace(**taken))
     monkeypatch.setattr(grouped_batchnorm, "KERNEL_DEVICES", ("cpu",))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
@@ -90,12 +93,12 @@ def test_a_norm_equals_torchs(
     y.backward(sum(gradients).double())
 
     places = list(range(views))
-    take = partial(kernels.statistics, running_mean=None, running_var=None, tracked=None, views=views, places=places)
-    take = partial(take, step_views=views, first=True, momentum=0.1, eps=1e-5, launch=launched)
+    take = partial(ops.statistics, running_mean=None, running_var=None, tracked=None, views=views, places=places)
+    take = partial(take, step_views=views, first=True, momentum=0.1, eps=1e-5)
     mean, rstd = take(x)
     has, has_norm = shortcut != "none", shortcut == "normed"
     others = (other, *take(other), other_weight) if has_norm else (None, None, None, None)
-    out = kernels.forward(
+    out = ops.forward(
         x,
         mean,
         rstd,
@@ -105,9 +108,8 @@ def test_a_norm_equals_torchs(
         *others[1:],
         other_bias if has_norm else None,
         relu,
-        launch=launched,
     )
-    dx, dweight, dbias, dother, dother_weight = kernels.backward(
+    dx, dweight, dbias, dother, dother_weight = ops.backward(
         gradients[0],
         gradients[1] if users == 2 else None,
         x,
@@ -120,7 +122,6 @@ def test_a_norm_equals_torchs(
         relu,
         has,
         False,
-        launch=launched,
     )
     close = partial(torch.testing.assert_close, check_dtype=False, rtol=1e-4, atol=2e-4)
     close(out, y.detach())
@@ -145,14 +146,10 @@ def test_max_pooling_equals_torchs(shape: tuple[int, ...], views: int, users: in
     y = F.max_pool2d(normed(*exact, views).relu(), 3, 2, 1)
     gradients = [numbers(tuple(y.shape), 10 + user) for user in range(users)]
     y.backward(sum(gradients).double())
-    mean, rstd = kernels.statistics(
-        x, None, None, None, views, list(range(views)), views, True, 0.1, 1e-5, launch=launched
-    )
-    out, taps = kernels.forward_pool(x, mean, rstd, weight, bias, launch=launched)
+    mean, rstd = ops.statistics(x, None, None, None, views, list(range(views)), views, True, 0.1, 1e-5)
+    out, taps = ops.forward_pool(x, mean, rstd, weight, bias)
     second = gradients[1] if users == 2 else None
-    found = kernels.backward(
-        gradients[0], second, x, mean, rstd, weight, bias, taps, *[None] * 4, True, False, True, launch=launched
-    )
+    found = ops.backward(gradients[0], second, x, mean, rstd, weight, bias, taps, *[None] * 4, True, False, True)
     close = partial(torch.testing.assert_close, check_dtype=False, rtol=1e-4, atol=5e-4)
     close(out, y.detach())
     for ours, theirs in zip(found[:3], exact, strict=True):
@@ -163,8 +160,8 @@ def test_max_pooling_equals_torchs(shape: tuple[int, ...], views: int, users: in
 def test_statistics_hold_far_from_zero_and_in_many_parts() -> None:
     """Plain sums of squares in float32 would lose the variance here; 40,000 rows are summed by many programs."""
     x = torch.randn(40_000, 16, generator=torch.Generator().manual_seed(0)) * 0.01 + 100
-    assert kernels._shape(x, 2).parts > 100
-    mean, rstd = kernels.statistics(x, None, None, None, 2, [0, 1], 2, True, 0.1, 0.0, launch=launched)
+    assert ops._shape(x, 2).parts > 100
+    mean, rstd = ops.statistics(x, None, None, None, 2, [0, 1], 2, True, 0.1, 0.0)
     exact = x.double().view(2, -1, 16)
     torch.testing.assert_close(mean.double(), exact.mean(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(1 / rstd.double(), exact.std(1, correction=0), rtol=1e-4, atol=0)
@@ -193,10 +190,10 @@ def test_a_diverged_activation_stays_visible(value: float) -> None:
     """ReLU and max-pooling would make 0 of NaN if nobody cared."""
     x = numbers((2, 3, 4, 4), 0)
     x[0, 0, 0, 0] = value
-    mean, rstd = kernels.statistics(x, None, None, None, 1, [0], 1, True, 0.1, 1e-5, launch=launched)
+    mean, rstd = ops.statistics(x, None, None, None, 1, [0], 1, True, 0.1, 1e-5)
     args = (x, mean, rstd, torch.ones(3), torch.zeros(3))
-    assert not kernels.forward(*args, *[None] * 5, True, launch=launched)[:, 0].isfinite().any()
-    assert not kernels.forward_pool(*args, launch=launched)[0][:, 0].isfinite().any()
+    assert not ops.forward(*args, *[None] * 5, True)[:, 0].isfinite().any()
+    assert not ops.forward_pool(*args)[0][:, 0].isfinite().any()
 
 
 RECIPE = Recipe(
@@ -249,24 +246,38 @@ def test_a_network_equals_its_plain_modules(backbone: str, request: pytest.Fixtu
         torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@built
+def test_the_compilers_cache_knows_the_kernels() -> None:
+    """Or code of an earlier version of a kernel would come back from the cache."""
+    from torch._library.triton import get_triton_kernels_for_op
+
+    found = {op: {k.__name__ for k in get_triton_kernels_for_op(f"mvssl::{op}")} for op in OPERATIONS.values()}
+    assert found == {
+        "batchnorm_statistics": {"sums_kernel", "statistics_kernel"},
+        "batchnorm_forward": {"forward_kernel"},
+        "batchnorm_forward_pool": {"pool_kernel"},
+        "batchnorm_backward": {"gradient_sums_kernel", "coefficients_kernel", "backward_kernel"},
+    }
+
+
 TYPES = {"tracked": "*i64", "taps": "*i8", "places": "i64"}
 ACTIVATIONS = ("x", "other", "first", "second", "y", "masked", "dx", "other_dx")
 COUNTS = ("rows", "channels", "parts", "views", "step_views", "height", "width", "out_height", "out_width")
 FLAGS = {"affine": True, "relu": True, "size": 64}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sums": ("_sums_kernel", {"size": 64}),
-    "statistics": ("_statistics_kernel", {"size": 16, "track": True, "first": True, "momentum": 0.1, "eps": 1e-5}),
-    **{f"forward {kind}": ("_forward_kernel", FLAGS | {"kind": kind}) for kind in (0, 1, 2)},
-    "pool": ("_pool_kernel", {"affine": True, "size": 64}),
+    "sums": ("sums_kernel", {"size": 64}),
+    "statistics": ("statistics_kernel", {"size": 16, "track": True, "first": True, "momentum": 0.1, "eps": 1e-5}),
+    **{f"forward {kind}": ("forward_kernel", FLAGS | {"kind": kind}) for kind in (0, 1, 2)},
+    "pool": ("pool_kernel", {"affine": True, "size": 64}),
     **{
         f"{name} {kind}{', pooled' if pool else ''}": (
-            f"_{name}_kernel",
+            f"{name}_kernel",
             FLAGS | {"kind": kind, "two": True, "pool": pool},
         )
         for name in ("gradient_sums", "backward")
         for kind, pool in ((0, False), (1, False), (2, False), (0, True))
     },
-    **{f"coefficients {kind}": ("_coefficients_kernel", {"affine": True, "size": 16, "kind": kind}) for kind in (0, 2)},
+    **{f"coefficients {kind}": ("coefficients_kernel", {"affine": True, "size": 16, "kind": kind}) for kind in (0, 2)},
 }
 
 
