@@ -316,29 +316,39 @@ class _Names:
     """Names of the generated Triton kernels.
 
     Attributes:
-        fused: of the kernels that each operation became part of, by the operation's name.
+        fused: of the kernels that each entry of the schedule became, by the entry's id.
         own: of our kernels, by the id of their operation.
     """
 
-    fused: dict[str, list[str]] = field(default_factory=dict)
+    fused: dict[int, dict[str, None]] = field(default_factory=dict)
     own: dict[int, str] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
 def _named_kernels() -> Iterator[_Names]:
-    """Note the name of the Triton kernel that each scheduled operation becomes part of."""
+    """Note the name of the Triton kernel that each entry of the schedule becomes."""
     names = _Names()
     define: Any = TritonScheduling.define_kernel
     define_own: Any = PythonWrapperCodegen.define_user_defined_triton_kernel
     generate: Any = UserDefinedTritonKernel.codegen
     current: list[int] = []
+    entries: list[int] = []
 
-    def noted(self: Any, source: str, nodes: Sequence[Any], *rest: Any) -> str:
-        name: str = define(self, source, nodes, *rest)
-        members = {member.get_name(): None for node in nodes if hasattr(node, "get_nodes") for member in _members(node)}
-        for member in members:
-            names.fused.setdefault(member, []).append(name)
+    def noted(self: Any, source: str, *rest: Any) -> str:
+        name: str = define(self, source, *rest)
+        if entries:
+            names.fused.setdefault(entries[-1], {})[name] = None
         return name
+
+    def entered(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, node: Any, *rest: Any, **options: Any) -> Any:
+            entries.append(id(node))
+            try:
+                return method(self, node, *rest, **options)
+            finally:
+                entries.pop()
+
+        return call
 
     def generated(self: Any, *arguments: Any, **options: Any) -> Any:
         current.append(id(self))
@@ -352,12 +362,27 @@ def _named_kernels() -> Iterator[_Names]:
         names.own[current[-1]] = result[0]
         return result
 
-    with (
-        mock.patch.object(TritonScheduling, "define_kernel", noted),
-        mock.patch.object(UserDefinedTritonKernel, "codegen", generated),
-        mock.patch.object(PythonWrapperCodegen, "define_user_defined_triton_kernel", noted_own),
-    ):
+    with contextlib.ExitStack() as stack:
+        for owner, method, replacement in (
+            (TritonScheduling, "define_kernel", noted),
+            (UserDefinedTritonKernel, "codegen", generated),
+            (PythonWrapperCodegen, "define_user_defined_triton_kernel", noted_own),
+        ):
+            stack.enter_context(mock.patch.object(owner, method, replacement))
+        for method in _GENERATORS:
+            if (generator := getattr(TritonScheduling, method, None)) is not None:
+                stack.enter_context(mock.patch.object(TritonScheduling, method, entered(generator)))
         yield names
+
+
+_GENERATORS = (
+    "codegen_node",
+    "codegen_combo_kernel",
+    "codegen_mix_order_reduction",
+    "codegen_nested_reduction",  # not in torch 2.11
+    "codegen_template",
+)
+"""Methods of `TritonScheduling` that generate the kernels of one entry of the schedule."""
 
 
 def _members(node: Any) -> list[Any]:
@@ -387,7 +412,7 @@ def _account(node: Any, names: _Names) -> list[Kernel]:
         sources = [""]
         called = [str(getattr(node.node, "python_kernel_name", None) or type(node.node).__name__)]
     else:
-        sources = list(dict.fromkeys(name for member in members for name in names.fused.get(member.get_name(), [])))
+        sources = [*names.fused.get(id(node), {"triton": None})]  # a generator that is not in _GENERATORS
         called = sources
     first = Kernel(
         name=called[0],

@@ -100,7 +100,7 @@ def test_step_compiles_for_a_gpu(case: str) -> None:
     code = compile_step(recipe, target="sm_90")
     check(code, recipe)
     # BatchNorms are our kernels: a backbone's, and those of a ViT's projector.
-    assert {"_sums_kernel", "_forward_kernel"} <= {kernel.name for graph in code.graphs for kernel in graph.kernels}
+    assert {"sums_kernel", "forward_kernel"} <= {kernel.name for graph in code.graphs for kernel in graph.kernels}
     result = summary(code, recipe, Arguments(recipe=case, resources="none"))
     assert result["launches"] == sum(part["launches"] for part in result["parts"].values()) > 0
     assert result["parts"]["optimiser"]["eager_launches"] > 0
