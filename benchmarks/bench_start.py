@@ -51,7 +51,7 @@ class Arguments:
         device: where the steps run.
         compiled: whether compiled starts are timed too, which takes long.
         repeats: turns of all kinds of starts; the median counts.
-        out: JSON file to write, anew after every start.
+        out: JSON file, rewritten after every start.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]

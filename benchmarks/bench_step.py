@@ -68,7 +68,7 @@ class Arguments:
         steps: updates of a turn.
         repeats: turns each takes after a warm-up; the median counts.
         seconds: after which nothing more is begun; all that is wanted by default.
-        out: JSON file to write, anew after every turn.
+        out: JSON file, rewritten after every turn.
     """
 
     recipes: tuple[str, ...] = (DEFAULT_RECIPE, "byol_vits16_200ep", "byol_vitb16_200ep")

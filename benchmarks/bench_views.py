@@ -4,7 +4,7 @@ python -m benchmarks.bench_views DATA [--device cuda] [--dtype bfloat16] [--num-
 
 Decoding is not timed; the decoded images lie on the device. Contenders that can be told what to do get the same
 decisions, and their views are compared with torchvision's on the CPU; DALI and kornia draw for themselves. What is
-missing on this machine is left out with a line that says so. --out is written anew after every round of turns, and
+missing on this machine is left out with a line that says so. --out is rewritten after every round of turns, and
 after --seconds nothing more is begun.
 """
 
@@ -57,7 +57,7 @@ class Arguments:
         local_size: side of the local views in pixels.
         blur_kernel: taps of the blur.
         seconds: after which nothing more is begun; all that is wanted by default.
-        out: JSON file to write, anew after every round of turns.
+        out: JSON file, rewritten after every round of turns.
     """
 
     data: tyro.conf.Positional[Path]

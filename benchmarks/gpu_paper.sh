@@ -9,7 +9,7 @@
 # table: BYOL with one predictor for all and with one per view type, three seeds, in the first nine minutes of an H100.
 # It goes on from the cells that are committed in benchmarks/results/paper_small_gpu, the most telling first, begins none
 # that would not end within SECONDS_IN_ALL (540), and says how many are left. New cells lie in OUT/paper_small_gpu.tar,
-# written anew every five seconds: unpack it in benchmarks/results, commit, and the next lease goes on from there. DALI is
+# rewritten every five seconds: unpack it in benchmarks/results, commit, and the next lease goes on from there. DALI is
 # not needed, since every image is decoded once and then kept in GPU memory. Compiled code is kept in the user's cache.
 #
 # Environment: PYTHON (python3), DATA, OUT (.), SECONDS_IN_ALL (540), JOBS (2, runs at a time), SETTING (gpu; cpu is for

@@ -20,7 +20,7 @@
 #   views32   views_cuda_float32.json
 #   start     start_cuda.json           seconds to the first steps, compiled with an empty cache, with a filled one, and not
 #
-# OUT/gpu_suite.tgz (OUT: .) holds all results and suite.log. It is written anew as results come and is whole at any
+# OUT/gpu_suite.tgz (OUT: .) holds all results and suite.log. It is rewritten as results come and is whole at any
 # moment, so that a kill loses no more than five seconds; parts that it holds from an earlier call stay. Then:
 #   tar xzf gpu_suite.tgz -C benchmarks/results && python -m benchmarks.tables
 #

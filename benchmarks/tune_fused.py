@@ -53,7 +53,7 @@ class Arguments:
         num_images: images of a batch.
         repeats: timed batches of each candidate; the median counts.
         seconds: after which no other candidate is tried; all are by default. What is launched today comes first.
-        out: JSON file to write, anew after every candidate.
+        out: JSON file, rewritten after every candidate.
     """
 
     num_images: int = 256

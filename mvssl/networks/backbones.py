@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -14,6 +15,8 @@ from mvssl.networks import small_resnets  # noqa: F401  (timm knows their names 
 from mvssl.networks.initial_weights import redraw_as_release
 from mvssl.recipe import Backbone
 from pipelines.errors import InputError
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def build_backbone(config: Backbone, *, drop_path: bool = True) -> nn.Module:
@@ -133,3 +136,10 @@ def is_convolutional(backbone: nn.Module) -> bool:
     A vision transformer has one convolution, its patch embedding.
     """
     return sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 1
+
+
+def to_memory_format(module: Module, memory_format: torch.memory_format) -> Module:
+    """The module itself, its 4-dimensional parameters and buffers in this format."""
+    to: Any = module.to  # torch 2.11 has no type for it
+    to(memory_format=memory_format)
+    return module

@@ -14,7 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from mvssl.distributed import World
 from mvssl.methods import get_method
-from mvssl.networks.backbones import is_convolutional
+from mvssl.networks.backbones import is_convolutional, to_memory_format
 from mvssl.networks.passes import make_plan, stack_views
 from mvssl.networks.siamese import build_networks
 from mvssl.networks.target import Follow
@@ -22,7 +22,6 @@ from mvssl.optim import apply_rates, build_optimizer, hold_on_device, target_dec
 from mvssl.recipe import Recipe
 from mvssl.training.compiled.capture import WARM_UP, WARM_UP_RANKS, CudaGraph, StepGraph, in_stream, wants_capture
 from mvssl.training.compiled.compiling import wants_compile
-from mvssl.training.memory_format import to_memory_format
 from mvssl.training.objective import Objective, check_batch, needs_target_network
 from mvssl.training.precision import autocast_dtype, check_bf16_on_cpu
 from pipelines.errors import InputError

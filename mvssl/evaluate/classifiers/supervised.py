@@ -22,9 +22,8 @@ from mvssl.distributed import World
 from mvssl.evaluate.classifiers.classifier import Classifier
 from mvssl.evaluate.computing import Computing
 from mvssl.evaluate.features.fill import train_view
-from mvssl.networks.backbones import is_convolutional
+from mvssl.networks.backbones import is_convolutional, to_memory_format
 from mvssl.runs import checkpoint
-from mvssl.training.memory_format import to_memory_format
 from pipelines.errors import InputError, invalid
 from pipelines.loader import Loader
 from pipelines.loading.cache_choice import Cache, free_memory, keep_decoded
