@@ -25,11 +25,11 @@ from benchmarks.compiled.gpu_code import Graph, Kernel, capability, check_torch,
 from benchmarks.compiled.roofline import MEASURED, Rates, milliseconds
 from benchmarks.compiled.step_code import StepCode, compile_step
 from benchmarks.measuring.command_line import command_of, write_result
-from mvssl.recipe import Recipe
-from mvssl.recipe_file import resolve_recipe
+from mvssl.config.recipe import Recipe
+from mvssl.config.serialize import to_dict
+from mvssl.recipes.files import resolve_recipe
 from mvssl.runs.environment import environment
-from mvssl.runs.serialize import to_dict
-from pipelines.console import run_cli
+from pipelines.runtime import run_cli
 
 PROG = "python -m benchmarks.bench_compile"
 LARGEST = 15

@@ -21,13 +21,11 @@ import tyro
 from benchmarks.measuring.command_line import command_of, finish
 from mvssl.runs.environment import environment
 from pipelines.batch import DecodedBatch
-from pipelines.console import run_cli
-from pipelines.errors import InputError, invalid
-from pipelines.views.check_params import check_params
-from pipelines.views.draw import draw, draw_reference
+from pipelines.runtime import InputError, invalid, run_cli
 from pipelines.views.fused.jobs import make_jobs, make_jobs_reference
 from pipelines.views.native.draws import native_obstacle
 from pipelines.views.presets import paper_views
+from pipelines.views.sampling import check_params, draw, draw_reference
 
 PROG = "python -m benchmarks.bench_draw"
 

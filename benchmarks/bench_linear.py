@@ -23,11 +23,10 @@ import tyro
 from torch import Tensor
 
 from benchmarks.measuring.command_line import command_of, write_result
-from mvssl.evaluate.classifiers.linear import ROUNDS, FastLinear
-from mvssl.evaluate.classifiers.linear_fit import Setting, fit, race, stratified
+from mvssl.evaluate.linear import ROUNDS, FastLinear
+from mvssl.evaluate.linear_fit import Setting, fit, race, stratified
 from mvssl.runs.environment import environment
-from pipelines.console import run_cli
-from pipelines.errors import InputError, invalid
+from pipelines.runtime import InputError, invalid, run_cli
 
 PROG = "python -m benchmarks.bench_linear"
 ONE, GRID, ALL, THEIRS = "one setting", "the grid, raced", "the grid, all epochs", "scikit-learn, best C"

@@ -28,12 +28,11 @@ from benchmarks.contenders.loader import Setup, dali_loader, data_loader, ffcv_l
 from benchmarks.measuring.command_line import DEFAULT_RECIPE, finish, write_result
 from benchmarks.measuring.isolated import Turn
 from benchmarks.measuring.turns import Budget, Outcome, rates, ratios, take_turns
-from mvssl.recipe_file import resolve_recipe
+from mvssl.recipes.files import resolve_recipe
 from mvssl.runs.environment import environment
-from pipelines.console import run_cli
 from pipelines.decode import DecoderName
-from pipelines.errors import InputError, invalid
 from pipelines.order import Order
+from pipelines.runtime import InputError, invalid, run_cli
 
 BASELINE = "DataLoader"
 ONE_GRAPH = "DALI, one graph"

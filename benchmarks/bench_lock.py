@@ -22,8 +22,7 @@ import tyro
 
 from benchmarks.measuring.command_line import command_of, finish
 from mvssl.runs.environment import environment
-from pipelines.console import run_cli
-from pipelines.errors import InputError, invalid
+from pipelines.runtime import InputError, invalid, run_cli
 
 PROG = "python -m benchmarks.bench_lock"
 ROOT = Path(__file__).resolve().parent.parent

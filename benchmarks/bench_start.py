@@ -24,12 +24,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from benchmarks.measuring.command_line import command_of, finish, parse_with_recipe, write_result
-from mvssl.recipe import Recipe
+from mvssl.config.recipe import Recipe
+from mvssl.config.serialize import from_dict, to_dict
 from mvssl.runs.environment import environment
-from mvssl.runs.serialize import from_dict, to_dict
-from mvssl.training.compiled.compile_cache import FOLDERS
-from pipelines.console import run_cli
-from pipelines.errors import InputError, invalid
+from mvssl.training.compile import FOLDERS
+from pipelines.runtime import InputError, invalid, run_cli
 
 PROG = "python -m benchmarks.bench_start"
 STARTS: dict[str, Literal["on", "off"]] = {

@@ -9,7 +9,7 @@ The share of the peak is that of a large matrix product, which takes turns with 
 batch size comes first, then the other recipes, then the other batch sizes; --seconds says after which time nothing more
 is begun, and what is left out is named.
 
-Compiled code is kept from process to process (`mvssl.training.compiled.compile_cache`): the first compiled contender of
+Compiled code is kept from process to process (`mvssl.training.compile`): the first compiled contender of
 a recipe compiles, the others find its code. `first_step_seconds` of each says so.
 """
 
@@ -42,13 +42,12 @@ from benchmarks.measuring.command_line import DEFAULT_RECIPE, command_of, finish
 from benchmarks.measuring.isolated import Build, Turn
 from benchmarks.measuring.prediction import predicted
 from benchmarks.measuring.turns import Budget, Outcome, rates, ratios, take_turns
-from mvssl.recipe import Recipe
-from mvssl.recipe_file import resolve_recipe
+from mvssl.config.recipe import Recipe
+from mvssl.config.serialize import to_dict
+from mvssl.recipes.files import resolve_recipe
 from mvssl.runs.environment import environment
-from mvssl.runs.serialize import to_dict
-from pipelines.console import run_cli
-from pipelines.errors import InputError, invalid
 from pipelines.order import Order
+from pipelines.runtime import InputError, invalid, run_cli
 
 PROG = "python -m benchmarks.bench_step"
 ORDER = ("captured", PLAIN, "grouped", "compiled", "view by view")

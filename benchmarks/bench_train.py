@@ -35,13 +35,12 @@ from benchmarks.contenders.train import (
 from benchmarks.measuring.command_line import command_of, finish, parse_with_recipe, write_result
 from benchmarks.measuring.isolated import Turn
 from benchmarks.measuring.turns import Budget, Outcome, rates, ratios, take_turns
-from mvssl.recipe import Recipe
+from mvssl.config.recipe import Recipe
+from mvssl.config.serialize import to_dict
 from mvssl.runs.environment import environment
-from mvssl.runs.serialize import to_dict
-from pipelines.console import run_cli
 from pipelines.decode import DecoderName
-from pipelines.errors import InputError, invalid
 from pipelines.order import Order
+from pipelines.runtime import InputError, invalid, run_cli
 
 PROG = "python -m benchmarks.bench_train"
 

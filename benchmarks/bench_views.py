@@ -27,10 +27,9 @@ from benchmarks.measuring.timing import Times, drain, take_turns
 from benchmarks.measuring.turns import Budget
 from mvssl.runs.environment import environment
 from pipelines.batch import DecodedBatch
-from pipelines.console import run_cli
 from pipelines.decode import make_decoder
-from pipelines.errors import InputError, invalid
 from pipelines.order import Order
+from pipelines.runtime import InputError, invalid, run_cli
 from pipelines.storage import open_source
 from pipelines.views.presets import paper_views
 from pipelines.views.spec import IMAGENET_STD

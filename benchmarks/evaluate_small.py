@@ -20,13 +20,12 @@ import torch
 import tyro
 
 from benchmarks.measuring.command_line import command_of, write_result
-from mvssl.evaluate.results import read_result
-from mvssl.networks.siamese import build_networks
+from mvssl.models.encoder import build_networks
 from mvssl.recipes import all_recipes
 from mvssl.runs.environment import environment
 from mvssl.runs.folder import RunFolder
-from pipelines.console import run_cli
-from pipelines.errors import InputError, invalid
+from mvssl.runs.results import read_result
+from pipelines.runtime import InputError, invalid, run_cli
 
 PROG = "python -m benchmarks.evaluate_small"
 RECIPE = "byol_resnet18_tiny_imagenet"

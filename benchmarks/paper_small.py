@@ -39,10 +39,9 @@ from benchmarks.paper.results import Results
 from benchmarks.paper.run_cell import run_cell
 from benchmarks.paper.splits import Splits, write_splits
 from benchmarks.paper.tables import all_tables
-from mvssl.monitor.failure import Diverged
-from mvssl.training.result import Interrupted
-from pipelines.console import run_cli
-from pipelines.errors import InputError, invalid
+from mvssl.training.loop import Interrupted
+from mvssl.training.monitor import Diverged
+from pipelines.runtime import InputError, invalid, run_cli
 
 PROG = "python -m benchmarks.paper_small"
 RESULTS = Path(__file__).parent / "results"

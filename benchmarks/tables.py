@@ -27,8 +27,7 @@ from benchmarks.report import (
 )
 from benchmarks.report.markers import fill, stale
 from benchmarks.report.origins import MADE_BY, Results
-from pipelines.console import run_cli
-from pipelines.errors import InputError
+from pipelines.runtime import InputError, run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"

@@ -25,12 +25,11 @@ from benchmarks.measuring.command_line import write_result
 from benchmarks.measuring.turns import Budget
 from mvssl.runs.environment import environment
 from pipelines.batch import DecodedBatch
-from pipelines.console import run_cli
-from pipelines.errors import InputError
-from pipelines.views.backends import fused_obstacle
-from pipelines.views.draw import draw
+from pipelines.runtime import InputError, run_cli
+from pipelines.views.engine import fused_obstacle
 from pipelines.views.params import ViewParams
 from pipelines.views.presets import paper_views
+from pipelines.views.sampling import draw
 
 CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
     "weights": {"block": (64, 128, 256)},

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from mvssl import recipes
-from mvssl.monitor.failure import Diverged
-from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from mvssl.recipe_file import load_recipe
-from mvssl.training.result import Interrupted, TrainResult
-from mvssl.training.trainer import train
-from pipelines.errors import InputError
+from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.recipes.files import load_recipe
+from mvssl.training.loop import Interrupted, TrainResult
+from mvssl.training.monitor import Diverged
+from mvssl.training.run import train
+from pipelines.runtime import InputError
 
 __all__ = [
     "Backbone",

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 T = TypeVar("T")
 

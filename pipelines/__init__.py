@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pipelines.batch import DecodedBatch, ViewBatch
-from pipelines.errors import InputError
-from pipelines.views.draw import draw
+from pipelines.runtime import InputError
 from pipelines.views.engine import ViewEngine
 from pipelines.views.presets import (
     asymmetric,
@@ -16,6 +15,7 @@ from pipelines.views.presets import (
     paper_views,
     simsiam_views,
 )
+from pipelines.views.sampling import draw
 from pipelines.views.spec import ViewSpec
 
 __all__ = [

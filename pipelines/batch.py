@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,3 +161,11 @@ class ViewBatch:
 
     def __len__(self) -> int:
         return int(self.index.shape[0])
+
+
+def with_index(device: str | torch.device) -> torch.device:
+    """The device; "cuda" gets the number of this thread's current one, because every thread has its own."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

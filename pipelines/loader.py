@@ -5,31 +5,233 @@ one after the other, each at most one batch ahead of the next. Reading and decod
 (`threads` for decoding, see `pipelines.decode.default_threads`). On the CPU the views take as many threads as torch has
 for its operations, beside those of the training step: both teams share the cores through the operating system. Nobody
 here calls `torch.set_num_threads`, which would change the training step too.
+
+What a loader counts: waiting, bad images, and where its time goes.
+
+What the loader's threads are at, for the words about what goes wrong or hangs.
+
+Decoded batches in the epoch's order: while one is decoded, the next one is read.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from pipelines.batch import ViewBatch
+from pipelines.batch import ViewBatch, with_index
 from pipelines.decode import DecodeOptions, decoder_of
-from pipelines.errors import invalid
-from pipelines.loading.decoded_ahead import DecodedAhead, Place
-from pipelines.loading.doing import Doing
-from pipelines.loading.fetch import Fetcher
-from pipelines.loading.prefetch import Prefetcher
-from pipelines.loading.side_stream import SideStream, receive, with_index
-from pipelines.loading.stats import LoaderStats
-from pipelines.loading.substitute import Complete
+from pipelines.loading.fetch import Complete, Encoded, Fetcher, fetch_complete, usable_indices
+from pipelines.loading.threads import BATCHES_AHEAD, Prefetcher, ReadAhead, SideStream, receive
 from pipelines.order import Order
+from pipelines.runtime import InputError, invalid
 from pipelines.storage.source import Source
-from pipelines.views.draw import draw
 from pipelines.views.engine import ViewEngine
+from pipelines.views.sampling import draw
 from pipelines.views.spec import ViewSpec
+
+
+@dataclass(kw_only=True)
+class StageSeconds:
+    """Seconds spent so far on each stage of preparing batches, each in a thread of its own (on a GPU: the host's).
+
+    Attributes:
+        storage: reading encoded bytes.
+        decode: bytes to pixels.
+        views: draws and views.
+    """
+
+    storage: float = 0.0
+    decode: float = 0.0
+    views: float = 0.0
+
+
+@dataclass(kw_only=True)
+class LoaderStats:
+    """What happened so far.
+
+    Attributes:
+        wait_seconds: time the consumer waited for batches (monotonic clock): the data stall.
+        first_wait_seconds: of it, the time for the first batch after a start, when none can be ready.
+        batches: batches handed to the consumer.
+        bad: key -> reason of the images that cannot be decoded, as found by the decoding thread.
+        replaced: places in batches that were given to another image, as prepared.
+        prepared: images prepared.
+        stages: where its time went.
+    """
+
+    wait_seconds: float = 0.0
+    first_wait_seconds: float = 0.0
+    batches: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    replaced: int = 0
+    prepared: int = 0
+    stages: StageSeconds = field(default_factory=StageSeconds)
+
+
+_log = logging.getLogger("mvssl.data")
+
+
+class Doing:
+    """Which batch each stage is at. Stages run in threads of their own."""
+
+    def __init__(self, location: Path) -> None:
+        """`location` is where the images are."""
+        self._location = location
+        self._batches: dict[str, str] = {}  # by stage
+
+    @contextmanager
+    def during(self, stage: str, *, epoch: int, step: int) -> Iterator[None]:
+        """Note what is being done to which batch, and name it in what goes wrong unexpectedly."""
+        batch = f"batch {step} of epoch {epoch} of {self._location}"
+        self._batches[stage] = batch
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            error.add_note(f"while {batch} was prepared")
+            raise
+        finally:
+            del self._batches[stage]
+
+    def complain(self, seconds: float) -> None:
+        """Say that no batch has come for so long, and what it hangs on."""
+        doing = " and ".join(f"{stage} {batch}" for stage, batch in self._batches.copy().items()) or "doing nothing"
+        _log.warning(
+            "No batch has come for %.0f s: the loader is %s. If that does not end, a disk or network does not answer "
+            "or the decoder hangs (--decoder pillow does without other libraries); stop the run and --resume it.",
+            seconds,
+            doing,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Which batch it is.
+
+    Attributes:
+        epoch, step: its number.
+        permutation: int64 [num_images], the epoch's order.
+        positions: its places there.
+    """
+
+    epoch: int
+    step: int
+    permutation: NDArray[np.int64]
+    positions: slice
+
+
+class DecodedAhead:
+    """Reads and decodes one rank's share of every batch; bad images are named once and replaced."""
+
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        fetch: Fetcher,
+        *,
+        side: SideStream,
+        doing: Doing,
+        stats: LoaderStats,
+        rank: int,
+        world_size: int,
+        beside: range,
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            source: the encoded images.
+            order: which image comes when.
+            fetch: reads and decodes.
+            side: where a decoder on the GPU works.
+            doing: told what is being done.
+            stats: told which images are bad.
+            rank: of this process among `world_size`.
+            beside: the ranks on this machine, which share its cache of files.
+        """
+        self._source = source
+        self._order = order
+        self._fetch = fetch
+        self._side = side
+        self._doing = doing
+        self._stats = stats
+        self._rank = rank
+        self._world_size = world_size
+        self._beside = beside
+        self._bad: dict[int, str] = {}
+
+    def batches(self, epochs: Sequence[int], first_step: int) -> Generator[tuple[Place, Complete], None, None]:
+        """Decodes batch after batch, of one epoch after the other from step `first_step` of the first one on.
+
+        To be run in a thread of its own; reading has another one.
+        """
+        reading = Prefetcher(self._read(epochs, first_step), depth=1, name="mvssl-encoded", room_first=True)
+        with closing(reading):
+            for place, read in reading:
+                at = self._doing.during("decoding", epoch=place.epoch, step=place.step)
+                with at, self._side.use(), torch.no_grad():
+                    complete = fetch_complete(
+                        partial(self._fetch, read=read),
+                        place.permutation,
+                        place.positions,
+                        bad=self._bad,
+                        found_bad=self._found_bad,
+                        key=self._source.key,
+                    )
+                del read
+                yield place, complete
+                del complete
+
+    def _read(self, epochs: Sequence[int], first_step: int) -> Generator[tuple[Place, dict[int, Encoded]], None, None]:
+        """Reads encoded bytes; runs in a thread of its own, one batch ahead of the decoder."""
+        window = self._order.window_steps
+        reading = self._reading(epochs, first_step)
+        with closing(ReadAhead(self._source, reading, lead=window + BATCHES_AHEAD, late=window)) as ahead:
+            for epoch in epochs:
+                permutation = self._order.permutation(epoch)
+                for step in range(first_step, self._order.steps_per_epoch):
+                    ahead.advance()
+                    place = Place(
+                        epoch=epoch,
+                        step=step,
+                        permutation=permutation,
+                        positions=self._order.positions(step, rank=self._rank, world_size=self._world_size),
+                    )
+                    with self._doing.during("reading", epoch=epoch, step=step):
+                        read = self._fetch.read(usable_indices(permutation, place.positions, bad=self._bad))
+                    yield place, read
+                    del read
+                first_step = 0
+
+    def _reading(self, epochs: Iterable[int], first_step: int) -> Iterator[list[int]]:
+        """A batch's worth of dataset indices after the other, as they are best read ahead."""
+        for epoch in epochs:
+            permutation = self._order.permutation(epoch)
+            for indices in self._order.reading(
+                permutation,
+                epoch,
+                first_step=first_step,
+                rank=self._rank,
+                world_size=self._world_size,
+                beside=self._beside,
+            ):
+                yield indices.tolist()
+            first_step = 0
+
+    def _found_bad(self, index: int, reason: str) -> None:
+        key = self._source.key(index)
+        self._stats.bad[key] = reason
+        _log.warning("Image %s cannot be decoded (%s): the next image of the order takes its place.", key, reason)
+
 
 _Prepared = tuple[ViewBatch, torch.cuda.Event | None]
 

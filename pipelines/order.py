@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.errors import InputError, invalid
-from pipelines.views import rng
+from pipelines.runtime import InputError, invalid
+from pipelines.views import randomness as rng
 
 _KEYS = 1 << 15  # images whose keys are made at once: what fits in a core's cache
 

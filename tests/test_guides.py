@@ -20,7 +20,7 @@ import mvssl.methods
 from mvssl.cli import train as train_cli
 from mvssl.cli.evaluations.compare import CompareArguments
 from mvssl.cli.evaluations.linear import LinearArguments
-from mvssl.recipe import Recipe
+from mvssl.config.recipe import Recipe
 from mvssl.recipes import all_recipes
 from pipelines.views.spec import tasks
 from tools.convert import Convert

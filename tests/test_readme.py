@@ -15,7 +15,7 @@ import tyro
 import mvssl
 import pipelines
 from mvssl.cli import train as train_cli
-from mvssl.cli.recipe_table import published
+from mvssl.cli.help import published
 from mvssl.recipes import all_recipes
 from pipelines.views.spec import ViewSpec, tasks
 from tools.convert import Convert

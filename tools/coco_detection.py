@@ -18,8 +18,7 @@ from typing import Any, Literal
 
 import tyro
 
-from pipelines.console import run_cli
-from pipelines.errors import InputError, invalid
+from pipelines.runtime import InputError, invalid, run_cli
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD
 
 BASE = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"

@@ -10,13 +10,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pipelines.console import run_cli
-from pipelines.errors import InputError, invalid
-from pipelines.storage.beton_format import is_beton_name
-from pipelines.storage.beton_index import BETON
-from tools.conversion.conversion import Conversion, Options
-from tools.conversion.inputs import find_jobs
-from tools.conversion.progress import IndexProgress
+from pipelines.conversion.conversion import Conversion, Options
+from pipelines.conversion.progress import IndexProgress
+from pipelines.conversion.sources import find_jobs
+from pipelines.runtime import InputError, invalid, run_cli
+from pipelines.storage.beton_format import BETON, is_beton_name
 
 _MEGABYTE = 1_000_000
 

@@ -6,8 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from pipelines.console import run_cli
-from pipelines.errors import InputError
+from pipelines.runtime import InputError, run_cli
 
 # What the demo leaves in its folder, and what each is.
 FILES = (

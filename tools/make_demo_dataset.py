@@ -18,8 +18,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from pipelines.console import run_cli
-from pipelines.errors import InputError, invalid
+from pipelines.runtime import InputError, invalid, run_cli
 from tools.demo_images import CLASSES, class_name, draw_image
 
 SPLITS = ("train", "val")

@@ -15,9 +15,9 @@ import torch
 import tyro
 
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
-from pipelines.console import run_cli
 from pipelines.decode import make_decoder
 from pipelines.order import Order
+from pipelines.runtime import run_cli
 from pipelines.storage import open_source
 from pipelines.views.sheet import view_sheet
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mvssl.networks.backbones import build_backbone, is_convolutional
-from mvssl.networks.passes import Group, make_plan
-from mvssl.recipe import Recipe
+from mvssl.config.recipe import Recipe
+from mvssl.models.backbones import build_backbone, is_convolutional
+from mvssl.models.view_batching import Group, make_plan
 from pipelines.views.spec import ViewSpec
 
 

@@ -43,9 +43,9 @@ from torch._inductor.virtualized import V
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
-from mvssl.networks import grouped_batchnorm
-from mvssl.training.compiled.compiling import gpu_options
-from pipelines.errors import InputError, invalid
+from mvssl.models import batchnorm as grouped_batchnorm
+from mvssl.training.compile import gpu_options
+from pipelines.runtime import InputError, invalid
 
 KNOWN_TORCH = ((2, 11), (2, 15))
 """Oldest and newest torch whose private parts this file is known to fit."""

@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import mvssl.networks.target as target_module
+import mvssl.models.encoder as target_module
 import mvssl.optim.lars as lars_module
 import mvssl.training.step as step_module
 from benchmarks.compiled.eager_ops import Account, Work
 from benchmarks.compiled.gpu_code import Graph, foreach_as_on_gpu, gpu_graphs, uncounted
 from benchmarks.measuring.view_bytes import kernel_bytes
-from mvssl.networks.passes import stack_views
-from mvssl.optim.scaled import lerp_all_, subtract_all_
-from mvssl.recipe import Recipe
-from mvssl.training.compiled.compile_errors import describe, is_compile_error
-from mvssl.training.compiled.compiling import Compiler
-from pipelines.errors import InputError
-from pipelines.views.draw import draw
+from mvssl.config.recipe import Recipe
+from mvssl.models.foreach_ops import lerp_all_, subtract_all_
+from mvssl.models.view_batching import stack_views
+from mvssl.training.compile import Compiler
+from mvssl.training.compile_errors import describe, is_compile_error
+from pipelines.runtime import InputError
+from pipelines.views.sampling import draw
 
 PHOTO = (375, 500)
 """Height and width of the photos that views are made of, about ImageNet's mean."""

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from benchmarks.measuring.isolated import Turns
 from benchmarks.measuring.page_cache import cached_share, drop, files_of
+from pipelines.batch import with_index
 from pipelines.decode import DecodeOptions, DecoderName, default_threads, make_decoder
-from pipelines.errors import InputError
 from pipelines.loader import Loader
-from pipelines.loading.cache_choice import free_memory, keep_decoded
 from pipelines.loading.fetch import Fetcher
-from pipelines.loading.side_stream import with_index
+from pipelines.loading.pixel_cache import free_memory, keep_decoded
 from pipelines.order import Order
+from pipelines.runtime import InputError
 from pipelines.storage import open_source, split_paths
 from pipelines.storage.source import Source
-from pipelines.views.backends import choose_backend
+from pipelines.views.engine import choose_backend
 from pipelines.views.spec import ViewSpec
 
 

@@ -17,16 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.contenders.loader import open_train
 from benchmarks.contenders.train import synthetic
 from benchmarks.measuring.isolated import Turns
-from mvssl.monitor.device.profiling import profile_steps, wait
-from mvssl.networks.siamese import build_networks
-from mvssl.recipe import Recipe
-from mvssl.training.compiled.compile_cache import keep_compiled_code
-from mvssl.training.precision import autocast_dtype
+from mvssl.config.options import autocast_dtype
+from mvssl.config.recipe import Recipe
+from mvssl.models.encoder import build_networks
+from mvssl.monitor.profiling import profile_steps, wait
+from mvssl.training.compile import keep_compiled_code
+from mvssl.training.memory import explain_out_of_memory
 from mvssl.training.step import TrainStep
-from mvssl.trying.memory import explain_out_of_memory
-from pipelines.errors import InputError
 from pipelines.loader import Loader
 from pipelines.order import Order
+from pipelines.runtime import InputError
 
 PLAIN = "plain step"
 PEAK = "matrix product"

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from benchmarks.contenders.loader import indices_of, open_train, waiter
 from benchmarks.measuring.isolated import Turns
+from mvssl.config.options import RunOptions
+from mvssl.config.recipe import Recipe
 from mvssl.distributed import World
-from mvssl.experiment import open_experiment
-from mvssl.monitor.device.device_clock import DeviceClock
-from mvssl.recipe import Recipe
-from mvssl.runs.options import RunOptions
-from mvssl.trying.memory import explain_out_of_memory
+from mvssl.monitor.device_clock import DeviceClock
+from mvssl.training.experiment import open_experiment
+from mvssl.training.memory import explain_out_of_memory
 from pipelines.decode import DecoderName
-from pipelines.errors import InputError
 from pipelines.loader import Loader
 from pipelines.order import Order
-from pipelines.views.backends import choose_backend
+from pipelines.runtime import InputError
+from pipelines.views.engine import choose_backend
 
 OURS, OURS_SYNTHETIC = "mvssl", "mvssl, synthetic input"
 PLAIN, PLAIN_SYNTHETIC = "plain step + DataLoader", "plain step, synthetic input"

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import DecodedBatch
-from pipelines.errors import InputError
-from pipelines.views.draw import draw
+from pipelines.runtime import InputError
 from pipelines.views.engine import ViewEngine
 from pipelines.views.params import ViewParams
+from pipelines.views.sampling import draw
 from pipelines.views.spec import ViewSpec
 
 MakeAll = Callable[[Sequence[DecodedBatch]], Iterator[list[Tensor]]]

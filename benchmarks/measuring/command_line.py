@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import tyro
 
-from mvssl.recipe import Recipe
-from mvssl.recipe_file import resolve_recipe
+from mvssl.config.recipe import Recipe
+from mvssl.recipes.files import resolve_recipe
 
 Arguments = TypeVar("Arguments")
 DEFAULT_RECIPE = "byol_resnet50_200ep"

@@ -9,8 +9,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from pipelines.console import run_cli
-from pipelines.errors import invalid
+from pipelines.runtime import invalid, run_cli
 
 
 @dataclass(frozen=True, kw_only=True)

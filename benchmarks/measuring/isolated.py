@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from benchmarks.measuring.process_memory import Memory, PeakMemory
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 Turns = Mapping[str, Callable[[], dict[str, Any]]]
 """A function for each contender by name: it takes one turn and reports plain values."""

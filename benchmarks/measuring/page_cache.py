@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from pipelines.storage.source import Source
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.measuring.isolated import Build, ContenderFailed, Isolated, Turn
 from benchmarks.measuring.process_memory import largest
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 
 @dataclass(frozen=True, kw_only=True)

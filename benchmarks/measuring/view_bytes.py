@@ -17,11 +17,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from pipelines.console import run_cli
-from pipelines.views.draw import draw
+from pipelines.runtime import run_cli
 from pipelines.views.fused.jobs import taps
 from pipelines.views.params import ViewParams
 from pipelines.views.presets import paper_views
+from pipelines.views.sampling import draw
 from pipelines.views.spec import ViewSpec
 
 KERNELS = ("weights", "columns", "rows", "color", "down", "along")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
-from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from pipelines.views.presets import byol_views, mocov3_views, paper_views, simsiam_views
 from pipelines.views.spec import ViewSpec, tasks
 
@@ -46,7 +46,7 @@ class Setting:
         train_images: of each class that are trained on, the first in alphabetical order.
         tuning_images: of each class that tuning is judged by, the next ones.
         backbone: the encoder.
-        init: how its weights are drawn, as `mvssl.recipe.Backbone` has it.
+        init: how its weights are drawn, as `mvssl.config.recipe.Backbone` has it.
         size, local_size: pixels of the global and local views.
         evaluation_size: pixels of an image when it is evaluated.
         epochs, tuning_epochs: of a run, and of one that tunes.

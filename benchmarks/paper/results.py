@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.measuring.command_line import write_result
 from benchmarks.paper.cells import TUNING_SEED, Cell, Point, Setting, grid
 from mvssl.runs.environment import environment
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 Row = dict[str, Any]
 

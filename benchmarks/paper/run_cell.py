@@ -16,19 +16,18 @@ from torch import Tensor, nn
 
 from benchmarks.paper.cells import Cell, Point, Setting, make_recipe
 from benchmarks.paper.splits import Splits
-from mvssl.evaluate.classifiers.linear import FastLinear, fit_best
-from mvssl.evaluate.classifiers.linear_fit import stratified
-from mvssl.evaluate.features.extract import extract_features
-from mvssl.evaluate.neighbours.knn import knn_predictions
-from mvssl.monitor.places.jsonl import read_jsonl
-from mvssl.networks.siamese import build_networks
-from mvssl.recipe import Recipe
+from mvssl.config.options import RunOptions, autocast_dtype, resolve_device
+from mvssl.config.recipe import Recipe
+from mvssl.evaluate.features import extract_features
+from mvssl.evaluate.knn import knn_predictions
+from mvssl.evaluate.linear import FastLinear, fit_best
+from mvssl.evaluate.linear_fit import stratified
+from mvssl.models.encoder import build_networks
+from mvssl.monitor.loggers import read_jsonl
+from mvssl.monitor.signals import agreement, view_signals
 from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
-from mvssl.runs.options import RunOptions, resolve_device
-from mvssl.training.precision import autocast_dtype
-from mvssl.training.trainer import run
-from mvssl.training.view_signals import agreement, view_signals
+from mvssl.training.run import run
 from pipelines.loader import Loader
 from pipelines.order import Order
 from pipelines.storage import open_source

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.paper.cells import Setting
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 
 @dataclass(frozen=True, kw_only=True)

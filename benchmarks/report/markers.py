@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 _BEGIN = re.compile(r"\s*<!--\s*table:\s*(.*?)\s*-->\s*")
 _END = re.compile(r"\s*<!--\s*end\s*-->\s*")

@@ -6,9 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from mvssl.cli.on_ranks import main_speaks
-from pipelines.console import run_cli
-from pipelines.errors import InputError
+from mvssl.cli.train import main_speaks
+from pipelines.runtime import InputError, run_cli
 
 EVALUATIONS = ("knn", "linear", "finetune", "compare")
 

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 import tyro
 
 from mvssl.weights.export import export
-from mvssl.weights.subject import Subject, load_subject
-from pipelines.console import run_cli
+from mvssl.weights.load import Subject, load_subject
+from pipelines.runtime import run_cli
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,17 +11,14 @@ from typing import Annotated
 
 import tyro
 
-from mvssl.cli.on_ranks import main_speaks
-from mvssl.evaluate.computing import Computing
-from mvssl.evaluate.features.fill import fill_store
-from mvssl.evaluate.features.store import Dtype, bytes_needed, open_store
-from mvssl.evaluate.features.table import check_ending, write_table
-from mvssl.evaluate.results import claimed
-from mvssl.evaluate.session import Embedder, open_embedder, open_images
-from mvssl.monitor.display.counting import counting_progress
-from mvssl.weights.subject import Subject
-from pipelines.console import run_cli
-from pipelines.errors import InputError
+from mvssl.cli.train import main_speaks
+from mvssl.evaluate.feature_store import Dtype, bytes_needed, check_ending, open_store, write_table
+from mvssl.evaluate.features import fill_store
+from mvssl.evaluate.session import Computing, Embedder, open_embedder, open_images
+from mvssl.monitor.console import counting_progress
+from mvssl.runs.results import claimed
+from mvssl.weights.load import Subject
+from pipelines.runtime import InputError, run_cli
 
 
 @dataclass(frozen=True, kw_only=True)

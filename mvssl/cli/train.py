@@ -1,41 +1,86 @@
-"""mvssl-train: pre-train a backbone."""
+"""mvssl-train: pre-train a backbone.
+
+mvssl-train report: one page about a run.
+
+Commands that torchrun may start several times: what goes wrong is said once.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from mvssl.cli.doctor import doctor
-from mvssl.cli.for_people import fit_warmup, with_option, without_auto_batch
-from mvssl.cli.recipe_table import print_recipes
-from mvssl.cli.report import report
-from mvssl.cli.short_help import print_short_help
+from mvssl.cli.help import fit_warmup, print_recipes, print_short_help, with_option, without_auto_batch
+from mvssl.config.options import RunOptions, resolve_device
+from mvssl.config.recipe import Recipe
+from mvssl.config.serialize import to_dict
 from mvssl.distributed import FailedElsewhere, process_local_rank, process_rank, rank_count
-from mvssl.monitor.failure import Diverged
-from mvssl.recipe import Recipe
-from mvssl.recipe_file import is_recipe_file, resolve_recipe
+from mvssl.monitor.report import write_report
 from mvssl.recipes import all_recipes
+from mvssl.recipes.files import is_recipe_file, resolve_recipe
 from mvssl.runs.folder import RunFolder
-from mvssl.runs.options import RunOptions, resolve_device
-from mvssl.runs.serialize import to_dict
-from mvssl.runs.slurm import requeue
-from mvssl.training.result import Interrupted
-from mvssl.training.signals import EXIT_INTERRUPTED
-from mvssl.training.trainer import run
-from mvssl.trying.batch_size import with_largest_batch
-from mvssl.trying.dry_run import dry_run
-from mvssl.trying.profile_run import profile_run
-from pipelines.console import EXIT_ERROR, run_cli
-from pipelines.errors import InputError, invalid
+from mvssl.training.loop import Interrupted
+from mvssl.training.monitor import Diverged
+from mvssl.training.preflight import dry_run, profile_run, with_largest_batch
+from mvssl.training.run import run
+from mvssl.training.shutdown import EXIT_INTERRUPTED, requeue
+from pipelines.runtime import EXIT_ERROR, InputError, invalid, run_cli
 from pipelines.storage import open_source, split_paths
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArguments:
+    """Write one self-contained HTML page about a run, finished or not.
+
+    Attributes:
+        run: the run folder.
+        out: the page; by default RUN/report.html, which is written anew.
+    """
+
+    run: tyro.conf.Positional[Path]
+    out: Path | None = None
+
+
+def report(arguments: Sequence[str], console: Console) -> int:
+    """Run the command; returns the exit code."""
+    asked = tyro.cli(ReportArguments, prog="mvssl-train report", args=list(arguments))
+    folder = RunFolder(asked.run)
+    out = asked.out or folder.report
+    if asked.out is not None and asked.out.suffix != ".html":
+        raise InputError(f"out is {str(asked.out)!r} but must end in .html: the page is of that kind.")
+    write_report(out, folder)
+    console.print(f"Report: {out}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def main_speaks(work: Callable[[], None]) -> int:
+    """Do the work of a command on this rank; returns the exit code.
+
+    Raises:
+        InputError: it failed; ranks other than 0 say which they are.
+    """
+    try:
+        work()
+    except FailedElsewhere as failure:
+        if process_rank() == 0:
+            print(f"error: {failure}", file=sys.stderr)
+        return EXIT_ERROR
+    except InputError as error:
+        if process_rank() == 0:
+            raise
+        raise InputError(f"on rank {process_rank()}: {error}") from error
+    return 0
+
 
 USAGE = """usage: mvssl-train RECIPE --data PATH --out RUN [overrides]
 

@@ -10,10 +10,10 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mvssl.evaluate.results import read_result
-from mvssl.monitor.places.jsonl import read_jsonl
+from mvssl.monitor.loggers import read_jsonl
 from mvssl.runs.folder import RunFolder
-from pipelines.errors import InputError
+from mvssl.runs.results import read_result
+from pipelines.runtime import InputError
 
 CURVES = {
     "loss": "loss (all tasks)",

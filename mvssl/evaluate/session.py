@@ -1,29 +1,134 @@
-"""What every evaluation begins with: the backbone on its device, the images, and a folder of its own."""
+"""What every evaluation begins with: the backbone on its device, the images, and a folder of its own.
+
+Where and how an evaluation computes features.
+
+How many images are classified right, and how sure that number is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
+from torch import Tensor
 
+from mvssl.config.options import autocast_dtype, resolve_device
 from mvssl.distributed import World, join_world, process_local_rank, rank_count
-from mvssl.evaluate.computing import Computing
-from mvssl.evaluate.results import ResultFile, claimed
-from mvssl.monitor.display.indexing import indexing_progress
-from mvssl.networks.backbones import feature_width
-from mvssl.runs.options import resolve_device
-from mvssl.training.precision import autocast_dtype
-from mvssl.weights.subject import Measured, Subject, load_subject
-from pipelines.errors import InputError
+from mvssl.models.backbones import feature_width
+from mvssl.monitor.console import indexing_progress
+from mvssl.runs.results import ResultFile, claimed
+from mvssl.weights.load import Measured, Subject, load_subject
+from pipelines.decode import DecodeOptions, DecoderName
+from pipelines.runtime import InputError, invalid
 from pipelines.storage import align_labels, open_source, split_paths
 from pipelines.storage.source import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computing:
+    """Where and how features are computed.
+
+    Attributes:
+        device: auto takes CUDA where there is one.
+        decoder: auto takes DALI where it is installed.
+        threads: threads that decode.
+        precision: number format of the backbone; auto is bf16 on CUDA and fp32 on the CPU.
+        extract_batch: images the backbone takes at a time.
+    """
+
+    device: str = "auto"
+    decoder: DecoderName = "auto"
+    threads: int | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    extract_batch: int = 256
+
+    def __post_init__(self) -> None:
+        if self.extract_batch < 1:
+            raise invalid("extract_batch", self.extract_batch, "at least 1", "give a positive number")
+        if self.threads is not None and self.threads < 1:
+            raise invalid("threads", self.threads, "at least 1", "give a positive number")
+
+    @property
+    def decode(self) -> DecodeOptions:
+        """Who decodes."""
+        return DecodeOptions(decoder=self.decoder, threads=self.threads)
+
+
+_NORMAL_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Of a classification of labelled images.
+
+    Attributes:
+        top1: share of images whose class has the highest score, in [0, 1].
+        top5: share whose class is among the five highest; None where there are at most five classes or no scores.
+        low: lower end of the 95 % confidence interval of `top1`.
+        high: its upper end.
+        images: how many there are.
+        per_class: top-1 of the images of each class that has any, by its name.
+    """
+
+    top1: float
+    top5: float | None
+    low: float
+    high: float
+    images: int
+    per_class: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "top1": self.top1,
+            "top5": self.top5,
+            "top1_interval_95": [self.low, self.high],
+            "images": self.images,
+            "per_class": self.per_class,
+        }
+
+
+def accuracy_of(ranked: Tensor, labels: Tensor, classes: Sequence[str]) -> Accuracy:
+    """Compare predictions with labels.
+
+    Args:
+        ranked: int64 [M, R], the classes of each image, the best first; R is 1 or at least 5 for a top-5.
+        labels: int64 [M], each 0 or more, on the same device.
+        classes: names by label.
+    """
+    right = (ranked[:, 0] == labels).double()  # [M]
+    top5 = None
+    if ranked.shape[1] >= 5 and len(classes) > 5:
+        top5 = float((ranked[:, :5] == labels[:, None]).any(dim=1).double().mean())
+    count = torch.bincount(labels, minlength=len(classes))  # [C]
+    hits = torch.bincount(labels, weights=right, minlength=len(classes))  # [C]
+    low, high = wilson_interval(int(right.sum()), len(labels))
+    return Accuracy(
+        top1=float(right.mean()),
+        top5=top5,
+        low=low,
+        high=high,
+        images=len(labels),
+        per_class={
+            name: hit / of for name, hit, of in zip(classes, hits.tolist(), count.tolist(), strict=False) if of > 0
+        },
+    )
+
+
+def wilson_interval(right: int, images: int) -> tuple[float, float]:
+    """95 % confidence interval of a share, by Wilson's score (JASA 22, 1927): sound also near 0 and 1."""
+    share, z2 = right / images, _NORMAL_95**2
+    middle = (share + z2 / (2 * images)) / (1 + z2 / images)
+    half = _NORMAL_95 / (1 + z2 / images) * math.sqrt(share * (1 - share) / images + z2 / (4 * images**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 
 from mvssl.methods.method import Method
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 __all__ = ["Method", "get_method", "methods"]
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from mvssl.recipe import Recipe
-from pipelines.errors import invalid
+from mvssl.config.recipe import Recipe
+from pipelines.runtime import invalid
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 """Prediction [B, D] and target [N, D] (without gradient) to a scalar, in float32 or better. Target n < B is the one of

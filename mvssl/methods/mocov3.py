@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvssl.config.recipe import Recipe
 from mvssl.methods.cosine import unit_rows
 from mvssl.methods.method import Method, PairLoss
-from mvssl.recipe import Recipe
-from pipelines.errors import invalid
+from pipelines.runtime import invalid
 
 
 def pair_loss(prediction: Tensor, keys: Tensor, *, temperature: float) -> Tensor:

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mvssl.optim.groups import parameter_groups
-from mvssl.optim.lars import LARS
-from mvssl.optim.rates import apply_rates, hold_on_device
-from mvssl.optim.schedule import learning_rate, target_decay, weight_decay
-from mvssl.recipe import Optimizer
+from mvssl.config.recipe import Optimizer
+from mvssl.optim.lars import LARS, parameter_groups
+from mvssl.optim.schedule import apply_rates, hold_on_device, learning_rate, target_decay, weight_decay
 
 __all__ = [
     "LARS",

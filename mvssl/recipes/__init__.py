@@ -1,4 +1,4 @@
-"""The recipes: every public function of this package's modules that returns a Recipe.
+"""The recipes: every public function without parameters in the modules of this package.
 
 A new recipe is one function in any module of this package; it is found by itself. `mvssl.recipes.NAME()` makes it.
 """
@@ -12,8 +12,8 @@ import pkgutil
 from collections.abc import Callable
 from functools import cache
 
-from mvssl.recipe import Recipe
-from pipelines.errors import InputError
+from mvssl.config.recipe import Recipe
+from pipelines.runtime import InputError
 
 
 @cache
@@ -23,7 +23,8 @@ def all_recipes() -> dict[str, Callable[[], Recipe]]:
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
         for name, function in inspect.getmembers(module, inspect.isfunction):
-            if function.__module__ == module.__name__ and not name.startswith("_"):
+            own = function.__module__ == module.__name__ and not name.startswith("_")
+            if own and not inspect.signature(function).parameters:
                 found[name] = function
     return dict(sorted(found.items()))
 

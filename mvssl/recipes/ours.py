@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.recipes.byol import byol_resnet50_200ep
 from pipelines.views.presets import paper_views
 

@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 FORMAT = 2
 LAST = "last"

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mvssl.recipe import Recipe
+from mvssl.config.recipe import Recipe
+from mvssl.config.serialize import differences, from_dict, to_dict
 from mvssl.runs.environment import environment
-from mvssl.runs.serialize import differences, from_dict, to_dict
-from pipelines.errors import InputError, invalid
+from pipelines.runtime import InputError, invalid
 
 
 def write_json(path: Path, value: Any) -> None:

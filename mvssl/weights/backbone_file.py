@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mvssl.networks.small_resnets import NAMES
-from pipelines.errors import InputError
+from mvssl.models.small_resnets import NAMES
+from pipelines.runtime import InputError
 
 
 def export_backbone(backbone: nn.Module, architecture: str, out: Path) -> None:
@@ -46,7 +46,7 @@ def export_backbone(backbone: nn.Module, architecture: str, out: Path) -> None:
 
 def loading_code(architecture: str, file: str) -> list[str]:
     """Lines of Python that load an exported backbone in a program that does not use mvssl otherwise."""
-    own = ["import mvssl.networks.small_resnets  # so that timm knows the name"] if architecture in NAMES else []
+    own = ["import mvssl.models.small_resnets  # so that timm knows the name"] if architecture in NAMES else []
     model = f'timm.create_model("{architecture}", num_classes=0, checkpoint_path="{file}")'
     return ["import timm", *own, f"backbone = {model}"]
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mvssl.weights.backbone_file import export_backbone, loading_code
-from mvssl.weights.naming import to_detectron2, to_torchvision
-from mvssl.weights.subject import Measured
-from pipelines.errors import InputError
+from mvssl.weights.formats import to_detectron2, to_torchvision
+from mvssl.weights.load import Measured
+from pipelines.runtime import InputError
 
 _TOLERANCE = 1e-4
 """Largest difference of features, as a share of the largest one, that a program in another runtime may have."""

@@ -9,27 +9,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mvssl.networks.heads import MLP, PredictorBank
-from mvssl.recipe import Head, Recipe
+from mvssl.config.recipe import Head, Recipe
+from mvssl.models.encoder import OnlineNetwork, TargetNetwork
+from mvssl.models.heads import MLP, PredictorBank
 from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
-from mvssl.training.step import TrainStep
 from mvssl.weights.backbone_file import load_backbone
-from mvssl.weights.layouts import Found, find_networks
-from mvssl.weights.naming import from_torchvision
-from mvssl.weights.read import read_metadata, read_weights
-from mvssl.weights.subject import load_tensors
-from pipelines.errors import InputError
+from mvssl.weights.formats import Found, find_networks, from_torchvision
+from mvssl.weights.load import load_tensors, read_metadata, read_weights
+from pipelines.runtime import InputError
 
 _log = logging.getLogger("mvssl")
 
 
-def init_from(step: TrainStep, recipe: Recipe, path: Path | None) -> None:
+def init_from(online: OnlineNetwork, target: TargetNetwork | None, recipe: Recipe, path: Path | None) -> None:
     """Load the weights at `path` into the online network and make the target a copy of it; None does nothing.
 
     Args:
-        step: freshly built training step.
-        recipe: its recipe.
+        online: freshly built online network.
+        target: its target network, if there is one.
+        recipe: their recipe.
         path: an exported backbone (.safetensors: the backbone only), a run folder or one of its checkpoints (backbone,
             projector and predictors), or a file of the paper's release, MoCo, SimSiam, DINO, timm or torchvision (the
             backbone, and what of its heads has the recipe's shape; the log says which).
@@ -42,21 +41,21 @@ def init_from(step: TrainStep, recipe: Recipe, path: Path | None) -> None:
     if not path.exists():
         raise InputError(f"init_from is {str(path)!r} but there is nothing of that name: give a run folder or a file.")
     if path.is_dir():
-        _from_run(step, path)
+        _from_run(online, path)
     elif "architecture" in read_metadata(path):
-        load_backbone(step.online.backbone, path, architecture=recipe.backbone.name)
+        load_backbone(online.backbone, path, architecture=recipe.backbone.name)
     else:
         found = find_networks(read_weights(path), where=str(path))
-        _log.info("Weights of %s: %s", path, _from_others(step, recipe, found, str(path)))
-    if step.target is not None:
-        step.target.copy_from(step.online)
+        _log.info("Weights of %s: %s", path, _from_others(online, recipe, found, str(path)))
+    if target is not None:
+        target.copy_from(online)
 
 
-def _from_run(step: TrainStep, path: Path) -> None:
+def _from_run(online: OnlineNetwork, path: Path) -> None:
     last = RunFolder(path).last
     saved = checkpoint.load(last if last.exists() else path)
     try:
-        step.online.load_state_dict(saved.state["step"]["online"])
+        online.load_state_dict(saved.state["step"]["online"])
     except RuntimeError as error:
         raise InputError(
             f"init_from is {str(path)!r}, whose networks do not fit the recipe "
@@ -65,7 +64,7 @@ def _from_run(step: TrainStep, path: Path) -> None:
         ) from error
 
 
-def _from_others(step: TrainStep, recipe: Recipe, found: Found, where: str) -> str:
+def _from_others(online: OnlineNetwork, recipe: Recipe, found: Found, where: str) -> str:
     """Take over another project's networks; says which."""
     name = recipe.backbone.name
     if found.layout == "MoCo v3" and name.startswith("vit_small"):
@@ -73,11 +72,11 @@ def _from_others(step: TrainStep, recipe: Recipe, found: Found, where: str) -> s
             f"init_from is {where!r}, MoCo v3's small vision transformer, which has 12 attention heads where {name} "
             "has 6: its weights would compute something else. Take its ResNet-50 or its base vision transformer."
         )
-    load_tensors(step.online.backbone, from_torchvision(found.backbone), name, where)
+    load_tensors(online.backbone, from_torchvision(found.backbone), name, where)
     taken = [f"{found.network} backbone of {found.layout}"]
-    if _take(step.online.projector, found.projector):
+    if _take(online.projector, found.projector):
         taken.append("projector")
-    if _take_predictors(step.online.predictors, recipe.predictor, found.predictor):
+    if _take_predictors(online.predictors, recipe.predictor, found.predictor):
         taken.append("predictors")
     left = [what for what in ("projector", "predictors") if what not in taken]
     return f"taken over are {', '.join(taken)}" + (f"; {' and '.join(left)} begin anew." if left else ".")

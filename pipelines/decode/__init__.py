@@ -9,12 +9,11 @@ import os
 
 import torch
 
-from pipelines.decode.decoder import MAX_PIXELS, Decoded, Decoder
+from pipelines.batch import with_index
+from pipelines.decode.base import DECODERS, MAX_PIXELS, DaliOptions, Decoded, DecodeOptions, Decoder, DecoderName
 from pipelines.decode.ffcv import FfcvDecoder
-from pipelines.decode.options import DECODERS, DaliOptions, DecodeOptions, DecoderName
 from pipelines.decode.pillow import PillowDecoder
-from pipelines.errors import InputError, invalid
-from pipelines.loading.side_stream import with_index
+from pipelines.runtime import InputError, invalid
 
 __all__ = [
     "DECODERS",

@@ -15,12 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from pipelines.decode.decoder import MAX_PIXELS, Decoded
-from pipelines.decode.options import DaliOptions
-from pipelines.decode.parts import Part, completed
+from pipelines.decode.base import MAX_PIXELS, DaliOptions, Decoded, Part, completed
 from pipelines.decode.pillow import PillowDecoder, decode_one
 from pipelines.decode.sniff import sniff
-from pipelines.errors import InputError, invalid
+from pipelines.runtime import InputError, invalid
 
 dali: Any = importlib.import_module("nvidia.dali")  # Any: DALI makes its functions at run time, without types
 _log = logging.getLogger("mvssl.data")

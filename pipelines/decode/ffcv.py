@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.decode.decoder import MAX_PIXELS, Decoded
-from pipelines.decode.parts import completed
+from pipelines.decode.base import MAX_PIXELS, Decoded, completed
 from pipelines.decode.pillow import UPRIGHT, PillowDecoder, orientation_of
 from pipelines.decode.sniff import Header, sniff
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.decode.decoder import MAX_PIXELS, Decoded
+from pipelines.decode.base import MAX_PIXELS, Decoded
 from pipelines.decode.sniff import sniff
 
 Image.init()

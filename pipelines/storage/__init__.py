@@ -11,10 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import cast
 
-from pipelines.errors import InputError
-from pipelines.storage.labels import align_labels
+from pipelines.runtime import InputError
 from pipelines.storage.source import Source
 from pipelines.storage.splits import split_paths
+from pipelines.storage.subset import align_labels
 
 __all__ = ["Source", "align_labels", "open_source", "split_paths"]
 

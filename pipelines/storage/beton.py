@@ -8,14 +8,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.storage.beton_format import RAW, class_labels, damaged, is_beton_name, read_layout
-from pipelines.storage.beton_index import BETON, load_index
-from pipelines.storage.keys import KeyTable
+from pipelines.storage.batch_read import RandomAccessFile, make_room, read_parts
+from pipelines.storage.beton_format import BETON, RAW, class_labels, damaged, is_beton_name, load_index, read_layout
 from pipelines.storage.manifest import BETON_FORMAT, format_of
-from pipelines.storage.open_files import make_room
-from pipelines.storage.random_access import RandomAccessFile
-from pipelines.storage.source import fingerprint
-from pipelines.storage.together import read_parts
+from pipelines.storage.source import KeyTable, fingerprint
 
 
 class BetonSource:

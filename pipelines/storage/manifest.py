@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.errors import InputError
-from pipelines.storage.beton_index import BETON, is_our_beton
+from pipelines.runtime import InputError
+from pipelines.storage.beton_format import BETON, is_our_beton
 
 FORMAT = "mvssl-shards"
 BETON_FORMAT = "mvssl-beton"

@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import InputError
-from pipelines.storage.keys import KeyTable
+from pipelines.runtime import InputError
+from pipelines.storage.batch_read import RandomAccessFile, make_room, most_open_files, read_parts
 from pipelines.storage.manifest import HEAD_BYTES, INDEX, INDEX_DTYPE, KEYS, MANIFEST, Manifest, Shard, is_ours
-from pipelines.storage.open_files import make_room, most_open_files
-from pipelines.storage.random_access import RandomAccessFile
-from pipelines.storage.together import read_parts
+from pipelines.storage.source import KeyTable
 
 _CHUNK = 1 << 22  # bytes hashed at a time
 

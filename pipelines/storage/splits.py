@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipelines.storage.scan import is_data_folder
+from pipelines.storage.folder import is_data_folder
 
 _SPLITS = {"train", "val", "test"}
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.errors import InputError, invalid
+from pipelines.runtime import InputError, invalid
 from pipelines.views.spec import ViewSpec
 
 # What sets the two views of a pair apart in BYOL, MoCo v3 and the paper.

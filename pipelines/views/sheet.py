@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from pipelines.batch import DecodedBatch
-from pipelines.views.ops import normalize
 from pipelines.views.params import ViewParams
+from pipelines.views.reference import normalize
 from pipelines.views.spec import ViewSpec
 
 _COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182", "#8d6cab", "#3d5a80", "#bc6c25", "#6c757d")

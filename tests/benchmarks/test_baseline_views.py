@@ -86,7 +86,7 @@ def test_dali_solarizes_and_makes_gray() -> None:
     image = DecodedBatch.from_images([levels], index=[0])
     pytest.importorskip("nvidia.dali")
     from benchmarks.contenders.baselines.dali_views import dali_views as build
-    from pipelines.views.ops.normalize import undo
+    from pipelines.views.reference.normalize import undo
 
     spec = ViewSpec(name="d", task="t", size=64, area=None, jitter_p=0, grayscale=0, blur=0, solarize=1)
     make = build((spec,), batch_size=1, device=torch.device("cpu"), threads=1, dtype=torch.float32)

@@ -27,9 +27,9 @@ from benchmarks.compiled.step_code import StepCode, compile_step, view_engine
 from benchmarks.contenders.step import flops_per_image
 from benchmarks.measuring.prediction import chosen as prediction
 from benchmarks.measuring.view_bytes import mean_bytes
-from mvssl.recipe import Recipe
-from mvssl.recipe_file import resolve_recipe
-from pipelines.errors import InputError
+from mvssl.config.recipe import Recipe
+from mvssl.recipes.files import resolve_recipe
+from pipelines.runtime import InputError
 
 
 @pytest.fixture(autouse=True)

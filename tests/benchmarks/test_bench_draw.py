@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import bench_draw
 from benchmarks.bench_draw import Arguments, measure
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from pipelines.views.native.draws import native_obstacle
 
 

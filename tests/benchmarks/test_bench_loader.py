@@ -16,8 +16,8 @@ from benchmarks import bench_loader
 from benchmarks.bench_loader import Arguments, setups
 from benchmarks.contenders.loader import batches_of_turn, indices_of, our_loader
 from benchmarks.measuring.page_cache import cached_share, drop, files_of
-from pipelines.errors import InputError
 from pipelines.order import Order
+from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from tools.convert import Convert, convert
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import bench_lock
 from benchmarks.bench_lock import ROOT, Arguments, measure
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 needs_two_cores = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="the loop and the loader need a core each"

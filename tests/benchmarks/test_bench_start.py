@@ -14,7 +14,7 @@ from benchmarks import bench_start
 from benchmarks.bench_start import PHASES, STARTS, parse, start
 from benchmarks.measuring.command_line import command_of, write_result
 from benchmarks.report import step_tables
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 
 @pytest.mark.slow

@@ -18,9 +18,9 @@ from benchmarks.measuring.isolated import Turn
 from benchmarks.measuring.prediction import predicted
 from benchmarks.measuring.process_memory import Memory
 from benchmarks.report import result_tables, step_tables
-from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.runs.environment import environment
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from pipelines.views.presets import paper_views
 
 TINY = Recipe(
@@ -78,7 +78,7 @@ def test_all_ways_do_the_same_and_the_result_is_told(
 
 def test_operations_are_counted_as_by_hand() -> None:
     """A vision transformer's, multiplied out: 2 operations a weight and token, 3 times that with the backward."""
-    from mvssl.networks.siamese import build_networks
+    from mvssl.models.encoder import build_networks
 
     online, target = build_networks(TINY)
     vit, tokens = online.backbone, {32: 0, 16: 0}

@@ -13,7 +13,7 @@ from benchmarks import bench_train
 from benchmarks.bench_train import PROG, measure, parse
 from benchmarks.contenders.train import OURS, OURS_SYNTHETIC, PLAIN, PLAIN_SYNTHETIC
 from benchmarks.measuring.command_line import command_of
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 
 @pytest.mark.slow

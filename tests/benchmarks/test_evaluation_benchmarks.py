@@ -10,10 +10,10 @@ import torch
 
 from benchmarks import bench_linear, evaluate_small
 from benchmarks.report.accuracy_tables import evaluation, linear
-from mvssl.networks.siamese import build_networks
-from mvssl.weights.layouts import find_networks
-from mvssl.weights.read import read_weights
-from pipelines.errors import InputError
+from mvssl.models.encoder import build_networks
+from mvssl.weights.formats import find_networks
+from mvssl.weights.load import read_weights
+from pipelines.runtime import InputError
 
 
 def write_features(path: Path, *, seed: int) -> Path:

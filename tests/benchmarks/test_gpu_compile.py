@@ -19,8 +19,8 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 from benchmarks.bench_compile import Arguments, measure, summary
 from benchmarks.compiled.gpu_code import resources
 from benchmarks.compiled.step_code import StepCode, compile_step
-from mvssl.recipe import Backbone, Head, Optimizer, Recipe
-from mvssl.recipe_file import resolve_recipe
+from mvssl.config.recipe import Backbone, Head, Optimizer, Recipe
+from mvssl.recipes.files import resolve_recipe
 from pipelines.views.presets import paper_views
 from pipelines.views.spec import ViewSpec
 

@@ -39,8 +39,8 @@ from benchmarks.paper.results import Results
 from benchmarks.paper.run_cell import pack, unpack
 from benchmarks.paper.splits import write_splits
 from benchmarks.paper_small import Arguments, Queue, compare, run_or_diverge
-from mvssl.monitor.failure import Diverged
-from pipelines.errors import InputError
+from mvssl.training.monitor import Diverged
+from pipelines.runtime import InputError
 from pipelines.views.spec import tasks
 
 TINY = dataclasses.replace(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders.baselines.plain_step import PlainStep
-from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.training.step import TrainStep
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from pipelines.views.presets import paper_views
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ from benchmarks.report.origins import MADE_BY, machine, origin
 from benchmarks.report.rounding import percent, scientific, significant, with_spread
 from benchmarks.tables import COMMAND, RESULTS, TABLES, load, render, update
 from mvssl.runs.environment import environment
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = environment() | {

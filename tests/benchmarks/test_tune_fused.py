@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.tune_fused import CANDIDATES, Arguments, candidates, launched_with, measure, order
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 engine = pytest.importorskip("pipelines.views.fused.engine", reason="Triton is not installed on this platform")
 

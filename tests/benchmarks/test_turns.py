@@ -15,7 +15,7 @@ import pytest
 from benchmarks.measuring.isolated import Turn, Turns
 from benchmarks.measuring.process_memory import Memory, PeakMemory, largest, memory_of
 from benchmarks.measuring.turns import Budget, rates, ratios, take_turns
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from fused_samples import decided, noise, spec
 
 from pipelines import DecodedBatch, InputError, ViewEngine, paper_views
 from pipelines.batch import check_batch
-from pipelines.views import backends
-from pipelines.views.backends import choose_backend, fused_obstacle
+from pipelines.views import engine as backends
+from pipelines.views.engine import choose_backend, fused_obstacle
 
 engine = pytest.importorskip("pipelines.views.fused.engine", reason="Triton is not installed on this platform")
 CUDA = torch.device("cuda")

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import DecodedBatch, ViewEngine, ViewSpec, paper_views
-from pipelines.views.backends import fused_obstacle
+from pipelines.views.engine import fused_obstacle
 
 pytestmark = pytest.mark.skipif(
     fused_obstacle(torch.device("cpu")) is not None,

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.training.step import TrainStep
 from pipelines.views.presets import paper_views
 

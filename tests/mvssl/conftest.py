@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_runs import train, write_images
 
-from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from pipelines.views.presets import paper_views
 
 

@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-import pipelines.loading.decoded_ahead
+import pipelines.loader
 import pipelines.storage.beton
 import pipelines.storage.folder
 import pipelines.storage.shards
-from mvssl.recipe import Recipe
+from mvssl.config.recipe import Recipe
 from mvssl.runs import checkpoint
 from mvssl.training import loop
 from pipelines.order import Order
-from pipelines.storage import open_source, together
+from pipelines.storage import batch_read as together
+from pipelines.storage import open_source
 from tools.convert import Convert, convert
 
 CONVERTED = ("shards", "beton")
@@ -98,7 +99,7 @@ def before_batch(damage: Callable[[], object]) -> Iterator[list[list[int]]]:
     Yields:
         dataset indices of the batches decoded, as they come.
     """
-    choose, fetch = pipelines.loading.decoded_ahead.usable_indices, pipelines.loading.decoded_ahead.fetch_complete
+    choose, fetch = pipelines.loader.usable_indices, pipelines.loader.fetch_complete
     read: list[None] = []
     prepared: list[list[int]] = []
 
@@ -115,8 +116,8 @@ def before_batch(damage: Callable[[], object]) -> Iterator[list[list[int]]]:
         return complete
 
     with first_evaluation() as over, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelines.loading.decoded_ahead, "usable_indices", usable_indices)
-        patch.setattr(pipelines.loading.decoded_ahead, "fetch_complete", fetch_complete)
+        patch.setattr(pipelines.loader, "usable_indices", usable_indices)
+        patch.setattr(pipelines.loader, "fetch_complete", fetch_complete)
         yield prepared
 
 

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mvssl.monitor.device import device_clock
-from mvssl.monitor.device.device_clock import DeviceClock, Shares
-from pipelines.c_library import load_library
+from mvssl.monitor import device_clock
+from mvssl.monitor.device_clock import DeviceClock, Shares
+from pipelines.runtime import load_library
 
 LIBRARY = load_library(Path(__file__).with_name("fake_device.c"))
 needs_compiler = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"nothing to build the clock with: {LIBRARY}")

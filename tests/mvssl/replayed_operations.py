@@ -27,7 +27,7 @@ class Tape(TorchDispatchMode):
 
 
 class ReplayedGraph:
-    """`mvssl.training.compiled.capture.Graph` on the CPU.
+    """`mvssl.training.cuda_graph.Graph` on the CPU.
 
     As on CUDA, a recording leaves no trace in memory that was there before, a replay takes scalars as they were and
     tensors as they lie, and results lie where they lay at the recording.

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.distributed import World
-from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.training.step import StepOutput, TrainStep
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from pipelines.views.presets import paper_views
 
 BATCH = 6

@@ -7,9 +7,9 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from mvssl.networks.backbones import build_backbone, feature_width, is_convolutional
-from mvssl.recipe import Backbone
-from pipelines.errors import InputError
+from mvssl.config.recipe import Backbone
+from mvssl.models.backbones import build_backbone, feature_width, is_convolutional
+from pipelines.runtime import InputError
 
 
 @pytest.mark.parametrize(("name", "width"), [("test_resnet", 96), ("resnet18", 512), ("vit_tiny_patch16_224", 192)])

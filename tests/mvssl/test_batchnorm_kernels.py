@@ -16,15 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvssl.networks import batchnorm_function, grouped_batchnorm
-from mvssl.networks.encoder import Encoder
-from mvssl.networks.passes import make_plan
-from mvssl.recipe import Backbone, Evaluation, Head, Recipe
+from mvssl.config.recipe import Backbone, Evaluation, Head, Recipe
+from mvssl.models import batchnorm as grouped_batchnorm
+from mvssl.models.encoder import Encoder
+from mvssl.models.fused import batchnorm as batchnorm_function
+from mvssl.models.view_batching import make_plan
 from pipelines.views.presets import paper_views
 
 triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
-kernels = pytest.importorskip("mvssl.networks.batchnorm_kernels")
-ops = pytest.importorskip("mvssl.networks.batchnorm_ops")
+kernels = pytest.importorskip("mvssl.models.fused.kernels")
+ops = pytest.importorskip("mvssl.models.fused.ops")
 
 interpreted = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="needs a run with TRITON_INTERPRET=1, which tools/test.sh makes"

@@ -15,16 +15,24 @@ from PIL import Image
 from tiny_runs import train, write_images
 
 import pipelines.loading.fetch
-from mvssl.monitor.places.jsonl import read_jsonl
-from mvssl.recipe import Recipe
-from mvssl.runs.options import RunOptions
+from mvssl.config.options import RunOptions
+from mvssl.config.recipe import Recipe
+from mvssl.monitor.loggers import read_jsonl
 from pipelines.decode import make_decoder
-from pipelines.decode.decoder import Decoded
-from pipelines.errors import InputError
-from pipelines.loading import cache_choice
-from pipelines.loading.cache_choice import MOST, SHARE, Memory, free_memory, keep_decoded, pixel_bytes
+from pipelines.decode.base import Decoded
+from pipelines.loading import pixel_cache as cache_choice
 from pipelines.loading.fetch import Fetcher
-from pipelines.loading.pixel_store import KeptSource, PixelStore
+from pipelines.loading.pixel_cache import (
+    MOST,
+    SHARE,
+    KeptSource,
+    Memory,
+    PixelStore,
+    free_memory,
+    keep_decoded,
+    pixel_bytes,
+)
+from pipelines.runtime import InputError
 from pipelines.storage import open_source
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

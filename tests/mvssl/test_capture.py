@@ -25,15 +25,15 @@ from test_ready_for_capture import ADAMW, MOCO, RECIPE, SIMSIAM, VIT, batches
 from torch import Tensor
 
 import mvssl.training.step
-from mvssl import experiment
+from mvssl.config.options import RunOptions
+from mvssl.config.recipe import Optimizer, Recipe
 from mvssl.distributed import World
-from mvssl.recipe import Optimizer, Recipe
-from mvssl.runs.options import RunOptions
-from mvssl.training.compiled.capture import WARM_UP, CudaGraph, Graph, StepGraph, describe, wants_capture
+from mvssl.training import experiment
+from mvssl.training.cuda_graph import WARM_UP, CudaGraph, Graph, StepGraph, describe, wants_capture
+from mvssl.training.memory import explain_out_of_memory
 from mvssl.training.step import StepOutput, TrainStep
-from mvssl.trying.memory import explain_out_of_memory
-from pipelines.errors import InputError
-from pipelines.loading.side_stream import receive
+from pipelines.loading.threads import receive
+from pipelines.runtime import InputError
 
 STEPS = WARM_UP + 5
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mvssl.runs import checkpoint
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 STATE: dict[str, Any] = {"weights": torch.arange(1000.0), "nested": {"list": [1, 2.5, "three"]}}
 

@@ -16,10 +16,9 @@ import timm
 from mvssl.cli import eval as eval_cli
 from mvssl.cli import export as export_cli
 from mvssl.cli import train as train_cli
-from mvssl.evaluate.results import read_result
-from mvssl.monitor.places.jsonl import read_jsonl
-from pipelines.console import run_cli
-from pipelines.errors import InputError
+from mvssl.monitor.loggers import read_jsonl
+from mvssl.runs.results import read_result
+from pipelines.runtime import InputError, run_cli
 
 TINY = [
     "--backbone.name",

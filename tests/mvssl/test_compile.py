@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.exc import CppCompileError, InductorError, TritonMissing
 
-from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from mvssl.training.compiled.compile_errors import describe
-from mvssl.training.compiled.compiling import Compiler, wants_compile
+from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.training.compile import Compiler, wants_compile
+from mvssl.training.compile_errors import describe
 from mvssl.training.step import TrainStep
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from pipelines.views.presets import paper_views
 
 

@@ -26,9 +26,9 @@ from data_faults import (
 from PIL import Image
 from tiny_runs import STEPS, train, write_images
 
-from mvssl.recipe import Recipe
+from mvssl.config.recipe import Recipe
 from mvssl.runs import checkpoint
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from tools.convert import Convert, convert
 
 LEFT = 5000  # bytes of a file that is cut short
@@ -36,7 +36,7 @@ LEFT = 5000  # bytes of a file that is cut short
 # For each path that it is given, says when the first batch is there, and at last what went wrong.
 LOADING = """
 import sys
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from pipelines.loader import Loader
 from pipelines.order import Order
 from pipelines.storage import open_source

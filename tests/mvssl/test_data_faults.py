@@ -27,10 +27,10 @@ from data_faults import (
 from PIL import Image
 from tiny_runs import STEPS, train
 
-from mvssl.monitor.places.jsonl import read_jsonl
-from mvssl.recipe import Recipe
+from mvssl.config.recipe import Recipe
+from mvssl.monitor.loggers import read_jsonl
 from mvssl.runs import checkpoint
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from pipelines.storage import open_source
 
 NOISE = np.random.default_rng(0).integers(0, 256, 2000, dtype=np.uint8).tobytes()

@@ -15,8 +15,8 @@ from data_faults import DAMAGED, SAVED, disk, first_evaluation, last_step, log, 
 from tiny_runs import train
 
 import pipelines.loader
-import pipelines.loading.prefetch
-from mvssl.recipe import Recipe
+import pipelines.loading.threads
+from mvssl.config.recipe import Recipe
 from pipelines.decode import Decoded
 
 SLOW = 0.25  # seconds: many times what a step, or a batch of the tiny images otherwise takes, also beside other tests
@@ -81,7 +81,7 @@ def test_what_a_decoder_raises_reaches_the_training_at_once(
     error: BaseException,
     words: str,
 ) -> None:
-    monkeypatch.setattr(pipelines.loading.prefetch, "_PATROL", 60.0)  # it would find an end that nobody was told of
+    monkeypatch.setattr(pipelines.loading.threads, "_PATROL", 60.0)  # it would find an end that nobody was told of
     out = tmp_path / "run"
     raised: list[float] = []
 
@@ -104,7 +104,7 @@ def test_what_a_decoder_raises_reaches_the_training_at_once(
 def test_a_loader_that_dies_without_a_word_is_missed(
     images: Path, finished: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    produce, out = pipelines.loading.prefetch._produce, tmp_path / "run"
+    produce, out = pipelines.loading.threads._produce, tmp_path / "run"
 
     def dying(items: Generator[Any, None, None], queue: Any) -> None:
         if threading.current_thread().name != "mvssl-loader":
@@ -114,7 +114,7 @@ def test_a_loader_that_dies_without_a_word_is_missed(
         return None
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines.loading.prefetch, "_produce", dying)
+        patch.setattr(pipelines.loading.threads, "_produce", dying)
         with pytest.raises(RuntimeError, match="The thread mvssl-loader is gone without a word"):
             train(tiny_recipe, images, out)
     assert last_step(out) == SAVED

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvssl.training.diagnostics import collapse_warning, effective_rank, embedding_std
+from mvssl.monitor.signals import collapse_warning, effective_rank, embedding_std
 
 
 def test_even_spread_has_std_one_and_full_rank() -> None:

@@ -24,18 +24,16 @@ from sklearn.preprocessing import StandardScaler
 
 from mvssl.cli import eval as eval_cli
 from mvssl.cli import features as features_cli
-from mvssl.evaluate.accuracy import wilson_interval
-from mvssl.evaluate.classifiers import supervised
-from mvssl.evaluate.classifiers.classifier import Classifier
-from mvssl.evaluate.classifiers.labelled_part import labelled_share, listed_images
-from mvssl.evaluate.classifiers.supervised import Supervision
+from mvssl.evaluate import supervised
 from mvssl.evaluate.compare import summarise
-from mvssl.evaluate.features.extract import extract_features
-from mvssl.evaluate.results import read_result
-from mvssl.evaluate.session import check_labelled
+from mvssl.evaluate.features import extract_features
+from mvssl.evaluate.label_subset import labelled_share, listed_images
+from mvssl.evaluate.session import check_labelled, wilson_interval
+from mvssl.evaluate.supervised import Classifier, Supervision
 from mvssl.runs import checkpoint
-from mvssl.weights.subject import Subject, load_subject
-from pipelines.errors import InputError
+from mvssl.runs.results import read_result
+from mvssl.weights.load import Subject, load_subject
+from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from pipelines.storage.subset import SubsetSource
 
@@ -276,7 +274,7 @@ def test_features_of_a_folder(ending: str, finished: Path, images: Path, tmp_pat
 def test_features_that_were_stopped_go_on(
     finished: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mvssl.evaluate.features.store import FeatureStore
+    from mvssl.evaluate.feature_store import FeatureStore
 
     original, written = FeatureStore.write, []
 

@@ -8,10 +8,10 @@ import pytest
 import timm
 import torch
 
-from mvssl.networks.backbones import build_backbone
-from mvssl.recipe import Backbone
+from mvssl.config.recipe import Backbone
+from mvssl.models.backbones import build_backbone
 from mvssl.weights.backbone_file import export_backbone, load_backbone, read_backbone
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 
 def test_timm_loads_the_file_and_gives_the_same_features(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ import torchvision
 from checkpoint_samples import random_backbone, write
 from torch import nn
 
-from mvssl.recipe import Evaluation
+from mvssl.config.recipe import Evaluation
 from mvssl.weights import export as exporting
 from mvssl.weights.export import export
-from mvssl.weights.subject import Measured, Subject, load_subject
-from pipelines.errors import InputError
+from mvssl.weights.load import Measured, Subject, load_subject
+from pipelines.runtime import InputError
 
 
 def measured(name: str, *, crop: int = 64) -> Measured:

@@ -17,11 +17,11 @@ from rich.console import Console
 from torch import Tensor
 
 import mvssl.recipes
+from mvssl.config.options import RunOptions
+from mvssl.config.recipe import Recipe
 from mvssl.distributed import World
-from mvssl.experiment import Experiment, open_experiment
-from mvssl.recipe import Recipe
-from mvssl.runs.options import RunOptions
-from mvssl.training.pairs import task_pairs
+from mvssl.models.view_batching import task_pairs
+from mvssl.training.experiment import Experiment, open_experiment
 from mvssl.training.step import StepOutput, TrainStep
 from pipelines import draw
 

@@ -13,13 +13,12 @@ import torch
 from test_online_knn import Brightness
 from torch import Tensor, nn
 
-from mvssl.evaluate.computing import Computing
-from mvssl.evaluate.features.extract import extract_features
-from mvssl.evaluate.features.fill import fill_store, train_view
-from mvssl.evaluate.features.store import BAD, DONE, FeatureStore, open_store
-from mvssl.recipe import Evaluation
+from mvssl.config.recipe import Evaluation
+from mvssl.evaluate.feature_store import BAD, DONE, FeatureStore, open_store
+from mvssl.evaluate.features import extract_features, fill_store, train_view
+from mvssl.evaluate.session import Computing
 from pipelines.decode import DecodeOptions
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from pipelines.storage.source import Source
 
@@ -77,7 +76,7 @@ def test_a_stopped_computation_goes_on(images: Path, tmp_path: Path) -> None:
 
 
 def test_drawn_views_are_those_of_the_engine(images: Path, tmp_path: Path) -> None:
-    from pipelines.evaluation import iterate_drawn
+    from pipelines.loading.eval_loader import iterate_drawn
 
     source = open_source(images / "train")
     store = a_store(tmp_path / "s", rows=108)

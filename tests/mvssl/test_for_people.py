@@ -11,15 +11,14 @@ from rich.console import Console
 from tiny_runs import train
 
 from mvssl.cli import train as train_cli
-from mvssl.cli.for_people import fit_warmup, value_of, with_option
-from mvssl.cli.short_help import USED, describe, option
-from mvssl.monitor.display.progress import LiveDisplay, make_display
-from mvssl.monitor.places.jsonl import read_jsonl
-from mvssl.recipe import Recipe
+from mvssl.cli.help import USED, describe, fit_warmup, option, value_of, with_option
+from mvssl.config.recipe import Recipe
+from mvssl.monitor.console import LiveDisplay, make_display
+from mvssl.monitor.loggers import read_jsonl
 from mvssl.recipes import all_recipes
-from mvssl.trying import batch_size
-from mvssl.trying.batch_size import largest_batch
-from pipelines.errors import InputError
+from mvssl.training import preflight as batch_size
+from mvssl.training.preflight import largest_batch
+from pipelines.runtime import InputError
 
 
 @pytest.mark.parametrize("name", sorted(all_recipes()))

@@ -14,9 +14,9 @@ from timm.layers.norm_act import BatchNormAct2d
 from timm.models import register_model
 from torch import Tensor, nn
 
-from mvssl.networks.encoder import Encoder
-from mvssl.networks.grouped_batchnorm import Pass, group_batchnorms, ungroupable
-from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.models.batchnorm import Pass, group_batchnorms, ungroupable
+from mvssl.models.encoder import Encoder
 from mvssl.training.step import TrainStep
 from mvssl.weights.backbone_file import export_backbone
 from pipelines.views.presets import paper_views

@@ -10,10 +10,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from mvssl.networks.backbones import build_backbone
-from mvssl.recipe import Backbone
+from mvssl.config.recipe import Backbone
+from mvssl.models.backbones import build_backbone
 from mvssl.recipes import all_recipes
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 
 def drawn(name: str, init: Literal["timm", "release"]) -> dict[str, Tensor]:

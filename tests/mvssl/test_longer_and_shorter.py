@@ -16,16 +16,16 @@ import torch
 from tiny_runs import train
 
 import mvssl
+from mvssl.config.options import RunOptions, parse_time
+from mvssl.config.recipe import Recipe
 from mvssl.distributed import World
-from mvssl.monitor.places.jsonl import read_jsonl
-from mvssl.recipe import Recipe
-from mvssl.runs import checkpoint, slurm
-from mvssl.runs.options import RunOptions
-from mvssl.runs.time_limit import parse_time
-from mvssl.training import signals
-from mvssl.training.signals import TIME, StopRequest
+from mvssl.monitor.loggers import read_jsonl
+from mvssl.runs import checkpoint
+from mvssl.training import shutdown as signals
+from mvssl.training import shutdown as slurm
+from mvssl.training.shutdown import TIME, StopRequest
 from mvssl.training.step import TrainStep
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 
 @pytest.mark.parametrize(

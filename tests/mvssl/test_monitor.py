@@ -14,15 +14,12 @@ from PIL import Image
 from rich.console import Console
 
 from mvssl.distributed import World
-from mvssl.monitor.display.indexing import indexing_progress
-from mvssl.monitor.display.progress import LiveDisplay, PlainDisplay, Status, duration, make_display
-from mvssl.monitor.log import run_log
-from mvssl.monitor.pages.plots import plot_losses
-from mvssl.monitor.places.jsonl import JsonLines, complete_bytes, read_jsonl
-from mvssl.monitor.places.tensorboard import NoWriter, make_tensorboard_writer
-from mvssl.monitor.window import Window
+from mvssl.monitor.console import LiveDisplay, PlainDisplay, Status, duration, indexing_progress, make_display, run_log
+from mvssl.monitor.loggers import JsonLines, NoWriter, complete_bytes, make_tensorboard_writer, read_jsonl
+from mvssl.monitor.pictures import plot_losses
+from mvssl.training.metric_buffer import Window
 from mvssl.training.step import StepOutput
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 STATUS = Status(
     step=30,

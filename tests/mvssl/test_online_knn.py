@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvssl.evaluate.features.extract import extract_features
-from mvssl.evaluate.neighbours.online import check_knn_data, evaluate_knn
-from mvssl.recipe import Evaluation
-from pipelines.errors import InputError
+from mvssl.config.recipe import Evaluation
+from mvssl.evaluate.features import extract_features
+from mvssl.evaluate.online_knn import check_knn_data, evaluate_knn
+from pipelines.runtime import InputError
 from pipelines.storage import open_source
 
 EVALUATION = Evaluation(resize=32, crop=32, k=(3,))

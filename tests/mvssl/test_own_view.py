@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 
 from mvssl.cli import train as train_cli
-from mvssl.monitor.places.jsonl import read_jsonl
-from mvssl.networks.encoder import OnlineNetwork
-from mvssl.recipe_file import load_recipe
+from mvssl.models.encoder import OnlineNetwork
+from mvssl.monitor.loggers import read_jsonl
+from mvssl.recipes.files import load_recipe
 
 OWN = """
 base = "demo"

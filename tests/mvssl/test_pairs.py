@@ -9,8 +9,8 @@ import torch
 
 import mvssl
 from mvssl.methods import get_method, methods
-from mvssl.training.pairs import online_views, predictor_slots, target_views, task_pairs
-from pipelines.errors import InputError
+from mvssl.models.view_batching import online_views, predictor_slots, target_views, task_pairs
+from pipelines.runtime import InputError
 from pipelines.views.presets import paper_views
 from pipelines.views.spec import ViewSpec
 

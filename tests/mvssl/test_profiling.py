@@ -15,8 +15,10 @@ import torch
 from rich.console import Console
 from torch._C._autograd import DeviceType
 
-from mvssl.monitor.device import profiling
-from mvssl.monitor.device.profiling import (
+from mvssl.config.options import RunOptions
+from mvssl.config.recipe import Recipe
+from mvssl.monitor import profiling
+from mvssl.monitor.profiling import (
     Entry,
     Span,
     StepProfile,
@@ -27,11 +29,8 @@ from mvssl.monitor.device.profiling import (
     table,
     union,
 )
-from mvssl.recipe import Recipe
-from mvssl.runs.options import RunOptions
-from mvssl.trying.dry_run import dry_run
-from mvssl.trying.profile_run import profile_run
-from pipelines.errors import InputError
+from mvssl.training.preflight import dry_run, profile_run
+from pipelines.runtime import InputError
 
 SPANS = [Span("b", 4, 9), Span("a", 0, 2), Span("a", 1, 3), Span("c", 5, 6), Span("a", 20, 24)]
 
@@ -165,8 +164,8 @@ def test_a_dry_run_on_a_gpu_says_launches_and_what_holds_it(
         busy_milliseconds=60.0,
         entries=(),
     )
-    monkeypatch.setattr("mvssl.trying.dry_run.profile_steps", lambda step, **options: told)
-    monkeypatch.setattr("mvssl.trying.dry_run.on_gpu", lambda device: True)
+    monkeypatch.setattr("mvssl.training.preflight.profile_steps", lambda step, **options: told)
+    monkeypatch.setattr("mvssl.training.preflight.on_gpu", lambda device: True)
     dry_run(tiny_recipe, RunOptions(data=images, device="cpu"), Console(width=200))
     said = capsys.readouterr().out
     assert "2,500 a step, of 2,600 kernels" in said

@@ -13,15 +13,14 @@ import torch.distributed as dist
 from ranks import results, run_ranks
 
 from mvssl.cli.train import body
+from mvssl.config.options import RunOptions
+from mvssl.config.recipe import Evaluation, Recipe
 from mvssl.distributed import FailedElsewhere, join_world
-from mvssl.evaluate.features.extract import extract_features
-from mvssl.experiment import _paths
-from mvssl.recipe import Evaluation, Recipe
-from mvssl.runs.options import RunOptions
-from mvssl.training.trainer import run
-from pipelines.console import run_cli
-from pipelines.errors import InputError
-from pipelines.loading.substitute import too_many_bad
+from mvssl.evaluate.features import extract_features
+from mvssl.training.experiment import _paths
+from mvssl.training.run import run
+from pipelines.loading.fetch import too_many_bad
+from pipelines.runtime import InputError, run_cli
 from pipelines.storage import open_source
 
 

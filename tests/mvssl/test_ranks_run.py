@@ -17,9 +17,9 @@ import torch
 from ranks import Outcome, results, run_ranks
 from tiny_runs import STEPS, train
 
-from mvssl.monitor.places.jsonl import read_jsonl
-from mvssl.recipe import Backbone, Head, Recipe
-from mvssl.runs.serialize import to_dict
+from mvssl.config.recipe import Backbone, Head, Recipe
+from mvssl.config.serialize import to_dict
+from mvssl.monitor.loggers import read_jsonl
 from mvssl.training.step import TrainStep
 from pipelines.batch import ViewBatch
 from pipelines.loader import Loader

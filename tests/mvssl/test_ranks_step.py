@@ -11,9 +11,9 @@ import torch
 from ranks import results, run_ranks
 from torch import Tensor
 
+from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.distributed import World, join_world
 from mvssl.methods.mocov3 import pair_loss
-from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.training.step import TrainStep
 from pipelines.views.presets import asymmetric, byol_views, paper_views
 

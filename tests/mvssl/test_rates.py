@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from mvssl.networks.heads import MLP, PredictorBank
+from mvssl.config.recipe import Head, Optimizer
+from mvssl.models.heads import MLP, PredictorBank
 from mvssl.optim import apply_rates, build_optimizer, parameter_groups, weight_decay
-from mvssl.recipe import Head, Optimizer
 
 KINDS = ("lars", "sgd", "adamw")
 # (1 + cos(pi k / 8)) / 2 for k = 0 to 8, from the half-angle formulas: cos(pi / 8) = sqrt(2 + sqrt(2)) / 2.

@@ -11,7 +11,7 @@ import torch
 from recorded_operations import NotReady, assert_ready
 from torch import Tensor, nn
 
-from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.training.step import TrainStep
 from pipelines.views.presets import paper_views
 

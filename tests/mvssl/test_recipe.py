@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import mvssl
-from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.config.serialize import differences, from_dict, to_dict
+from mvssl.models.view_batching import task_pairs
 from mvssl.recipes import all_recipes, get_recipe
-from mvssl.runs.serialize import differences, from_dict, to_dict
-from mvssl.training.pairs import task_pairs
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from pipelines.views.presets import byol_views, mocov3_views, paper_views, simsiam_views
 from pipelines.views.spec import ViewSpec
 

@@ -10,11 +10,11 @@ import pytest
 
 import mvssl
 from mvssl.cli import train as train_cli
-from mvssl.recipe_file import is_recipe_file, resolve_recipe
+from mvssl.config.serialize import to_dict
 from mvssl.recipes import all_recipes, get_recipe
-from mvssl.runs.serialize import to_dict
+from mvssl.recipes.files import is_recipe_file, resolve_recipe
 from pipelines import InputError, ViewSpec
-from pipelines.console import run_cli
+from pipelines.runtime import run_cli
 
 WHOLE = """
 name = "own"

@@ -6,7 +6,7 @@ import pytest
 
 import mvssl
 from mvssl.cli import train as train_cli
-from mvssl.cli.recipe_table import count_views, published
+from mvssl.cli.help import count_views, published
 from mvssl.recipes import all_recipes
 
 

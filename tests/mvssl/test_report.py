@@ -17,16 +17,14 @@ import torch
 from PIL import Image
 from tiny_runs import train
 
+from mvssl.cli import doctor
 from mvssl.cli import train as train_cli
-from mvssl.monitor.pages.curves import log_ticks, number, svg, ticks
-from mvssl.monitor.pages.report import render
-from mvssl.monitor.places.jsonl import read_jsonl
-from mvssl.monitor.places.scalars import CsvWriter
-from mvssl.recipe import Recipe
+from mvssl.config.options import RunOptions
+from mvssl.config.recipe import Recipe
+from mvssl.monitor.loggers import CsvWriter, read_jsonl
+from mvssl.monitor.report import log_ticks, number, render, svg, ticks
 from mvssl.runs.folder import RunFolder
-from mvssl.runs.options import RunOptions
-from mvssl.trying import doctor
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
 

@@ -14,14 +14,14 @@ import torch
 from tiny_runs import STEPS, CrashError, crash_at, train
 
 import mvssl
-import mvssl.monitor.places.jsonl
-from mvssl.evaluate.neighbours.online import evaluate_knn
-from mvssl.monitor.places.jsonl import read_jsonl
-from mvssl.recipe import Optimizer, Recipe
+import mvssl.monitor.loggers
+from mvssl.config.recipe import Optimizer, Recipe
+from mvssl.evaluate.online_knn import evaluate_knn
+from mvssl.monitor.loggers import read_jsonl
 from mvssl.runs import checkpoint
 from mvssl.training import loop
 from mvssl.training.step import TrainStep
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 
 @pytest.mark.parametrize("crash", [1, 4, 6, 11])
@@ -129,7 +129,7 @@ def test_resuming_a_finished_run_changes_nothing(
     (out / "backbone.safetensors").unlink()  # a kill between checkpoint and export
     result = train(tiny_recipe, images, out, resume=True)
     assert result.steps == STEPS
-    assert result.knn == mvssl.monitor.places.jsonl.last_knn(finished / "metrics.jsonl")
+    assert result.knn == mvssl.monitor.loggers.last_knn(finished / "metrics.jsonl")
     ours, theirs = (safetensors.torch.load_file(run / "backbone.safetensors") for run in (out, finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import CrashError, crash_at, train
 
-from mvssl.recipe import Recipe
+from mvssl.config.recipe import Recipe
 from pipelines.batch import ViewBatch
 from pipelines.loader import Loader
 from pipelines.order import Order

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from mvssl.models.foreach_ops import lerp_, lerp_all_, subtract_, subtract_all_
 from mvssl.optim import learning_rate, target_decay
-from mvssl.optim.scaled import lerp_, lerp_all_, subtract_, subtract_all_
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from mvssl.networks.backbones import build_backbone, is_convolutional
-from mvssl.networks.small_resnets import NAMES
-from mvssl.recipe import Backbone
+from mvssl.config.recipe import Backbone
+from mvssl.models.backbones import build_backbone, is_convolutional
+from mvssl.models.small_resnets import NAMES
 from mvssl.weights.backbone_file import export_backbone, loading_code
 from mvssl.weights.export import export
-from mvssl.weights.subject import Measured, Subject, load_subject
-from pipelines.errors import InputError
+from mvssl.weights.load import Measured, Subject, load_subject
+from pipelines.runtime import InputError
 
 
 def theirs(name: str) -> nn.Module:

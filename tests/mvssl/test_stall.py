@@ -17,12 +17,12 @@ from fake_device import FakeDevice, needs_compiler
 from test_monitor import STATUS
 from tiny_runs import train
 
-from mvssl.monitor.device import device_clock
-from mvssl.monitor.device.device_clock import DeviceClock, Shares
-from mvssl.monitor.limits import what_limits
-from mvssl.monitor.places.jsonl import read_jsonl
-from mvssl.recipe import Recipe
-from pipelines.loading.stats import StageSeconds
+from mvssl.config.recipe import Recipe
+from mvssl.monitor import device_clock
+from mvssl.monitor.bottleneck import what_limits
+from mvssl.monitor.device_clock import DeviceClock, Shares
+from mvssl.monitor.loggers import read_jsonl
+from pipelines.loader import StageSeconds
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SECONDS = 2.0  # of a run under the clock: a thousand samples
@@ -414,7 +414,7 @@ class _Told:
 def test_a_run_writes_its_shares_and_ends_with_the_sentence(
     images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mvssl.monitor.monitor.DeviceClock", _Told)
+    monkeypatch.setattr("mvssl.training.monitor.DeviceClock", _Told)
     train(replace(tiny_recipe, epochs=1), images, tmp_path / "run")
     for row in read_jsonl(tmp_path / "run" / "throughput.jsonl"):
         assert (row["device_idle"], row["launching"]) == (0.9, 0.9)

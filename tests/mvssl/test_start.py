@@ -12,11 +12,11 @@ import torch
 from test_grouped_batchnorm import mvssl_test_own_norm
 from tiny_runs import train
 
-from mvssl.recipe import Backbone, Recipe
-from mvssl.runs.options import RunOptions
-from mvssl.training.compiled.compile_cache import FOLDERS, keep_compiled_code
-from mvssl.trying.memory import explain_out_of_memory
-from pipelines.errors import InputError
+from mvssl.config.options import RunOptions
+from mvssl.config.recipe import Backbone, Recipe
+from mvssl.training.compile import FOLDERS, keep_compiled_code
+from mvssl.training.memory import explain_out_of_memory
+from pipelines.runtime import InputError
 
 
 def test_parts_and_views_one_by_one_are_said(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:

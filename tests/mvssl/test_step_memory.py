@@ -12,15 +12,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from mvssl import experiment
+from mvssl.config.options import RunOptions
+from mvssl.config.recipe import Recipe
 from mvssl.distributed import World
-from mvssl.recipe import Recipe
-from mvssl.runs.options import RunOptions
-from mvssl.training.compiled.capture import WARM_UP
+from mvssl.training import experiment
+from mvssl.training import memory as step_memory
+from mvssl.training import preflight as batch_size
+from mvssl.training.cuda_graph import WARM_UP
+from mvssl.training.memory import peak_step_memory
 from mvssl.training.step import TrainStep
-from mvssl.trying import batch_size, step_memory
-from mvssl.trying.step_memory import peak_step_memory
-from pipelines.loading.cache_choice import Memory, keep_decoded, pixel_bytes
+from pipelines.loading.pixel_cache import Memory, keep_decoded, pixel_bytes
 from pipelines.storage import open_source
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -116,7 +117,7 @@ def test_a_batch_is_tried_as_it_will_be_trained(
 def test_a_cache_leaves_what_steps_need(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(images / "train")
     needed = int(pixel_bytes(source).sum())
-    monkeypatch.setattr("pipelines.loading.cache_choice.PixelStore", lambda sizes, device, on: device)
+    monkeypatch.setattr("pipelines.loading.pixel_cache.PixelStore", lambda sizes, device, on: device)
 
     def choose(choice: Any, steps: float) -> str:
         memory = Memory(host=needed, device=10 * needed, steps=int(steps * needed))

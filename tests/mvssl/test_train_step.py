@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvssl.networks.siamese import build_networks, initial_backbone
-from mvssl.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.models.encoder import build_networks, initial_backbone
 from mvssl.training.step import StepOutput, TrainStep
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from pipelines.views.presets import paper_views
 from pipelines.views.spec import ViewSpec
 

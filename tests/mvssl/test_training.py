@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from tiny_runs import STEPS, train
 
-from mvssl.monitor.places.jsonl import read_jsonl
-from mvssl.recipe import Recipe
+from mvssl.config.recipe import Recipe
+from mvssl.monitor.loggers import read_jsonl
 from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
 

@@ -13,11 +13,11 @@ import torch
 from tiny_runs import train
 
 import mvssl
-import mvssl.monitor.places.jsonl
-from mvssl.recipe import Recipe
+import mvssl.monitor.loggers
+from mvssl.config.recipe import Recipe
 from mvssl.runs import checkpoint
 from mvssl.training.step import TrainStep
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 
 def test_weights_that_are_not_finite_are_never_saved(

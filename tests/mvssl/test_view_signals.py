@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvssl.recipe import Head, Recipe
+from mvssl.config.recipe import Head, Recipe
+from mvssl.monitor.signals import agreement, view_signals
 from mvssl.training.step import TrainStep
-from mvssl.training.view_signals import agreement, view_signals
 from pipelines.views.presets import byol_views, paper_views
 
 HEADS = {"projector": Head(hidden=(16,), out=8), "predictor": Head(hidden=(16,), out=8)}

@@ -15,17 +15,16 @@ from checkpoint_samples import dino, moco_v2, moco_v3, put, random_backbone, rel
 from safetensors.torch import save_file
 from torch import nn
 
-from mvssl.networks.backbones import build_backbone
-from mvssl.networks.heads import MLP
-from mvssl.networks.siamese import build_networks
-from mvssl.recipe import Backbone, Head, Recipe
+from mvssl.config.recipe import Backbone, Head, Recipe
+from mvssl.models.backbones import build_backbone
+from mvssl.models.encoder import build_networks
+from mvssl.models.heads import MLP
 from mvssl.training.step import TrainStep
-from mvssl.weights.architecture import guess_architecture
 from mvssl.weights.backbone_file import export_backbone
+from mvssl.weights.formats import guess_architecture
 from mvssl.weights.init_from import init_from
-from mvssl.weights.read import read_weights
-from mvssl.weights.subject import Subject, load_subject
-from pipelines.errors import InputError
+from mvssl.weights.load import Subject, load_subject, read_weights
+from pipelines.runtime import InputError
 
 SIZE = 224
 
@@ -119,7 +118,7 @@ def test_torchvisions_transformer_gives_its_features(tmp_path: Path) -> None:
 
 
 def test_moco_v3s_small_transformer_has_twelve_heads(tmp_path: Path) -> None:
-    from mvssl.weights.naming import from_torchvision
+    from mvssl.weights.formats import from_torchvision
 
     model = torchvision_vit(12, 384)
     tensors = from_torchvision(model.state_dict())
@@ -255,7 +254,7 @@ def test_training_goes_on_from_the_releases_networks(tiny_recipe: Recipe, tmp_pa
     for task, mlp in predictors.items():
         heads |= put(f"predictors.{task}.", mlp.state_dict())
     held = release(put("", backbone.state_dict()), put("", backbone.state_dict()), heads, module=True)
-    init_from(step, tiny_recipe, write(tmp_path / "release.pth", held))
+    init_from(step.online, step.target, tiny_recipe, write(tmp_path / "release.pth", held))
     torch.testing.assert_close(features(step.online.backbone, size=32), features(backbone, size=32))
     z = torch.randn(4, tiny_recipe.projector.out)
     for slot, task in enumerate(step.online.predictors.tasks):
@@ -277,7 +276,7 @@ def test_heads_that_do_not_fit_begin_anew(
     backbone = random_backbone("test_resnet", seed=6)
     heads = put("projector.", MLP(step.online.feature_width, Head(hidden=(8,), out=4)).state_dict())
     held = release(backbone.state_dict(), backbone.state_dict(), heads, module=False)
-    init_from(step, tiny_recipe, write(tmp_path / "release.pth", held))
+    init_from(step.online, step.target, tiny_recipe, write(tmp_path / "release.pth", held))
     assert "taken over are online backbone of the paper's release; projector and predictors begin anew." in caplog.text
     assert all(torch.equal(value, before[name]) for name, value in step.online.predictors.state_dict().items())
 
@@ -294,7 +293,7 @@ def test_a_shared_predictor_without_bias_is_taken(tiny_recipe: Recipe, tmp_path:
     held = simsiam(backbone.state_dict())
     state = {name: tensor for name, tensor in held["state_dict"].items() if "predictor" not in name}
     state |= put("module.predictor.", {k: v for k, v in mlp.state_dict().items() if k != "3.bias"})
-    init_from(step, recipe, write(tmp_path / "simsiam.pth.tar", held | {"state_dict": state}))
+    init_from(step.online, step.target, recipe, write(tmp_path / "simsiam.pth.tar", held | {"state_dict": state}))
     z = torch.randn(4, recipe.projector.out)
     torch.testing.assert_close(step.online.predictors.eval()(z[None], (0,))[0], mlp(z))
 
@@ -302,4 +301,4 @@ def test_a_shared_predictor_without_bias_is_taken(tiny_recipe: Recipe, tmp_path:
 def test_exported_files_are_checked_for_their_architecture(tiny_recipe: Recipe, tmp_path: Path) -> None:
     export_backbone(random_backbone("resnet18", seed=1), "resnet18", tmp_path / "b.safetensors")
     with pytest.raises(InputError, match="holds a resnet18 but the recipe's backbone is test_resnet"):
-        init_from(step_of(tiny_recipe), tiny_recipe, tmp_path / "b.safetensors")
+        init_from(step_of(tiny_recipe).online, None, tiny_recipe, tmp_path / "b.safetensors")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import mvssl
-from mvssl.recipe import Recipe
+from mvssl.config.recipe import Recipe
 from mvssl.training.step import TrainStep
 
 STEPS = 12  # 3 epochs of 4 steps, see conftest

@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mvssl.recipe import Head, Recipe
+from mvssl.config.recipe import Head, Recipe
 
 Terms = Mapping[tuple[int, int], Tensor]
 """Loss of each pair by (online view, target view)."""

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvssl.networks.heads import MLP, PredictorBank
-from mvssl.networks.stacked import StackedLayerNorm
-from mvssl.recipe import Head
-from pipelines.errors import InputError
+from mvssl.config.recipe import Head
+from mvssl.models.heads import MLP, PredictorBank, StackedLayerNorm
+from pipelines.runtime import InputError
 
 TASKS = ("global", "local", "cutout")
 SLOTS = (0, 0, 1, 1, 2)

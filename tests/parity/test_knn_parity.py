@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mvssl.evaluate.neighbours.knn import knn_accuracy
-from pipelines.errors import InputError
+from mvssl.evaluate.knn import knn_accuracy
+from pipelines.runtime import InputError
 
 
 def loop_accuracy(

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvssl.networks.stacked import StackedBatchNorm, StackedLinear
+from mvssl.config.recipe import Optimizer
+from mvssl.models.heads import StackedBatchNorm, StackedLinear
 from mvssl.optim import LARS, apply_rates, build_optimizer, parameter_groups
-from mvssl.recipe import Optimizer
 
 
 class Net(nn.Module):

@@ -15,10 +15,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from mvssl.evaluate.accuracy import accuracy_of, wilson_interval
-from mvssl.evaluate.classifiers.linear_fit import Setting, fit, race, standardisation, stratified
-from mvssl.evaluate.neighbours.knn import knn_predictions, nearest_images
-from pipelines.errors import InputError
+from mvssl.evaluate.knn import knn_predictions, nearest_images
+from mvssl.evaluate.linear_fit import Setting, fit, race, standardisation, stratified
+from mvssl.evaluate.session import accuracy_of, wilson_interval
+from pipelines.runtime import InputError
 
 CLASSES, WIDTH = 4, 6
 GRID = [Setting(lr=lr, weight_decay=decay) for lr, decay in itertools.product((0.01, 0.3), (0.0, 0.05))]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mvssl.config.recipe import Recipe
 from mvssl.methods import get_method
 from mvssl.methods.method import PairLoss
-from mvssl.recipe import Recipe
 from pipelines.views.presets import paper_views
 
 BATCH, KEYS, DIM = 4, 9, 5

@@ -18,7 +18,7 @@ from plain import Plain, Terms
 from torch import Tensor
 
 import mvssl.recipes
-from mvssl.recipe import Backbone, Evaluation, Head, Recipe
+from mvssl.config.recipe import Backbone, Evaluation, Head, Recipe
 from mvssl.training.step import TrainStep
 from pipelines.views.presets import asymmetric, paper_views
 from pipelines.views.spec import ViewSpec

@@ -14,8 +14,8 @@ from torchvision.transforms import v2
 
 from benchmarks.contenders.baselines.torchvision_views import BICUBIC, MEAN, STD, torchvision_view
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
-from pipelines.views.center import center_views
 from pipelines.views.native.engine import native_obstacle
+from pipelines.views.reference.crop_resize import center_views
 
 IMAGES = hard_images()
 BATCH = DecodedBatch.from_images(IMAGES, index=range(len(IMAGES)))

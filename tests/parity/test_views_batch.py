@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
-from pipelines.views.ops._device import channels
-from pipelines.views.ops.crop_resize import resize
 from pipelines.views.params import ViewParams
+from pipelines.views.reference.crop_resize import resize
+from pipelines.views.reference.device import channels
 from pipelines.views.spec import IMAGENET_MEAN
 
 IMAGES = hard_images()

@@ -36,7 +36,7 @@ def loader_of(source: MemorySource, *, batch_size: int = BATCH, order: Order | N
 
 
 class Clock:
-    """Stands in for the module `time` in `pipelines.loading.prefetch`: time passes only where a test says so."""
+    """Stands in for the module `time` in `pipelines.loading.threads`: time passes only where a test says so."""
 
     def __init__(self) -> None:
         self._now = 0.0

@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pipelines.console import run_cli
-from pipelines.errors import InputError
+from pipelines.runtime import InputError, run_cli
 
 
 def failing(error: BaseException) -> Callable[[], None]:

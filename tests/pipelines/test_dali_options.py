@@ -12,7 +12,7 @@ import torch
 from decode_samples import encode, needs_dali, picture
 
 from pipelines.decode import DaliOptions, make_decoder
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 MEAN, MOST = 0.5, 4
 """Bar in 1/255 between nvJPEG and libjpeg: both round the inverse transform and the colours, each in its own way."""

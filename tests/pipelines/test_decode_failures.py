@@ -26,7 +26,7 @@ from PIL import Image
 
 from pipelines import decode
 from pipelines.decode import Decoder, default_threads, make_decoder
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 
 @pytest.fixture(

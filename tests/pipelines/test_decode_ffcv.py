@@ -12,7 +12,7 @@ from loader_samples import loader_of, source_with
 from other_threads import share_of_ticks
 
 from pipelines.decode import Decoder, ffcv, make_decoder
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 
 def both(threads: int = 2) -> tuple[ffcv.FfcvDecoder, Decoder]:

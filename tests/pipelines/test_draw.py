@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import InputError, ViewSpec, draw, paper_views
-from pipelines.views.check_params import check_params
 from pipelines.views.params import ViewParams
+from pipelines.views.sampling import check_params
 
 SPECS = paper_views()
 SIZES = torch.randint(20, 600, (40, 2), generator=torch.Generator().manual_seed(0))

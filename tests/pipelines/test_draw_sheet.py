@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageColor
 
 import mvssl
-from mvssl.runs.serialize import to_dict
+from mvssl.config.serialize import to_dict
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw
 from pipelines.views.sheet import view_sheet
 from tools.view_sheet import Options, run

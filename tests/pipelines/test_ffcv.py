@@ -13,7 +13,7 @@ from ffcv_programs import MODES, ffcv_read, ffcv_write, needs_ffcv
 from PIL import Image
 
 from pipelines.decode.pillow import decode_one
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from pipelines.storage.beton import BetonSource
 from tools.convert import Convert, convert

@@ -14,11 +14,11 @@ from loader_samples import BAD, BATCH, COUNT, SEED, SPECS, loader_of, source_wit
 
 from pipelines.batch import DecodedBatch, ViewBatch
 from pipelines.decode.pillow import decode_one
-from pipelines.errors import InputError
 from pipelines.loader import Loader
 from pipelines.order import Order
-from pipelines.views.draw import draw
+from pipelines.runtime import InputError
 from pipelines.views.engine import ViewEngine
+from pipelines.views.sampling import draw
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 

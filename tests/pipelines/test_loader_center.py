@@ -16,8 +16,8 @@ from decode_samples import MemorySource, jpegs, needs_dali
 from PIL import Image
 
 from pipelines.decode import DecodeOptions
-from pipelines.errors import InputError
-from pipelines.evaluation import iterate_center
+from pipelines.loading.eval_loader import iterate_center
+from pipelines.runtime import InputError
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD
 
 

@@ -106,7 +106,7 @@ def test_another_epoch_ends_the_one_before() -> None:
 
 def test_the_wait_for_a_slow_source_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr("pipelines.loading.prefetch.time", clock)
+    monkeypatch.setattr("pipelines.loading.threads.time", clock)
 
     class Slow(MemorySource):
         def read(self, index: int) -> np.ndarray:

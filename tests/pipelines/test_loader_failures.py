@@ -11,8 +11,8 @@ import pytest
 from decode_samples import MemorySource, jpegs
 from loader_samples import BAD, BATCH, COUNT, SEED, loader_of, source_with
 
-from pipelines.errors import InputError
 from pipelines.order import Order
+from pipelines.runtime import InputError
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 

@@ -12,7 +12,7 @@ from collections.abc import Generator
 import pytest
 from loader_samples import Clock
 
-from pipelines.loading.prefetch import Prefetcher
+from pipelines.loading.threads import Prefetcher
 
 
 def threads_alive() -> list[str]:
@@ -98,7 +98,7 @@ def test_the_consumers_wait_is_measured_and_not_the_producers_work(
     monkeypatch: pytest.MonkeyPatch, awaited: bool
 ) -> None:
     clock, counting = Clock(), Counting(3)
-    monkeypatch.setattr("pipelines.loading.prefetch.time", clock)
+    monkeypatch.setattr("pipelines.loading.threads.time", clock)
 
     def items() -> Generator[int, None, None]:
         numbers = counting()
@@ -116,7 +116,7 @@ def test_the_consumers_wait_is_measured_and_not_the_producers_work(
 
 def test_the_interpreter_ends_with_a_full_queue() -> None:
     program = (
-        "import itertools\nfrom pipelines.loading.prefetch import Prefetcher\n"
+        "import itertools\nfrom pipelines.loading.threads import Prefetcher\n"
         "p = Prefetcher((n for n in itertools.count()), depth=2, name='full')\nprint(next(p), flush=True)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)

@@ -12,10 +12,9 @@ import torch
 from loader_samples import BATCH, COUNT, loader_of, source_with
 
 import pipelines.loader
-import pipelines.loading.decoded_ahead
 from pipelines.loader import Loader
 from pipelines.loading.fetch import Fetcher
-from pipelines.loading.prefetch import Prefetcher
+from pipelines.loading.threads import Prefetcher
 
 STEPS = COUNT // BATCH
 SLOW = 0.15  # seconds: many times what a stage takes for such a batch
@@ -35,8 +34,8 @@ def at_stages(monkeypatch: pytest.MonkeyPatch, act: Callable[[str, int], object]
 
         monkeypatch.setattr(owner, name, acting)
 
-    before(pipelines.loading.decoded_ahead, "usable_indices", "read")
-    before(pipelines.loading.decoded_ahead, "fetch_complete", "decode")
+    before(pipelines.loader, "usable_indices", "read")
+    before(pipelines.loader, "fetch_complete", "decode")
     before(pipelines.loader, "draw", "views")
 
 
@@ -168,8 +167,8 @@ def _first(loader: Loader) -> Any:
 def test_what_hangs_is_named_once(
     stage: str, words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pipelines.loading.prefetch._PATROL", 0.05)
-    monkeypatch.setattr("pipelines.loading.prefetch._LONG", 0.3)
+    monkeypatch.setattr("pipelines.loading.threads._PATROL", 0.05)
+    monkeypatch.setattr("pipelines.loading.threads._LONG", 0.3)
     go_on = threading.Event()
 
     def hang(at: str, number: int) -> None:

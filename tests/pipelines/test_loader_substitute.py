@@ -20,9 +20,8 @@ from decode_samples import (
 from loader_samples import loader_of
 
 from pipelines.batch import DecodedBatch
-from pipelines.errors import InputError
-from pipelines.loading.fetch import Fetched
-from pipelines.loading.substitute import fetch_complete, too_many_bad
+from pipelines.loading.fetch import Fetched, fetch_complete, too_many_bad
+from pipelines.runtime import InputError
 
 
 class Fetch:

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from other_threads import share_of_ticks
 from torch import Tensor
 
-from pipelines import DecodedBatch, InputError, ViewSpec, c_library, draw, paper_views
-from pipelines.views import check_params as checks
+from pipelines import DecodedBatch, InputError, ViewSpec, draw, paper_views
+from pipelines import runtime as c_library
 from pipelines.views import presets
-from pipelines.views.check_params import check_params
-from pipelines.views.draw import draw_reference
+from pipelines.views import sampling as checks
 from pipelines.views.fused import jobs
 from pipelines.views.fused.jobs import COLUMNS, Jobs, make_jobs, make_jobs_reference
 from pipelines.views.native import draws
 from pipelines.views.native.draws import draw_native, fit_native
 from pipelines.views.params import SHAPES, ViewParams
+from pipelines.views.sampling import check_params, draw_reference
 
 SOURCES = (draws._SOURCE, jobs._SOURCE)
 needs_compiler = pytest.mark.skipif(

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.storage import random_access
-from pipelines.storage.random_access import RandomAccessFile, pieces
+from pipelines.storage import batch_read as random_access
+from pipelines.storage.batch_read import RandomAccessFile, pieces
 
 MIB = 1 << 20
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import pytest
 from decode_samples import MemorySource, jpegs
 
-from pipelines.errors import InputError
-from pipelines.loading.read_ahead import ReadAhead
+from pipelines.loading.threads import ReadAhead
+from pipelines.runtime import InputError
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -83,7 +83,7 @@ def test_what_may_be_used_for_long_is_kept_for_long() -> None:
 
 def test_an_interpreter_ends_although_nobody_closes_it() -> None:
     code = (
-        "import threading, time; from pipelines.loading.read_ahead import ReadAhead\n"
+        "import threading, time; from pipelines.loading.threads import ReadAhead\n"
         "class Slow:\n"
         "    def will_need(self, indices): began.set(); time.sleep(60)\n"
         "began = threading.Event()\n"

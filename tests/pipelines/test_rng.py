@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pipelines import InputError
-from pipelines.views import exact, rng
+from pipelines.views import portable_math as exact
+from pipelines.views import randomness as rng
 
 ALL = 0xFFFFFFFF
 

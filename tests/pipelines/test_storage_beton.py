@@ -14,9 +14,9 @@ from beton_samples import COUNT, make_beton, with_pixels
 from loader_samples import SPECS
 
 from pipelines.decode import DecodeOptions, make_decoder
-from pipelines.errors import InputError
 from pipelines.loader import Loader
 from pipelines.order import Order
+from pipelines.runtime import InputError
 from pipelines.storage import open_source, split_paths
 from pipelines.storage.beton import BetonSource
 from pipelines.storage.beton_format import ALLOCATION, FIELD, HEADER, IMAGE_KIND, page_bytes, record_dtype

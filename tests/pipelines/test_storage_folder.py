@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from pipelines.storage import align_labels, folder, open_source, split_paths
-from pipelines.storage.cache import cache_file
+from pipelines.storage.file_index import cache_file
 
 
 @pytest.fixture(autouse=True)

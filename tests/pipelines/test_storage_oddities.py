@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipelines.cache_folder import cache_folder
-from pipelines.errors import InputError
-from pipelines.storage import listing, open_source, split_paths
-from pipelines.storage.cache import cache_file
+from pipelines.runtime import InputError, cache_folder
+from pipelines.storage import file_index as listing
+from pipelines.storage import open_source, split_paths
+from pipelines.storage.file_index import cache_file
 
 
 @pytest.fixture(autouse=True)

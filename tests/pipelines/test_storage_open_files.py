@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from tools.convert import Convert, convert
 

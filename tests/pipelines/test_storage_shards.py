@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from pipelines.storage.shards import ShardSource
 from tools.convert import Convert, convert

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from tools.coco_detection import CocoArguments, body, settings
 
 ROOT = Path(__file__).resolve().parent.parent.parent

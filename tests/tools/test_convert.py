@@ -182,7 +182,7 @@ def test_list_and_shards_as_source(run: Run, folder: Path, tmp_path: Path) -> No
 
 
 def test_plain_progress_lines(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.conversion.progress._LINE_EVERY", 0.0)
+    monkeypatch.setattr("pipelines.conversion.progress._LINE_EVERY", 0.0)
     outcome = run(folder, tmp_path / "d", "--workers", 1)
     lines = outcome.err.splitlines()
     assert any(line.startswith("converting: 20 of 40 images, ") for line in lines)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.errors import InputError
+from pipelines.conversion.class_files import read_classes
+from pipelines.runtime import InputError
 from pipelines.storage import open_source
-from tools.conversion.class_files import read_classes
 from tools.convert import Convert, convert
 
 WNIDS = ["n01440764", "n01443537", "n02105855"]

@@ -13,13 +13,13 @@ import pytest
 from convert_runs import COUNT, Run, digests
 from PIL import Image
 
+from pipelines.conversion import beton_writer as beton_form
+from pipelines.conversion import conversion
+from pipelines.conversion.beton_writer import BetonWriter, suit_ffcv
+from pipelines.conversion.verify import WarningLog, check
 from pipelines.decode.pillow import decode_one
 from pipelines.storage import open_source
 from pipelines.storage.beton import BetonSource
-from tools.conversion import beton_form, conversion
-from tools.conversion.beton_samples import suit_ffcv
-from tools.conversion.beton_writer import BetonWriter
-from tools.conversion.verify import WarningLog, check
 
 ARGUMENTS = ("--format", "beton")
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from convert_runs import COUNT, Run, digests
 
+from pipelines.conversion.destination import Destination
 from pipelines.storage import open_source
 from pipelines.storage.folder import FolderSource
-from tools.conversion.destination import Destination
 
 FOREIGN = {
     "web app": '{"name": "app", "icons": []}',

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from pipelines.conversion.conversion import shard_bounds
+from pipelines.conversion.sources import member_keys
+from pipelines.conversion.verify import has_end_marker
 from pipelines.decode.pillow import decode_one
 from pipelines.storage import open_source
 from pipelines.storage.shards import ShardSource
-from tools.conversion.conversion import shard_bounds
-from tools.conversion.member_keys import member_keys
-from tools.conversion.verify import has_end_marker
 from tools.convert import Convert, convert, main
 
 

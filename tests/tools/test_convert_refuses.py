@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from convert_runs import COUNT, Run, digests
 
+from pipelines.conversion import conversion as conversion_module
+from pipelines.conversion.destination import Destination
 from pipelines.storage import open_source
-from tools.conversion import conversion as conversion_module
-from tools.conversion.destination import Destination
 
 
 def test_disk_that_is_too_small_is_refused_at_once(

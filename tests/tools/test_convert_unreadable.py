@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from convert_runs import COUNT, Run, digests
 
+from pipelines.conversion import verify as reading
 from pipelines.storage import open_source
 from pipelines.storage.folder import FolderSource
-from tools.conversion import reading
 
 Failing = Callable[[int], bool]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from tools.demo_images import CLASSES, SHAPES, TEXTURES, class_name, draw_image, gauge, wave
 from tools.make_demo_dataset import DemoDataset, make_demo_dataset
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from tools.demo_summary import FILES, summary
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.batch import DecodedBatch
-from pipelines.views.ops import crop_resize
 from pipelines.views.params import ViewParams
+from pipelines.views.reference import crop_resize
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
 
 Photometric = Callable[[Tensor, Tensor], Tensor]

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contenders.baselines.torchvision_loader import photometric_transform
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
 
 # Any: not installed where types are checked.

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from mvssl.config.options import autocast_dtype
+from mvssl.config.recipe import Optimizer, Recipe
 from mvssl.methods import get_method
-from mvssl.networks.backbones import build_backbone, feature_width
-from mvssl.networks.encoder import OnlineNetwork
-from mvssl.networks.heads import MLP
+from mvssl.models.backbones import build_backbone, feature_width
+from mvssl.models.encoder import OnlineNetwork
+from mvssl.models.heads import MLP
+from mvssl.models.view_batching import online_views, predictor_slots, target_views, task_pairs
 from mvssl.optim import apply_rates, target_decay
-from mvssl.recipe import Optimizer, Recipe
-from mvssl.training.objective import needs_target_network
-from mvssl.training.pairs import online_views, predictor_slots, target_views, task_pairs
-from mvssl.training.precision import autocast_dtype
-from pipelines.errors import invalid
+from mvssl.training.step import needs_target_network
+from pipelines.runtime import invalid
 from pipelines.views.spec import tasks
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mvssl.evaluate.compare import plot, summarise
-from pipelines.errors import InputError
+from pipelines.runtime import InputError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,10 @@ from typing import Annotated
 import tyro
 
 from mvssl.cli.evaluations.report import accuracy_cells, print_accuracy_table
-from mvssl.evaluate.classifiers.finetune import LabelledPart, finetune
-from mvssl.evaluate.classifiers.supervised import Supervision
-from mvssl.evaluate.computing import Computing
-from mvssl.evaluate.session import EvalOptions, open_session
-from mvssl.weights.subject import Subject
+from mvssl.evaluate.finetune import LabelledPart, finetune
+from mvssl.evaluate.session import Computing, EvalOptions, open_session
+from mvssl.evaluate.supervised import Supervision
+from mvssl.weights.load import Subject
 
 _DEFAULT = Supervision(epochs=30, batch_size=256, lr=0.05, weight_decay=1e-4)
 

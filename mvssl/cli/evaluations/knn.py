@@ -9,11 +9,10 @@ from typing import Annotated
 import tyro
 
 from mvssl.cli.evaluations.report import print_accuracy_table
-from mvssl.evaluate.computing import Computing
-from mvssl.evaluate.neighbours.knn_grid import knn_grid, neighbour_sheet, plain_accuracy
-from mvssl.evaluate.session import EvalOptions, open_session
-from mvssl.weights.subject import Subject
-from pipelines.errors import invalid
+from mvssl.evaluate.knn import knn_grid, neighbour_sheet, plain_accuracy
+from mvssl.evaluate.session import Computing, EvalOptions, open_session
+from mvssl.weights.load import Subject
+from pipelines.runtime import invalid
 
 
 @dataclass(frozen=True, kw_only=True)

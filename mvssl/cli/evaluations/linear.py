@@ -10,11 +10,10 @@ from typing import Annotated, Literal
 import tyro
 
 from mvssl.cli.evaluations.report import accuracy_cells, print_accuracy_table
-from mvssl.evaluate.classifiers.linear import FastLinear, fast_linear, release_linear
-from mvssl.evaluate.classifiers.supervised import Supervision
-from mvssl.evaluate.computing import Computing
-from mvssl.evaluate.session import EvalOptions, open_session
-from mvssl.weights.subject import Subject
+from mvssl.evaluate.linear import FastLinear, fast_linear, release_linear
+from mvssl.evaluate.session import Computing, EvalOptions, open_session
+from mvssl.evaluate.supervised import Supervision
+from mvssl.weights.load import Subject
 
 
 @dataclass(frozen=True, kw_only=True)

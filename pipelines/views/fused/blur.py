@@ -15,7 +15,7 @@ from pipelines.views.fused.columns import (
     THRESHOLD,
     WIDTH_OF_TABLE,
 )
-from pipelines.views.ops._triton import jit
+from pipelines.views.reference.device import jit
 
 
 @jit

@@ -18,12 +18,12 @@ from pipelines.views.fused.columns import (
     THRESHOLD,
     WIDTH_OF_TABLE,
 )
-from pipelines.views.ops._triton import jit
-from pipelines.views.ops.cutout import cutout_device
-from pipelines.views.ops.grayscale import grayscale_device
-from pipelines.views.ops.jitter import jitter_device
-from pipelines.views.ops.normalize import normalize_device, to_float_device
-from pipelines.views.ops.solarize import solarize_device
+from pipelines.views.reference.cutout import cutout_device
+from pipelines.views.reference.device import jit
+from pipelines.views.reference.grayscale import grayscale_device
+from pipelines.views.reference.jitter import jitter_device
+from pipelines.views.reference.normalize import normalize_device, to_float_device
+from pipelines.views.reference.solarize import solarize_device
 
 
 @jit

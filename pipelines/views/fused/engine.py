@@ -14,8 +14,8 @@ from pipelines.views.fused.blur import along_kernel, down_kernel
 from pipelines.views.fused.color import color_kernel
 from pipelines.views.fused.jobs import Jobs, make_jobs
 from pipelines.views.fused.resize import columns_kernel, rows_kernel, weights_kernel
-from pipelines.views.ops._device import upload
 from pipelines.views.params import ViewParams
+from pipelines.views.reference.device import upload
 from pipelines.views.spec import ViewSpec
 
 _IMAGES = 256
@@ -56,7 +56,7 @@ LAUNCHES = {
 def make_views(
     batch: DecodedBatch, specs: Sequence[ViewSpec], params: ViewParams, *, dtype: torch.dtype
 ) -> list[Tensor]:
-    """Make all views of a batch; as `pipelines.views.reference.make_views`, which says what the arguments are.
+    """Make all views of a batch; as `pipelines.views.reference.engine.make_views`, which says what the arguments are.
 
     The host waits for nothing. The views share one buffer. What lies between the kernels takes about 3 MB an image of
     the paper's views, for at most `_IMAGES` images at a time.

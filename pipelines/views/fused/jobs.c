@@ -4,7 +4,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "../exact.h"
+#include "../portable_math.h"
 
 enum { COLUMNS = 27, FACTORS = 4, MOST_TAPS = 4096 };
 

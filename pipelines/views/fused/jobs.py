@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import DecodedBatch
-from pipelines.c_library import load_library
-from pipelines.views.ops.blur import kernel_half
-from pipelines.views.ops.jitter import operations
+from pipelines.runtime import load_library
 from pipelines.views.params import ViewParams
+from pipelines.views.reference.blur import kernel_half
+from pipelines.views.reference.jitter import operations
 from pipelines.views.spec import ViewSpec
 
 COLUMNS = (

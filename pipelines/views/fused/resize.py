@@ -28,11 +28,11 @@ from pipelines.views.fused.columns import (
     WIDTH,
     WIDTH_OF_TABLE,
 )
-from pipelines.views.ops._triton import jit
-from pipelines.views.ops.cutout import cutout_device
-from pipelines.views.ops.grayscale import luma_device
-from pipelines.views.ops.jitter import jitter_device
-from pipelines.views.ops.normalize import to_float_device
+from pipelines.views.reference.cutout import cutout_device
+from pipelines.views.reference.device import jit
+from pipelines.views.reference.grayscale import luma_device
+from pipelines.views.reference.jitter import jitter_device
+from pipelines.views.reference.normalize import to_float_device
 
 
 @jit

@@ -6,7 +6,7 @@
 #include <math.h>
 #include <stdint.h>
 
-#include "../exact.h"
+#include "../portable_math.h"
 
 enum { ATTEMPTS = 10 };
 enum { CROP = 0, CUTOUT = 10, FLIP = 20, JITTER = 21, GRAYSCALE = 23, BLUR = 24, SOLARIZE = 25 }; /* rng.py's Slot */

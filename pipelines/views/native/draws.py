@@ -1,4 +1,4 @@
-"""Decisions drawn in C: `pipelines.views.draw.draw_reference` in one call, the same bits, without Python's lock."""
+"""Decisions drawn in C: `pipelines.views.sampling.draw_reference` in one call, the same bits, without Python's lock."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.c_library import load_library
-from pipelines.views import exact
+from pipelines.runtime import load_library
+from pipelines.views import portable_math as exact
 from pipelines.views.params import SHAPES, ViewParams
 from pipelines.views.spec import ViewSpec
 

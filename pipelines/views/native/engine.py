@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import DecodedBatch
-from pipelines.c_library import load_library
-from pipelines.errors import InputError
-from pipelines.views.ops.blur import kernel_half
-from pipelines.views.ops.jitter import operations
+from pipelines.runtime import InputError, load_library
 from pipelines.views.params import ViewParams
+from pipelines.views.reference.blur import kernel_half
+from pipelines.views.reference.jitter import operations
 from pipelines.views.spec import ViewSpec
 
 _SOURCE = Path(__file__).with_name("views.c")
@@ -58,7 +57,7 @@ def native_obstacle() -> str | None:
 def make_views(
     batch: DecodedBatch, specs: Sequence[ViewSpec], params: ViewParams, *, dtype: torch.dtype
 ) -> list[Tensor]:
-    """Make all views of a batch on the CPU; as `pipelines.views.reference.make_views`, with the same bits.
+    """Make all views of a batch on the CPU; as `pipelines.views.reference.engine.make_views`, with the same bits.
 
     Raises:
         InputError: the library could not be built, or not with float16.

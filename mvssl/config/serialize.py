@@ -1,0 +1,141 @@
+"""A recipe as plain JSON values and back; and what differs between two."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from mvssl.config.recipe import Recipe
+from pipelines.runtime import InputError, invalid
+
+T = TypeVar("T")
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON values (tuples become lists)."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return plain
+
+
+def flatten(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted field, value) for every leaf of a recipe's plain form; list items are numbered."""
+    for key, value in plain.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            yield from flatten({str(i): item for i, item in enumerate(value)}, f"{name}.")
+        else:
+            yield name, value
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Say in words which fields differ between two plain recipes, e.g. ``epochs: 10 -> 20``."""
+    was, now = dict(flatten(old)), dict(flatten(new))
+    absent = "(absent)"
+    return [
+        f"{name}: {was.get(name, absent)!r} -> {now.get(name, absent)!r}"
+        for name in dict.fromkeys([*was, *now])
+        if was.get(name, absent) != now.get(name, absent)
+    ]
+
+
+def from_dict(plain: Mapping[str, Any], *, null_word: str | None = None) -> Recipe:
+    """The recipe of its plain form; the inverse of `to_dict`.
+
+    Args:
+        plain: the plain form, fields with a default may be absent.
+        null_word: a text that stands for None in fields that may be None, for formats that have no null.
+
+    Raises:
+        InputError: a field is unknown to this version of mvssl, is missing, has a value of the wrong type, or a value a
+            recipe must not have.
+    """
+    return build(Recipe, plain, "recipe", null_word=null_word)
+
+
+def build(kind: type[T], plain: Any, where: str, *, null_word: str | None = None) -> T:
+    """Build the dataclass `kind` from a mapping of its fields, nested ones included; `where` names it in errors.
+
+    Raises:
+        InputError: as `from_dict`.
+    """
+    if not isinstance(plain, Mapping):
+        raise invalid(where, plain, f"a table of {kind.__name__}'s fields", "write it as a table (an object in JSON)")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(plain) - set(hints))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], hints, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else "take it out, or use the version of mvssl that wrote it."
+        raise InputError(f"{where} has the unknown field {unknown[0]!r} but may only have {', '.join(hints)}: {remedy}")
+    required = [field.name for field in dataclasses.fields(typing.cast("Any", kind)) if _is_required(field)]
+    missing = [name for name in required if name not in plain]
+    if missing:
+        raise InputError(f"{where} lacks {', '.join(missing)}: add what is missing.")
+    return kind(**{name: _value(hints[name], value, f"{where}.{name}", null_word) for name, value in plain.items()})
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    """Whether a dataclass cannot be built without this field."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _value(hint: Any, value: Any, where: str, null_word: str | None) -> Any:
+    """Turn one plain value into what the type hint says, or raise InputError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (null_word is not None and value == null_word):
+            return None
+        return _value(next(kind for kind in arguments if kind is not type(None)), value, where, null_word)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise invalid(where, value, f"one of {', '.join(arguments)}", "choose one")
+        return value
+    if origin is tuple:
+        return _tuple(arguments, value, where, null_word)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise invalid(where, value, "a table", "write it as a table (an object in JSON)")
+        return {key: _value(arguments[1], item, f"{where}.{key}", null_word) for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast("type[Any]", hint), value, where, null_word=null_word)
+    return _scalar(hint, value, where)
+
+
+def _tuple(kinds: tuple[Any, ...], value: Any, where: str, null_word: str | None) -> tuple[Any, ...]:
+    """Turn a list into a tuple of these kinds (`kind, ...` is one of any length)."""
+    any_length = kinds[-1] is Ellipsis
+    if not isinstance(value, list):
+        of_tables = dataclasses.is_dataclass(kinds[0])
+        remedy = "write it as a list of tables, [[...]] in TOML" if of_tables else "write it in brackets, as [1, 2]"
+        raise invalid(where, value, "a list", remedy)
+    if not any_length and len(value) != len(kinds):
+        raise invalid(where, value, f"a list of {len(kinds)}", f"give {len(kinds)} values")
+    each = [kinds[0]] * len(value) if any_length else kinds
+    return tuple(
+        _value(kind, item, f"{where}[{i}]", null_word) for i, (kind, item) in enumerate(zip(each, value, strict=True))
+    )
+
+
+def _scalar(kind: type, value: Any, where: str) -> Any:
+    """Check a text, truth value or number; whole numbers are numbers, truth values are not."""
+    if kind is float:
+        if isinstance(value, float):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+            return float(value)
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    allowed, remedy = {
+        str: ("a text", "put it in quotation marks"),
+        bool: ("true or false", "write it without quotation marks"),
+        int: ("a whole number", "write it without quotation marks and decimal point"),
+        float: ("a number", "write it without quotation marks"),
+    }[kind]
+    raise invalid(where, value, allowed, remedy)

@@ -1,0 +1,268 @@
+"""Linear classifiers on frozen features: many settings of learning rate and weight decay trained as one problem.
+
+All settings see the same batches. Their weights lie side by side, [D, G * C], so that a step of all of them is one
+matrix product forward and one for the gradient, which is written down instead of recorded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipelines.runtime import InputError, invalid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What one classifier is trained with.
+
+    Attributes:
+        lr: peak learning rate, for the batch as it is.
+        weight_decay: L2 penalty weight_decay / 2 * |W|^2 on weights, not on biases.
+    """
+
+    lr: float
+    weight_decay: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise invalid("lr", self.lr, "a number above 0", "the release uses 0.005")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise invalid("weight_decay", self.weight_decay, "0 or more", "the release uses 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifiers:
+    """G linear classifiers of C classes.
+
+    Attributes:
+        weight: float [G, D, C], of standardised features.
+        bias: float [G, C].
+        mean: float [D], subtracted from features first.
+        scale: float [D], what they are multiplied by then.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    scale: Tensor
+
+    def scores(self, features: Tensor, setting: int) -> Tensor:
+        """Logits [M, C] of features [M, D] by one of the classifiers."""
+        x = (features.to(self.mean) - self.mean) * self.scale  # [M, D]
+        return x @ self.weight[setting] + self.bias[setting]
+
+    def ranked(self, features: Tensor, setting: int, *, chunk: int = 8192) -> Tensor:
+        """int64 [M, min(5, C)]: the classes of each image, the best first."""
+        count = min(5, self.bias.shape[1])
+        parts = [
+            self.scores(features[at : at + chunk], setting).topk(count, dim=1).indices
+            for at in range(0, len(features), chunk)
+        ]
+        return torch.cat(parts)
+
+    def right(self, features: Tensor, labels: Tensor, *, chunk: int = 8192) -> Tensor:
+        """float64 [G]: share of the images that each classifies right; 0 for one that has diverged."""
+        groups, width, classes = self.weight.shape
+        flat = self.weight.transpose(0, 1).reshape(width, groups * classes)
+        hits = torch.zeros(groups, dtype=torch.float64, device=labels.device)
+        for at in range(0, len(features), chunk):
+            x = (features[at : at + chunk].to(self.mean) - self.mean) * self.scale
+            scores = torch.addmm(self.bias.flatten(), x, flat).view(len(x), groups, classes)
+            hits += (scores.argmax(dim=2) == labels[at : at + chunk, None]).sum(dim=0)
+        sound = self.weight.isfinite().flatten(1).all(dim=1) & self.bias.isfinite().all(dim=1)
+        return torch.where(sound, hits / len(features), 0.0)
+
+
+def standardisation(features: Tensor, *, chunk: int = 8192) -> tuple[Tensor, Tensor]:
+    """Mean [D] and 1 / standard deviation [D] of features [N, D], float32; a feature that never varies gets 1.
+
+    The release takes them from the validation split, which is a look at the answers (SPEC section 6): these are of the
+    features that the classifier is trained on.
+    """
+    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+    for at in range(0, len(features), chunk):
+        total += features[at : at + chunk].double().sum(dim=0)
+    mean = total / len(features)
+    squares = torch.zeros_like(total)
+    for at in range(0, len(features), chunk):
+        squares += (features[at : at + chunk].double() - mean).square().sum(dim=0)
+    deviation = (squares / len(features)).sqrt()
+    constant = deviation <= 1e-6 * mean.abs().clamp(min=1e-6)
+    return mean.float(), torch.where(constant, 1.0, 1 / deviation.clamp(min=1e-30)).float()
+
+
+def fit(
+    features: Tensor,
+    labels: Tensor,
+    settings: Sequence[Setting],
+    *,
+    classes: int,
+    epochs: float,
+    batch_size: int = 512,
+    momentum: float = 0.9,
+    seed: int = 0,
+    rows: Tensor | None = None,
+    progress: Callable[[float], None] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Classifiers:
+    """Train one classifier for each setting: SGD with momentum on the mean cross-entropy, learning rate along a cosine.
+
+    Each equals torch.optim.SGD on its own linear layer, zero at first, with the same batches (the last one of an epoch
+    is left out if it is short, unless it is the only one).
+
+    Args:
+        features: float [N, D], here or on the CPU (then each batch is brought over).
+        labels: int64 [N], each 0 or more, on the device that computes.
+        settings: G of them.
+        classes: C.
+        epochs: passes over the rows; a part of one is as many steps.
+        batch_size: images of a step.
+        momentum: of SGD.
+        seed: of the order.
+        rows: int64, which rows to train on; None takes all.
+        progress: called with the passes done, after each of them.
+        dtype: to compute in.
+
+    Raises:
+        InputError: there are no settings or images, or `batch_size` is below 1.
+    """
+    rows = torch.arange(len(features), device=labels.device) if rows is None else rows
+    if not settings:
+        raise InputError("There are no settings to train with: give at least one learning rate and weight decay.")
+    if batch_size < 1 or not len(rows):
+        raise InputError(f"batch_size is {batch_size} for {len(rows)} images but both must be at least 1.")
+    batch_size = min(batch_size, len(rows))
+    steps_per_epoch = len(rows) // batch_size
+    total = max(1, round(epochs * steps_per_epoch))
+    some = features if len(rows) == len(features) else features[rows.to(features.device)]
+    mean, scale = (value.to(labels.device, dtype) for value in standardisation(some))
+    device, groups, width = labels.device, len(settings), features.shape[1]
+    weight = torch.zeros(width, groups * classes, dtype=dtype, device=device)
+    bias = torch.zeros(groups * classes, dtype=dtype, device=device)
+    velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
+    peak = torch.tensor([s.lr for s in settings], dtype=dtype, device=device).repeat_interleave(classes)  # [G * C]
+    decay = torch.tensor([s.weight_decay for s in settings], dtype=dtype, device=device).repeat_interleave(classes)
+    decays = any(s.weight_decay for s in settings)
+    generator = torch.Generator().manual_seed(seed)
+    order = rows
+    for step in range(total):
+        place = step % steps_per_epoch
+        if place == 0:
+            order = rows[torch.randperm(len(rows), generator=generator).to(device)]
+        batch = order[place * batch_size : (place + 1) * batch_size]
+        x = (features[batch.to(features.device)].to(device, dtype) - mean) * scale  # [B, D]
+        scores = torch.addmm(bias, x, weight).view(batch_size, groups, classes)
+        error = scores.softmax(dim=2)  # the gradient of cross-entropy: probabilities less the truth
+        error.scatter_add_(
+            2,
+            labels[batch].view(-1, 1, 1).expand(-1, groups, 1),
+            error.new_full((1, 1, 1), -1.0).expand(batch_size, groups, 1),
+        )
+        error = error.div_(batch_size).view(batch_size, groups * classes)
+        rate = peak * (0.5 * (1 + math.cos(math.pi * step / total)))
+        velocity.mul_(momentum).addmm_(x.T, error)
+        if decays:
+            velocity.addcmul_(weight, decay)
+        bias_velocity.mul_(momentum).add_(error.sum(dim=0))
+        weight.addcmul_(velocity, rate, value=-1)
+        bias.addcmul_(bias_velocity, rate, value=-1)
+        if progress is not None and (place == steps_per_epoch - 1 or step == total - 1):
+            progress((step + 1) / steps_per_epoch)
+    return Classifiers(
+        weight=weight.view(width, groups, classes).transpose(0, 1),
+        bias=bias.view(groups, classes),
+        mean=mean,
+        scale=scale,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """How the best of many settings is found.
+
+    Attributes:
+        order: numbers of the settings, the best first.
+        accuracy: share of the held-out images each classified right in the last round it took part in.
+        rounds: epochs and number of settings of each round.
+    """
+
+    order: list[int]
+    accuracy: list[float]
+    rounds: list[tuple[float, int]]
+
+
+def race(
+    features: Tensor,
+    labels: Tensor,
+    settings: Sequence[Setting],
+    *,
+    classes: int,
+    held_out: Tensor,
+    rounds: Sequence[tuple[float, float]],
+    batch_size: int = 512,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Race:
+    """Train all settings for a few epochs, the better ones for more, and so on: successive halving.
+
+    Source: Jamieson and Talwalkar, Non-stochastic best arm identification (AISTATS 2016). Every round is a whole
+    schedule of its own, so that settings are compared after their learning rate has come down.
+
+    Args:
+        features: float [N, D].
+        labels: int64 [N].
+        settings: G of them.
+        classes: C.
+        held_out: bool [N], images to compare the settings on, which are not trained on.
+        rounds: epochs, and share of the settings (of those in the round before) that take part; at least one does.
+        batch_size: images of a step.
+        seed: of the order.
+        progress: called with a sentence before each round.
+    """
+    trained, tested = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+    alive, accuracy, done = list(range(len(settings))), [0.0] * len(settings), []
+    ranking = alive
+    for epochs, share in rounds:
+        alive = alive[: max(1, math.ceil(share * len(alive)))]
+        done.append((epochs, len(alive)))
+        if progress is not None:
+            progress(f"{len(alive)} settings for {epochs:g} epochs")
+        classifiers = fit(
+            features,
+            labels,
+            [settings[n] for n in alive],
+            classes=classes,
+            epochs=epochs,
+            batch_size=batch_size,
+            seed=seed,
+            rows=trained,
+        )
+        for n, value in zip(
+            alive, classifiers.right(features[tested.to(features.device)], labels[tested]).tolist(), strict=True
+        ):
+            accuracy[n] = value
+        alive = sorted(alive, key=lambda n: -accuracy[n])
+        ranking = alive + [n for n in ranking if n not in alive]
+    return Race(order=ranking, accuracy=accuracy, rounds=done)
+
+
+def stratified(labels: Tensor, share: float, *, seed: int) -> Tensor:
+    """bool [N]: a share of the images of each class, drawn; at least one of each class that has two or more.
+
+    Args:
+        labels: int64 [N] on the CPU.
+        share: between 0 and 1.
+        seed: of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in sorted(set(labels.tolist())):
+        members = (labels == label).nonzero()[:, 0]
+        count = min(max(1, round(share * len(members))), len(members) - 1) if len(members) > 1 else 0
+        chosen[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return chosen

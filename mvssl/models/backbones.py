@@ -1,0 +1,174 @@
+"""Backbones: any timm architecture that turns images into pooled features.
+
+Initial weights as the paper's release draws them, where those of timm differ.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import timm
+import torch
+from timm.models.resnet import BasicBlock, Bottleneck
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from mvssl.config.recipe import Backbone
+from mvssl.models import small_resnets  # noqa: F401  (timm knows their names then)
+from pipelines.runtime import InputError
+
+
+@torch.no_grad()
+def redraw_as_release(backbone: nn.Module) -> None:
+    """Change the weights of a new ResNet or plain vision transformer of timm to those of the paper's release, in place.
+
+    ResNet: residual branches begin at full strength; timm lets the last norm of each begin at zero, as torchvision's
+    `zero_init_residual` does. Vision transformer: the patch embedding is uniform by Glorot's rule as in MoCo v3
+    (arXiv 2104.02057) with biases of zero, and the class token normal with deviation 0.02; timm draws both smaller. All
+    else, and any other architecture, stays as timm draws it, by the rules that the release uses too: convolutions
+    normal by He's rule over outputs, linear layers normal with deviation 0.02.
+    """
+    for module in backbone.modules():
+        if isinstance(module, (BasicBlock, Bottleneck)):
+            nn.init.ones_(module.get_parameter("bn3.weight" if isinstance(module, Bottleneck) else "bn2.weight"))
+    if isinstance(backbone, VisionTransformer):
+        patches = backbone.patch_embed.proj
+        bound = math.sqrt(6 / (patches.weight[0].numel() + patches.out_channels))
+        nn.init.uniform_(patches.weight, -bound, bound)
+        if patches.bias is not None:
+            nn.init.zeros_(patches.bias)
+        if backbone.cls_token is not None:
+            nn.init.trunc_normal_(backbone.cls_token, std=0.02)
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def build_backbone(config: Backbone, *, drop_path: bool = True) -> nn.Module:
+    """Build a randomly initialised timm model without classifier; nothing is downloaded.
+
+    Args:
+        config: name, stochastic depth rate, how weights are drawn and whether the first convolution is frozen.
+        drop_path: False leaves stochastic depth out (the target network has none).
+
+    Returns:
+        A module from images [B, 3, S, S] to pooled features [B, D], float32, on the CPU. Vision transformers take any
+        view size that their patches divide: the learned position embedding is interpolated bicubically. timm
+        antialiases where the grid shrinks (14 x 14 to 6 x 6 for 96 pixels) and the paper's release does not; training
+        fits the embedding to either.
+
+    Raises:
+        InputError: timm has no such model, or the recipe asks for stochastic depth or a frozen first convolution and
+            it has none.
+    """
+    if not timm.is_model(config.name.split(".")[0]):
+        near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them."
+        raise InputError(f"Backbone.name is {config.name!r} but must be the name of a timm model: {hint}")
+    model = _create(config, {"drop_path_rate": config.drop_path} if drop_path and config.drop_path > 0 else {})
+    if config.init == "release":
+        redraw_as_release(model)
+    if config.freeze_stem:
+        _freeze_stem(model, config.name)
+    return model
+
+
+def _create(config: Backbone, wanted: dict[str, float]) -> nn.Module:
+    """Build the model with the wanted options, and for any image size where it can be.
+
+    Raises:
+        InputError: timm's model lacks an option, or cannot be built without classifier.
+    """
+    # timm refuses an option that an architecture lacks with a TypeError, before any weight is drawn.
+    for options in ({"dynamic_img_size": True} | wanted, wanted):
+        try:
+            model: nn.Module = timm.create_model(config.name, pretrained=False, num_classes=0, **options)
+        except TypeError as error:
+            refusal = error
+            continue
+        return model
+    if wanted:
+        raise InputError(
+            f"Backbone.drop_path is {config.drop_path:g} but {config.name} cannot be built with it ({refusal}): "
+            "set it to 0 or choose another backbone."
+        ) from refusal
+    raise InputError(
+        f"Backbone.name is {config.name!r} but timm cannot build it without classifier ({refusal}): choose another one."
+    ) from refusal
+
+
+def _freeze_stem(model: nn.Module, name: str) -> None:
+    """Let the first convolution in module order keep its weights: a ResNet's conv1, a transformer's patch embedding.
+
+    The frozen patch embedding is from MoCo v3 (Chen et al., arXiv 2104.02057, section 4.2).
+
+    Raises:
+        InputError: there is no convolution.
+    """
+    stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if stem is None:
+        raise InputError(
+            f"Backbone.freeze_stem is True but {name} has no convolution to freeze: set it to False or choose another "
+            "backbone."
+        )
+    stem.requires_grad_(False)
+
+
+def feature_width(backbone: nn.Module, sizes: Iterable[int], *, name: str) -> int:
+    """Width D of the features, after checking that images of every size give [B, D].
+
+    Runs a copy of the model on the meta device: shapes only, no arithmetic.
+
+    Args:
+        backbone: the model, on any device.
+        sizes: sides S of the square views in pixels.
+        name: name of the architecture, for messages.
+
+    Raises:
+        InputError: the model cannot take a size, does not give one vector per image, or widths differ between sizes.
+    """
+    shadow = copy.deepcopy(backbone).to("meta").eval()
+    dtype = next(shadow.parameters()).dtype
+    widths: dict[int, int] = {}
+    for size in sorted(set(sizes)):
+        try:
+            with torch.no_grad():
+                shape = tuple(shadow(torch.zeros(2, 3, size, size, dtype=dtype, device="meta")).shape)
+        except Exception as error:  # timm and torch raise many types for sizes that do not fit
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"Backbone.name {name} cannot take views of {size} pixels ({reason}): give its views a size that "
+                "it takes (a multiple of 32 suits most, some take a single size), or choose a backbone for all sizes, "
+                "such as resnet50, vit_small_patch16_224 or convnext_tiny."
+            ) from error
+        if len(shape) != 2 or shape[0] != 2:
+            raise InputError(
+                f"Backbone.name {name} gives {list(shape)} for a batch of 2 views of {size} pixels but must give one "
+                "vector per image, [2, D]: choose a model with pooled features."
+            )
+        widths[size] = shape[1]
+    if len(set(widths.values())) != 1:
+        raise InputError(
+            f"Backbone.name {name} gives features of widths {widths} (view size: width) but must give one width for "
+            "all sizes: choose a backbone with global pooling."
+        )
+    return next(iter(widths.values()))
+
+
+def is_convolutional(backbone: nn.Module) -> bool:
+    """Whether a model is a convolutional network, which channels-last memory suits.
+
+    A vision transformer has one convolution, its patch embedding.
+    """
+    return sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 1
+
+
+def to_memory_format(module: Module, memory_format: torch.memory_format) -> Module:
+    """The module itself, its 4-dimensional parameters and buffers in this format."""
+    to: Any = module.to  # torch 2.11 has no type for it
+    to(memory_format=memory_format)
+    return module

@@ -1,0 +1,141 @@
+"""timm's ResNets with BatchNorm, residual, ReLU and max-pooling as one function in compiled training."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+from mvssl.models.batchnorm import Grouped
+from mvssl.models.small_resnets import SmallResNet
+
+
+class _Fused(nn.Module):
+    """Mixed in before a block: its own forward, but for compiled training.
+
+    Attributes:
+        splits: whether the next block takes the result twice, for its first convolution and for its shortcut.
+    """
+
+    splits = False
+
+    def forward(self, x: Any) -> Any:
+        """Map [N, C, H, W] as the block does; one tensor or two that are equal, and returns as many as it `splits`."""
+        if not (self.training and torch.compiler.is_compiling()):
+            return super().forward(x)
+        first, second = x if isinstance(x, tuple) else (x, x)
+        y, last = self._inside(first)
+        shortcut, norm = _shortcut(self.downsample, second)
+        parts = last.fused(y, relu=True, shortcut=shortcut, shortcut_norm=norm, split=self.splits)
+        return parts if self.splits else parts[0]
+
+    def _inside(self, x: Tensor) -> tuple[Tensor, Grouped]:
+        """From the input to the last norm's input, and that norm."""
+        raise NotImplementedError
+
+
+def _shortcut(downsample: Any, x: Tensor) -> tuple[Tensor, Grouped | None]:
+    """The shortcut before its last norm, and that norm if it has one."""
+    if downsample is None:
+        return x, None
+    layers: list[Any] = list(downsample) if isinstance(downsample, nn.Sequential) else [downsample]
+    norm = layers[-1] if isinstance(layers[-1], Grouped) else None
+    for layer in layers if norm is None else layers[:-1]:
+        x = layer(x)
+    return x, norm
+
+
+class FusedBasicBlock(_Fused, BasicBlock):
+    """Two convolutions."""
+
+    def _inside(self: Any, x: Tensor) -> tuple[Tensor, Grouped]:
+        return self.conv2(self.aa(self.bn1.normalise(self.conv1(x), relu=True))), self.bn2
+
+
+class FusedBottleneck(_Fused, Bottleneck):
+    """Three convolutions."""
+
+    def _inside(self: Any, x: Tensor) -> tuple[Tensor, Grouped]:
+        x = self.bn1.normalise(self.conv1(x), relu=True)
+        return self.conv3(self.aa(self.bn2.normalise(self.conv2(x), relu=True))), self.bn3
+
+
+class _FusedStem(nn.Module):
+    """Mixed in before a ResNet: its own forward, but for compiled training."""
+
+    def forward_features(self: Any, x: Tensor) -> Tensor:
+        """Map [N, 3, H, W] to the last stage's [N, C, H', W']."""
+        if not (self.training and torch.compiler.is_compiling()):
+            original: Any = super()
+            result: Tensor = original.forward_features(x)
+            return result
+        pool = _is_usual_pool(self.maxpool)
+        split = (pool or isinstance(self.maxpool, nn.Identity)) and isinstance(self.layer1[0], _Fused)
+        parts: Any = self.bn1.fused(self.conv1(x), relu=True, pool=pool, split=split)
+        y: Any = parts if split else parts[0] if pool else self.maxpool(parts[0])
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            y = stage(y)
+        features: Tensor = y
+        return features
+
+
+def _is_usual_pool(module: nn.Module) -> bool:
+    """Whether this is the max-pooling that the kernels know."""
+    return isinstance(module, nn.MaxPool2d) and (
+        module.kernel_size,
+        module.stride,
+        module.padding,
+        module.dilation,
+        module.ceil_mode,
+    ) == (3, 2, 1, 1, False)
+
+
+class FusedResNet(_FusedStem, ResNet):
+    """timm's."""
+
+
+class FusedSmallResNet(_FusedStem, SmallResNet):
+    """With a stem for small images."""
+
+
+_BLOCKS: dict[type[nn.Module], type[_Fused]] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
+_NETWORKS: dict[type[nn.Module], type[_FusedStem]] = {ResNet: FusedResNet, SmallResNet: FusedSmallResNet}
+
+
+def fuse_resnets(encoder: nn.Module) -> None:
+    """Exchange the classes of timm's ResNets and their blocks in place, whose norms have been exchanged before.
+
+    Blocks with attention, stochastic depth, dropped blocks, another norm or another activation stay, and so do
+    networks that checkpoint activations. Parameters, buffers and their names stay.
+    """
+    for module in encoder.modules():
+        block: Any = _BLOCKS.get(type(module))
+        if block is not None and _is_plain(module):
+            module.__class__ = block
+    for module in encoder.modules():
+        fused: Any = _NETWORKS.get(type(module))
+        network: Any = module
+        if not isinstance(module, ResNet) or network.grad_checkpointing:
+            continue
+        if fused is not None and isinstance(network.bn1, Grouped) and type(network.act1) is nn.ReLU:
+            network.__class__ = fused
+        stages = (network.layer1, network.layer2, network.layer3, network.layer4)
+        blocks = [block for stage in stages for block in stage]
+        for block, following in pairwise(blocks):
+            block.splits = isinstance(block, _Fused) and isinstance(following, _Fused)
+
+
+def _is_plain(block: Any) -> bool:
+    """Whether nothing stands between a block's norms, its residual and its activations."""
+    norms = [module for name, module in block.named_children() if name.startswith("bn")]
+    acts = [module for name, module in block.named_children() if name.startswith("act")]
+    return (
+        all(isinstance(norm, Grouped) for norm in norms)
+        and all(type(act) is nn.ReLU for act in acts)
+        and isinstance(block.drop_block, nn.Identity)
+        and block.se is None
+        and block.drop_path is None
+    )

@@ -1,0 +1,107 @@
+"""Recipes in files: a TOML or JSON file that is a whole recipe, or that says what differs from a named one."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mvssl.config.recipe import Recipe
+from mvssl.config.serialize import build, from_dict, to_dict
+from mvssl.recipes import get_recipe
+from pipelines.runtime import InputError, invalid
+from pipelines.views.spec import ViewSpec
+
+_READERS = {".toml": tomllib.loads, ".json": json.loads}
+_TOML_NULL = "none"  # TOML has no null
+
+
+def is_recipe_file(argument: str) -> bool:
+    """Whether what stands in a recipe's place names a file, by its ending."""
+    return Path(argument).suffix.lower() in _READERS
+
+
+def resolve_recipe(argument: str) -> Recipe:
+    """The recipe of this name or in this file.
+
+    Raises:
+        InputError: there is no such recipe, or as `load_recipe`.
+    """
+    if is_recipe_file(argument):
+        return load_recipe(argument)
+    if Path(argument).exists() and Path(argument).suffix:
+        raise invalid("recipe", argument, "a recipe's name or a file that ends in .toml or .json", "rename the file")
+    return get_recipe(argument)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe from a TOML or JSON file.
+
+    The fields are those of `Recipe`, as ``mvssl-train RECIPE --print-config`` writes them. With ``base``, the name of a
+    recipe, the others override its fields: tables are merged, lists are replaced, and ``add_views`` adds to its views.
+    Where ``views`` are replaced, the base's weights of tasks that are gone go too. In TOML "none" stands for None.
+
+    Raises:
+        InputError: the file is missing or no TOML or JSON, there is no such base, or a field is unknown, missing, of
+            the wrong type or has a value a recipe must not have. The message names the file and the field.
+    """
+    path = Path(path)
+    try:
+        return _recipe(_read(path), null_word=_TOML_NULL if path.suffix.lower() == ".toml" else None)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """The contents of the file."""
+    if not is_recipe_file(path.name):
+        raise invalid("the ending", path.suffix, ".toml or .json", "rename the file")
+    try:
+        content = _READERS[path.suffix.lower()](path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"the recipe file cannot be read ({error.strerror or error}): check the path.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the recipe file is no UTF-8 text ({error}): save it as UTF-8.") from error
+    except ValueError as error:
+        kind = path.suffix[1:].upper()
+        raise InputError(f"the recipe file is not valid {kind} ({error}): correct it there.") from error
+    if not isinstance(content, Mapping):
+        raise InputError("the recipe file must hold one JSON object with a recipe's fields: put it in braces.")
+    return content
+
+
+def _recipe(content: Mapping[str, Any], *, null_word: str | None) -> Recipe:
+    """The recipe that the contents of a file describe."""
+    own = {name: value for name, value in content.items() if name not in ("base", "add_views")}
+    added = content.get("add_views", [])
+    if not isinstance(added, list):
+        raise invalid("add_views", added, "a list of views", "write it as a list of tables, [[add_views]] in TOML")
+    for i, view in enumerate(added):
+        build(ViewSpec, view, f"add_views[{i}]", null_word=null_word)
+    if "base" not in content:
+        if added:
+            raise InputError("add_views is given without base: name the recipe whose views they are added to.")
+        if "views" not in own:
+            raise InputError('neither base nor views is given: name a recipe, e.g. base = "demo", or give all fields.')
+        return from_dict(own, null_word=null_word)
+    if not isinstance(content["base"], str):
+        raise invalid("base", content["base"], "the name of a recipe", "see mvssl-train --list")
+    base = to_dict(get_recipe(content["base"], field="base"))
+    if isinstance(own.get("views"), list):
+        kept = {view.get("task") for view in own["views"] if isinstance(view, Mapping)}
+        base["task_weights"] = {task: weight for task, weight in base["task_weights"].items() if task in kept}
+    merged = _merge(base, own)
+    if added and isinstance(merged["views"], list):
+        merged["views"] = [*merged["views"], *added]
+    return from_dict(merged, null_word=null_word)
+
+
+def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """`old` with the values of `new`; where both have a table, the tables are merged."""
+    merged = dict(old)
+    for name, value in new.items():
+        before = old.get(name)
+        merged[name] = _merge(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+    return merged

@@ -1,0 +1,1 @@
+"""Writes the formats that `pipelines.storage` reads."""
