@@ -126,7 +126,7 @@ def test_commands_parse(tmp_path: Path) -> None:
     assert pytest_call[pytest_call.index("-o") + 1] == "addopts=-ra", "plugins may be missing"
     files = [Path(word) for word in pytest_call if word.endswith(".py")]
     assert all("mark.gpu" in (ROOT / file).read_text() for file in files)
-    assert Path("tests/mvssl/test_capture.py") in files
+    assert Path("tests/mvssl/training/test_capture.py") in files
     outs = [run.out for run in (step, loader, training, *views, steps, tiny, kernels, start)]
     names = {path.name for path in outs if path is not None}
     assert packed(tmp_path).keys() == names | {"gpu_tests.txt", "view_bytes.md", "suite.log"}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import train, write_images
 
 from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from pipelines.views.presets import paper_views
+from tests.samples.tiny_runs import train, write_images
 
 
 @pytest.fixture(scope="session")

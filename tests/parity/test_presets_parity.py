@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hard_images import hard_images, unnormalised
 from test_views import FLOAT_BAR, worst
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
@@ -23,6 +22,7 @@ from pipelines import (
     no_crop_views,
     simsiam_views,
 )
+from tests.samples.hard_images import hard_images, unnormalised
 
 IMAGES = hard_images()
 BATCH = DecodedBatch.from_images(IMAGES, index=range(len(IMAGES)))

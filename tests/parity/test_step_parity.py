@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from plain import Plain, Terms
 from torch import Tensor
 
 import mvssl.recipes
@@ -22,6 +21,7 @@ from mvssl.config.recipe import Backbone, Evaluation, Head, Recipe
 from mvssl.training.step import TrainStep
 from pipelines.views.presets import asymmetric, paper_views
 from pipelines.views.spec import ViewSpec
+from tests.samples.plain import Plain, Terms
 
 METHODS = ("byol", "simsiam", "mocov3")
 BATCH, STEPS, STEPS_PER_EPOCH = 6, 9, 2

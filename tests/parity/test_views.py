@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hard_images import hard_images, unnormalised
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -16,6 +15,7 @@ from benchmarks.contenders.baselines.torchvision_views import BICUBIC, MEAN, STD
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
 from pipelines.views.native.engine import native_obstacle
 from pipelines.views.reference.crop_resize import center_views
+from tests.samples.hard_images import hard_images, unnormalised
 
 IMAGES = hard_images()
 BATCH = DecodedBatch.from_images(IMAGES, index=range(len(IMAGES)))

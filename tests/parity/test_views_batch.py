@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hard_images import hard_images, unnormalised
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from pipelines.views.params import ViewParams
 from pipelines.views.reference.crop_resize import resize
 from pipelines.views.reference.device import channels
 from pipelines.views.spec import IMAGENET_MEAN
+from tests.samples.hard_images import hard_images, unnormalised
 
 IMAGES = hard_images()
 SPECS = (

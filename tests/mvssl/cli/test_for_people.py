@@ -1,0 +1,157 @@
+"""The command line for people: short help, options in errors, a warm-up that fits a short run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from mvssl.cli import train as train_cli
+from mvssl.cli.help import USED, describe, fit_warmup, option, value_of, with_option
+from mvssl.config.recipe import Recipe
+from mvssl.monitor.console import LiveDisplay, make_display
+from mvssl.monitor.loggers import read_jsonl
+from mvssl.recipes import all_recipes
+from mvssl.training import preflight as batch_size
+from mvssl.training.preflight import largest_batch
+from pipelines.runtime import InputError
+from tests.samples.tiny_runs import train
+
+
+@pytest.mark.parametrize("name", sorted(all_recipes()))
+def test_one_epoch_of_any_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = all_recipes()[name]()
+    parsed = train_cli.parse([name, "--epochs", "1"]).recipe
+    said = capsys.readouterr().err
+    assert parsed.optimizer.warmup_epochs == pytest.approx(recipe.optimizer.warmup_epochs / recipe.epochs)
+    assert replace(parsed, optimizer=recipe.optimizer, epochs=recipe.epochs) == recipe
+    assert ("warm-up: " in said) == (recipe.optimizer.warmup_epochs > 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "warmup"),
+    [
+        ([], 10),
+        (["--epochs", "50"], 2.5),
+        (["--epochs=50"], 2.5),
+        (["--epochs", "400"], 10),
+        (["--epochs", "50", "--optimizer.warmup-epochs", "7"], 7),
+        (["--epochs", "50", "--optimizer.warmup_epochs=7"], 7),
+    ],
+)
+def test_the_warm_up_goes_with_a_shorter_run(words: list[str], warmup: float) -> None:
+    parsed = train_cli.parse(["byol_resnet50_200ep", *words])
+    assert parsed.recipe.optimizer.warmup_epochs == warmup
+
+
+def test_a_resumed_run_keeps_its_warm_up(tiny_recipe: Recipe, images: Path, tmp_path: Path) -> None:
+    begun = replace(tiny_recipe, optimizer=replace(tiny_recipe.optimizer, warmup_epochs=0.5))
+    train(begun, images, tmp_path / "run")
+    words = ["--resume", "--out", str(tmp_path / "run"), "--epochs", "2"]
+    recipe, said = fit_warmup(tiny_recipe, words)
+    assert (recipe.optimizer.warmup_epochs, said) == (0.5, "")
+    recipe, said = fit_warmup(tiny_recipe, ["--resume", "--out", str(tmp_path / "none"), "--epochs", "1"])
+    assert recipe.optimizer.warmup_epochs == pytest.approx(1 / 3)
+    assert "in proportion to the run" in said
+
+
+def test_values_of_a_command_line() -> None:
+    words = ["--epochs", "3", "--optimizer.warmup_epochs=2", "--out"]
+    assert value_of(words, "--epochs") == "3"
+    assert value_of(words, "--optimizer.warmup-epochs") == "2"
+    assert value_of(words, "--out") is None
+    assert value_of(words, "--data") is None
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Optimizer.base_lr is 0", "Optimizer.base_lr (--optimizer.base-lr) is 0"),
+        ("Recipe.batch_size is 3", "Recipe.batch_size (--batch-size) is 3"),
+        ("Head.hidden is ()", "Head.hidden (--projector.hidden or --predictor.hidden) is ()"),
+        ("ViewSpec.size is 3", "ViewSpec.size (--views.N.size) is 3"),
+        ("data is missing", "data is missing"),
+        ("Order.window is 3", "Order.window is 3"),
+    ],
+)
+def test_errors_name_the_option(message: str, expected: str) -> None:
+    assert with_option(message) == expected
+
+
+def test_an_error_of_the_recipe_names_its_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match=r"^Optimizer\.warmup_epochs \(--optimizer\.warmup-epochs\) is 2 but must be"):
+        train_cli.parse(["demo", "--epochs", "1", "--optimizer.warmup-epochs", "2"])
+
+
+def test_short_help_is_short_and_says_something_of_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_cli.body(["byol_resnet50_200ep", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 75
+    pairs = [pair for _, options in USED for pair in options]
+    assert 18 <= len(pairs) <= 26
+    for owner, field in pairs:
+        assert option(owner, field) in shown
+        assert len(describe(owner, field)) > 4, field
+    assert "[200]" in shown
+    assert "--help-all" in shown
+    with pytest.raises(SystemExit):  # every option that is named is one
+        train_cli.body(["byol_resnet50_200ep", "--help-all"])
+    everything = capsys.readouterr().out
+    assert all(option(owner, field) in everything for owner, field in pairs)
+
+
+@pytest.mark.parametrize("most_that_fits", [32, 33, 63, 64, 1000, 4096, 5000, 70_000])
+def test_the_largest_batch_is_found_in_few_trials(most_that_fits: int) -> None:
+    tried: list[int] = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= most_that_fits
+
+    found = largest_batch(fits, most=8000)
+    assert found == min(most_that_fits // 32 * 32, 8000)
+    assert len(tried) <= 17
+    assert all(size % 32 == 0 and size <= 8000 for size in tried)
+
+
+def test_batches_that_fit_nowhere_and_processors_without_memory_of_their_own(images: Path) -> None:
+    with pytest.raises(InputError, match=r"not even 32 images fit .* take --step-mode per-view"):
+        largest_batch(lambda size: False)
+    with pytest.raises(InputError, match=r"^batch_size is 'auto', which measures a GPU's memory, but .* on the CPU"):
+        train_cli.parse(["demo", "--data", str(images), "--batch-size", "auto", "--device", "cpu"])
+
+
+def test_the_largest_batch_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch, tiny_recipe: Recipe) -> None:
+    monkeypatch.setattr(batch_size, "fits_on", lambda recipe, device, cuda_graph: lambda size: size <= 100)
+    found, said = batch_size.with_largest_batch(
+        tiny_recipe, torch.device("cuda"), processes=4, images=10_000, cuda_graph="auto"
+    )
+    assert found == replace(tiny_recipe, batch_size=384)
+    assert f"batch size: 384, the largest that fits (96 a process); the learning rate is {3.0 * 384 / 256:.4g}" in said
+
+
+def test_a_resumed_run_keeps_its_batch(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["demo", "--batch-size=auto", "--resume", "--out", str(finished)]
+    assert train_cli.parse(words).recipe.batch_size == 8
+    assert "batch size: 8, as the run was begun" in capsys.readouterr().err
+
+
+def test_a_result_has_its_curves_as_arrays(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    result = train(tiny_recipe, images, tmp_path / "run")
+    curves = result.curves()
+    rows = list(read_jsonl(tmp_path / "run/metrics.jsonl"))
+    steps, losses = curves["loss/global"]
+    assert steps.tolist() == [row["step"] for row in rows if row["kind"] == "train"]
+    assert losses.tolist() == [row["loss/global"] for row in rows if row["kind"] == "train"]
+    assert curves["knn/top1"][1].tolist() == [row["top1"] for row in rows if row["kind"] == "knn"]
+    assert "kind" not in curves
+
+
+def test_a_notebook_shows_progress_in_place() -> None:
+    console = Console(force_jupyter=True, quiet=True)
+    display = make_display(console, steps=3, done=0)
+    assert isinstance(display, LiveDisplay)
+    display.close()

@@ -1,0 +1,264 @@
+"""The page about a run, the doctor, and where else numbers go."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import math
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mvssl.cli import doctor
+from mvssl.cli import train as train_cli
+from mvssl.config.options import RunOptions
+from mvssl.config.recipe import Recipe
+from mvssl.monitor.loggers import CsvWriter, read_jsonl
+from mvssl.monitor.report import log_ticks, number, render, svg, ticks
+from mvssl.runs.folder import RunFolder
+from pipelines.runtime import InputError
+from tests.samples.tiny_runs import train
+
+BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
+
+
+class Page(HTMLParser):
+    """The tags of a page, its text, and whether every tag is closed in its turn."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + " "
+
+
+def test_a_finished_run_has_a_page_that_needs_nothing_else(finished: Path, tiny_recipe: Recipe) -> None:
+    text = (finished / "report.html").read_text()
+    page = Page(text)
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "iframe", "object"}
+    sources = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
+    assert sources
+    assert all(value is not None and value.startswith("data:image/png;base64,") for value in sources)
+    assert "url(" not in text
+    rows = list(read_jsonl(finished / "metrics.jsonl"))
+    last = [row for row in rows if row["kind"] == "train"][-1]
+    knn = [row for row in rows if row["kind"] == "knn"][-1]
+    for words in (
+        f"{last['loss']:.4f}",
+        f"{100 * knn['top1']:.2f} %",
+        "Loss of each task",
+        "limits the run",
+        "timm.create_model",
+        tiny_recipe.name,
+        "epoch 3 of 3",
+        f"torch {importlib.metadata.version('torch')}",
+        "global_1",
+    ):
+        assert words in page.text, words
+    assert {"global", "local", "cutout"} <= set(page.text.split())
+    assert text.count("<svg") >= 7
+
+
+def test_pages_of_runs_that_are_not_finished(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "<b>run</b>"
+    shutil.copytree(finished, run, symlinks=True)
+    for name in ("metrics.jsonl", "throughput.jsonl", "views.png", "train.log", "report.html"):
+        (run / name).unlink()
+    page = Page(render(RunFolder(run)))
+    assert "Nothing has been logged yet." in page.text
+    assert "<b>run</b>" in page.text  # as text, not as a tag
+    (run / "failure.json").write_text('{"loss": "nan & more"}')
+    assert train_cli.body(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    assert "nan & more" in Page((tmp_path / "page.html").read_text()).text
+    assert "page.html" in capsys.readouterr().out
+
+
+def test_folders_that_have_no_page(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no run folder"):
+        train_cli.body(["report", str(tmp_path)])
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    before = (run / "report.html").read_bytes()
+    (run / "metrics.jsonl").write_text('{"kind": \n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl is damaged"):
+        train_cli.body(["report", str(run)])
+    assert (run / "report.html").read_bytes() == before
+    with pytest.raises(InputError, match=r"must end in \.html"):
+        train_cli.body(["report", str(run), "--out", str(tmp_path / "page.pdf")])
+
+
+@pytest.mark.skipif(not BROWSER, reason="no headless browser here (apt-get install chromium)")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_it_is_seen_in_a_browser_by_day_and_night(finished: Path, tmp_path: Path, width: int) -> None:
+    """The screenshots lie in pytest's temporary folder."""
+    seen = {}
+    for mode, scheme in (("light", 1), ("dark", 0)):
+        picture = tmp_path / f"{mode}-{width}.png"
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},1600"]
+        options += [f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={picture}"]
+        page = (finished / "report.html").resolve().as_uri()
+        subprocess.run([BROWSER, *options, page], check=True, capture_output=True, timeout=120)
+        seen[mode] = np.asarray(Image.open(picture).convert("L"), dtype=np.float64)
+    assert seen["light"].mean() > 180
+    assert seen["dark"].mean() < 90
+    for pixels in seen.values():
+        assert pixels.std() > 5  # there is something
+        assert np.ptp(pixels[:1000, -8:]) < 3  # and nothing is cut off at the right edge
+
+
+def test_curves() -> None:
+    drawn = svg({"a<b": ([1, 2, 3], [1.0, 4.0, 2.0]), "nan": ([1, 2], [math.nan, 2.0])}, x="step", y="loss")
+    page = Page(drawn)
+    lines = [attributes["points"] for tag, attributes in page.tags if tag == "polyline"]
+    (first, top, last), (single,) = (
+        [tuple(map(float, point.split(","))) for point in (line or "").split()] for line in lines
+    )
+    assert first[0] < top[0] < last[0]
+    assert top[1] < last[1] < first[1]  # upwards is towards 0
+    assert single[0] == top[0]
+    assert "a<b" in page.text
+    assert svg({"none": ([], [])}, x="", y="") == ""
+    many = svg({"a": (range(5000), [1.0] * 5000)}, x="", y="")
+    assert 300 < many.count(",") < 450
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.3, 0.31), (-5, 1234), (7, 7), (0, 0), (1e-6, 3e-6)])
+def test_ticks_are_round_and_enclose(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 9
+    assert found[0] <= low
+    assert found[-1] >= high
+    steps = np.diff(found)
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
+    assert float(f"{steps[0]:.0e}") == pytest.approx(steps[0])
+
+
+def test_logarithmic_ticks() -> None:
+    assert [number(10**tick) for tick in log_ticks(math.log10(0.45), math.log10(4))] == ["0.2", "0.5", "1", "2", "5"]
+    assert [number(10**tick) for tick in log_ticks(-2.5, 3.2)] == [
+        "0.001",
+        "0.01",
+        "0.1",
+        "1",
+        "10",
+        "100",
+        "1000",
+        "10k",
+    ]
+    assert log_ticks(0, 0)[0] == 0
+
+
+def test_the_doctor_looks_at_everything(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = train_cli.body(["doctor", "--json", "--data", str(images)])
+    findings = json.loads(capsys.readouterr().out)
+    assert [finding["name"] for finding in findings] == [
+        *("torch", "GPU", "DALI", "JPEG hardware", "FFCV", "Triton", "C compiler", "compiled code", "NCCL"),
+        *("shared memory", "cores", "disk"),
+    ]
+    assert code == int(any(finding["state"] == "missing" for finding in findings))
+    assert all(finding["remedy"] for finding in findings if finding["state"] != "ok")
+    assert "images/s" in findings[-1]["found"]
+    train_cli.body(["doctor"])
+    assert "C compiler" in capsys.readouterr().out
+
+
+def test_the_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken() -> bool:
+        raise RuntimeError("driver gone\nmore")
+
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    monkeypatch.setattr(doctor, "native_obstacle", lambda: "no C compiler was found")
+    monkeypatch.setattr(doctor, "missing_ffcv", lambda: "not installed")
+    found = {finding.name: finding for finding in doctor.examine(tmp_path / "nowhere")}
+    assert found["DALI"].remedy == "pip install nvidia-dali-cuda120"
+    assert (found["C compiler"].state, found["disk"].state) == ("slower", "missing")
+    assert "does not exist" in found["disk"].found
+    monkeypatch.setattr(torch.cuda, "is_available", broken)
+    (gpu,) = [finding for finding in doctor.examine() if "driver gone" in finding.found and finding.name == "cuda"]
+    assert gpu.state == "missing"
+    assert "more" not in gpu.found
+
+
+def table(path: Path) -> list[list[str]]:
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_numbers_as_tables(finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(tiny_recipe, images, out, log=("csv",), notes="first & best", tags=("a", "b"), run_name="mine")
+    assert not (out / "tensorboard").exists()
+    rows = [row for row in read_jsonl(out / "metrics.jsonl") if row["kind"] == "train"]
+    head, *lines = table(out / "csv/train.csv")
+    assert head[:2] == ["step", "loss"]
+    assert [(int(line[0]), float(line[1])) for line in lines] == [(row["step"], row["loss"]) for row in rows]
+    assert len(table(out / "csv/knn.csv")) == 4
+    assert len(table(out / "csv/speed.csv")) == len(rows) + 1
+    page = Page(render(RunFolder(out)))
+    assert "first & best" in page.text
+    assert "mine" in page.text
+
+
+def test_tables_are_cut_back_and_widened(tmp_path: Path) -> None:
+    writer = CsvWriter(tmp_path, first_step=0)
+    for step in (1, 2, 3):
+        writer.write(step, {"train/a": step / 2, "speed/b": 1.0})
+    again = CsvWriter(tmp_path, first_step=2)
+    again.write(3, {"train/a": 9.0, "train/new": 4.0})
+    assert table(tmp_path / "train.csv") == [
+        ["step", "a", "new"],
+        ["1", "0.5", ""],
+        ["2", "1.0", ""],
+        ["3", "9.0", "4.0"],
+    ]
+    assert table(tmp_path / "speed.csv") == [["step", "b"], ["1", "1.0"], ["2", "1.0"]]
+
+
+def test_weights_and_biases_offline(
+    images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out = tmp_path / "run"
+    train(tiny_recipe, images, out, log=("wandb",), tags=("tag",))
+    (kept,) = (out / "wandb").glob("offline-run-*")
+    assert sum(path.stat().st_size for path in kept.glob("*.wandb")) > 1000
+
+
+def test_what_cannot_be_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    for names in (("csv", "none"), (), ("mlflow",)):
+        with pytest.raises(InputError, match=r"^RunOptions\.log is .* tensorboard, csv and wandb, or none alone"):
+            RunOptions(log=names)  # type: ignore[arg-type]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="log names wandb, which is not installed: pip install wandb"):
+        RunOptions(log=("wandb",))

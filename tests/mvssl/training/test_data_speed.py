@@ -1,0 +1,122 @@
+"""Slow data changes no number and is named; what fails in the loader's thread is heard at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pipelines.loader
+import pipelines.loading.threads
+from mvssl.config.recipe import Recipe
+from pipelines.decode import Decoded
+from tests.samples.data_faults import DAMAGED, SAVED, disk, first_evaluation, last_step, log, metrics
+from tests.samples.tiny_runs import train
+
+SLOW = 0.25  # seconds: many times what a step, or a batch of the tiny images otherwise takes, also beside other tests
+AT_ONCE = 1.0  # seconds
+
+
+def test_a_slow_disk_changes_no_number_and_is_named(
+    images: Path, finished: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    with disk(lambda path, offset: time.sleep(SLOW)):
+        train(tiny_recipe, images, tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert "reading the images limits the run: convert them" in log(tmp_path / "run")
+
+
+@contextmanager
+def decoder(act: Callable[[int], object]) -> Iterator[None]:
+    """Call `act` with the number of the batch, from 0, in the loader's thread before it is decoded for training."""
+    original = pipelines.loader.decoder_of
+
+    def acting(*arguments: Any, **options: Any) -> Any:
+        made = original(*arguments, **options)
+
+        class Acting:
+            name, close, calls = made.name, made.close, 0
+
+            def __call__(self, encoded: Sequence[np.ndarray]) -> Decoded:
+                self.calls += 1
+                act(self.calls - 1)
+                return made(encoded)
+
+        return Acting()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelines.loader, "decoder_of", acting)
+        yield
+
+
+def test_a_slow_decoder_changes_no_number_and_is_named(
+    images: Path, finished: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    with decoder(lambda number: time.sleep(SLOW)):
+        train(tiny_recipe, images, tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert "decoding limits the run: give it more --threads" in log(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("a fault of the decoder"), "a fault of the decoder"),
+        (SystemExit(0), r"mvssl-decode was ended by SystemExit\(0\)"),
+    ],
+    ids=["an error", "an exit"],
+)
+def test_what_a_decoder_raises_reaches_the_training_at_once(
+    images: Path,
+    finished: Path,
+    tiny_recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    words: str,
+) -> None:
+    monkeypatch.setattr(pipelines.loading.threads, "_PATROL", 60.0)  # it would find an end that nobody was told of
+    out = tmp_path / "run"
+    raised: list[float] = []
+
+    def fail(number: int) -> None:
+        if number == DAMAGED:
+            assert over.wait(60)
+            raised.append(time.monotonic())
+            raise error
+
+    with first_evaluation() as over, decoder(fail), pytest.raises((ValueError, RuntimeError), match=words) as caught:
+        train(tiny_recipe, images, out, prefetch=1)
+    assert time.monotonic() - raised[0] < AT_ONCE
+    if caught.value is error:
+        assert error.__notes__ == [f"while batch 2 of epoch 1 of {images / 'train'} was prepared"]
+    assert last_step(out) == SAVED
+    train(tiny_recipe, images, out, resume=True)
+    assert metrics(out) == metrics(finished)
+
+
+def test_a_loader_that_dies_without_a_word_is_missed(
+    images: Path, finished: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    produce, out = pipelines.loading.threads._produce, tmp_path / "run"
+
+    def dying(items: Generator[Any, None, None], queue: Any) -> None:
+        if threading.current_thread().name != "mvssl-loader":
+            return produce(items, queue)
+        for _ in range(DAMAGED):
+            queue.put(next(items))
+        return None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipelines.loading.threads, "_produce", dying)
+        with pytest.raises(RuntimeError, match="The thread mvssl-loader is gone without a word"):
+            train(tiny_recipe, images, out)
+    assert last_step(out) == SAVED
+    train(tiny_recipe, images, out, resume=True)
+    assert metrics(out) == metrics(finished)

@@ -1,0 +1,192 @@
+"""Runs as people run them: for so many hours, for more epochs than was planned, in a queue."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mvssl
+from mvssl.config.options import RunOptions, parse_time
+from mvssl.config.recipe import Recipe
+from mvssl.distributed import World
+from mvssl.monitor.loggers import read_jsonl
+from mvssl.runs import checkpoint
+from mvssl.training import shutdown as signals
+from mvssl.training import shutdown as slurm
+from mvssl.training.shutdown import TIME, StopRequest
+from mvssl.training.step import TrainStep
+from pipelines.runtime import InputError
+from tests.samples.tiny_runs import train
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("7h30m", 27_000), ("90m", 5400), ("1d12h", 129_600), ("45s", 45), ("12:00:00", 43_200), ("1-02:00:01", 93_601)],
+)
+def test_durations(text: str, seconds: int) -> None:
+    assert parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "7", "h", "0m", "7h 30m", "-1h", "12:0:0", "7.5h"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(InputError, match="must be a duration such as 7h30m"):
+        RunOptions(time=text)
+
+
+def stopping_clock(monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
+    """Let an hour pass within one training step."""
+    original, passed = TrainStep.__call__, [0.0]
+
+    def slow(self: TrainStep, views: list[torch.Tensor], number: int) -> Any:
+        if number == at_step:
+            passed[0] = 3600.0
+        return original(self, views, number)
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            return passed[0]
+
+    monkeypatch.setattr(TrainStep, "__call__", slow)
+    monkeypatch.setattr(signals, "time", Clock)
+
+
+def test_a_run_whose_time_is_over_is_saved_and_goes_on(
+    finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stopping_clock(patch, at_step=5)
+        with pytest.raises(mvssl.Interrupted, match=rf"^{TIME} came after step 6 of 12; everything is saved"):
+            train(tiny_recipe, images, out, time="30m")
+    assert checkpoint.load(out / "checkpoints/last").meta["step"] == 6
+    train(tiny_recipe, images, out, resume=True, time="1h")
+    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+def test_it_stops_so_early_that_saving_fits_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    stop = StopRequest(World(), seconds=100)
+    now[0] = 89.0
+    assert stop.agree() is None
+    stop.reserve = 12.0
+    assert stop.agree() == TIME
+    with pytest.raises(StopRequest.Requested):
+        stop.check()
+
+
+def test_slurms_signal_is_heard_and_the_job_queued_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with StopRequest(World()) as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.agree() == "SIGUSR1"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert slurm.requeue("SIGUSR1") is None  # no scontrol here
+    for code, said in ((0, "takes job 17 into the queue again"), (1, r"did not take job 17 .* \(not allowed\)")):
+        (tmp_path / "scontrol").write_text(
+            f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho "not allowed" >&2\nexit {code}\n'
+        )
+        (tmp_path / "scontrol").chmod(0o755)
+        result = slurm.requeue("SIGUSR1")
+        assert result is not None
+        import re
+
+        assert re.search(said, result)
+        assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    assert slurm.requeue("SIGTERM") is None
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert slurm.requeue("SIGUSR1") is None
+
+
+def test_a_finished_run_is_extended(finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(finished, out, symlinks=True)
+    before = (out / "metrics.jsonl").read_bytes()
+    longer = replace(tiny_recipe, epochs=5)
+    with pytest.raises(InputError, match=r"was begun for 3 epochs and not 5: .* add --extend"):
+        train(longer, images, out, resume=True)
+    with pytest.raises(InputError, match=r"^extend needs resume"):
+        train(longer, images, out, extend=True)
+    with pytest.raises(InputError, match=r"^epochs is 2 but must be more than the 3 of the run"):
+        train(replace(tiny_recipe, epochs=2), images, out, resume=True, extend=True)
+    with pytest.raises(InputError, match="begun with another recipe"):
+        train(replace(longer, seed=5), images, out, resume=True, extend=True)
+    assert (out / "metrics.jsonl").read_bytes() == before
+    result = train(longer, images, out, resume=True, extend=True)
+    assert result.steps == 20
+    after = (out / "metrics.jsonl").read_bytes()
+    assert after.startswith(before)
+    rows = [row for row in read_jsonl(out / "metrics.jsonl") if row["kind"] == "train"]
+    whole = [row["lr"] for row in rows]
+    assert whole[-1] < whole[rows.index(next(row for row in rows if row["step"] == 15))]
+    log = (out / "train.log").read_text()
+    assert "extended from 3 to 5 epochs: the learning rate goes on at" in log
+    rate = float(log.split("the learning rate goes on at ")[1].split(",")[0])
+    assert rate == pytest.approx(3.0 * 8 / 256 / 2, rel=0.01)  # half way down the longer cosine
+    config = json.loads((out / "config.json").read_text())
+    assert (config["recipe"]["epochs"], config["options"]["earlier_epochs"]) == (5, [3])
+    train(longer, images, out, resume=True)  # is finished: nothing is done
+    assert (out / "metrics.jsonl").read_bytes() == after
+
+
+def test_a_run_that_is_extended_and_stopped_goes_on_as_one_that_was_not(
+    finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    longer = replace(tiny_recipe, epochs=5)
+    for name in ("whole", "stopped"):
+        shutil.copytree(finished, tmp_path / name, symlinks=True)
+    train(longer, images, tmp_path / "whole", resume=True, extend=True)
+    with monkeypatch.context() as patch:
+        stopping_clock(patch, at_step=14)
+        with pytest.raises(mvssl.Interrupted):
+            train(longer, images, tmp_path / "stopped", resume=True, extend=True, time="30m")
+    train(longer, images, tmp_path / "stopped", resume=True)
+    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
+
+
+def test_two_processes_do_not_train_in_one_folder(
+    finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(finished, out, symlinks=True)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and not path.is_symlink()}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(InputError, match=r"^Another process is training in .*run: wait for it"):
+                train(tiny_recipe, images, out, **options)
+        assert {path: path.read_bytes() for path in before} == before
+    finally:
+        holder.communicate("\n")
+    train(tiny_recipe, images, out, overwrite=True)
+    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from mvssl.runs.folder import RunFolder
+with RunFolder(Path(sys.argv[1])).claimed():
+    print("held", flush=True)
+    sys.stdin.read()
+"""

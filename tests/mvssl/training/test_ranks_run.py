@@ -1,0 +1,140 @@
+"""Whole runs on several gloo ranks: one run in every respect, stopped together, resumed on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mvssl.config.recipe import Backbone, Head, Recipe
+from mvssl.config.serialize import to_dict
+from mvssl.monitor.loggers import read_jsonl
+from mvssl.training.step import TrainStep
+from pipelines.batch import ViewBatch
+from pipelines.loader import Loader
+from tests.samples.ranks import Outcome, results, run_ranks
+from tests.samples.tiny_runs import STEPS, train
+
+STOP = 5  # the step after which a signal or a NaN comes, on rank 1 alone
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_recipe: Recipe) -> Recipe:
+    """The tiny recipe without BatchNorm: its numbers hardly depend on the number of ranks."""
+    return replace(
+        tiny_recipe,
+        backbone=Backbone(name="test_vit"),
+        projector=Head(hidden=(32,), out=16, norm="layer"),
+        predictor=Head(hidden=(32,), out=16, norm="layer"),
+    )
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return list(read_jsonl(out / "metrics.jsonl"))
+
+
+def trained(recipe: Recipe, data: Path, out: Path, options: dict[str, Any]) -> dict[int, float]:
+    """A run; runs in a rank. Returns its kNN accuracy."""
+    return train(recipe, data, out, **options).knn
+
+
+def interrupted(recipe: Recipe, data: Path, out: Path) -> None:
+    """A run whose rank 1 gets SIGTERM during a step; runs in a rank."""
+    original = TrainStep.__call__
+
+    def signalled(self: TrainStep, views: list[torch.Tensor], number: int) -> Any:
+        if number == STOP - 1 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, views, number)
+
+    pytest.MonkeyPatch().setattr(TrainStep, "__call__", signalled)  # this process is the rank's own
+    train(recipe, data, out)
+
+
+def poisoned(recipe: Recipe, data: Path, out: Path) -> None:
+    """A run whose rank 1 gets a NaN in a view; runs in a rank."""
+    original = Loader._consume
+
+    def broken(self: Loader, *arguments: Any) -> Any:
+        for number, batch in enumerate(original(self, *arguments)):
+            if number == 1 and arguments[0] == 1 and os.environ["RANK"] == "1":
+                batch.views[0][0] = float("nan")
+            yield ViewBatch(views=batch.views, index=batch.index, labels=batch.labels)
+
+    pytest.MonkeyPatch().setattr(Loader, "_consume", broken)  # this process is the rank's own
+    train(recipe, data, out)
+
+
+def test_two_ranks_train_what_one_process_does(recipe: Recipe, images: Path, tmp_path: Path) -> None:
+    single = train(recipe, images, tmp_path / "one").knn
+    for knn in results(run_ranks(trained, 2, recipe, images, tmp_path / "two", {})):
+        assert knn.keys() == single.keys()
+        assert all(abs(knn[k] - single[k]) <= 1 / 12 + 1e-9 for k in knn)  # of the 12 validation images one may turn
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [(row["kind"], row["step"]) for row in two] == [(row["kind"], row["step"]) for row in one]
+    for ours, expected in zip(two, one, strict=True):
+        if expected["kind"] == "train":
+            for name in ("loss", "loss/global", "loss/local", "loss/cutout", "lr", "target_decay", "grad_norm"):
+                assert ours[name] == pytest.approx(expected[name], rel=2e-4), name
+    assert (tmp_path / "two" / "backbone.safetensors").exists()
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
+        path.name for path in (tmp_path / "one").iterdir()
+    )
+
+
+def test_a_signal_to_one_rank_stops_all_and_any_number_goes_on(recipe: Recipe, images: Path, tmp_path: Path) -> None:
+    # Stochastic depth draws by (seed, step, rank): the resumed run on two ranks repeats the unbroken one bit for bit.
+    recipe = replace(recipe, backbone=Backbone(name="test_vit", drop_path=0.2))
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    results(run_ranks(trained, 2, recipe, images, whole, {}))
+    for rank in run_ranks(interrupted, 2, recipe, images, out):
+        assert rank.error == "Interrupted", rank.message
+        assert f"SIGTERM came after step {STOP} of {STEPS}" in rank.message
+    saved = json.loads((out / "checkpoints" / "last" / "checkpoint.json").read_text())
+    assert saved["step"] == STOP
+    for ranks in (1, 2, 4):
+        again = tmp_path / f"again{ranks}"
+        shutil.copytree(out, again, symlinks=True)
+        if ranks == 1:
+            train(recipe, images, again, resume=True)
+        else:
+            results(run_ranks(trained, ranks, recipe, images, again, {"resume": True}))
+        assert metrics(again)[-1]["step"] == STEPS
+        assert metrics(again)[0] == metrics(whole)[0]
+    assert (tmp_path / "again2" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_a_nan_on_one_rank_stops_all(recipe: Recipe, images: Path, tmp_path: Path) -> None:
+    outcomes: list[Outcome] = run_ranks(poisoned, 2, recipe, images, tmp_path / "run")
+    for rank in outcomes:
+        assert rank.error == "Diverged", rank.message
+        assert "step 6 is not finite" in rank.message
+    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert failure["step"] == 6
+    assert len(set(failure["index"])) == len(failure["keys"]) == recipe.batch_size  # of both ranks
+    saved = json.loads((tmp_path / "run" / "checkpoints" / "last" / "checkpoint.json").read_text())
+    assert saved["step"] == 4  # the end of the first epoch, untouched
+
+
+def test_torchrun_with_the_command(recipe: Recipe, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(replace(recipe, epochs=1))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "mvssl.cli.train", str(tmp_path / "recipe.json"), "--data", str(images), "--device", "cpu"]
+    command += ["--out", str(tmp_path / "run"), "--log-every", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "batch 8 (4 on each of 2 processes)" in done.stdout
+    assert done.stdout.count("Training demo") == 1
+    assert [row["step"] for row in metrics(tmp_path / "run") if row["kind"] == "train"] == [2, 4]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    assert again.returncode != 0
+    assert again.stderr.count("which already holds a run") == 1  # said once, not by every process

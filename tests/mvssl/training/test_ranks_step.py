@@ -1,0 +1,205 @@
+"""The step on two and four gloo ranks against one process that sees the whole batch, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.distributed import World, join_world
+from mvssl.methods.mocov3 import pair_loss
+from mvssl.training.step import TrainStep
+from pipelines.views.presets import asymmetric, byol_views, paper_views
+from tests.samples.ranks import results, run_ranks
+
+BATCH, STEPS = 16, 2
+LAYER = Recipe(  # no BatchNorm anywhere: the ranks' mean gradient is the whole batch's
+    name="ranks",
+    views=paper_views(size=32, local_size=16, blur_kernel=5),
+    backbone=Backbone(name="test_vit"),
+    projector=Head(hidden=(24,), out=12, norm="layer"),
+    predictor=Head(hidden=(20,), out=12, norm="layer"),
+    optimizer=Optimizer(kind="sgd", base_lr=0.5, weight_decay=1e-3, warmup_epochs=0),
+    epochs=3,
+    batch_size=BATCH,
+    target_decay=0.9,
+    precision="fp32",
+    evaluation=Evaluation(resize=32, crop=32),
+)
+BATCHNORM = replace(
+    LAYER,
+    backbone=Backbone(name="test_resnet"),
+    projector=Head(hidden=(24,), out=12, output_norm=True),
+    predictor=Head(hidden=(20,), out=12, output_norm=True),
+)
+ADAMW = "byol clipped"  # divides by the gradient's size, which enlarges the rounding of small gradients
+ON_FOUR = ("byol", "mocov3", "simsiam view by view", "batchnorm over ranks, mocov3")
+SAME = {  # recipes whose numbers do not depend on the number of ranks
+    "byol": LAYER,
+    "byol view by view": replace(LAYER, step_mode="per-view"),
+    "byol shared": replace(LAYER, predictors="shared"),
+    "byol asymmetric": replace(LAYER, views=asymmetric(byol_views(size=32, blur_kernel=5))),
+    ADAMW: replace(
+        LAYER, optimizer=Optimizer(kind="adamw", base_lr=0.1, warmup_epochs=0, clip_grad_norm=0.1, bias_lr=0.2)
+    ),
+    "byol in two parts": replace(LAYER, accumulate=2, step_mode="per-view"),
+    "byol frozen stem": replace(LAYER, backbone=Backbone(name="test_vit", freeze_stem=True)),
+    "simsiam": replace(LAYER, method="simsiam"),
+    "simsiam view by view": replace(LAYER, method="simsiam", step_mode="per-view"),
+    "mocov3": replace(LAYER, method="mocov3", temperature=0.5),
+    "mocov3 view by view": replace(LAYER, method="mocov3", temperature=1.0, step_mode="per-view"),
+    "mocov3 compiled": replace(LAYER, method="mocov3", temperature=1.0, compile="on"),
+    "batchnorm over ranks": replace(BATCHNORM, sync_batchnorm="both"),
+    "batchnorm over ranks, mocov3": replace(BATCHNORM, sync_batchnorm="both", method="mocov3", temperature=1.0),
+    "batchnorm over ranks, simsiam": replace(BATCHNORM, sync_batchnorm="both", method="simsiam", step_mode="per-view"),
+}
+PARTS = {  # recipes whose numbers depend on how many images BatchNorm sees at a time
+    "byol": BATCHNORM,
+    "byol view by view": replace(BATCHNORM, step_mode="per-view"),
+    "byol clipped": replace(BATCHNORM, optimizer=replace(LAYER.optimizer, clip_grad_norm=0.1)),
+    "simsiam": replace(BATCHNORM, method="simsiam"),
+    "mocov3": replace(BATCHNORM, method="mocov3", temperature=0.5),
+    "byol compiled": replace(BATCHNORM, compile="on"),
+    "mocov3 without batchnorm": SAME["mocov3"],
+}
+PARTS_ON_FOUR = ("byol", "mocov3")
+
+
+def batches(recipe: Recipe) -> list[list[Tensor]]:
+    """The views of the whole batch of each step."""
+    generator = torch.Generator().manual_seed(7)
+    return [
+        [torch.randn(BATCH, 3, spec.size, spec.size, generator=generator, dtype=torch.float64) for spec in recipe.views]
+        for _ in range(STEPS)
+    ]
+
+
+def trace(recipe: Recipe, world: World, *, shares: int = 1, share: int = 0) -> dict[str, Tensor]:
+    """Losses and gradients of each step and the networks after the last, of a share of the batch, in float64."""
+    torch.set_default_dtype(torch.float64)
+    compile_model, torch.compile = torch.compile, partial(torch.compile, backend="aot_eager")  # quick, and in float64
+    try:
+        step = TrainStep(recipe, device="cpu", total_steps=3 * STEPS, steps_per_epoch=STEPS, world=world)
+        found: dict[str, Tensor] = {}
+        number = 0
+
+        def keep(*_: Any) -> None:
+            found.update(
+                {
+                    f"gradient {number} {name}": p.grad.clone()
+                    for name, p in step.online.named_parameters()
+                    if p.grad is not None
+                }
+            )
+
+        step.optimizer.register_step_pre_hook(keep)
+        for number, views in enumerate(batches(recipe)):
+            output = step([view.chunk(shares)[share] for view in views], number)
+            found[f"losses {number}"] = world.mean(output.losses)
+            found[f"norm {number}"] = output.grad_norm
+        found |= {f"online {name}": value.clone() for name, value in step.online.state_dict().items()}
+        if step.target is not None:
+            found |= {f"target {name}": value.clone() for name, value in step.target.state_dict().items()}
+        return found
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.compile = compile_model
+
+
+def traces(recipes: dict[str, Recipe]) -> dict[str, dict[str, Tensor]]:
+    """`trace` of each recipe on this rank's share; runs in a rank."""
+    with join_world(cuda=False) as world:
+        return {name: trace(recipe, world, shares=world.size, share=world.rank) for name, recipe in recipes.items()}
+
+
+def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float = 1e-9) -> None:
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = max(value.double().norm().item(), 1e-6)
+        error = (ours[name].double() - value.double()).norm().item() / scale
+        assert error < tolerance, f"{name}: relative error {error:.1e}"
+
+
+@pytest.fixture(scope="module")
+def two() -> list[dict[str, dict[str, Tensor]]]:
+    return results(run_ranks(traces, 2, SAME | {f"apart: {name}": recipe for name, recipe in PARTS.items()}))
+
+
+@pytest.fixture(scope="module")
+def four() -> list[dict[str, dict[str, Tensor]]]:
+    apart = {f"apart: {name}": PARTS[name] for name in PARTS_ON_FOUR}
+    return results(run_ranks(traces, 4, {name: SAME[name] for name in ON_FOUR} | apart))
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_ranks_are_one_process(two: list[dict[str, dict[str, Tensor]]], name: str) -> None:
+    expected = trace(replace(SAME[name], compile="off"), World())
+    for rank in two:
+        assert_same(rank[name], expected, tolerance=1e-7 if name == ADAMW else 1e-9)
+
+
+@pytest.mark.parametrize("name", ON_FOUR)
+def test_four_ranks_are_one_process(four: list[dict[str, dict[str, Tensor]]], name: str) -> None:
+    expected = trace(SAME[name], World())
+    for rank in four:
+        assert_same(rank[name], expected)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_batch_in_two_parts_is_two_ranks(two: list[dict[str, dict[str, Tensor]]], name: str) -> None:
+    """Losses, gradients, updates; buffers, which are each rank's own, are the first part's as those of rank 0."""
+    assert_same(trace(replace(PARTS[name], accumulate=2), World()), two[0][f"apart: {name}"])
+
+
+@pytest.mark.parametrize("name", PARTS_ON_FOUR)
+def test_a_batch_in_four_parts_is_four_ranks(four: list[dict[str, dict[str, Tensor]]], name: str) -> None:
+    assert_same(trace(replace(PARTS[name], accumulate=4), World()), four[0][f"apart: {name}"])
+
+
+def test_parts_are_another_training_than_the_whole() -> None:
+    """Or the agreement above would show nothing: BatchNorm over a part is not that over the batch."""
+    ours, whole = trace(replace(BATCHNORM, accumulate=2), World()), trace(BATCHNORM, World())
+    assert not torch.allclose(ours["losses 0"], whole["losses 0"], rtol=1e-3)
+
+
+def test_without_synchronisation_batchnorm_sees_its_own_rank(two: list[dict[str, dict[str, Tensor]]]) -> None:
+    """The gradient of the first step is the mean of what each share of the batch has alone; buffers stay apart."""
+    recipe = replace(BATCHNORM, batch_size=BATCH // 2)
+    alone = [trace(recipe, World(), shares=2, share=share) for share in range(2)]
+    ranks = [rank["apart: byol"] for rank in two]
+    for name in [name for name in alone[0] if name.startswith("gradient 0")]:
+        expected = (alone[0][name] + alone[1][name]) / 2
+        for rank in ranks:
+            torch.testing.assert_close(rank[name], expected, rtol=1e-9, atol=1e-12)
+    mean = "online backbone.bn1.running_mean"
+    assert not torch.equal(ranks[0][mean], ranks[1][mean])
+    weight = "online backbone.conv1.0.weight"
+    assert torch.equal(ranks[0][weight], ranks[1][weight])
+
+
+def gathered_loss(predictions: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """MoCo v3's loss on this rank's rows with the keys of all ranks, and the keys as gathered; runs in a rank."""
+    with join_world(cuda=False) as world:
+        own = keys.chunk(world.size)[world.rank]
+        everyone = world.gather_own_first(own)
+        loss = pair_loss(predictions.chunk(world.size)[world.rank], everyone, temperature=0.3)
+        return loss, everyone
+
+
+def test_infonce_with_gathered_keys_is_the_formula_of_the_whole_batch() -> None:
+    generator = torch.Generator().manual_seed(3)
+    predictions, keys = (torch.randn(8, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    outcomes = results(run_ranks(gathered_loss, 2, predictions, keys))
+    rows = []
+    for i in range(8):  # -log softmax of the own image's key, times 2 T
+        cosine = [float(predictions[i] @ k / (predictions[i].norm() * k.norm())) / 0.3 for k in keys]
+        rows.append(0.6 * (float(torch.tensor(cosine, dtype=torch.float64).exp().sum().log()) - cosine[i]))
+    assert float(outcomes[0][0]) == pytest.approx(sum(rows[:4]) / 4, rel=1e-12)
+    assert float(outcomes[1][0]) == pytest.approx(sum(rows[4:]) / 4, rel=1e-12)
+    assert torch.equal(outcomes[0][1], keys)
+    assert torch.equal(outcomes[1][1], torch.cat([keys[4:], keys[:4]]))

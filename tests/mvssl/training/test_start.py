@@ -1,0 +1,90 @@
+"""What a run says and arranges before its first step."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mvssl.config.options import RunOptions
+from mvssl.config.recipe import Backbone, Recipe
+from mvssl.training.compile import FOLDERS, keep_compiled_code
+from mvssl.training.memory import explain_out_of_memory
+from pipelines.runtime import InputError
+from tests.samples.own_norm import mvssl_test_own_norm
+from tests.samples.tiny_runs import train
+
+
+def test_parts_and_views_one_by_one_are_said(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(tiny_recipe, epochs=1, accumulate=2, backbone=Backbone(name=mvssl_test_own_norm.__name__))
+    train(recipe, images, tmp_path / "run")
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "in 2 parts of 4, with one update for all: the numbers of 2 processes" in log
+    assert log.count("views pass one by one") == 1
+    assert "backbone.1 (OwnNorm)" in log
+
+
+def test_an_ordinary_run_says_neither(finished: Path) -> None:
+    log = (finished / "train.log").read_text()
+    assert "parts of" not in log
+    assert "one by one" not in log
+
+
+def test_a_graph_is_refused_where_there_is_none(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cuda_graph is 'on' but must be auto or off on a cpu device.*set it to auto"):
+        train(tiny_recipe, images, tmp_path / "run", cuda_graph="on")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match=r"RunOptions.cuda_graph is 'yes' but must be auto, on or off"):
+        RunOptions(cuda_graph="yes")  # type: ignore[arg-type]
+
+
+def test_full_memory_names_the_options_to_turn() -> None:
+    with pytest.raises(InputError, match="memory is full") as caught, explain_out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    message = str(caught.value)
+    assert "Tried to allocate 2.00 GiB" in message
+    for option in ("--step-mode per-view", "--accumulate 2", "--batch-size", "--cuda-graph off", "--dry-run"):
+        assert option in message
+
+
+@pytest.fixture
+def no_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No variable names a cache; the user's cache folder."""
+    for variable in FOLDERS:
+        monkeypatch.setenv(variable, "")  # so that it is put back at the end
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "mvssl"
+
+
+def test_compiled_code_is_kept_in_the_users_cache_folder(no_caches: Path) -> None:
+    os.environ["TRITON_CACHE_DIR"] = "elsewhere"
+    keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(no_caches / "inductor")
+    assert (no_caches / "inductor").is_dir()
+    assert os.environ["TRITON_CACHE_DIR"] == "elsewhere"
+
+
+def test_a_folder_that_cannot_be_written_leaves_torchs_default(
+    no_caches: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    no_caches.write_text("a file where the folder should be")
+    keep_compiled_code()
+    assert not any(variable in os.environ for variable in FOLDERS)
+    assert "not kept for the next start" in caplog.text
+    assert "set TORCHINDUCTOR_CACHE_DIR" in caplog.text
+
+
+def test_a_run_keeps_what_it_compiles(
+    images: Path, tiny_recipe: Recipe, no_caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Any = torch.compile  # quick: what is compiled does not matter
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, **options | {"backend": "eager"}))
+    train(replace(tiny_recipe, epochs=1, compile="on"), images, tmp_path / "run")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(no_caches / "inductor")
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.index("compiling the step") < log.index("compiled in ")

@@ -1,0 +1,153 @@
+"""Exported files: other programs load them and compute the same."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from mvssl.config.recipe import Evaluation
+from mvssl.weights import export as exporting
+from mvssl.weights.export import export
+from mvssl.weights.load import Measured, Subject, load_subject
+from pipelines.runtime import InputError
+from tests.samples.checkpoint_samples import random_backbone, write
+
+
+def measured(name: str, *, crop: int = 64) -> Measured:
+    return Measured(
+        name="x",
+        backbone=random_backbone(name, seed=1),
+        architecture=name,
+        evaluation=Evaluation(resize=crop, crop=crop),
+    )
+
+
+def features(model: nn.Module, size: int) -> torch.Tensor:
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        result: torch.Tensor = model.eval()(images)
+    return result
+
+
+def test_timm_loads_it(tmp_path: Path) -> None:
+    subject = measured("resnet18")
+    said = export(subject, "timm", tmp_path / "b.safetensors")
+    path = tmp_path / "b.safetensors"
+    assert said == f'import timm; backbone = timm.create_model("resnet18", num_classes=0, checkpoint_path="{path}")'
+    loaded = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(tmp_path / "b.safetensors"))
+    assert torch.equal(features(loaded, 64), features(subject.backbone, 64))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_torchvision_loads_its_resnets(name: str, tmp_path: Path) -> None:
+    subject = measured(name)
+    export(subject, "torchvision", tmp_path / "b.pth")
+    model = torchvision.models.get_model(name, weights=None)
+    left = model.load_state_dict(torch.load(tmp_path / "b.pth", weights_only=True), strict=False)
+    assert left.unexpected_keys == []
+    assert left.missing_keys == ["fc.weight", "fc.bias"]
+    model.fc = nn.Identity()
+    torch.testing.assert_close(features(model, 64), features(subject.backbone, 64), rtol=1e-5, atol=1e-5)
+
+
+def test_torchvision_loads_its_transformers_and_they_come_back(tmp_path: Path) -> None:
+    subject = measured("vit_tiny_patch16_224", crop=224)
+    export(subject, "torchvision", tmp_path / "b.pth")
+    model = torchvision.models.VisionTransformer(224, 16, 12, 3, 192, 768)
+    left = model.load_state_dict(torch.load(tmp_path / "b.pth", weights_only=True), strict=False)
+    assert left.unexpected_keys == []
+    assert left.missing_keys == ["heads.head.weight", "heads.head.bias"]
+    model.heads = nn.Identity()
+    torch.testing.assert_close(features(model, 224), features(subject.backbone, 224), rtol=1e-4, atol=1e-4)
+    back = load_subject(Subject(weights=tmp_path / "b.pth"))
+    ours = subject.backbone.state_dict()
+    assert all(torch.equal(tensor, ours[key]) for key, tensor in back.backbone.state_dict().items())
+
+
+def test_detectron2_has_all_it_asks_for(tmp_path: Path) -> None:
+    """The names that detectron2/modeling/backbone/resnet.py gives its modules, written down block by block."""
+    subject = measured("resnet50")
+    export(subject, "detectron2", tmp_path / "b.pkl")
+    held = pickle.loads((tmp_path / "b.pkl").read_bytes())
+    norm = ("weight", "bias", "running_mean", "running_var")
+    shapes = {"stem.conv1.weight": (64, 3, 7, 7)} | {f"stem.conv1.norm.{n}": (64,) for n in norm}
+    width = 64
+    for stage, blocks in zip((2, 3, 4, 5), (3, 4, 6, 3), strict=True):
+        inner, outer = 64 * 2 ** (stage - 2), 256 * 2 ** (stage - 2)
+        for block in range(blocks):
+            convolutions = {"conv1": (inner, width, 1, 1), "conv2": (inner, inner, 3, 3), "conv3": (outer, inner, 1, 1)}
+            if block == 0:
+                convolutions["shortcut"] = (outer, width, 1, 1)
+            width = outer
+            for name, shape in convolutions.items():
+                shapes[f"res{stage}.{block}.{name}.weight"] = shape
+                shapes |= {f"res{stage}.{block}.{name}.norm.{n}": shape[:1] for n in norm}
+    assert {name: array.shape for name, array in held["model"].items()} == shapes
+    assert all(isinstance(array, np.ndarray) for array in held["model"].values())
+    theirs, ours = held["model"], subject.backbone.state_dict()
+    assert np.array_equal(theirs["res4.5.conv2.norm.running_var"], ours["layer3.5.bn2.running_var"])
+    assert np.array_equal(theirs["res5.0.shortcut.norm.bias"], ours["layer4.0.downsample.1.bias"])
+    assert held["matching_heuristics"] is True
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_onnxruntime_gives_the_same_for_any_batch(name: str, tmp_path: Path) -> None:
+    crop = 64 if name == "resnet18" else 224
+    subject = measured(name, crop=crop)
+    said = export(subject, "onnx", tmp_path / "b.onnx")
+    assert re.search(r"onnxruntime gives the same features \(largest difference \d\.\de-\d\d of", said)
+    assert [path.name for path in tmp_path.iterdir()] == ["b.onnx"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "b.onnx"), providers=["CPUExecutionProvider"])
+    for count in (1, 4):
+        images = torch.randn(count, 3, crop, crop)
+        with torch.no_grad():
+            expected = subject.backbone(images).numpy()
+        (found,) = session.run(["features"], {"images": images.numpy()})
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_torch_program_gives_the_same_for_any_batch(tmp_path: Path) -> None:
+    subject = measured("resnet18")
+    export(subject, "program", tmp_path / "b.pt2")
+    program = torch.export.load(tmp_path / "b.pt2").module()
+    for count in (1, 4):
+        images = torch.randn(count, 3, 64, 64)
+        with torch.no_grad():
+            torch.testing.assert_close(program(images), subject.backbone(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_program_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "_TOLERANCE", -1.0)
+    with pytest.raises(InputError, match="gives other features than resnet18"):
+        export(measured("resnet18"), "program", tmp_path / "b.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported_is_a_sentence(tmp_path: Path) -> None:
+    convnext = measured("test_convnext")
+    with pytest.raises(InputError, match="is no ResNet, the only backbone"):
+        export(convnext, "detectron2", tmp_path / "b.pkl")
+    with pytest.raises(InputError, match="which no model there has"):
+        export(convnext, "torchvision", tmp_path / "b.pth")
+    with pytest.raises(InputError, match=r"a file of format onnx ends in \.onnx"):
+        export(convnext, "onnx", tmp_path / "b.pth")
+    with pytest.raises(InputError, match="must be one of timm, torchvision, detectron2, onnx, program"):
+        export(convnext, "tflite", tmp_path / "b.tflite")
+    (tmp_path / "b.safetensors").write_text("mine")
+    with pytest.raises(InputError, match="which exists: add --overwrite"):
+        export(convnext, "timm", tmp_path / "b.safetensors")
+    assert (tmp_path / "b.safetensors").read_text() == "mine"
+    export(convnext, "timm", tmp_path / "b.safetensors", overwrite=True)
+    path = write(tmp_path / "vit.pth", random_backbone("vit_tiny_patch16_224", seed=4).state_dict())
+    tagged = load_subject(Subject(weights=path, arch="vit_tiny_patch16_224.augreg_in21k_ft_in1k"))
+    with pytest.raises(InputError, match="normalised otherwise than ImageNet's"):
+        export(tagged, "timm", tmp_path / "vit.safetensors")

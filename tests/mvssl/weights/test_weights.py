@@ -1,0 +1,304 @@
+"""Weights of other projects: the right network, the same features, and no code that is run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+from mvssl.config.recipe import Backbone, Head, Recipe
+from mvssl.models.backbones import build_backbone
+from mvssl.models.encoder import build_networks
+from mvssl.models.heads import MLP
+from mvssl.training.step import TrainStep
+from mvssl.weights.backbone_file import export_backbone
+from mvssl.weights.formats import guess_architecture
+from mvssl.weights.init_from import init_from
+from mvssl.weights.load import Subject, load_subject, read_weights
+from pipelines.runtime import InputError
+from tests.samples.checkpoint_samples import dino, moco_v2, moco_v3, put, random_backbone, release, simsiam, write
+
+SIZE = 224
+
+
+def features(model: nn.Module, *, size: int = SIZE) -> torch.Tensor:
+    """Of two images, the same each time."""
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        result: torch.Tensor = model.eval()(images)
+    return result
+
+
+@pytest.fixture(scope="module")
+def online() -> nn.Module:
+    return random_backbone("resnet18", seed=1)
+
+
+@pytest.fixture(scope="module")
+def target() -> nn.Module:
+    return random_backbone("resnet18", seed=2)
+
+
+TWO: dict[str, Callable[[Any, Any], Any]] = {
+    "release": lambda one, two: release(one, two, {"projector.0.weight": torch.ones(2, 2)}, module=False),
+    "release, module": lambda one, two: release(one, two, {"predictor.0.weight": torch.ones(2, 2)}, module=True),
+    "moco v3": moco_v3,
+    "moco v2": moco_v2,
+    "dino": lambda one, two: dino(one, two),
+}
+
+
+@pytest.mark.parametrize("layout", TWO)
+def test_either_network_of_a_checkpoint(layout: str, online: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+    path = write(tmp_path / "checkpoint.pth.tar", TWO[layout](online.state_dict(), target.state_dict()))
+    for network, model in (("online", online), ("target", target)):
+        measured = load_subject(Subject(weights=path, network=network))  # type: ignore[arg-type]
+        assert measured.architecture == "resnet18"
+        assert torch.equal(features(measured.backbone, size=64), features(model, size=64))
+    usual = target if layout == "dino" else online
+    assert torch.equal(features(load_subject(Subject(weights=path)).backbone, size=64), features(usual, size=64))
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        lambda tensors: simsiam(tensors),
+        lambda tensors: tensors,
+        lambda tensors: {"state_dict": put("module.", tensors)},
+        lambda tensors: {"model": tensors, "epoch": 3},
+        lambda tensors: put("backbone.", tensors),
+        lambda tensors: put("_orig_mod.", tensors) | put("_orig_mod.", {"fc.weight": torch.ones(10, 512)}),
+        lambda tensors: {name: value for name, value in tensors.items() if "num_batches" not in name},
+    ],
+    ids=["simsiam", "bare", "wrapped", "model", "prefixed", "with a classifier", "of old"],
+)
+def test_one_network(held: Callable[[Any], Any], online: nn.Module, tmp_path: Path) -> None:
+    path = write(tmp_path / "weights.pth", held(dict(online.state_dict())))
+    assert torch.equal(features(load_subject(Subject(weights=path)).backbone, size=64), features(online, size=64))
+    with pytest.raises(InputError, match=r"^network is 'target' but .*weights\.pth"):
+        load_subject(Subject(weights=path, network="target"))
+
+
+def test_timms_own_file_with_its_classifier(tmp_path: Path) -> None:
+    model = timm.create_model("resnet26d", num_classes=7).eval()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="does not tell its architecture"):
+        load_subject(Subject(weights=tmp_path / "model.safetensors"))
+    measured = load_subject(Subject(weights=tmp_path / "model.safetensors", arch="resnet26d"))
+    with torch.no_grad():
+        expected = model.forward_head(model.forward_features(torch.ones(1, 3, 64, 64)), pre_logits=True)
+        assert torch.equal(measured.backbone(torch.ones(1, 3, 64, 64)), expected)
+
+
+def torchvision_vit(heads: int, width: int) -> nn.Module:
+    torch.manual_seed(3)
+    model = torchvision.models.VisionTransformer(
+        image_size=SIZE, patch_size=16, num_layers=12, num_heads=heads, hidden_dim=width, mlp_dim=4 * width
+    )
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.05)
+    model.heads = nn.Identity()
+    return model.eval()
+
+
+def test_torchvisions_transformer_gives_its_features(tmp_path: Path) -> None:
+    model = torchvision_vit(3, 192)
+    measured = load_subject(Subject(weights=write(tmp_path / "vit.pth", model.state_dict())))
+    assert measured.architecture == "vit_tiny_patch16_224"
+    torch.testing.assert_close(features(measured.backbone), features(model), atol=1e-4, rtol=1e-4)
+
+
+def test_moco_v3s_small_transformer_has_twelve_heads(tmp_path: Path) -> None:
+    from mvssl.weights.formats import from_torchvision
+
+    model = torchvision_vit(12, 384)
+    tensors = from_torchvision(model.state_dict())
+    path = write(tmp_path / "vit-s.pth.tar", moco_v3(tensors, tensors))
+    measured = load_subject(Subject(weights=path))
+    assert measured.architecture == "vit_small_patch16_224"
+    torch.testing.assert_close(features(measured.backbone), features(model), atol=1e-4, rtol=1e-4)
+
+
+def test_images_are_normalised_as_the_weights_want(tmp_path: Path) -> None:
+    model = random_backbone("vit_tiny_patch16_224", seed=4)
+    path = write(tmp_path / "vit.pth", model.state_dict())
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    measured = load_subject(Subject(weights=path, arch=name))
+    pixels = torch.rand(2, 3, SIZE, SIZE)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    ours = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(measured.backbone(ours), model(2 * pixels - 1), atol=1e-4, rtol=1e-4)
+    assert (measured.evaluation.resize, measured.evaluation.crop) == (248, 224)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet101", "wide_resnet50_2", "vit_tiny_patch16_224"])
+def test_architectures_are_told_from_their_tensors(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
+    assert guess_architecture(model.state_dict()) == name
+
+
+def test_an_unknown_layout_is_described(tmp_path: Path) -> None:
+    held = {"net": {"trunk.conv1.weight": torch.ones(1), "trunk.bn1.weight": torch.ones(1)}, "step": 3}
+    path = write(tmp_path / "theirs.pt", held)
+    with pytest.raises(InputError) as caught:
+        load_subject(Subject(weights=path))
+    for words in (
+        "net/trunk.bn1, net/trunk.conv1",
+        "a layout that is not known: the nearest is ",
+        "Known are the paper",
+    ):
+        assert words in str(caught.value)
+    nearly = write(tmp_path / "nearly.pt", {"state_dict": {"base_encoders.conv1.weight": torch.ones(1)}})
+    with pytest.raises(InputError, match=r"the nearest is MoCo v3, with names that begin with state_dict/base_encoder"):
+        load_subject(Subject(weights=nearly))
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_files_that_are_no_weights(tmp_path: Path, online: nn.Module) -> None:
+    done = tmp_path / "done"
+    with pytest.raises(InputError, match=r"evil\.pt holds .*mkdir, which is code and is not run here"):
+        read_weights(write(tmp_path / "evil.pt", {"state_dict": Evil(done)}))
+    assert not done.exists()
+    whole = write(tmp_path / "whole.pt", online.state_dict()).read_bytes()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name in ("half.pt", "text.pt", "empty.pt", "text.safetensors"):
+        with pytest.raises(InputError, match="cannot be read as a"):
+            read_weights(tmp_path / name)
+    with pytest.raises(InputError, match="there is no file of that name"):
+        read_weights(tmp_path / "nothing.pt")
+    with pytest.raises(InputError, match="holds a list but must hold a mapping"):
+        read_weights(write(tmp_path / "list.pt", [torch.ones(2)]))
+
+
+def test_what_does_not_fit_is_named(online: nn.Module, tmp_path: Path) -> None:
+    path = write(tmp_path / "weights.pth", online.state_dict())
+    with pytest.raises(InputError, match=r"does not fit resnet34: it lacks layer1\.2\.conv1\.weight.* and \d+ more"):
+        load_subject(Subject(weights=path, arch="resnet34"))
+    more = write(tmp_path / "more.pth", dict(online.state_dict()) | {"layer9.x": torch.ones(1)})
+    with pytest.raises(InputError, match=r"it has, beyond it, layer9\.x\."):
+        load_subject(Subject(weights=more))
+    wide = dict(online.state_dict()) | {"layer4.1.bn2.bias": torch.ones(3)}
+    with pytest.raises(InputError, match=r"it has layer4\.1\.bn2\.bias \[3\] instead of \[512\]"):
+        load_subject(Subject(weights=write(tmp_path / "wide.pth", wide)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "no backbone is named"),
+        ({"untrained": True, "weights": Path("x")}, "untrained excludes weights"),
+        ({"run": Path("x"), "arch": "resnet18"}, "leave --arch out"),
+    ],
+)
+def test_subjects_that_contradict_themselves(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Subject(**options)
+
+
+def test_both_networks_of_a_run(finished: Path, tiny_recipe: Recipe) -> None:
+    state = torch.load(finished / "checkpoints/last/state.pt", weights_only=True)["step"]
+    for network in ("online", "target"):
+        expected = build_backbone(tiny_recipe.backbone)
+        prefix = "backbone."
+        expected.load_state_dict({k.removeprefix(prefix): v for k, v in state[network].items() if k.startswith(prefix)})
+        measured = load_subject(Subject(run=finished, network=network))
+        assert torch.equal(features(measured.backbone, size=32), features(expected, size=32))
+        assert (measured.evaluation.resize, measured.evaluation.k) == (32, (5, 1))
+    untrained = load_subject(Subject(run=finished, untrained=True))
+    assert torch.equal(
+        features(untrained.backbone, size=32), features(build_networks(tiny_recipe)[0].backbone, size=32)
+    )
+    exported = load_subject(Subject(weights=finished / "backbone.safetensors"))
+    assert exported.architecture == "test_resnet"
+    assert exported.digest == load_subject(Subject(run=finished)).digest != untrained.digest
+
+
+def step_of(recipe: Recipe) -> TrainStep:
+    return TrainStep(recipe, device=torch.device("cpu"), total_steps=4, steps_per_epoch=4)
+
+
+def heads_of(recipe: Recipe, width: int) -> tuple[MLP, dict[str, MLP]]:
+    torch.manual_seed(5)
+    tasks = ("global", "local", "cutout")
+    return MLP(width, recipe.projector), {task: MLP(recipe.projector.out, recipe.predictor) for task in tasks}
+
+
+def test_training_goes_on_from_the_releases_networks(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    step = step_of(tiny_recipe)
+    backbone = random_backbone("test_resnet", seed=6)
+    projector, predictors = heads_of(tiny_recipe, step.online.feature_width)
+    heads = put("projector.", projector.state_dict())
+    for task, mlp in predictors.items():
+        heads |= put(f"predictors.{task}.", mlp.state_dict())
+    held = release(put("", backbone.state_dict()), put("", backbone.state_dict()), heads, module=True)
+    init_from(step.online, step.target, tiny_recipe, write(tmp_path / "release.pth", held))
+    torch.testing.assert_close(features(step.online.backbone, size=32), features(backbone, size=32))
+    z = torch.randn(4, tiny_recipe.projector.out)
+    for slot, task in enumerate(step.online.predictors.tasks):
+        theirs = predictors[task].eval()(z)
+        ours = step.online.predictors.eval()(z[None], (slot,))[0]
+        torch.testing.assert_close(ours, theirs)
+    assert step.target is not None
+    torch.testing.assert_close(features(step.target.backbone, size=32), features(backbone, size=32))
+    x = torch.randn(4, step.online.feature_width)
+    torch.testing.assert_close(step.online.projector.eval()(x), projector.eval()(x))
+
+
+def test_heads_that_do_not_fit_begin_anew(
+    tiny_recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="mvssl")
+    step = step_of(tiny_recipe)
+    before = {name: value.clone() for name, value in step.online.predictors.state_dict().items()}
+    backbone = random_backbone("test_resnet", seed=6)
+    heads = put("projector.", MLP(step.online.feature_width, Head(hidden=(8,), out=4)).state_dict())
+    held = release(backbone.state_dict(), backbone.state_dict(), heads, module=False)
+    init_from(step.online, step.target, tiny_recipe, write(tmp_path / "release.pth", held))
+    assert "taken over are online backbone of the paper's release; projector and predictors begin anew." in caplog.text
+    assert all(torch.equal(value, before[name]) for name, value in step.online.predictors.state_dict().items())
+
+
+def test_a_shared_predictor_without_bias_is_taken(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    import dataclasses
+
+    recipe = dataclasses.replace(tiny_recipe, predictors="shared", backbone=Backbone(name="resnet18"))
+    step = step_of(recipe)
+    backbone = random_backbone("resnet18", seed=6)
+    _, predictors = heads_of(recipe, 512)
+    mlp = predictors["global"].eval()
+    torch.nn.init.zeros_(mlp[-1].bias)  # type: ignore[arg-type]
+    held = simsiam(backbone.state_dict())
+    state = {name: tensor for name, tensor in held["state_dict"].items() if "predictor" not in name}
+    state |= put("module.predictor.", {k: v for k, v in mlp.state_dict().items() if k != "3.bias"})
+    init_from(step.online, step.target, recipe, write(tmp_path / "simsiam.pth.tar", held | {"state_dict": state}))
+    z = torch.randn(4, recipe.projector.out)
+    torch.testing.assert_close(step.online.predictors.eval()(z[None], (0,))[0], mlp(z))
+
+
+def test_exported_files_are_checked_for_their_architecture(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    export_backbone(random_backbone("resnet18", seed=1), "resnet18", tmp_path / "b.safetensors")
+    with pytest.raises(InputError, match="holds a resnet18 but the recipe's backbone is test_resnet"):
+        init_from(step_of(tiny_recipe).online, None, tiny_recipe, tmp_path / "b.safetensors")
