@@ -30,19 +30,26 @@ class InputError(ValueError):
     """A value, file or folder given by the user cannot be used; the message is a sentence with the remedy.
 
     Command-line programs print the message without a traceback and exit with code 1.
+
+    Attributes:
+        field: name of the field or option that is wrong, e.g. "Recipe.epochs"; None if it is no single one.
     """
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 def invalid(field: str, value: object, allowed: str, remedy: str) -> InputError:
-    """Build the error for a field that has a value it must not have.
+    """The error "FIELD is VALUE but must be ALLOWED: REMEDY."
 
     Args:
-        field: name of the field as the user writes it, e.g. ``ViewSpec.size``.
+        field: name of the field as the user writes it, e.g. "ViewSpec.size".
         value: the value that was given.
-        allowed: what is allowed, to be read after "must be".
-        remedy: what to do, an imperative without a full stop.
+        allowed: continues "must be".
+        remedy: an imperative without a full stop.
     """
-    return InputError(f"{field} is {value!r} but must be {allowed}: {remedy}.")
+    return InputError(f"{field} is {value!r} but must be {allowed}: {remedy}.", field=field)
 
 
 def cache_folder() -> Path:
