@@ -27,7 +27,7 @@ from benchmarks.measuring.command_line import command_of, finish, parse_with_rec
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import from_dict, to_dict
 from mvssl.runs.environment import environment
-from mvssl.training.compile import FOLDERS
+from mvssl.training.compile import CACHE_FOLDERS
 from pipelines.runtime import InputError, invalid, run_cli
 
 PROG = "python -m benchmarks.bench_start"
@@ -106,7 +106,7 @@ def start(recipe: Recipe, device: str, caches: Path) -> dict[str, Any]:
     process = subprocess.run(
         [sys.executable, "-c", "from benchmarks.bench_start import steps_of_a_start as work; work()"],
         input=json.dumps({"recipe": to_dict(recipe), "device": device}),
-        env=os.environ | {variable: str(caches / name) for variable, name in FOLDERS.items()},
+        env=os.environ | {variable: str(caches / name) for variable, name in CACHE_FOLDERS.items()},
         capture_output=True,
         text=True,
         check=False,

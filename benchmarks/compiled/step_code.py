@@ -161,10 +161,9 @@ def _regions(step: Any, account: Account) -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(step_module, "stack_views", stack))
         for owner, method, name in (
-            (step._follow, "average", "EMA"),
-            (step._follow, "copy", "EMA"),
-            (step, "_update", "optimiser"),
-            (step, "_set_numbers", "optimiser"),
+            (step, "_update_target", "EMA"),
+            (step, "_clip_and_update", "optimiser"),
+            (step, "_set_rates", "optimiser"),
         ):
             if owner is not None:
                 patches.enter_context(mock.patch.object(owner, method, within(name, getattr(owner, method))))

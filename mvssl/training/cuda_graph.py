@@ -1,7 +1,7 @@
-"""The whole step as one CUDA graph: recorded once, then replayed by a single launch.
+"""Records the whole step as one CUDA graph and replays it with a single launch.
 
-Launched one by one, the thousands of kernels of a step keep the host busier than the device, and the loader's thread
-competes with the launches for the GIL. A replay needs neither.
+Launching thousands of kernels one by one keeps the host busier than the device, and competes with the loader's threads
+for the GIL.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipelines.runtime import InputError
 logger = logging.getLogger("mvssl")
 
 WARM_UP = 3
-"""Steps before the recording, in which kernels are compiled and chosen and optimisers make their state. Real steps."""
+"""Ordinary steps before the recording: kernels are compiled and tuned, the optimiser allocates its state."""
 WARM_UP_RANKS = 11
 """The same with DistributedDataParallel (torch's notes on CUDA graphs: at least 11)."""
 _EMPTY = r".*CUDA Graph is empty"
@@ -34,10 +34,10 @@ _ECHO = "previous error during capture"
 
 
 def wants_capture(asked: Literal["auto", "on", "off"], device: torch.device, *, ranks: int) -> bool:
-    """Whether to record steps; auto does on CUDA in a run of one process.
+    """Whether to record steps; auto records on CUDA in runs of one process.
 
     Raises:
-        InputError: it is asked for where there is no CUDA device.
+        InputError: a graph is requested without a CUDA device.
     """
     if asked == "on" and device.type != "cuda":
         raise InputError(
@@ -49,7 +49,7 @@ def wants_capture(asked: Literal["auto", "on", "off"], device: torch.device, *, 
 
 @contextmanager
 def in_stream(stream: Any) -> Iterator[None]:
-    """Launch into another stream, after all that the current one has and before all that it gets later."""
+    """Launch into `stream`, ordered after earlier and before later work of the current stream."""
     if stream is None:
         yield
         return
@@ -61,40 +61,40 @@ def in_stream(stream: Any) -> Iterator[None]:
 
 
 class Graph(Protocol):
-    """Records operations and repeats them."""
+    """Records operations and replays them."""
 
     def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Record what `work` launches, without running it; its results, which a replay fills."""
+        """Record what `work` launches without running it; returns its results, which a replay fills."""
 
     def replay(self) -> None:
         """Run what was recorded."""
 
 
 class CaptureFailed(RuntimeError):
-    """A recording failed and left the process unable to go on; the message says why."""
+    """A recording failed and left CUDA unusable in this process."""
 
 
 class CudaGraph:
-    """`Graph` on CUDA. Its memory is its own: activations of a step stay reserved between replays."""
+    """`Graph` on CUDA, with a memory pool of its own: activations stay reserved between replays."""
 
     def __init__(self, stream: Any) -> None:
-        """`stream` is where to record, on the step's device; recordings cannot be made in a default stream."""
+        """`stream`: where to record, on the step's device; must not be a default stream."""
         self._graph: Any = torch.cuda.CUDAGraph()
         self._pool: Any = torch.cuda.graph_pool_handle()
         self._stream = stream
 
     def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Record what `work` launches; threads of the loader go on launching and allocating meanwhile.
+        """Record what `work` launches, while loader threads may go on launching and allocating.
 
-        An exception is the one that `work` raised, not what CUDA makes of it when the recording is closed.
+        Exceptions are those of `work`, not what CUDA turns them into when the recording is closed.
 
         Raises:
-            CaptureFailed: `work` ran instead of being recorded, or CUDA cannot be used after its failure.
+            CaptureFailed: `work` ran instead of being recorded, or CUDA is unusable after its failure.
         """
-        gc.collect()  # what cycles still hold of the steps before would be missing in the graph's own memory
+        gc.collect()  # memory held by reference cycles of earlier steps is not available to the graph's pool
         raised: list[BaseException] = []
         try:
-            # torch's own exit leaves its stream the current one where closing the recording fails.
+            # If closing the recording fails, torch leaves the recording's stream as the current one.
             with torch.cuda.stream(self._stream), _empty_is_an_error(), self._capture(self._graph, pool=self._pool):
                 try:
                     return work()
@@ -121,27 +121,27 @@ class CudaGraph:
         return capture
 
     def _recover(self, cause: Exception) -> None:
-        """Undo what torch leaves behind a recording that CUDA broke.
+        """Clean up after a recording that CUDA broke.
 
-        Up to torch 2.12 the allocator goes on as if recording: memory that another stream used is not reused, and that
-        of the recording stays reserved. The random generator refuses to draw.
+        Up to torch 2.12 the allocator behaves as if still recording: memory used by other streams is not reused, the
+        recording's memory stays reserved, and the random generator raises.
 
         Raises:
-            CaptureFailed: it cannot be undone.
+            CaptureFailed: that is not possible.
         """
         _BROKEN.append(self._graph)
         device, pool = self._stream.device, self._pool
         try:
             self._graph.reset()
-            with contextlib.suppress(RuntimeError):  # it is closed already
+            with contextlib.suppress(RuntimeError):  # already closed
                 torch._C._cuda_endAllocateToPool(device.index, pool)
-            # The first answer may come from a new pool of that name.
+            # The first answer may be about a new pool of that name.
             if not _is_released(device.index, pool) and not _is_released(device.index, pool):
                 torch._C._cuda_releasePool(device.index, pool)
             with torch.cuda.stream(self._stream):
-                with contextlib.suppress(RuntimeError):  # an error that nobody has read yet
+                with contextlib.suppress(RuntimeError):  # a pending error
                     torch.zeros(1, device=device)
-                with self._capture(torch.cuda.CUDAGraph()):  # one that succeeds frees the generator
+                with self._capture(torch.cuda.CUDAGraph()):  # a successful recording frees the generator
                     torch.zeros(1, device=device)
             torch.cuda.synchronize(device)
         except torch.OutOfMemoryError:
@@ -152,11 +152,11 @@ class CudaGraph:
 
 
 _BROKEN: list[Any] = []
-"""Graphs whose recording failed: torch's allocator of pinned memory may go on to ask them, so they must stay alive."""
+"""Graphs whose recording failed; they stay alive because torch's pinned-memory allocator may still query them."""
 
 
 def _is_released(device: int, pool: Any) -> bool:
-    """Whether nothing holds an allocator's pool; torch raises where one that is released gets a user again."""
+    """Whether an allocator's pool is released: torch raises if a released one is used again."""
     try:
         torch._C._cuda_beginAllocateCurrentThreadToPool(device, pool)
     except RuntimeError:
@@ -168,11 +168,7 @@ def _is_released(device: int, pool: Any) -> bool:
 
 @contextmanager
 def _empty_is_an_error() -> Iterator[None]:
-    """Turn torch's warning about an empty graph into an error: the step ran, and replays would do nothing.
-
-    Raises:
-        CaptureFailed: nothing was recorded.
-    """
+    """Raise CaptureFailed where torch warns about an empty graph: the step ran, and replays would do nothing."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", message=_EMPTY)
         yield
@@ -183,9 +179,9 @@ def _empty_is_an_error() -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """What broke a recording, in one line: the error's first line, and where in the user's code it was raised.
+    """Why a recording failed, in one line: the first line of the error, and where outside of torch it was raised.
 
-    CUDA answers every later call with an echo of the first error; the echoes are left out.
+    CUDA repeats the first error in every later call; the repetitions are skipped.
     """
     while _ECHO in str(error) and error.__context__ is not None:
         error = error.__context__
@@ -196,11 +192,11 @@ def describe(error: BaseException) -> str:
 
 
 class StepGraph:
-    """Calls a step's operations: one by one at first, recorded after a few steps, replayed from then on.
+    """Wraps a step: runs it kernel by kernel at first, records it after the warm-up, then replays the graph.
 
     Attributes:
-        inputs: where the next step's stacks belong, once they have a fixed place.
-        capturing: whether a recording is going on.
+        inputs: static input tensors that the next step's stacks must be written to, once there is a graph.
+        capturing: whether a recording is in progress.
     """
 
     def __init__(
@@ -214,16 +210,16 @@ class StepGraph:
         warm_up: int = WARM_UP,
         stream: Any = None,
     ) -> None:
-        """Nothing is run or recorded yet.
+        """Wrap a step.
 
         Args:
-            work: a whole step, from stacks on the device to its results there; reads nothing back.
-            forget: clears what a failed recording of `work` left behind.
+            work: the step, from stacks on the device to results there, without a host sync.
+            forget: cleans up after a failed recording of `work`.
             wanted: whether to record at all.
-            graph: makes what records.
-            asked: whether the user insists: then a failure to record is an error.
-            warm_up: steps run one by one before the recording.
-            stream: where all steps run, also the recording and its replays; None is the current one.
+            graph: creates the recorder.
+            asked: whether the user requested a graph: a failed recording is then an error.
+            warm_up: ordinary steps before the recording.
+            stream: where steps, recording and replays run; None for the current one.
         """
         self._work = work
         self._forget = forget
@@ -245,21 +241,20 @@ class StepGraph:
 
     @property
     def warm_up(self) -> int:
-        """Steps after which all are alike: the first one compiles, and if a graph is wanted a later one records it."""
+        """Number of first steps that compile or record; later ones are all alike."""
         return self._warm_up + 1 if self._wanted else 1
 
     def __call__(self, stacks: list[Tensor]) -> tuple[Tensor, ...]:
         """Run one step.
 
         Args:
-            stacks: the step's input; `inputs` themselves, filled, where those are set.
+            stacks: the step's input; must be `inputs` themselves if those are set.
 
         Returns:
-            Its results, which later steps leave alone.
+            Results that later steps do not overwrite.
 
         Raises:
-            InputError: it cannot be recorded though the user asked for it, or CUDA cannot be used after the attempt.
-            torch.OutOfMemoryError: the device's memory is full.
+            InputError: a requested recording fails, or CUDA is unusable after the attempt.
         """
         if self._graph is None and self._wanted and self._done >= self._warm_up:
             self._record(stacks)
@@ -271,8 +266,8 @@ class StepGraph:
             return tuple(output.clone() for output in self._outputs)
 
     def _record(self, stacks: list[Tensor]) -> None:
-        """Record with these stacks as the input from now on; without success never try again."""
-        # What is a view's own tensor belongs to the loader, which frees it.
+        """Record with copies of these stacks as static input; after a failure never try again."""
+        # A stack of one view is the loader's tensor, which the loader frees.
         inputs = [stack.clone() for stack in stacks]
         graph = self._make()
         self.capturing = True
@@ -305,8 +300,8 @@ class StepGraph:
             logger.info("the step is one CUDA graph from here on")
         finally:
             self.capturing = False
-        gc.collect()  # a traceback holds what a recording that failed has allocated
+        gc.collect()  # a traceback holds a failed recording's tensors
 
     def drop(self) -> None:
-        """Forget the recording; the next steps warm up for another one."""
+        """Discard the graph; the next steps warm up for a new recording."""
         self._graph, self._outputs, self.inputs, self._done = None, (), None, 0

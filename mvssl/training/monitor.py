@@ -211,7 +211,7 @@ class Monitor:
             "loss": loss,
             **{f"loss/{task}": value for task, value in losses.items()},
             "lr": output.lr,
-            "target_decay": output.decay,
+            "target_decay": output.tau,
             "embedding_std": float(std),
             "effective_rank": float(rank),
             "grad_norm": float(rows[-1, 0]) if rows[-1, 0].isfinite() else None,  # fp16 gradients may overflow
@@ -267,7 +267,7 @@ class Monitor:
             epochs=self._experiment.recipe.epochs,
             losses=losses,
             learning_rate=output.lr,
-            target_decay=output.decay,
+            target_decay=output.tau,
             images_per_second=speed["images_per_second"],
             views_per_image=len(self._experiment.recipe.views),
             wait_fraction=speed["data_wait"],

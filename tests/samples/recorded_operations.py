@@ -101,8 +101,8 @@ def kept_tensors(step: TrainStep) -> dict[str, Tensor]:
         kept |= {f"state.{number}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
     for number, group in enumerate(step.optimizer.param_groups):
         kept |= {f"group.{number}.{name}": value for name, value in group.items() if isinstance(value, Tensor)}
-    kept["pace"] = step._pace
-    kept["weights"] = step._objective._weights
+    kept["pace"] = step._one_minus_tau
+    kept["weights"] = step._weights
     if step.scaler.is_enabled() and step.scaler._scale is not None and step.scaler._growth_tracker is not None:
         kept |= {"scale": step.scaler._scale, "growth": step.scaler._growth_tracker}
     return kept

@@ -107,7 +107,9 @@ def test_what_cannot_be_split_is_refused() -> None:
     """The message names the field, its value, what is allowed and what to do."""
     with pytest.raises(InputError, match=r"Recipe.accumulate is 4 .*divisor of batch_size \(6\).*give"):
         make(accumulate=4)
-    with pytest.raises(InputError, match=r"Recipe.batch_size is 6 .*at least 12 on 1 ranks in 6 parts.*fewer parts"):
+    with pytest.raises(
+        InputError, match=r"Recipe.batch_size is 6 .*at least 12 on 1 ranks with 6 micro-batches.*fewer micro"
+    ):
         make(accumulate=6)
     with pytest.raises(InputError, match=r"Recipe.batch_size is 6 .*multiple of 2 ranks times 2 parts.*give each rank"):
         TrainStep(

@@ -372,13 +372,13 @@ def replayed_step(graph: Callable[[TrainStep], Graph] | None = None, **changes: 
     """A step that is recorded and replayed on the CPU."""
     step = make(**changes)
     real = graph or (lambda step: ReplayedGraph(lambda: list(kept_tensors(step).values())))
-    step._graph = StepGraph(step._device_step, step._forget, wanted=True, graph=lambda: real(step))
+    step._graph = StepGraph(step._device_step, step._discard_gradients, wanted=True, graph=lambda: real(step))
     return step
 
 
 def scaled(step: TrainStep) -> TrainStep:
     """With the loss scaling of fp16, whose precision the CPU refuses."""
-    step.scaler = step._objective._scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
     return step
 
 
@@ -391,7 +391,7 @@ def assert_same(ours: list[StepOutput], expected: list[StepOutput]) -> None:
     for mine, theirs in zip(ours, expected, strict=True):
         for name in ("losses", "loss", "embedding", "grad_norm"):
             torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), rtol=0, atol=0)
-        assert (mine.lr, mine.decay) == (theirs.lr, theirs.decay)
+        assert (mine.lr, mine.tau) == (theirs.lr, theirs.tau)
 
 
 def assert_same_state(ours: TrainStep, expected: TrainStep) -> None:

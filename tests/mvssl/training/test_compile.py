@@ -208,7 +208,7 @@ def test_failure_in_the_backward_on_several_ranks_is_an_error(monkeypatch: pytes
     work = compiler(lambda x: network(x).square().sum())
     told = r"^Recipe.compile is .* but must be 'off' on 2 ranks .* in the backward of 2 \(Linear\) \(AssertionError"
     with pytest.raises(InputError, match=told):
-        compiler.run(lambda: work(torch.ones(2, 3)).backward())
+        compiler.guard(lambda: work(torch.ones(2, 3)).backward())()
 
 
 class Interrupted(torch.autograd.Function):
@@ -242,7 +242,7 @@ def test_a_backward_that_cannot_be_traced_is_named_by_its_line(
     compiler = Compiler([network], enabled=True)
     work = compiler(lambda x: network(x).sum())
     with caplog.at_level(logging.WARNING, logger="mvssl"):
-        compiler.run(lambda: work(torch.ones(2, 3)).backward())
+        compiler.guard(lambda: work(torch.ones(2, 3)).backward())()
     assert not compiler.compiled
     assert re.search(r"torch.compile FAILED in \w+, test_compile.py line \d+ \(", caplog.text)
     assert network[0].weight.grad is not None
@@ -261,7 +261,7 @@ def test_full_memory_is_no_failure_to_compile(monkeypatch: pytest.MonkeyPatch) -
     compiler = Compiler([nn.Linear(2, 2)], enabled=True)
     work = compiler(lambda x: x + 1)
     with pytest.raises(torch.OutOfMemoryError):
-        compiler.run(lambda: work(torch.ones(2)))
+        compiler.guard(lambda: work(torch.ones(2)))()
     assert compiler.compiled
 
 
@@ -272,7 +272,7 @@ def test_a_missing_compiler_has_its_remedy(caplog: pytest.LogCaptureFixture) -> 
     work = compiler(lambda x: network(x).sum())
     options = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
     with torch._inductor.config.patch(options), caplog.at_level(logging.WARNING, logger="mvssl"):
-        compiler.run(lambda: work(torch.ones(2, 3)).backward())
+        compiler.guard(lambda: work(torch.ones(2, 3)).backward())()
     message = caplog.records[-1].getMessage()
     assert message.startswith("torch.compile FAILED (InductorError: InvalidCxxCompiler: No working C++ compiler")
     assert "('no-such-compiler',)) and the step runs uncompiled" in message
@@ -315,7 +315,7 @@ def test_inductors_own_failure_in_the_backward_is_named(caplog: pytest.LogCaptur
             torch._inductor.config.patch({"force_disable_caches": True}),
             caplog.at_level(logging.WARNING, logger="mvssl"),
         ):
-            compiler.run(lambda: work(torch.ones(2, 3, 8, 8)).backward())
+            compiler.guard(lambda: work(torch.ones(2, 3, 8, 8)).backward())()
     finally:
         lowering.lowerings[operation] = real
     message = caplog.records[-1].getMessage()
@@ -342,7 +342,7 @@ def test_failure_to_compile_on_several_ranks_is_an_error() -> None:
         raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no such compiler"), None)
 
     with pytest.raises(InputError, match=r"no such compiler.*set Recipe.compile to 'off'"):
-        compiler.run(work)
+        compiler.guard(work)()
 
 
 def test_other_errors_are_passed_on() -> None:
@@ -352,7 +352,7 @@ def test_other_errors_are_passed_on() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        compiler.run(work)
+        compiler.guard(work)()
     assert compiler.compiled
 
 

@@ -142,7 +142,7 @@ def test_with_equal_predictors_the_first_step_is_the_same(pair: tuple[Experiment
         outputs.append(step(views, 5))
     torch.testing.assert_close(outputs[0].losses, outputs[1].losses, rtol=1e-10, atol=1e-12)
     assert outputs[0].losses.shape == (3,)
-    assert (outputs[0].lr, outputs[0].decay) == (outputs[1].lr, outputs[1].decay)
+    assert (outputs[0].lr, outputs[0].tau) == (outputs[1].lr, outputs[1].tau)
     ours, theirs = gradients
     for name, expected in theirs.items():
         # The shared predictor gathers the gradients that the several get one by one.

@@ -92,7 +92,7 @@ def test_views_of_one_size_without_grouping_are_ready_too() -> None:
 def test_scaled_gradients_are_read_by_nobody(kind: Any) -> None:
     step = make(optimizer=Optimizer(kind=kind, base_lr=0.1, warmup_epochs=3, clip_grad_norm=1.0))
     # fp16 is refused on the CPU, but its scaler works there.
-    step.scaler = step._objective._scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
     operations = assert_ready(step, batches(step))
     assert any("_amp_update_scale_" in operation for operation in operations)
 
@@ -162,7 +162,7 @@ def test_the_same_layer_without_a_change_passes() -> None:
 
 def test_a_python_learning_rate_is_found() -> None:
     step = make()
-    set_numbers = step._set_numbers
+    set_numbers = step._set_rates
 
     def with_floats(number: int) -> tuple[float, float]:
         result = set_numbers(number)
@@ -170,7 +170,7 @@ def test_a_python_learning_rate_is_found() -> None:
             group["lr"] = float(group["lr"])
         return result
 
-    step._set_numbers = with_floats  # type: ignore[method-assign]
+    step._set_rates = with_floats  # type: ignore[method-assign]
     with pytest.raises(NotReady, match=r"group\.0\.lr.* lie elsewhere|differs from step to step"):
         assert_ready(step, batches(step))
 

@@ -12,7 +12,7 @@ import torch
 
 from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Backbone, Recipe
-from mvssl.training.compile import FOLDERS, keep_compiled_code
+from mvssl.training.compile import CACHE_FOLDERS, keep_compiled_code
 from mvssl.training.memory import explain_out_of_memory
 from pipelines.runtime import InputError
 from tests.samples.own_norm import mvssl_test_own_norm
@@ -54,7 +54,7 @@ def test_full_memory_names_the_options_to_turn() -> None:
 @pytest.fixture
 def no_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """No variable names a cache; the user's cache folder."""
-    for variable in FOLDERS:
+    for variable in CACHE_FOLDERS:
         monkeypatch.setenv(variable, "")  # so that it is put back at the end
         monkeypatch.delenv(variable)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -74,7 +74,7 @@ def test_a_folder_that_cannot_be_written_leaves_torchs_default(
 ) -> None:
     no_caches.write_text("a file where the folder should be")
     keep_compiled_code()
-    assert not any(variable in os.environ for variable in FOLDERS)
+    assert not any(variable in os.environ for variable in CACHE_FOLDERS)
     assert "not kept for the next start" in caplog.text
     assert "set TORCHINDUCTOR_CACHE_DIR" in caplog.text
 
