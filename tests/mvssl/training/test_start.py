@@ -75,7 +75,7 @@ def test_a_folder_that_cannot_be_written_leaves_torchs_default(
     no_caches.write_text("a file where the folder should be")
     keep_compiled_code()
     assert not any(variable in os.environ for variable in CACHE_FOLDERS)
-    assert "not kept for the next start" in caplog.text
+    assert "not cached for the next start" in caplog.text
     assert "set TORCHINDUCTOR_CACHE_DIR" in caplog.text
 
 
