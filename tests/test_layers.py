@@ -1,4 +1,4 @@
-"""The direction of imports: tools -> pipelines <- mvssl <- benchmarks, and each heavy library in its one file."""
+"""The direction of imports between packages, and the one file that may import each heavy library."""
 
 from __future__ import annotations
 
@@ -15,6 +15,29 @@ ALLOWED = {
     "tools": {"tools", "pipelines"},
     "benchmarks": {"benchmarks", "mvssl", "pipelines"},
 }
+ORDER = {
+    "mvssl": [
+        {"config", "distributed"},
+        {"models"},
+        {"optim", "methods", "recipes", "runs"},
+        {"weights"},
+        {"monitor"},
+        {"evaluate"},
+        {"training"},
+        {"cli"},
+    ],
+    "pipelines": [
+        {"runtime"},
+        {"files"},
+        {"batch"},
+        {"decode", "storage"},
+        {"views", "conversion"},
+        {"order"},
+        {"loading"},
+        {"loader"},
+    ],
+}
+"""Packages (or modules) of a top-level package from the ground up: each imports only what stands before it."""
 ONLY_IN = {"ffcv": "pipelines/decode/ffcv.py", "nvidia.dali": "pipelines/decode/dali.py"}
 
 
@@ -90,3 +113,67 @@ def test_every_package_is_declared_to_be_installed() -> None:
     for package in ("pipelines", "mvssl", "tools"):
         missing = [path.parent for path in files(package) if not (path.parent / "__init__.py").exists()]
         assert not missing, "folders without __init__.py"
+
+
+def module_name(path: Path) -> str:
+    dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return dotted.removesuffix(".__init__")
+
+
+def imports_of_modules(packages: set[str]) -> dict[str, set[str]]:
+    """Each module of these packages with the modules of these packages that it imports."""
+    modules = {module_name(path): path for package in packages for path in files(package)}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        found = imported(path.read_text())
+        # `from a.b import c` names a.b and a.b.c: of a module inside a package only the module counts.
+        precise = {target for target in found if not any(below(other, target) and other != target for other in found)}
+        graph[name] = {
+            target if target in modules else target.rpartition(".")[0] for target in precise
+        } & modules.keys()
+        graph[name].discard(name)
+    return graph
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """One cycle of a directed graph, or nothing."""
+    from graphlib import CycleError, TopologicalSorter
+
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found: list[str] = error.args[1]
+        return found
+    return []
+
+
+def test_cycles_are_found() -> None:
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})
+    assert not cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def test_no_file_and_no_package_imports_itself_in_a_circle() -> None:
+    graph = imports_of_modules(PACKAGES)
+    assert not cycle(graph)
+    packages: dict[str, set[str]] = {}
+    for name, targets in graph.items():
+        own = ".".join(name.split(".")[:2])
+        # The public surface (`mvssl/__init__.py`) stands above all packages of its own.
+        packages.setdefault(own, set()).update(other for t in targets if (other := ".".join(t.split(".")[:2])) != own)
+    assert len(packages) > 20, "the reader is blind"
+    assert not cycle(packages)
+
+
+@pytest.mark.parametrize("top", sorted(ORDER))
+def test_packages_stand_on_one_another(top: str) -> None:
+    floors = {name: floor for floor, names in enumerate(ORDER[top]) for name in names}
+    inside = {path.stem if path.is_file() else path.name for path in (ROOT / top).iterdir() if path.name[0] not in "._"}
+    assert {path.partition(".")[0] for path in inside} <= floors.keys() | {"README"}, "give the new package a floor"
+    wrong = [
+        f"{name} imports {target}"
+        for name, targets in imports_of_modules({top}).items()
+        for target in targets
+        if "." in name and "." in target
+        if (here := name.split(".")[1]) != (there := target.split(".")[1]) and floors[there] >= floors[here]
+    ]
+    assert not wrong
