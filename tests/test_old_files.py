@@ -91,4 +91,4 @@ def test_old_converted_data_are_the_images(converted: str) -> None:
         for number in range(len(folder)):
             assert source.key(number) == folder.key(number).removesuffix(".jpg")
             assert bytes(source.read(number)) == bytes(folder.read(number))
-        assert list(source.labels or ()) == list(folder.labels or ())
+        np.testing.assert_array_equal(source.labels, folder.labels)
