@@ -71,7 +71,7 @@ def release_file(path: Path) -> None:
     """Write random networks in the layout of the paper's release.
 
     The layout: online_model and target_model with backbone.*, projector.* and predictors.TASK.*, and what else training
-    keeps (SPEC sections 3 and 6).
+    keeps (PAPER.md sections 3 and 6).
     """
     online, _ = build_networks(all_recipes()[RECIPE]())
     tensors = {name: tensor for name, tensor in online.state_dict().items() if not name.startswith("predictors.")}

@@ -1,4 +1,4 @@
-"""Mask R-CNN FPN on COCO from an exported ResNet, with Detectron2 (SPEC section 6).
+"""Mask R-CNN FPN on COCO from an exported ResNet, with Detectron2 (PAPER.md section 6).
 
     mvssl-export --run RUN --format detectron2 --out backbone.pkl
     DETECTRON2_DATASETS=DATASETS python -m tools.coco_detection --weights backbone.pkl --out coco

@@ -174,7 +174,7 @@ class Cell:
 
 
 def kind_of(method: str, optimizer: str) -> Literal["lars", "sgd", "adamw"]:
-    """The optimiser by the name that recipes have for it (SPEC section 5)."""
+    """The optimiser by the name that recipes have for it (PAPER.md section 5)."""
     if optimizer == "adamw":
         return "adamw"
     return "sgd" if method == "simsiam" else "lars"
@@ -239,7 +239,7 @@ def make_recipe(cell: Cell, point: Point, setting: Setting) -> Recipe:
             num_local=2, num_cutout=1 if cell.variant.endswith("cutout") else 0, local_size=setting.local_size, **sizes
         )
     )
-    # SPEC section 4: BYOL and MoCo v3 sum the two terms of the baseline and the tasks; SimSiam takes means of both.
+    # PAPER.md section 4: BYOL and MoCo v3 sum the two terms of the baseline and the tasks; SimSiam takes means of both.
     names = tasks(views)
     weight = 1 / len(names) if cell.method == "simsiam" else 2.0 if cell.variant == "two-view" else 1.0
     simsiam = cell.method == "simsiam"

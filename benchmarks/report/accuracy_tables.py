@@ -18,7 +18,7 @@ def evaluation(results: Results) -> list[str]:
     return [
         *table(["network", *heads.values()], rows),
         "",
-        *origins(results, {"CPU": name}, _of_evaluation, folder=f"benchmarks/{FOLDER}"),
+        *origins(results, {"CPU": name}, _of_evaluation, folder=f"../../benchmarks/{FOLDER}"),
     ]
 
 

@@ -96,7 +96,7 @@ class Optimizer:
         bias_lr: the same for parameters with one dimension (biases, norm scales); None takes base_lr.
         constant_predictor_lr: whether the predictors keep the peak learning rate, without warm-up or cosine (SimSiam).
         lr_schedule: whether learning rates and weight decay are set at every step or once an epoch.
-        weight_decay: not applied to parameters with one dimension, except by sgd (SPEC section 5).
+        weight_decay: not applied to parameters with one dimension, except by sgd (PAPER.md section 5).
         weight_decay_end: weight decay at the end of the run, reached along a cosine; None keeps it constant.
         momentum: of lars and sgd.
         betas: of adamw.
@@ -282,5 +282,5 @@ class Recipe:
 
     @property
     def learning_rate(self) -> float:
-        """Effective peak learning rate: base_lr * batch_size / 256 (SPEC section 5)."""
+        """Effective peak learning rate: base_lr * batch_size / 256 (PAPER.md section 5)."""
         return self.optimizer.base_lr * self.batch_size / 256

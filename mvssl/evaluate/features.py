@@ -61,7 +61,7 @@ def extract_features(
     progress: Callable[[int], None] | None = None,
     world: World | None = None,
 ) -> Features:
-    """Embed the centre crop of each image (SPEC section 6) with the backbone in eval mode.
+    """Embed the centre crop of each image (PAPER.md section 6) with the backbone in eval mode.
 
     The backbone's training mode is put back afterwards. Undecodable images are left out and named in the log, unless
     they are so many that the data is mostly broken. Several ranks embed a share each; all get the features of all
@@ -202,7 +202,7 @@ TRAIN_AREA = (0.08, 1.0)  # torchvision's RandomResizedCrop, which the linear pr
 
 
 def train_view(size: int) -> ViewSpec:
-    """The view that evaluations train on: random resized crop and flip (SPEC section 6)."""
+    """The view that evaluations train on: random resized crop and flip (PAPER.md section 6)."""
     return ViewSpec(
         name="train",
         task="classify",

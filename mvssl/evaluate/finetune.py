@@ -1,4 +1,4 @@
-"""Fine-tuning: the whole network learns from all labels, a share of them, or those of a list (SPEC section 6)."""
+"""Fine-tuning: the whole network learns from all labels, a share of them, or those of a list (PAPER.md section 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features (SPEC section 6).
+"""Weighted k-nearest-neighbour classification of frozen features (PAPER.md section 6).
 
 kNN accuracies of a backbone for a grid of k and temperature, and a sheet of neighbours.
 

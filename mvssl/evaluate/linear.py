@@ -1,4 +1,4 @@
-"""The linear probe: the fast protocol on features that are computed once, and the release's (SPEC section 6)."""
+"""The linear probe: the fast protocol on features that are computed once, and the release's (PAPER.md section 6)."""
 
 from __future__ import annotations
 

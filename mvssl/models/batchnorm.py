@@ -1,7 +1,7 @@
 """BatchNorm of several views that pass through a network as one batch, each view normalised over its own images.
 
-Views concatenated through a common BatchNorm are another method (SPEC section 3). Here a batch [V * B, C, ...] holds V
-views of B images one behind the other, and every BatchNorm works on V groups: the same numbers as V forwards, with the
+Views concatenated through a common BatchNorm are another method (PAPER.md section 3). Here a batch [V * B, C, ...] holds
+V views of B images one behind the other, and every BatchNorm works on V groups: the same numbers as V forwards, with the
 convolutions and matrix products between the norms launched once.
 
 BatchNorm over the images of all ranks, for whatever module calls it.

@@ -21,7 +21,7 @@ from pipelines.views.spec import tasks
 
 
 class Encoder(nn.Module):
-    """Backbone and projector. Every BatchNorm normalises over the images of one view (SPEC section 3).
+    """Backbone and projector. Every BatchNorm normalises over the images of one view (PAPER.md section 3).
 
     Attributes:
         backbone: [N, 3, S, S] -> [N, D].
@@ -94,8 +94,8 @@ class OnlineNetwork(Encoder):
 
 
 class TargetNetwork(Encoder):
-    """Backbone and projector that no gradient reaches, without stochastic depth. Stays in train mode (SPEC section 3):
-    its BatchNorm normalises with the statistics of each view, and its buffers follow its own forwards.
+    """Backbone and projector that no gradient reaches, without stochastic depth. Stays in train mode (PAPER.md section
+    3): its BatchNorm normalises with the statistics of each view, and its buffers follow its own forwards.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -119,7 +119,7 @@ class Follow:
         self._online_buffers = [buffers[name] for name, _ in target.named_buffers()]
 
     def average(self, pace: Tensor) -> None:
-        """The moving average of SPEC section 5: parameters only; to be called before the forward of the step.
+        """The moving average of PAPER.md section 5: parameters only; to be called before the forward of the step.
 
         target = decay * target + (1 - decay) * online; `pace` is 1 - decay, a scalar on the networks' device: near the
         end of a run a decay would not hold it in float32.
@@ -128,7 +128,7 @@ class Follow:
 
     @torch.no_grad()
     def copy(self) -> None:
-        """Make the target the online network of this step, parameters and buffers (SPEC section 3, SimSiam)."""
+        """Make the target the online network of this step, parameters and buffers (PAPER.md section 3, SimSiam)."""
         torch._foreach_copy_(self._parameters, self._online_parameters)
         if self._buffers:  # networks without BatchNorm have none, which torch refuses
             torch._foreach_copy_(self._buffers, self._online_buffers)

@@ -166,7 +166,7 @@ def _stacked_norm(head: Head, tasks: int, features: int, *, affine: bool = True)
 class MLP(nn.Sequential):
     """Linear (no bias), norm, ReLU for every hidden layer; then Linear with bias; optionally a norm without affine.
 
-    Maps [B, in] to [B, out]. Source of the shape: SPEC section 3 (arXiv 2602.05845), whose norm is BatchNorm1d.
+    Maps [B, in] to [B, out]. Source of the shape: PAPER.md section 3 (arXiv 2602.05845), whose norm is BatchNorm1d.
     """
 
     def __init__(self, in_features: int, head: Head) -> None:

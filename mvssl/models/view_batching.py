@@ -30,7 +30,7 @@ class TaskPairs(NamedTuple):
 
 
 def task_pairs(specs: Sequence[ViewSpec], weights: Mapping[str, float]) -> tuple[TaskPairs, ...]:
-    """Pair every view of a task with every target of another view (SPEC section 4); tasks in order of appearance.
+    """Pair every view of a task with every target of another view (PAPER.md section 4); tasks in order of appearance.
 
     Args:
         specs: the views, checked by `check_views`.

@@ -26,7 +26,7 @@ __all__ = [
 def build_optimizer(network: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
     """The optimiser of a network's trainable parameters, which must already be on their device.
 
-    LARS and AdamW do not decay vectors (biases, norm scales), SGD decays all (SPEC section 5). Each group says in
+    LARS and AdamW do not decay vectors (biases, norm scales), SGD decays all (PAPER.md section 5). Each group says in
     "vector", "predictor" and "decayed" which rates it follows: `apply_rates` sets them before every step.
     """
     lars = config.kind == "lars"

@@ -1,4 +1,4 @@
-"""LARS (You et al., arXiv 1708.03888) as SPEC section 5 defines it, in fused passes over all parameters.
+"""LARS (You et al., arXiv 1708.03888) as PAPER.md section 5 defines it, in fused passes over all parameters.
 
 Which parameters are decayed, adapted and scheduled alike: told by the dimensions each has in a network of separate
 layers, and by whether it belongs to the predictors.

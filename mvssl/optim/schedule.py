@@ -1,6 +1,6 @@
-"""Learning rate, weight decay and target decay as pure functions of the step (SPEC section 5).
+"""Learning rate, weight decay and target decay as pure functions of the step (PAPER.md section 5).
 
-Learning rate and weight decay of every parameter group at a step (SPEC section 5).
+Learning rate and weight decay of every parameter group at a step (PAPER.md section 5).
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def hold_on_device(optimizer: TorchOptimizer, config: Optimizer) -> None:
 
 @torch.no_grad()
 def _decay(optimizer: TorchOptimizer, *_: object) -> None:
-    """Decay parameters by `decay` of their group: AdamW scales them, the others add it to the gradient (SPEC 5)."""
+    """Decay parameters by `decay` of their group: AdamW scales them, the others add it to the gradient (PAPER.md 5)."""
     overflow: Tensor | None = getattr(optimizer, "found_inf", None)  # of a GradScaler: then nothing may move
     for group in optimizer.param_groups:
         params = [p for p in group["params"] if p.grad is not None]

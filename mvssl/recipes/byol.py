@@ -11,7 +11,7 @@ from pipelines.views.presets import asymmetric, byol_views, paper_views
 def byol_resnet50_200ep() -> Recipe:
     """Multi-task BYOL, ResNet-50, ImageNet-1k, 200 epochs.
 
-    Source: arXiv 2602.05845 and its release (SPEC sections 2 to 5).
+    Source: arXiv 2602.05845 and its code (PAPER.md sections 2 to 5).
     Published: 75.6 % linear-probe top-1.
     Cost: 200 epochs of 1.28 M images with 5 views each; the published run used batch 1024.
     Command: mvssl-train byol_resnet50_200ep --data IMAGENET --out RUN
@@ -34,7 +34,7 @@ def byol_resnet50_200ep() -> Recipe:
 def byol_resnet50_800ep() -> Recipe:
     """Multi-task BYOL, ResNet-50, ImageNet-1k, 800 epochs, four local views.
 
-    Source: arXiv 2602.05845 and its release (SPEC section 5).
+    Source: arXiv 2602.05845 and its code (PAPER.md section 5).
     Published: 76.7 % linear-probe top-1.
     Cost: 800 epochs of 1.28 M images with 7 views each.
     Command: mvssl-train byol_resnet50_800ep --data IMAGENET --out RUN
@@ -50,7 +50,7 @@ def byol_resnet50_800ep() -> Recipe:
 def byol_resnet50_200ep_shared() -> Recipe:
     """Multi-crop BYOL with one predictor for all views: the paper's failing control.
 
-    Source: arXiv 2602.05845 and its release (SPEC section 1).
+    Source: arXiv 2602.05845 and its code (PAPER.md section 1).
     Cost: as byol_resnet50_200ep.
     Command: mvssl-train byol_resnet50_200ep_shared --data IMAGENET --out RUN
     """
@@ -60,7 +60,7 @@ def byol_resnet50_200ep_shared() -> Recipe:
 def byol_resnet50_200ep_two_view() -> Recipe:
     """BYOL with two views: the baseline that the multi-task form is compared with.
 
-    Source: arXiv 2602.05845 and its release (SPEC sections 2 and 4). BYOL sums its two terms; a task's loss is their
+    Source: arXiv 2602.05845 and its code (PAPER.md sections 2 and 4). BYOL sums its two terms; a task's loss is their
     mean, hence the weight 2.
     Cost: 200 epochs of 1.28 M images with 2 views each.
     Command: mvssl-train byol_resnet50_200ep_two_view --data IMAGENET --out RUN
@@ -76,7 +76,7 @@ def byol_resnet50_200ep_two_view() -> Recipe:
 def byol_resnet50_200ep_asymmetric() -> Recipe:
     """BYOL with two views of which the first predicts the second and not the reverse.
 
-    Source: the release of arXiv 2602.05845 (SPEC section 4), which takes this one term twice: hence the weight 2.
+    Source: the release of arXiv 2602.05845 (PAPER.md section 4), which takes this one term twice: hence the weight 2.
     Cost: 200 epochs of 1.28 M images with 2 views each, one forward less by each network than with two predictions.
     Command: mvssl-train byol_resnet50_200ep_asymmetric --data IMAGENET --out RUN
     """
@@ -90,7 +90,7 @@ def byol_resnet50_200ep_asymmetric() -> Recipe:
 def byol_vits16_200ep() -> Recipe:
     """Multi-task BYOL, ViT-S/16, ImageNet-1k, 200 epochs.
 
-    Source: arXiv 2602.05845 and its release (SPEC sections 3 and 5).
+    Source: arXiv 2602.05845 and its code (PAPER.md sections 3 and 5).
     Published: 74.5 % linear-probe top-1.
     Cost: 200 epochs of 1.28 M images with 5 views each; the published run used batch 1024.
     Command: mvssl-train byol_vits16_200ep --data IMAGENET --out RUN
@@ -115,7 +115,7 @@ def byol_vits16_200ep() -> Recipe:
 def byol_vitb16_200ep() -> Recipe:
     """Multi-task BYOL, ViT-B/16, ImageNet-1k, 200 epochs.
 
-    Source: arXiv 2602.05845 and its release (SPEC sections 3 and 5).
+    Source: arXiv 2602.05845 and its code (PAPER.md sections 3 and 5).
     Published: 78.3 % linear-probe top-1.
     Cost: 200 epochs of 1.28 M images with 5 views each; the published run used batch 1024.
     Command: mvssl-train byol_vitb16_200ep --data IMAGENET --out RUN

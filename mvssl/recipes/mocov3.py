@@ -11,7 +11,7 @@ from pipelines.views.presets import mocov3_views, paper_views
 def mocov3_resnet50_200ep() -> Recipe:
     """Multi-task MoCo v3, ResNet-50, ImageNet-1k, 200 epochs.
 
-    Source: arXiv 2602.05845 and its release (SPEC sections 2 to 5).
+    Source: arXiv 2602.05845 and its code (PAPER.md sections 2 to 5).
     Published: 75.7 % linear-probe top-1.
     Cost: 200 epochs of 1.28 M images with 5 views each; the published run used batch 1024.
     Command: mvssl-train mocov3_resnet50_200ep --data IMAGENET --out RUN
@@ -35,7 +35,7 @@ def mocov3_resnet50_200ep() -> Recipe:
 def mocov3_resnet50_200ep_shared() -> Recipe:
     """Multi-crop MoCo v3 with one predictor for all views: the paper's control.
 
-    Source: arXiv 2602.05845 and its release (SPEC section 1).
+    Source: arXiv 2602.05845 and its code (PAPER.md section 1).
     Cost: as mocov3_resnet50_200ep.
     Command: mvssl-train mocov3_resnet50_200ep_shared --data IMAGENET --out RUN
     """
@@ -45,7 +45,7 @@ def mocov3_resnet50_200ep_shared() -> Recipe:
 def mocov3_resnet50_200ep_two_view() -> Recipe:
     """MoCo v3 with two views: the baseline that the multi-task form is compared with.
 
-    Source: arXiv 2602.05845 and its release (SPEC sections 2 and 4). MoCo v3 sums its two terms; a task's loss is their
+    Source: arXiv 2602.05845 and its code (PAPER.md sections 2 and 4). MoCo v3 sums its two terms; a task's loss is their
     mean, hence the weight 2.
     Cost: 200 epochs of 1.28 M images with 2 views each.
     Command: mvssl-train mocov3_resnet50_200ep_two_view --data IMAGENET --out RUN

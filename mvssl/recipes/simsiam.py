@@ -11,7 +11,7 @@ from pipelines.views.presets import paper_views, simsiam_views
 def simsiam_resnet50_200ep() -> Recipe:
     """Multi-task SimSiam, ResNet-50, ImageNet-1k, 200 epochs.
 
-    Source: arXiv 2602.05845 and its release (SPEC sections 2 to 5).
+    Source: arXiv 2602.05845 and its release (PAPER.md sections 2 to 5).
     Published: 74.7 % linear-probe top-1.
     Cost: 200 epochs of 1.28 M images with 5 views each; the published run used batch 512.
     Command: mvssl-train simsiam_resnet50_200ep --data IMAGENET --out RUN
@@ -41,7 +41,7 @@ def simsiam_resnet50_200ep() -> Recipe:
 def simsiam_resnet50_200ep_shared() -> Recipe:
     """Multi-crop SimSiam with one predictor for all views: the paper's control.
 
-    Source: arXiv 2602.05845 and its release (SPEC section 1).
+    Source: arXiv 2602.05845 and its release (PAPER.md section 1).
     Cost: as simsiam_resnet50_200ep.
     Command: mvssl-train simsiam_resnet50_200ep_shared --data IMAGENET --out RUN
     """
@@ -51,7 +51,7 @@ def simsiam_resnet50_200ep_shared() -> Recipe:
 def simsiam_resnet50_200ep_two_view() -> Recipe:
     """SimSiam with two views: the baseline that the multi-task form is compared with.
 
-    Source: arXiv 2602.05845 and its release (SPEC sections 2 and 4). SimSiam takes half of each of its two terms,
+    Source: arXiv 2602.05845 and its release (PAPER.md sections 2 and 4). SimSiam takes half of each of its two terms,
     which is their mean: weight 1.
     Cost: 200 epochs of 1.28 M images with 2 views each.
     Command: mvssl-train simsiam_resnet50_200ep_two_view --data IMAGENET --out RUN

@@ -35,8 +35,8 @@ def paper_views(
 ) -> tuple[ViewSpec, ...]:
     """The views of the paper's multi-task recipes: two global, then local, then cutout views.
 
-    Source: SPEC section 2 (arXiv 2602.05845 and its release). `size`, `local_size` and `blur_kernel` differ from the
-    paper's 224, 96 and 23 in the small recipes only.
+    Source: PAPER.md section 2 (arXiv 2602.05845 and its release). `size`, `local_size` and `blur_kernel` differ from
+    the paper's 224, 96 and 23 in the small recipes only.
 
     Raises:
         InputError: a count is negative, or a size does not fit ViewSpec.
@@ -61,7 +61,7 @@ def paper_views(
 
 
 def byol_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, ViewSpec]:
-    """The two views of the BYOL baseline: crops of area 0.08 to 1 (SPEC section 2).
+    """The two views of the BYOL baseline: crops of area 0.08 to 1 (PAPER.md section 2).
 
     Raises:
         InputError: a size does not fit ViewSpec.
@@ -70,7 +70,7 @@ def byol_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, Vie
 
 
 def mocov3_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, ViewSpec]:
-    """The two views of the MoCo v3 baseline: BYOL's with crops of area 0.2 to 1 (SPEC section 2).
+    """The two views of the MoCo v3 baseline: BYOL's with crops of area 0.2 to 1 (PAPER.md section 2).
 
     Raises:
         InputError: a size does not fit ViewSpec.
@@ -79,7 +79,7 @@ def mocov3_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, V
 
 
 def simsiam_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, ViewSpec]:
-    """The two views of the SimSiam baseline, alike: area 0.2 to 1, saturation 0.4, blur 0.5 (SPEC section 2).
+    """The two views of the SimSiam baseline, alike: area 0.2 to 1, saturation 0.4, blur 0.5 (PAPER.md section 2).
 
     Raises:
         InputError: a size does not fit ViewSpec.
@@ -88,7 +88,7 @@ def simsiam_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, 
 
 
 def no_crop_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, ViewSpec]:
-    """Ablation: BYOL's two views of the whole image, resized (SPEC section 2).
+    """Ablation: BYOL's two views of the whole image, resized (PAPER.md section 2).
 
     Raises:
         InputError: a size does not fit ViewSpec.
@@ -97,7 +97,7 @@ def no_crop_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, 
 
 
 def crop_only_views(*, size: int = 224) -> tuple[ViewSpec, ViewSpec]:
-    """Ablation: BYOL's random resized crop and nothing else (SPEC section 2).
+    """Ablation: BYOL's random resized crop and nothing else (PAPER.md section 2).
 
     Raises:
         InputError: the size does not fit ViewSpec.
@@ -106,7 +106,7 @@ def crop_only_views(*, size: int = 224) -> tuple[ViewSpec, ViewSpec]:
 
 
 def cutout_only_views(*, both: bool, size: int = 224) -> tuple[ViewSpec, ViewSpec]:
-    """Ablation: the whole image, resized, with a box cut out of view 1 or of both views (SPEC section 2).
+    """Ablation: the whole image, resized, with a box cut out of view 1 or of both views (PAPER.md section 2).
 
     Raises:
         InputError: the size does not fit ViewSpec.

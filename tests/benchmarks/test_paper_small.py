@@ -97,7 +97,7 @@ def test_all_cells_have_one_budget_and_differ_where_they_should(setting: Setting
         if variant.endswith(" + cutout"):
             names.append("cutout")
         assert tasks(recipe.views) == tuple(names)
-        # SPEC section 4: sums of terms and tasks, for SimSiam means.
+        # PAPER.md section 4: sums of terms and tasks, for SimSiam means.
         total = sum(recipe.task_weights.values())
         assert total == pytest.approx(1.0 if method == "simsiam" else max(2.0, len(tasks(recipe.views))))
         assert recipe.backbone.init == ("timm" if setting == SETTINGS["cpu"] else "release")
@@ -109,7 +109,7 @@ def test_all_cells_have_one_budget_and_differ_where_they_should(setting: Setting
 
 
 def test_the_papers_optimisers() -> None:
-    """SPEC section 5."""
+    """PAPER.md section 5."""
     assert [kind_of(method, "paper") for method in ("byol", "simsiam", "mocov3")] == ["lars", "sgd", "lars"]
     assert {kind_of(method, "adamw") for method in METHODS} == {"adamw"}
 

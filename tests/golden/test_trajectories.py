@@ -41,7 +41,7 @@ BYOL = Recipe(
     precision="fp32",
     evaluation=Evaluation(resize=32, crop=32),
 )
-# Heads, losses and optimisers as published (SPEC sections 3 to 5), with rates that learn within 20 steps.
+# Heads, losses and optimisers as published (PAPER.md sections 3 to 5), with rates that learn within 20 steps.
 RECIPES = {
     "byol": BYOL,
     "simsiam": replace(

@@ -1,7 +1,7 @@
 """The training step in float64 against the plain version of `plain.py`: losses, gradients, rates, weights, statistics.
 
-Every case is a published recipe made small. How its losses are weighted is written here once more, as SPEC section 4
-says it: with sums and halves, not with the recipe's task weights.
+Every case is a published recipe made small. How its losses are weighted is written here once more, as PAPER.md section
+4 says it: with sums and halves, not with the recipe's task weights.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def published(method: str, setting: str) -> Recipe:
 
 
 def written_out(method: str, setting: str) -> Callable[[Terms], Tensor]:
-    """The whole loss from the losses of the pairs, as SPEC section 4 says it."""
+    """The whole loss from the losses of the pairs, as PAPER.md section 4 says it."""
 
     def total(terms: Terms) -> Tensor:
         if setting == "asymmetric":

@@ -1,4 +1,4 @@
-"""The three methods in their plainest form, after SPEC sections 2 to 5: what the training step is compared with.
+"""The three methods in their plainest form, after PAPER.md sections 2 to 5: what the training step is compared with.
 
 Separate networks, one `nn.Sequential` per predictor, loops over views, pairs, images and parameters, every formula
 written out. From mvssl come the numbers of a recipe only; the backbone is timm's.
@@ -43,7 +43,7 @@ def mocov3_loss(prediction: Tensor, keys: Tensor, temperature: float) -> Tensor:
 
 
 def mlp(width: int, head: Head) -> nn.Sequential:
-    """The MLP of SPEC section 3."""
+    """The MLP of PAPER.md section 3."""
     layers: list[nn.Module] = []
     for size in head.hidden:
         layers += [nn.Linear(width, size, bias=False), nn.BatchNorm1d(size), nn.ReLU()]

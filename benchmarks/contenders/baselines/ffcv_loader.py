@@ -5,7 +5,7 @@ RandomResizedCropRGBImageDecoder decodes the whole image once per view, then com
 tensor. FFCV compiles decoders and flips to threads; a crop is of an image decoded with the fast DCT, by OpenCV's area
 interpolation, where ours is bicubic and antialiased.
 
-The rest of SPEC section 2 is not in FFCV 1.0.2: no hue, grayscale, blur or solarize; its brightness, contrast and
+The rest of PAPER.md section 2 is not in FFCV 1.0.2: no hue, grayscale, blur or solarize; its brightness, contrast and
 saturation come in a fixed order, each with a probability of its own; its cutout is a square of one size. So the views
 are completed by torchvision.transforms.v2 in a module at the end of each pipeline, image by image, as v2 draws once a
 call; FFCV runs modules in its one loading thread, with as many threads of torch as it has itself. Users with a GPU do

@@ -28,7 +28,7 @@ from pipelines.views.spec import tasks
 
 
 class PlainLARS(torch.optim.Optimizer):
-    """LARS (SPEC section 5) parameter by parameter."""
+    """LARS (PAPER.md section 5) parameter by parameter."""
 
     def __init__(self, params: Iterable[dict[str, Any]], *, lr: float, momentum: float, eta: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "eta": eta})

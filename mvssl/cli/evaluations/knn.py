@@ -17,7 +17,7 @@ from pipelines.runtime import invalid
 
 @dataclass(frozen=True, kw_only=True)
 class KnnArguments:
-    """kNN accuracy of a backbone (SPEC section 6: cosine similarity, votes weighted exp(similarity / temperature)).
+    """kNN accuracy of a backbone (PAPER.md section 6: cosine similarity, votes weighted exp(similarity / temperature)).
 
     Attributes:
         subject: whose features.

@@ -18,7 +18,7 @@ from mvssl.weights.load import Subject
 
 @dataclass(frozen=True, kw_only=True)
 class LinearArguments:
-    """Linear probe (SPEC section 6).
+    """Linear probe (PAPER.md section 6).
 
     Attributes:
         subject: whose features.

@@ -36,7 +36,7 @@ def test_recipes_are_attributes_of_the_package() -> None:
 
 
 def test_byol_resnet50_200ep_is_the_published_one() -> None:
-    """Numbers typed from SPEC sections 2, 3 and 5, not taken from the code."""
+    """Numbers typed from PAPER.md sections 2, 3 and 5, not taken from the code."""
     recipe = mvssl.recipes.byol_resnet50_200ep()
     assert [(v.name, v.task, v.size, v.area) for v in recipe.views] == [
         ("global_1", "global", 224, (0.25, 1.0)),
@@ -125,7 +125,7 @@ def test_the_papers_recipes(
     weights: dict[str, float],
     published: str,
 ) -> None:
-    """Numbers typed from SPEC sections 1, 3, 4 and 5, not taken from the code; views as in the first one's test."""
+    """Numbers typed from PAPER.md sections 1, 3, 4 and 5, not taken from the code; views as in the first one's test."""
     recipe = get_recipe(name)
     assert (recipe.method, recipe.backbone) == (method, backbone)
     assert (recipe.projector, recipe.predictor) == heads

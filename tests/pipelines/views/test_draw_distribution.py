@@ -108,7 +108,7 @@ def test_probabilities_of_the_papers_views() -> None:
         "blur": params.blur_sigma > 0,
         "solarize": params.solarize,
     }
-    table = {  # SPEC section 2, written out again: global 1, global 2, local, local, cutout
+    table = {  # PAPER.md section 2, written out again: global 1, global 2, local, local, cutout
         "flip": (0.5, 0.5, 0.5, 0.5, 0.5),
         "jitter_p": (0.8, 0.8, 0.8, 0.8, 0.8),
         "grayscale": (0.2, 0.2, 0.2, 0.2, 0.2),

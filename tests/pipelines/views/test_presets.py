@@ -1,4 +1,4 @@
-"""The view presets have the numbers of SPEC section 2 (typed from there, not from the code)."""
+"""The view presets have the numbers of PAPER.md section 2 (typed from there, not from the code)."""
 
 from __future__ import annotations
 
