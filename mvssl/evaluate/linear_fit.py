@@ -81,8 +81,8 @@ class Classifiers:
 def standardisation(features: Tensor, *, chunk: int = 8192) -> tuple[Tensor, Tensor]:
     """Mean [D] and 1 / standard deviation [D] of features [N, D], float32; a feature that never varies gets 1.
 
-    The reference implementation takes them from the validation split (PAPER.md section 6); these are of the features that
-    the classifier is trained on.
+    The reference implementation takes them from the validation split (PAPER.md section 6), we from the
+    features that the classifier is trained on.
     """
     total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
     for at in range(0, len(features), chunk):

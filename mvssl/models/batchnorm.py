@@ -1,8 +1,8 @@
 """BatchNorm of several views that pass through a network as one batch, each view normalised over its own images.
 
-Views concatenated through a common BatchNorm are another method (PAPER.md section 3). Here a batch [V * B, C, ...] holds
-V views of B images one behind the other, and every BatchNorm works on V groups: the same numbers as V forwards, with the
-convolutions and matrix products between the norms launched once.
+Concatenating views through a common BatchNorm is another method (PAPER.md section 3). Here a batch [V * B, C, ...] holds
+V views of B images, and every BatchNorm works on V groups: the same numbers as V forwards, with convolutions and matrix
+products launched once.
 
 BatchNorm over the images of all ranks, for whatever module calls it.
 

@@ -45,8 +45,8 @@ def mocov3_resnet50_200ep_shared() -> Recipe:
 def mocov3_resnet50_200ep_two_view() -> Recipe:
     """MoCo v3 with two views: the baseline that the multi-task form is compared with.
 
-    Source: arXiv 2602.05845 and its code (PAPER.md sections 2 and 4). MoCo v3 sums its two terms; a task's loss is their
-    mean, hence the weight 2.
+    Source: arXiv 2602.05845 and its code (PAPER.md sections 2 and 4). MoCo v3 sums its two terms; a task's loss is
+    their mean, hence the weight 2.
     Cost: 200 epochs of 1.28 M images with 2 views each.
     Command: mvssl-train mocov3_resnet50_200ep_two_view --data IMAGENET --out RUN
     """
