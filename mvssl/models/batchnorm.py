@@ -1,13 +1,7 @@
-"""BatchNorm of several views that pass through a network as one batch, each view normalised over its own images.
+"""BatchNorm per view in batches of several views, and BatchNorm over all ranks.
 
 Concatenating views through a common BatchNorm is another method (PAPER.md section 3). Here a batch [V * B, C, ...] holds
-V views of B images, and every BatchNorm works on V groups: the same numbers as V forwards, with convolutions and matrix
-products launched once.
-
-BatchNorm over the images of all ranks, for whatever module calls it.
-
-torch's own nn.SyncBatchNorm refuses CPU tensors, knows neither timm's BatchNorm with activation nor stacked predictors,
-and has to replace modules. This one is a mode: `torch.nn.functional.batch_norm` synchronises while it is on.
+V views of B images, and every BatchNorm normalises V groups: the numbers of V forwards, with one launch per convolution.
 """
 
 from __future__ import annotations
