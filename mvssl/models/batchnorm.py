@@ -1,7 +1,8 @@
 """BatchNorm per view in batches of several views, and BatchNorm over all ranks.
 
-Concatenating views through a common BatchNorm is another method (PAPER.md section 3). Here a batch [V * B, C, ...] holds
-V views of B images, and every BatchNorm normalises V groups: the numbers of V forwards, with one launch per convolution.
+Concatenating views through a common BatchNorm is another method (PAPER.md section 3). Here a batch [V * B, C, ...]
+holds V views of B images, and every BatchNorm normalises V groups: the numbers of V forwards, with one launch per
+convolution.
 """
 
 from __future__ import annotations
