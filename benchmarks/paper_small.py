@@ -39,8 +39,8 @@ from benchmarks.paper.results import Results
 from benchmarks.paper.run_cell import run_cell
 from benchmarks.paper.splits import Splits, write_splits
 from benchmarks.paper.tables import all_tables
-from mvssl.training.loop import Interrupted
 from mvssl.training.monitor import Diverged
+from mvssl.training.shutdown import Interrupted
 from pipelines.runtime import InputError, invalid, run_cli
 
 PROG = "python -m benchmarks.paper_small"

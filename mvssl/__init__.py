@@ -8,9 +8,9 @@ from __future__ import annotations
 from mvssl import recipes
 from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.recipes.files import load_recipe
-from mvssl.training.loop import Interrupted, TrainResult
 from mvssl.training.monitor import Diverged
-from mvssl.training.run import train
+from mvssl.training.run import TrainResult, train
+from mvssl.training.shutdown import Interrupted
 from pipelines.runtime import InputError
 
 __all__ = [

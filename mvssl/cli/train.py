@@ -29,11 +29,11 @@ from mvssl.monitor.report import write_report
 from mvssl.recipes import all_recipes
 from mvssl.recipes.files import is_recipe_file, resolve_recipe
 from mvssl.runs.folder import RunFolder
-from mvssl.training.loop import Interrupted
+from mvssl.training.memory import with_largest_batch
 from mvssl.training.monitor import Diverged
-from mvssl.training.preflight import dry_run, profile_run, with_largest_batch
+from mvssl.training.preflight import dry_run, profile_run
 from mvssl.training.run import run
-from mvssl.training.shutdown import EXIT_INTERRUPTED, requeue
+from mvssl.training.shutdown import EXIT_INTERRUPTED, Interrupted, requeue
 from pipelines.runtime import EXIT_ERROR, InputError, invalid, run_cli
 from pipelines.storage import open_source, split_paths
 

@@ -1,4 +1,4 @@
-"""Everything a run is made of, built from a recipe and options: data, order, loader and training step."""
+"""Builds the parts of a run from a recipe and options (data, order, loader, step), and saves and restores them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from mvssl.config.options import RunOptions, resolve_device
 from mvssl.config.recipe import Recipe
+from mvssl.config.serialize import to_dict
 from mvssl.distributed import World
 from mvssl.evaluate.online_knn import check_knn_data
 from mvssl.monitor.console import indexing_progress
+from mvssl.runs import checkpoint
+from mvssl.runs.folder import RunFolder
 from mvssl.training.compile import keep_compiled_code
 from mvssl.training.cuda_graph import wants_capture
 from mvssl.training.memory import peak_step_memory
 from mvssl.training.step import TrainStep
+from mvssl.weights.backbone_file import export_backbone
 from pipelines.loader import Loader
 from pipelines.loading.pixel_cache import Cache, KeptSource, free_memory, keep_decoded
 from pipelines.order import Order
@@ -29,20 +34,37 @@ from pipelines.storage.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        step: optimiser steps done.
+        metrics_bytes: size of metrics.jsonl at that point; what a killed run wrote beyond it is cut off.
+        evaluated: False if the evaluation due after this step is still to be done.
+        buffer: `MetricBuffer.state_dict`, the metrics that are not logged yet; None for a new run.
+    """
+
+    step: int = 0
+    metrics_bytes: int = 0
+    evaluated: bool = True
+    buffer: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """The parts of a run.
 
     Attributes:
-        recipe: what decides the numbers.
+        recipe: determines the numbers.
         options: where to read and how to report.
         device: where the step runs.
         source: the training images.
         val: the validation images, if any.
-        order: which image comes when.
+        order: the order of the images.
         loader: batches of views in that order.
         step: one optimiser update.
-        world: the ranks that train together.
-        cache: in a sentence, where decoded images are kept; "" without a cache.
+        world: the ranks of the run.
+        cache: a sentence on where decoded images are cached; "" without a cache.
     """
 
     recipe: Recipe
@@ -63,40 +85,81 @@ class Experiment:
 
     @property
     def evaluates(self) -> bool:
-        """Whether the run computes kNN: it is asked for and there are labels."""
-        return self.recipe.evaluation.every_epochs > 0 and labelled(self.source, self.val)
+        """Whether the run computes kNN: the recipe asks for it and all images have labels."""
+        return self.recipe.evaluation.every_epochs > 0 and _labelled(self.source, self.val)
 
+    def save(self, folder: RunFolder, position: Position) -> None:
+        """Write a checkpoint, then the exported backbone.
 
-def labelled(*sources: Source | None) -> bool:
-    """Whether every image of every source has a label."""
-    return all(bool((source.labels >= 0).all()) for source in sources if source is not None)
+        Raises:
+            InputError: one of them cannot be written; earlier checkpoints are untouched.
+        """
+        checkpoint.save(
+            folder.checkpoints,
+            step=position.step,
+            state={"step": self.step.state_dict(), "window": position.buffer},
+            meta={
+                "recipe": to_dict(self.recipe),
+                "data": self.source.fingerprint,
+                "metrics_bytes": position.metrics_bytes,
+                "evaluated": position.evaluated,
+            },
+            keep=self.options.keep_checkpoints,
+        )
+        self._export(folder)
+
+    def restore(self, folder: RunFolder) -> Position:
+        """Load the last checkpoint, read by rank 0 and sent to any number of ranks; the run's position.
+
+        Exports the backbone again: a kill may have come between checkpoint and export.
+
+        Raises:
+            InputError: the checkpoint is damaged, or the run was started with other images.
+        """
+        saved = self.world.on_main(lambda: checkpoint.load(folder.last))
+        if saved.meta["data"] != self.source.fingerprint:
+            raise InputError(
+                f"data is {str(self.options.data)!r} but the run was started with other images (their names, sizes or "
+                "labels differ): give the data set the run was started with, or start a new run."
+            )
+        self.step.load_state_dict(saved.state["step"])
+        self.world.on_main(lambda: self._export(folder))
+        return Position(
+            step=int(saved.meta["step"]),
+            metrics_bytes=int(saved.meta["metrics_bytes"]),
+            evaluated=bool(saved.meta["evaluated"]),
+            buffer=saved.state["window"],
+        )
+
+    def _export(self, folder: RunFolder) -> None:
+        export_backbone(self.step.online.backbone, self.recipe.backbone.name, folder.backbone)
 
 
 @contextmanager
 def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world: World) -> Iterator[Experiment]:
-    """Build the parts of a run on this rank and close them at the end.
+    """Build the parts of a run on this rank, and close them at the end.
 
     Raises:
-        InputError: a path, a size or a combination cannot be used; the message says which and what to do.
+        InputError: a path, a size or a combination cannot be used.
     """
     if options.data is None:
-        raise InputError("data is missing: give the folder of images, or a converted data set, with --data PATH.")
+        raise InputError("data is missing: give a folder of images, or a converted data set, with --data PATH.")
     device = resolve_device(options.device, local_rank=world.local_rank if world.size > 1 else None)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # "cuda:1" is where all streams, recordings and allocations belong
+        torch.cuda.set_device(device)  # streams, CUDA graphs and allocations must be on the GPU that was asked for
     keep_compiled_code()
     with ExitStack() as stack:
-        train_path, val_path = world.together(partial(_paths, options.data, options.val, world))
-        source = _open(train_path, console, world)
+        train_path, val_path = world.together(partial(_data_paths, options.data, options.val, world))
+        source = _open_source(train_path, console, world)
         stack.callback(source.close)
         val = None
         if val_path is not None:
-            val = _open(val_path, console, world)
+            val = _open_source(val_path, console, world)
             stack.callback(val.close)
-            _check_same_data(val, world)
-        _check_same_data(source, world)
-        order = world.together(partial(_order, recipe, source, val, world))
-        peak = world.together(partial(_peak, recipe, options, device, world))
+            _check_same_images(val, world)
+        _check_same_images(source, world)
+        order = world.together(partial(_make_order, recipe, source, val, world))
+        peak = world.together(partial(_peak_memory, recipe, options, device, world))
         step = TrainStep(
             recipe,
             device=device,
@@ -105,14 +168,12 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
             world=world,
             cuda_graph=options.cuda_graph,
         )
-        steps = (
-            max(0, peak - torch.cuda.memory_reserved(device)) if peak else 0
-        )  # without the networks, which are there
-        keep = partial(_keep, device=device, console=console, world=world, steps=steps)
-        source, cache = world.together(partial(keep, source, options.cache))
-        if val is not None and options.cache != "off":  # where there is room: who names a place means training's
+        steps = max(0, peak - torch.cuda.memory_reserved(device)) if peak else 0  # the networks are reserved already
+        cached = partial(_cached, device=device, console=console, world=world, steps=steps)
+        source, cache = world.together(partial(cached, source, options.cache))
+        if val is not None and options.cache != "off":  # an explicit place is for the training images only
             taken = source.store.nbytes if isinstance(source, KeptSource) else 0
-            val, _ = world.together(partial(keep, val, "auto", taken=taken))
+            val, _ = world.together(partial(cached, val, "auto", taken=taken))
         loader = Loader(
             source,
             recipe.views,
@@ -140,73 +201,11 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
         )
 
 
-def _peak(recipe: Recipe, options: RunOptions, device: torch.device, world: World) -> int:
-    """Bytes of the GPU that this process's steps take at most; all there are if they do not fit.
-
-    0 where it does not matter: without a GPU, or without a cache that would take what steps need.
-    """
-    if device.type != "cuda" or options.cache == "off":
-        return 0
-    captures = wants_capture(options.cuda_graph, device, ranks=world.size)
-    peak = peak_step_memory(
-        recipe,
-        device,
-        images=recipe.batch_size // world.size,
-        cuda_graph=options.cuda_graph if captures else "off",
-    )
-    return torch.cuda.get_device_properties(device).total_memory if peak is None else peak
-
-
-def _keep(
-    source: Source,
-    choice: Cache,
-    *,
-    device: torch.device,
-    console: Console,
-    world: World,
-    steps: int = 0,
-    taken: int = 0,
-) -> tuple[Source, str]:
-    """Images as the cache that was chosen gives them, when the networks are on the GPU.
-
-    `steps` bytes of the GPU's memory are for training steps, and `taken` bytes of the machine's are promised already:
-    the system counts neither before they are used.
+def _data_paths(data: Path, val: Path | None, world: World) -> tuple[Path, Path | None]:
+    """Paths of the training images and, if there are any, of the validation images.
 
     Raises:
-        InputError: they do not fit.
-    """
-    if choice == "off":
-        return source, ""
-    memory = free_memory(device, processes=len(world.beside))
-    memory = replace(memory, host=max(0, memory.host - taken), steps=steps)
-    progress = indexing_progress(console, source.location, what="sizes of")
-    return keep_decoded(source, choice, device=device, memory=memory, progress=progress)
-
-
-def _order(recipe: Recipe, source: Source, val: Source | None, world: World) -> Order:
-    """The order of the images, with everything checked that recipe and data must agree on.
-
-    Raises:
-        InputError: they do not; the message says where.
-    """
-    if recipe.evaluation.every_epochs and labelled(source, val):
-        check_knn_data(source, val, recipe.evaluation)
-    order = Order(
-        num_images=len(source),
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        chunk=recipe.order_chunk,
-        window=recipe.order_window,
-    )
-    order.positions(0, rank=world.rank, world_size=world.size)
-    return order
-
-
-def _paths(data: Path, val: Path | None, world: World) -> tuple[Path, Path | None]:
-    """Where the training images lie and, if there are any, the validation images.
-
-    Raises:
-        InputError: there is nothing, or a validation part on some ranks only.
+        InputError: there is nothing, or validation images on some ranks only.
     """
     failure: Exception | None = None
     train = data
@@ -215,7 +214,7 @@ def _paths(data: Path, val: Path | None, world: World) -> tuple[Path, Path | Non
         val = val or found
     except (InputError, OSError) as error:
         failure = error
-    first, *_ = has_val = world.gather_objects(val is not None)  # on every rank, also on one that fails
+    first, *_ = has_val = world.gather_objects(val is not None)  # collective: a failing rank must take part
     if failure is not None:
         raise failure
     if has_val[world.rank] != first:
@@ -226,12 +225,12 @@ def _paths(data: Path, val: Path | None, world: World) -> tuple[Path, Path | Non
     return train, val
 
 
-def _open(path: Path, console: Console, world: World) -> Source:
-    """Open images; rank 0 indexes a folder first, the others find its index in the cache."""
+def _open_source(path: Path, console: Console, world: World) -> Source:
+    """Open images; rank 0 indexes a folder first, the others then find its index in the cache."""
     return world.main_first(lambda: open_source(path, progress=indexing_progress(console, path)))
 
 
-def _check_same_data(source: Source, world: World) -> None:
+def _check_same_images(source: Source, world: World) -> None:
     """Check that all ranks see the same images.
 
     Raises:
@@ -248,3 +247,70 @@ def _check_same_data(source: Source, world: World) -> None:
             )
 
     world.together(compare)
+
+
+def _labelled(*sources: Source | None) -> bool:
+    """Whether every image of every source has a label."""
+    return all(bool((source.labels >= 0).all()) for source in sources if source is not None)
+
+
+def _make_order(recipe: Recipe, source: Source, val: Source | None, world: World) -> Order:
+    """The order of the images, once recipe, data and ranks are checked against each other.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    if recipe.evaluation.every_epochs and _labelled(source, val):
+        check_knn_data(source, val, recipe.evaluation)
+    order = Order(
+        num_images=len(source),
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        chunk=recipe.order_chunk,
+        window=recipe.order_window,
+    )
+    order.positions(0, rank=world.rank, world_size=world.size)  # checks that the batch divides among the ranks
+    return order
+
+
+def _peak_memory(recipe: Recipe, options: RunOptions, device: torch.device, world: World) -> int:
+    """Peak bytes of GPU memory of this rank's steps, to be left free by the cache; all memory if steps do not fit.
+
+    0 on the CPU and without a cache.
+    """
+    if device.type != "cuda" or options.cache == "off":
+        return 0
+    captures = wants_capture(options.cuda_graph, device, ranks=world.size)
+    peak = peak_step_memory(
+        recipe,
+        device,
+        images=recipe.batch_size // world.size,
+        cuda_graph=options.cuda_graph if captures else "off",
+    )
+    return torch.cuda.get_device_properties(device).total_memory if peak is None else peak
+
+
+def _cached(
+    source: Source,
+    choice: Cache,
+    *,
+    device: torch.device,
+    console: Console,
+    world: World,
+    steps: int = 0,
+    taken: int = 0,
+) -> tuple[Source, str]:
+    """The source behind the chosen cache of decoded images, and a sentence about it.
+
+    Neither `steps` bytes of GPU memory, reserved for training, nor `taken` bytes of host memory, promised to another
+    cache, are visible to the system yet.
+
+    Raises:
+        InputError: the images do not fit.
+    """
+    if choice == "off":
+        return source, ""
+    memory = free_memory(device, processes=len(world.beside))
+    memory = replace(memory, host=max(0, memory.host - taken), steps=steps)
+    progress = indexing_progress(console, source.location, what="sizes of")
+    return keep_decoded(source, choice, device=device, memory=memory, progress=progress)

@@ -1,178 +1,89 @@
-"""The training loop.
-
-What a run comes to: its result, or where it was stopped.
-"""
+"""The training loop: for each batch, step, log, evaluate, save, stop."""
 
 from __future__ import annotations
 
-import logging
 import time
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mvssl.distributed import FailedElsewhere, World
+from mvssl.distributed import FailedElsewhere
 from mvssl.evaluate.online_knn import evaluate_knn
-from mvssl.monitor.bottleneck import what_limits
-from mvssl.monitor.loggers import last_knn, read_jsonl
-from mvssl.monitor.report import write_report
+from mvssl.monitor.loggers import last_knn
 from mvssl.runs.folder import RunFolder
-from mvssl.training.experiment import Experiment
-from mvssl.training.metric_buffer import Window
-from mvssl.training.monitor import Monitor, check_finite, check_weights
-from mvssl.training.shutdown import StopRequest
-from mvssl.training.state import Position, save_state
-from pipelines.runtime import InputError
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; its state is saved and `--resume` goes on.
-
-    Attributes:
-        stopped_by: name of the signal, or what else asked for it.
-    """
-
-    def __init__(self, message: str, stopped_by: str) -> None:
-        super().__init__(message)
-        self.stopped_by = stopped_by
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What a finished run leaves.
-
-    Attributes:
-        out: the run folder.
-        steps: optimiser steps of the whole run.
-        knn: last kNN top-1 accuracy in [0, 1] for each k; empty where there are no labels.
-        images_per_second: source images per second of training, evaluations and saves left out.
-        data_wait: share of the training time the step waited for a batch, without the wait for the first one.
-    """
-
-    out: Path
-    steps: int
-    knn: dict[int, float]
-    images_per_second: float
-    data_wait: float
-
-    def curves(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
-        """Steps [N] and values [N] of every number that was logged, by name: loss, loss/global, lr, knn/top1, ..."""
-        kept: dict[str, list[tuple[int, float]]] = {}
-        for row in read_jsonl(RunFolder(self.out).metrics):
-            before = "" if row["kind"] == "train" else f"{row['kind']}/"
-            for name, value in row.items():
-                if name not in ("kind", "step", "epoch") and value is not None:
-                    kept.setdefault(before + name, []).append((row["step"], value))
-        return {
-            name: (np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], dtype=np.float64))
-            for name, pairs in kept.items()
-        }
-
-
-logger = logging.getLogger("mvssl")
+from mvssl.training.experiment import Experiment, Position
+from mvssl.training.monitor import Monitor, check_weights
+from mvssl.training.shutdown import Interrupted, StopRequest
 
 
 class Loop:
-    """Every batch once through the step; log points, evaluations and saves where they are due."""
+    """Trains from a position to the end of the run.
+
+    Attributes:
+        step: optimiser steps done.
+        evaluated: False if the evaluation due after this step is still to be done.
+        knn: kNN top-1 accuracy in [0, 1] by k, of the last evaluation; empty before the first one.
+    """
 
     def __init__(
-        self,
-        experiment: Experiment,
-        folder: RunFolder,
-        window: Window,
-        position: Position,
-        monitor: Monitor,
-        stop: StopRequest,
+        self, experiment: Experiment, folder: RunFolder, position: Position, monitor: Monitor, stop: StopRequest
     ) -> None:
         self.experiment = experiment
-        self.world: World = experiment.world
         self.folder = folder
-        self.window = window
         self.monitor = monitor
         self.stop = stop
         self.step = position.step
         self.evaluated = position.evaluated
-        self.knn = self.world.on_main(lambda: last_knn(folder.metrics))
+        self.knn = experiment.world.on_main(lambda: last_knn(folder.metrics))
 
-    def run(self) -> TrainResult:
+    def run(self) -> None:
         """Train to the end.
 
         Raises:
-            Interrupted: a signal came; everything is saved.
+            Interrupted: a stop was requested; everything is saved.
             Diverged: the loss became NaN or infinite.
         """
-        experiment, order, total = self.experiment, self.experiment.order, self.experiment.total_steps
-        if not self.evaluated:  # a signal came in the middle of the evaluation
+        experiment, world, total = self.experiment, self.experiment.world, self.experiment.total_steps
+        steps_per_epoch = experiment.order.steps_per_epoch
+        if not self.evaluated:  # the run was stopped during the evaluation
             self.evaluate()
             self.save()
-        stopping = self.stop.agree()
-        while self.step < total and not stopping:
-            epoch, first_step = divmod(self.step, order.steps_per_epoch)
+        stopped_by = self.stop.agree()
+        while self.step < total and not stopped_by:
+            epoch, first_step = divmod(self.step, steps_per_epoch)
             batches = experiment.loader.epoch(epoch, first_step=first_step, until=experiment.recipe.epochs)
-            while (batch := self.world.together(partial(next, batches, None))) is not None:
-                index = batch.index
+            while not stopped_by and (batch := world.together(partial(next, batches, None))) is not None:
                 with self.monitor.step():
                     output = experiment.step(batch.views, self.step)
-                del batch  # or its views would stay in memory while the next ones are awaited
+                self.monitor.add(output, batch.index)
+                del batch  # frees its views before the next batch is awaited
                 self.step += 1
-                self.window.add(output, index)
-                epoch_ends = self.step % order.steps_per_epoch == 0
+                epoch_ends = self.step % steps_per_epoch == 0
                 if epoch_ends or self.step % experiment.options.log_every == 0:
-                    self.window.average(self.world)
-                    check_finite(experiment, self.folder, self.window, self.step)
-                    self.monitor.log_train(self.window, output, step=self.step)
+                    self.monitor.log_train(output, step=self.step)
                 if epoch_ends and self.evaluation_due(epoch + 1):
                     self.evaluate()
-                stopping = self.stop.agree()
-                if stopping or self.save_due(epoch + 1, epoch_ends):
+                stopped_by = self.stop.agree()
+                if stopped_by or self.save_due(epoch + 1, epoch_ends):
                     self.save()
-                if stopping:
-                    break
-        if stopping and not (self.step == total and self.evaluated):
+        if stopped_by and not (self.step == total and self.evaluated):
             raise Interrupted(
-                f"{stopping} came after step {self.step} of {total}; everything is saved in "
-                f"{self.folder.path}: go on with --resume.",
-                stopping,
+                f"{stopped_by} came after step {self.step} of {total}; everything is saved in {self.folder.path}: "
+                "continue with --resume.",
+                stopped_by,
             )
-        return self.conclude()
-
-    def save_due(self, epochs: int, epoch_ends: bool) -> bool:
-        """Whether a checkpoint is due after this step, the last one of epoch number `epochs` if `epoch_ends`."""
-        options = self.experiment.options
-        by_epoch = epoch_ends and options.save_every_epochs > 0 and epochs % options.save_every_epochs == 0
-        by_step = options.save_every_steps is not None and self.step % options.save_every_steps == 0
-        return by_epoch or by_step or self.step == self.experiment.total_steps
-
-    def save(self) -> None:
-        """Write a checkpoint, the exported backbone and the loss picture."""
-        began = time.monotonic()
-        with self.monitor.pause():
-            self.window.average(self.world)
-            check_finite(self.experiment, self.folder, self.window, self.step)
-            check_weights(self.experiment, self.step)
-            self.world.on_main(self._write)
-        self.stop.reserve = max(self.stop.reserve, 2 * (time.monotonic() - began))  # disks have their moods
-
-    def _write(self) -> None:
-        position = Position(step=self.step, metrics_bytes=self.monitor.sync(), evaluated=self.evaluated)
-        save_state(self.experiment, self.folder, self.window, position)
-        self.monitor.plot()
 
     def evaluation_due(self, epochs: int) -> bool:
-        """Whether kNN is due after `epochs` epochs: every n epochs and at the end, where there are labels."""
+        """Whether kNN is due after `epochs` epochs: every n epochs and at the end, if there are labels."""
         recipe = self.experiment.recipe
         return self.experiment.evaluates and (epochs == recipe.epochs or epochs % recipe.evaluation.every_epochs == 0)
 
     def evaluate(self) -> None:
-        """Measure and report the backbone's kNN accuracy; a signal ends that early and leaves it for the resumption.
+        """Measure and log the backbone's kNN accuracy. A stop request ends this early; the resumed run repeats it.
 
-        Whatever else goes wrong (memory, a damaged file) is raised, in a run of one process after a save: the epoch is
+        Other errors (out of memory, a damaged file) propagate. A run of one process saves first, so that the epoch is
         not lost.
         """
         experiment = self.experiment
+        self.evaluated = False
         with self.monitor.pause():
             try:
                 self.knn = evaluate_knn(
@@ -184,59 +95,39 @@ class Loop:
                     autocast=experiment.step.autocast_dtype,
                     decode=experiment.options.decode,
                     progress=self.stop.check,
-                    world=self.world,
+                    world=experiment.world,
                 )
             except (StopRequest.Requested, FailedElsewhere):  # a rank that failed for another reason ends the run
-                self.evaluated = False
+                return
             except Exception:
-                self.evaluated = False
-                if self.world.size == 1:
+                if experiment.world.size == 1:
                     self.save()
                 raise
-            else:
-                self.evaluated = True
-                self.monitor.log_knn(self.knn, step=self.step)
+            self.evaluated = True
+            self.monitor.log_knn(self.knn, step=self.step)
 
-    def conclude(self) -> TrainResult:
-        """Say in a few lines what came out, and leave the page about the run."""
-        result = self._say_what_came_out()
-        if self.world.is_main:
-            try:
-                write_report(self.folder.report, self.folder)
-            except (OSError, InputError) as error:  # all that matters is saved
-                logger.warning("%s could not be written: %s", self.folder.report, error)
-        return result
+    def save_due(self, epochs: int, epoch_ends: bool) -> bool:
+        """Whether to save after this step, which is in epoch number `epochs` (from 1)."""
+        options = self.experiment.options
+        by_epoch = epoch_ends and options.save_every_epochs > 0 and epochs % options.save_every_epochs == 0
+        by_step = options.save_every_steps is not None and self.step % options.save_every_steps == 0
+        return by_epoch or by_step or self.step == self.experiment.total_steps
 
-    def _say_what_came_out(self) -> TrainResult:
+    def save(self) -> None:
+        """Write a checkpoint, the exported backbone and losses.png."""
+        began = time.monotonic()
+        with self.monitor.pause():
+            self.monitor.check_finite(self.step)
+            check_weights(self.experiment, self.step)
+            self.experiment.world.on_main(self._write)
+        self.stop.reserve = max(self.stop.reserve, 2 * (time.monotonic() - began))  # twice: disk speed varies
+
+    def _write(self) -> None:
+        position = Position(
+            step=self.step,
+            metrics_bytes=self.monitor.sync(),
+            evaluated=self.evaluated,
+            buffer=self.monitor.buffer.state_dict(),
+        )
+        self.experiment.save(self.folder, position)
         self.monitor.plot()
-        speed, views = self.monitor.summary(step=self.step), len(self.experiment.recipe.views)
-        result = TrainResult(
-            out=self.folder.path,
-            steps=self.step,
-            knn=self.knn,
-            images_per_second=speed["images_per_second"],
-            data_wait=speed["data_wait"],
-        )
-        if speed["images_per_second"] == 0:
-            logger.info("the run was finished already, at step %d", result.steps)
-            return result
-        stats = self.experiment.loader.stats
-        logger.info(
-            "done: %d steps at %.0f source images/s (%.0f views/s); %s",
-            result.steps,
-            result.images_per_second,
-            result.images_per_second * views,
-            what_limits(
-                result.data_wait,
-                stats.stages,
-                stats.prepared,
-                device=self.experiment.device,
-                pace=result.images_per_second,
-                shares=self.monitor.device_shares(),
-            ),
-        )
-        bad = stats.bad
-        if bad:
-            logger.warning("%d images could not be decoded and were replaced, e.g. %s", len(bad), next(iter(bad)))
-        logger.info("backbone: %s; all about this run: %s", self.folder.backbone, self.folder.report)
-        return result

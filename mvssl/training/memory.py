@@ -1,12 +1,9 @@
-"""How much of a GPU's memory training steps take, found out by taking some.
-
-What to do when the device's memory is full.
-"""
+"""GPU memory of training steps: what they take, the largest batch that fits, advice when it runs out."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
@@ -14,48 +11,52 @@ from typing import Literal
 import torch
 
 from mvssl.config.recipe import Recipe
+from mvssl.training.cuda_graph import wants_capture
 from mvssl.training.step import TrainStep
 from pipelines.runtime import InputError
+
+MULTIPLE = 32
+"""Automatic batch sizes are multiples of this, which suits tensor cores and kernels."""
+
+_LARGEST = 65_536
+# Fractions of GPU memory that steps may take: the loader, evaluations and fragmentation need some too, and a CUDA graph
+# never releases its own between steps.
+_USABLE = 0.9
+_USABLE_WITH_GRAPH = 0.8
 
 
 @contextmanager
 def explain_out_of_memory() -> Iterator[None]:
-    """Turn CUDA's out-of-memory error into a sentence with the remedy.
-
-    Raises:
-        InputError: the device has too little memory for what the block does.
-    """
+    """Turn CUDA's out-of-memory error into an `InputError` with the remedies."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"The GPU's memory is full ({str(error).splitlines()[0]}): add --step-mode per-view, which holds one "
-            "view at a time, or --accumulate 2, which takes the batch in parts, or lower --batch-size; --cuda-graph "
-            "off gives memory back between steps; --dry-run tells how much a recipe takes."
+            f"The GPU's memory is full ({str(error).splitlines()[0]}): add --step-mode per-view, which processes one "
+            "view at a time, or --accumulate 2, which splits the batch into micro-batches, or lower --batch-size; "
+            "--cuda-graph off frees memory between steps; --dry-run shows how much memory a recipe takes."
         ) from error
 
 
 def peak_step_memory(
     recipe: Recipe, device: torch.device, *, images: int, cuda_graph: Literal["auto", "on", "off"]
 ) -> int | None:
-    """Bytes that torch has reserved on a GPU at most while one process takes steps; None if they do not fit.
+    """Peak bytes that torch reserves on a GPU while one process takes steps; None if they do not fit.
 
-    A CUDA graph counts with its own memory. Steps are not compiled, which takes more. What is drawn later is not
-    changed by this.
+    A CUDA graph's memory is included. Steps are not compiled, which takes more. Leaves the random generators unchanged.
 
     Args:
-        recipe: whose batch size does not matter.
+        recipe: its batch size is ignored.
         device: the GPU.
-        images: of a step of this process.
+        images: batch size of this process.
         cuda_graph: as for `TrainStep`, in a run of one process.
     """
-    tried = replace(recipe, batch_size=images, compile="off")
-    devices = [device] if device.type == "cuda" else []
+    trial = replace(recipe, batch_size=images, compile="off")
     _free()
     torch.cuda.reset_peak_memory_stats(device)
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
-            _take_steps(tried, device, cuda_graph)
+            _take_steps(trial, device, cuda_graph)
         except torch.OutOfMemoryError:
             return None
         finally:
@@ -64,7 +65,7 @@ def peak_step_memory(
 
 
 def _take_steps(recipe: Recipe, device: torch.device, cuda_graph: Literal["auto", "on", "off"]) -> None:
-    """All kinds of steps that a run has: the first ones, the recorded one and its replays."""
+    """Take every kind of step that a run has: warm-up, the recorded one and a replay."""
     step = TrainStep(recipe, device=device, total_steps=8, steps_per_epoch=8, cuda_graph=cuda_graph)
     views = [
         torch.randn(recipe.batch_size, 3, view.size, view.size, device=device, dtype=step.input_dtype).contiguous(
@@ -78,6 +79,75 @@ def _take_steps(recipe: Recipe, device: torch.device, cuda_graph: Literal["auto"
 
 
 def _free() -> None:
-    """Give back what steps have taken; a step refers to itself, so only the collector finds it."""
+    """Release the memory of steps; a step has reference cycles, so only the collector frees it."""
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def with_largest_batch(
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    processes: int,
+    images: int,
+    cuda_graph: Literal["auto", "on", "off"],
+) -> tuple[Recipe, str]:
+    """The recipe with the largest batch that fits, and a sentence with batch size and learning rate.
+
+    Args:
+        recipe: its batch size is ignored.
+        device: the GPU.
+        processes: of the run, on GPUs of the same kind; each takes an equal part of the batch.
+        images: of the data set, which a batch cannot exceed.
+        cuda_graph: as for `TrainStep`.
+
+    Raises:
+        InputError: the device is no GPU, or nothing fits.
+    """
+    if device.type != "cuda":
+        raise InputError(
+            "batch_size is 'auto', which measures a GPU's memory, but the run is on the CPU: give a number, for "
+            "example --batch-size 64."
+        )
+    tried = cuda_graph if wants_capture(cuda_graph, device, ranks=processes) else "off"
+    per_rank = largest_batch(fits_on(recipe, device, cuda_graph=tried), most=max(MULTIPLE, images // processes))
+    found = replace(recipe, batch_size=per_rank * processes)
+    return found, (
+        f"batch size: {found.batch_size}, the largest that fits ({per_rank} a process); the learning rate is "
+        f"{found.learning_rate:.4g}, in proportion to it (base_lr * batch_size / 256)"
+    )
+
+
+def fits_on(recipe: Recipe, device: torch.device, *, cuda_graph: Literal["auto", "on", "off"]) -> Callable[[int], bool]:
+    """Function of the batch size: whether steps fit on a GPU and leave enough memory for everything else."""
+    usable = _USABLE_WITH_GRAPH if wants_capture(cuda_graph, device, ranks=1) else _USABLE
+
+    def fits(batch_size: int) -> bool:
+        peak = peak_step_memory(recipe, device, images=batch_size, cuda_graph=cuda_graph)
+        total: int = torch.cuda.get_device_properties(device).total_memory
+        return peak is not None and peak <= usable * total
+
+    return fits
+
+
+def largest_batch(fits: Callable[[int], bool], *, most: int = _LARGEST) -> int:
+    """The largest multiple of `MULTIPLE` up to `most` that fits, by doubling, then bisection.
+
+    Raises:
+        InputError: not even the smallest fits.
+    """
+    good, bad = 0, None
+    size = MULTIPLE
+    while size <= most and bad is None:
+        good, bad = (size, None) if fits(size) else (good, size)
+        size *= 2
+    if good == 0:
+        raise InputError(
+            f"batch_size is 'auto' but not even {MULTIPLE} images fit into the GPU's memory: take --step-mode "
+            "per-view, smaller views or a smaller backbone, or give a smaller number."
+        )
+    bad = most // MULTIPLE * MULTIPLE + MULTIPLE if bad is None else bad
+    while bad - good > MULTIPLE:
+        middle = (good + bad) // 2 // MULTIPLE * MULTIPLE
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good

@@ -1,52 +1,87 @@
-"""A run from its recipe and options to its result: begun or resumed, announced, trained."""
+"""Runs a training from its recipe and options: start or resume, announce, train, sum up."""
 
 from __future__ import annotations
 
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from mvssl.config.options import RunOptions, parse_time, resolve_device
 from mvssl.config.recipe import Recipe
 from mvssl.distributed import join_world, process_local_rank
+from mvssl.monitor.bottleneck import what_limits
 from mvssl.monitor.console import run_log
+from mvssl.monitor.loggers import read_jsonl
 from mvssl.monitor.pictures import write_view_sheet
+from mvssl.monitor.report import write_report
 from mvssl.optim.schedule import learning_rate
 from mvssl.runs.folder import RunFolder
-from mvssl.training.experiment import Experiment, open_experiment
-from mvssl.training.loop import Loop, TrainResult
+from mvssl.training.experiment import Experiment, Position, open_experiment
+from mvssl.training.loop import Loop
 from mvssl.training.memory import explain_out_of_memory
-from mvssl.training.metric_buffer import Window
 from mvssl.training.monitor import Monitor
 from mvssl.training.shutdown import StopRequest
-from mvssl.training.state import Position, restore_state
 from mvssl.weights.init_from import init_from
 from pipelines.runtime import InputError
 
 logger = logging.getLogger("mvssl")
 
 
-def train(recipe: Recipe, *, data: str | Path, out: str | Path, **options: Any) -> TrainResult:
-    """Pre-train a backbone: `RunOptions` says what else can be given.
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Result of a finished run.
 
-    In a script that torchrun starts, every process calls this; together they are one run.
+    Attributes:
+        out: the run folder.
+        steps: optimiser steps of the whole run.
+        knn: last kNN top-1 accuracy in [0, 1] for each k; empty if there are no labels.
+        images_per_second: source images per second of training, without evaluations and saves.
+        data_wait: fraction of the training time the step waited for a batch, without the wait for the first one.
+    """
+
+    out: Path
+    steps: int
+    knn: dict[int, float]
+    images_per_second: float
+    data_wait: float
+
+    def curves(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """Steps [N] and values [N] of every logged metric, by name: loss, loss/global, lr, knn/top1, ..."""
+        points: dict[str, list[tuple[int, float]]] = {}
+        for row in read_jsonl(RunFolder(self.out).metrics):
+            prefix = "" if row["kind"] == "train" else f"{row['kind']}/"
+            for name, value in row.items():
+                if name not in ("kind", "step", "epoch") and value is not None:
+                    points.setdefault(prefix + name, []).append((row["step"], value))
+        return {
+            name: (np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], dtype=np.float64))
+            for name, pairs in points.items()
+        }
+
+
+def train(recipe: Recipe, *, data: str | Path, out: str | Path, **options: Any) -> TrainResult:
+    """Pre-train a backbone. `options` are the other fields of `RunOptions`.
+
+    In a script started by torchrun every process calls this; together they are one run.
 
     Raises:
-        InputError: something given cannot be used.
-        Interrupted: SIGINT or SIGTERM came; everything is saved.
+        InputError: an argument cannot be used.
+        Interrupted: SIGINT or SIGTERM came, or the time is over; everything is saved.
         Diverged: the loss became NaN or infinite.
-        FailedElsewhere: another rank failed, and says why, or is gone.
+        FailedElsewhere: another rank failed, and reports why, or is gone.
     """
     return run(recipe, RunOptions(data=Path(data), out=Path(out), **options))
 
 
 def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) -> TrainResult:
-    """Train as `recipe` and `options` say; see `train`."""
+    """Train `recipe` with `options`; see `train`."""
     if options.out is None:
         raise InputError("out is missing: name the run folder with --out PATH.")
     began, folder = time.monotonic(), RunFolder(options.out)
@@ -54,80 +89,63 @@ def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) 
     with join_world(cuda=device.type == "cuda") as world:
         console = (console or Console()) if world.is_main else Console(quiet=True)
         world.on_main(lambda: _check_folder(folder, recipe, options))
-        with ExitStack() as claim, open_experiment(recipe, options, console, world) as experiment:
-            window = Window()
-            claimed = world.on_main(lambda: _claim(folder, claim))  # before anything of an earlier run is touched
-            position, earlier = _begin(experiment, folder, window)
-            if not claimed:
-                world.on_main(lambda: _claim(folder, claim))
+        with ExitStack() as lock, open_experiment(recipe, options, console, world) as experiment:
+            locked = world.on_main(lambda: _lock_existing(folder, lock))  # before anything in it is touched
+            position, earlier_epochs = _start_or_resume(experiment, folder)
+            if not locked:
+                world.on_main(lambda: _lock_existing(folder, lock))
             seconds = None if options.time is None else parse_time(options.time) - (time.monotonic() - began)
             with run_log(folder.log, console, rank=world.rank), StopRequest(world, seconds=seconds) as stop:
-                _announce(experiment, folder, position.step)
-                if earlier is not None:
-                    logger.info("%s", _extended(experiment, position.step, earlier))
+                _announce(experiment, folder, position.step, earlier_epochs)
                 if position.step == 0:
-                    first = experiment.order.permutation(0)[:4]
-                    world.on_main(lambda: write_view_sheet(recipe, experiment.source, first, folder.views))
+                    images = experiment.order.permutation(0)[:4]
+                    world.on_main(lambda: write_view_sheet(recipe, experiment.source, images, folder.views))
                 with explain_out_of_memory(), Monitor(experiment, folder, console, position) as monitor:
-                    return Loop(experiment, folder, window, position, monitor, stop).run()
+                    loop = Loop(experiment, folder, position, monitor, stop)
+                    loop.run()
+                    return _sum_up(experiment, folder, loop, monitor)
 
 
 def _check_folder(folder: RunFolder, recipe: Recipe, options: RunOptions) -> None:
-    """Check that the run may go on or begin in this folder, before any work is done for it."""
+    """Check that the run may start or resume in this folder, before any work is done for it."""
     if options.resume:
         folder.check_same_recipe(recipe, extend=options.extend)
     else:
         folder.check_free(overwrite=options.overwrite)
 
 
-def _claim(folder: RunFolder, claim: ExitStack) -> bool:
-    """Keep other processes out of the run folder, if it is there already."""
+def _lock_existing(folder: RunFolder, lock: ExitStack) -> bool:
+    """Keep other processes out of the run folder; False if it does not exist yet."""
     if not folder.path.is_dir():
         return False
-    claim.enter_context(folder.claimed())
+    lock.enter_context(folder.claimed())
     return True
 
 
-def _begin(experiment: Experiment, folder: RunFolder, window: Window) -> tuple[Position, int | None]:
-    """Restore the run in the folder, or make the folder for a new one.
+def _start_or_resume(experiment: Experiment, folder: RunFolder) -> tuple[Position, int | None]:
+    """Restore the run in the folder, or create the folder of a new one.
 
-    Returns where the run stands, and for how many epochs it was begun if it is extended now.
+    Returns the position, and if the run is being extended, its earlier number of epochs.
     """
     recipe, options, world = experiment.recipe, experiment.options, experiment.world
-    earlier = world.on_main(lambda: folder.extend(recipe)) if options.resume else None
+    earlier_epochs = world.on_main(lambda: folder.extend(recipe)) if options.resume else None
     if options.resume and world.on_main(folder.has_checkpoint):
-        return restore_state(experiment, folder, window), earlier
-    # A run that was stopped before its first checkpoint is resumed at its beginning.
+        return experiment.restore(folder), earlier_epochs
+    # A run that was stopped before its first checkpoint starts again.
     weights = world.on_main(lambda: folder.option("init_from")) if options.resume else options.init_from
     init_from(experiment.step.online, experiment.step.target, recipe, weights)
     if not options.resume:
-        world.on_main(lambda: folder.begin(recipe, _plain(options), overwrite=options.overwrite))
-    return Position(), earlier
+        plain = {  # absolute paths, so that they hold in any working directory
+            name: str(value.resolve()) if isinstance(value, Path) else value for name, value in asdict(options).items()
+        }
+        world.on_main(lambda: folder.begin(recipe, plain, overwrite=options.overwrite))
+    return Position(), earlier_epochs
 
 
-def _extended(experiment: Experiment, step: int, earlier: int) -> str:
-    """What a run that goes on for more epochs does with its learning rate, in a sentence."""
-    config, per_epoch = experiment.recipe.optimizer, experiment.order.steps_per_epoch
-    peak, warmup = config.base_lr * experiment.recipe.batch_size / 256, config.warmup_epochs * per_epoch
-    was, now = (
-        learning_rate(step, epochs * per_epoch, warmup, peak, config.final_lr_factor)
-        for epochs in (earlier, experiment.recipe.epochs)
-    )
-    return (
-        f"extended from {earlier} to {experiment.recipe.epochs} epochs: the learning rate goes on at {now:.3g}, where "
-        f"it had come down to {was:.3g}, and falls along the longer cosine from there"
-    )
-
-
-def _plain(options: RunOptions) -> dict[str, Any]:
-    """Options as JSON values; paths are made absolute, so that they hold from any folder."""
-    return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in asdict(options).items()}
-
-
-def _announce(experiment: Experiment, folder: RunFolder, step: int) -> None:
-    """Say in a few lines what is about to run."""
+def _announce(experiment: Experiment, folder: RunFolder, step: int, earlier_epochs: int | None) -> None:
+    """Log what is about to run."""
     recipe, order, ranks = experiment.recipe, experiment.order, experiment.world.size
-    shared = f" ({recipe.batch_size // ranks} on each of {ranks} processes)" if ranks > 1 else ""
+    per_rank = f" ({recipe.batch_size // ranks} on each of {ranks} processes)" if ranks > 1 else ""
     logger.info(
         "%s %s: %s, %s images, %d views an image, batch %d%s, %d epochs of %d steps, on %s with %s",
         "Resuming" if step else "Training",
@@ -136,7 +154,7 @@ def _announce(experiment: Experiment, folder: RunFolder, step: int) -> None:
         f"{len(experiment.source):,}",
         len(recipe.views),
         recipe.batch_size,
-        shared,
+        per_rank,
         recipe.epochs,
         order.steps_per_epoch,
         experiment.device,
@@ -147,21 +165,77 @@ def _announce(experiment: Experiment, folder: RunFolder, step: int) -> None:
     if experiment.cache:
         logger.info("%s", experiment.cache)
     if recipe.accumulate > 1:
-        images = recipe.batch_size // ranks // recipe.accumulate
         logger.info(
-            "a step takes its images in %d parts of %d, with one update for all: the numbers of %d processes, each "
-            "with a part (BatchNorm over %d images at a time)",
+            "gradient accumulation: %d micro-batches of %d images; same numbers as %d processes "
+            "(BatchNorm is computed per micro-batch)",
             recipe.accumulate,
-            images,
+            recipe.batch_size // ranks // recipe.accumulate,
             ranks * recipe.accumulate,
-            images,
         )
     if recipe.step_mode == "joint" and experiment.step.view_by_view is not None:
         logger.info(
-            "views pass one by one, which is slower than those of one size together: %s takes statistics of its batch "
-            "in a way of its own",
+            "sequential views, slower than batched ones: %s has batch statistics that cannot be computed per view",
             experiment.step.view_by_view,
         )
     if recipe.evaluation.every_epochs and not experiment.evaluates:
-        logger.info("no kNN: the images have no labels; collapse is still watched by embedding spread and rank")
+        logger.info(
+            "no kNN: the images have no labels; collapse is still detected by the embeddings' standard deviation and "
+            "effective rank"
+        )
     logger.info("run folder: %s", folder.path)
+    if earlier_epochs is not None:
+        logger.info(
+            "extended from %d to %d epochs: the learning rate continues at %.3g (it had decayed to %.3g) on the longer "
+            "cosine schedule",
+            earlier_epochs,
+            recipe.epochs,
+            *(_learning_rate(experiment, step, epochs) for epochs in (recipe.epochs, earlier_epochs)),
+        )
+
+
+def _learning_rate(experiment: Experiment, step: int, epochs: int) -> float:
+    """Learning rate at a step of a run of this many epochs."""
+    config, per_epoch = experiment.recipe.optimizer, experiment.order.steps_per_epoch
+    peak = config.base_lr * experiment.recipe.batch_size / 256
+    return learning_rate(step, epochs * per_epoch, config.warmup_epochs * per_epoch, peak, config.final_lr_factor)
+
+
+def _sum_up(experiment: Experiment, folder: RunFolder, loop: Loop, monitor: Monitor) -> TrainResult:
+    """Log the result of a finished run and write its report."""
+    monitor.plot()
+    speed, stats = monitor.summary(step=loop.step), experiment.loader.stats
+    result = TrainResult(
+        out=folder.path,
+        steps=loop.step,
+        knn=loop.knn,
+        images_per_second=speed["images_per_second"],
+        data_wait=speed["data_wait"],
+    )
+    if result.images_per_second == 0:
+        logger.info("the run was already finished, at step %d", result.steps)
+    else:
+        logger.info(
+            "done: %d steps at %.0f source images/s (%.0f views/s); %s",
+            result.steps,
+            result.images_per_second,
+            result.images_per_second * len(experiment.recipe.views),
+            what_limits(
+                result.data_wait,
+                stats.stages,
+                stats.prepared,
+                device=experiment.device,
+                pace=result.images_per_second,
+                shares=monitor.device_shares(),
+            ),
+        )
+        if stats.bad:
+            logger.warning(
+                "%d images could not be decoded and were replaced, e.g. %s", len(stats.bad), next(iter(stats.bad))
+            )
+        logger.info("backbone: %s; report: %s", folder.backbone, folder.report)
+    if experiment.world.is_main:
+        try:
+            write_report(folder.report, folder)
+        except (OSError, InputError) as error:  # everything that matters is saved
+            logger.warning("%s could not be written: %s", folder.report, error)
+    return result

@@ -1,7 +1,4 @@
-"""Stop politely: a signal or the end of the time asks for a stop after the current step; a second SIGINT kills.
-
-What a run does in a job of SLURM: it puts itself into the queue again when it is stopped for the job's end.
-"""
+"""Stops a run cleanly on a signal or at the end of --time, and requeues its SLURM job."""
 
 from __future__ import annotations
 
@@ -16,37 +13,43 @@ from typing import Any
 
 from mvssl.distributed import World
 
-
-def requeue(stopped_by: str) -> str | None:
-    """Put this job into the queue again if SIGUSR1 stopped the run; says what was done, None if nothing was."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if stopped_by != "SIGUSR1" or job is None or shutil.which("scontrol") is None:
-        return None
-    done = subprocess.run(["scontrol", "requeue", job], check=False, capture_output=True, text=True)
-    if done.returncode:
-        return f"SLURM did not take job {job} into the queue again ({done.stderr.strip()}): submit it anew."
-    return f"SLURM takes job {job} into the queue again."
-
-
 EXIT_INTERRUPTED = 75
-"""Exit code of a run that saved a checkpoint because of a signal (EX_TEMPFAIL of sysexits.h: run it again)."""
+"""Exit code of a run that saved a checkpoint and stopped on request (EX_TEMPFAIL of sysexits.h: run it again)."""
 
-LISTENED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""SIGUSR1 is what SLURM sends ahead of a job's end where it is asked to (sbatch --signal=USR1@120)."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""SLURM sends SIGUSR1 ahead of a job's end if asked to (sbatch --signal=USR1@120)."""
 
 TIME = "The end of --time"
-_TIME_CODE = 1000  # beyond all signals
+_TIME_CODE = 1000  # above all signal numbers
+
+
+class Interrupted(Exception):
+    """A run was asked to stop. Its state is saved; `--resume` continues it.
+
+    Attributes:
+        stopped_by: name of the signal, or `TIME`.
+    """
+
+    def __init__(self, message: str, stopped_by: str) -> None:
+        super().__init__(message)
+        self.stopped_by = stopped_by
 
 
 class StopRequest:
-    """Context manager; `requested` names what asked for a stop. Outside the main thread no signal is heard.
+    """Context manager that notes a signal or the end of the time; a second SIGINT kills.
+
+    Outside the main thread no signals are caught.
 
     Attributes:
-        reserve: seconds before the end of the time at which to stop: what saving takes.
+        requested: name of the signal, or `TIME`; None if nothing asked for a stop.
+        reserve: seconds before the end of the time at which to stop, for saving.
     """
 
+    class Requested(Exception):
+        """Raised by `check`: abandon the current work."""
+
     def __init__(self, world: World, *, seconds: float | None = None) -> None:
-        """`seconds` is the time from now after which to stop; None for no end."""
+        """`seconds` is the time from now until the stop; None for no limit."""
         self.requested: str | None = None
         self.reserve = 0.0
         self._world = world
@@ -55,13 +58,19 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in LISTENED:
+            for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
     def agree(self) -> str | None:
-        """What asked for a stop on any rank, None if nothing did; every rank has to ask at the same moments."""
-        self._look_at_the_time()
+        """The stop request of any rank, None if there is none. Collective: all ranks call it at the same points."""
+        self._check_time()
         code = 0
         if self.requested:
             code = _TIME_CODE if self.requested == TIME else signal.Signals[self.requested].value
@@ -70,16 +79,13 @@ class StopRequest:
             return None
         return TIME if agreed == _TIME_CODE else signal.Signals(agreed).name
 
-    class Requested(Exception):
-        """Raised by `check`: leave what you are doing."""
-
     def check(self, done: int = 0) -> None:
-        """Raise `Requested` if a stop is due; fits where a progress callback is called with what is `done`."""
-        self._look_at_the_time()
+        """Raise `Requested` if a stop is due. `done` is ignored, so that this can serve as a progress callback."""
+        self._check_time()
         if self.requested:
             raise StopRequest.Requested
 
-    def _look_at_the_time(self) -> None:
+    def _check_time(self) -> None:
         if self._end is not None and not self.requested and time.monotonic() + self.reserve >= self._end:
             self.requested = TIME
 
@@ -87,8 +93,13 @@ class StopRequest:
         self.requested = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+
+def requeue(stopped_by: str) -> str | None:
+    """Requeue this SLURM job if SIGUSR1 stopped the run; a message for the user, None if nothing was done."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if stopped_by != "SIGUSR1" or job is None or shutil.which("scontrol") is None:
+        return None
+    done = subprocess.run(["scontrol", "requeue", job], check=False, capture_output=True, text=True)
+    if done.returncode:
+        return f"SLURM did not requeue job {job} ({done.stderr.strip()}): submit it again."
+    return f"SLURM requeued job {job}."

@@ -15,8 +15,7 @@ from mvssl.config.recipe import Recipe
 from mvssl.monitor.console import LiveDisplay, make_display
 from mvssl.monitor.loggers import read_jsonl
 from mvssl.recipes import all_recipes
-from mvssl.training import preflight as batch_size
-from mvssl.training.preflight import largest_batch
+from mvssl.training.memory import largest_batch, with_largest_batch
 from pipelines.runtime import InputError
 from tests.samples.tiny_runs import train
 
@@ -125,10 +124,8 @@ def test_batches_that_fit_nowhere_and_processors_without_memory_of_their_own(ima
 
 
 def test_the_largest_batch_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch, tiny_recipe: Recipe) -> None:
-    monkeypatch.setattr(batch_size, "fits_on", lambda recipe, device, cuda_graph: lambda size: size <= 100)
-    found, said = batch_size.with_largest_batch(
-        tiny_recipe, torch.device("cuda"), processes=4, images=10_000, cuda_graph="auto"
-    )
+    monkeypatch.setattr("mvssl.training.memory.fits_on", lambda recipe, device, cuda_graph: lambda size: size <= 100)
+    found, said = with_largest_batch(tiny_recipe, torch.device("cuda"), processes=4, images=10_000, cuda_graph="auto")
     assert found == replace(tiny_recipe, batch_size=384)
     assert f"batch size: 384, the largest that fits (96 a process); the learning rate is {3.0 * 384 / 256:.4g}" in said
 

@@ -1,4 +1,4 @@
-"""What a run reports: windows between log points, lines on disk, lines on the screen, pictures."""
+"""What a run reports: metrics between log points, lines on disk, lines on the screen, pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mvssl.distributed import World
 from mvssl.monitor.console import LiveDisplay, PlainDisplay, Status, duration, indexing_progress, make_display, run_log
 from mvssl.monitor.loggers import JsonLines, NoWriter, complete_bytes, make_tensorboard_writer, read_jsonl
 from mvssl.monitor.pictures import plot_losses
-from mvssl.training.metric_buffer import Window
+from mvssl.training.monitor import MetricBuffer
 from mvssl.training.step import StepOutput
 from pipelines.runtime import InputError
 
@@ -54,19 +54,19 @@ def output(loss: float, losses: list[float], grad_norm: float = 0.5) -> StepOutp
         embedding=torch.zeros(2, 2),
         grad_norm=torch.tensor(grad_norm),
         lr=0.1,
-        decay=0.9,
+        tau=0.9,
     )
 
 
-def test_window_takes_the_mean_over_the_ranks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffer_takes_the_mean_over_the_ranks_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a checkpoint comes between two log points, and in the run that goes on from it."""
     monkeypatch.setattr(World, "mean", lambda self, values: values / 2)  # a mean that shows when it is taken
-    window = Window()
-    window.add(output(4.0, []), torch.arange(4))
-    window.average(World())
-    again = Window()
-    again.load_state_dict(window.state_dict(), torch.device("cpu"))
-    for one in (window, again):
+    buffer = MetricBuffer()
+    buffer.add(output(4.0, []), torch.arange(4))
+    buffer.average(World())
+    again = MetricBuffer()
+    again.load_state_dict(buffer.state_dict(), torch.device("cpu"))
+    for one in (buffer, again):
         one.add(output(8.0, []), torch.arange(4))
         one.average(World())
         assert one.rows()[:, 1].tolist() == [2.0, 4.0]
@@ -76,40 +76,40 @@ def test_window_takes_the_mean_over_the_ranks_once(monkeypatch: pytest.MonkeyPat
         assert one.rows()[:, 1].tolist() == [3.0]
 
 
-def test_window_averages_what_it_saw_and_survives_a_checkpoint() -> None:
-    window = Window()
+def test_buffer_averages_what_it_saw_and_survives_a_checkpoint() -> None:
+    buffer = MetricBuffer()
     for step in range(3):
-        window.add(output(float(step), [float(step), 10.0 * step]), torch.arange(4) + step)
-    again = Window()
-    again.load_state_dict(window.state_dict(), torch.device("cpu"))
-    for w in (window, again):
-        assert w.rows().tolist() == [[0.5, 0.0, 0.0, 0.0], [0.5, 1.0, 1.0, 10.0], [0.5, 2.0, 2.0, 20.0]]
-        assert w.non_finite(last_step=7) is None
-    window.clear()
-    assert len(window) == 0
-    assert window.non_finite(last_step=7) is None
+        buffer.add(output(float(step), [float(step), 10.0 * step]), torch.arange(4) + step)
+    again = MetricBuffer()
+    again.load_state_dict(buffer.state_dict(), torch.device("cpu"))
+    for one in (buffer, again):
+        assert one.rows().tolist() == [[0.5, 0.0, 0.0, 0.0], [0.5, 1.0, 1.0, 10.0], [0.5, 2.0, 2.0, 20.0]]
+        assert one.non_finite(last_step=7) is None
+    buffer.clear()
+    assert len(buffer) == 0
+    assert buffer.non_finite(last_step=7) is None
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_window_finds_the_first_step_that_is_not_finite(poison: float) -> None:
-    window = Window()
+def test_buffer_finds_the_first_step_that_is_not_finite(poison: float) -> None:
+    buffer = MetricBuffer()
     for step in range(5):
         task = poison if step in (2, 4) else 1.0
-        window.add(output(1.0, [1.0, task]), torch.tensor([step, 10 + step]))
-    failure = window.non_finite(last_step=20)  # the window holds steps 16 to 20
+        buffer.add(output(1.0, [1.0, task]), torch.tensor([step, 10 + step]))
+    failure = buffer.non_finite(last_step=20)  # the buffer holds steps 16 to 20
     assert failure is not None
     assert failure.step == 18
     assert failure.index == [2, 12]
 
 
-def test_window_finds_a_gradient_that_is_not_finite_where_asked() -> None:
-    window = Window()
+def test_buffer_finds_a_gradient_that_is_not_finite_where_asked() -> None:
+    buffer = MetricBuffer()
     for step in range(3):
-        window.add(output(1.0, [1.0], grad_norm=float("inf") if step == 1 else 1.0), torch.tensor([step]))
-    failure = window.non_finite(last_step=3)
+        buffer.add(output(1.0, [1.0], grad_norm=float("inf") if step == 1 else 1.0), torch.tensor([step]))
+    failure = buffer.non_finite(last_step=3)
     assert failure is not None
     assert (failure.step, failure.grad_norm, failure.index) == (2, float("inf"), [1])
-    assert window.non_finite(last_step=3, gradients=False) is None
+    assert buffer.non_finite(last_step=3, gradients=False) is None
 
 
 def test_json_lines_are_cut_back_and_a_torn_line_is_left_out(tmp_path: Path) -> None:

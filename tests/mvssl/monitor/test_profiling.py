@@ -165,11 +165,11 @@ def test_a_dry_run_on_a_gpu_says_launches_and_what_holds_it(
         entries=(),
     )
     monkeypatch.setattr("mvssl.training.preflight.profile_steps", lambda step, **options: told)
-    monkeypatch.setattr("mvssl.training.preflight.on_gpu", lambda device: True)
+    monkeypatch.setattr("mvssl.training.preflight._on_gpu", lambda device: True)
     dry_run(tiny_recipe, RunOptions(data=images, device="cpu"), Console(width=200))
     said = capsys.readouterr().out
     assert "2,500 a step, of 2,600 kernels" in said
-    assert "60.0 % of a step; what holds it otherwise: launching" in said
+    assert "60.0 % of a step; otherwise it waits for: launching" in said
     assert "80 source images/s" in said  # 8 images in 100 ms
 
 

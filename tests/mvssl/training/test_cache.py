@@ -16,6 +16,7 @@ import pipelines.loading.fetch
 from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Recipe
 from mvssl.monitor.loggers import read_jsonl
+from mvssl.training.loop import Loop
 from pipelines.decode import make_decoder
 from pipelines.decode.base import Decoded
 from pipelines.loading import pixel_cache as cache_choice
@@ -33,7 +34,7 @@ from pipelines.loading.pixel_cache import (
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from tests.samples.data_faults import copy_of, metrics, write_forms
-from tests.samples.tiny_runs import train, write_images
+from tests.samples.tiny_runs import CrashError, train, write_images
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PLENTY = Memory(host=10**12, device=10**12)
@@ -73,20 +74,18 @@ def test_a_cached_run_is_the_same_and_decodes_each_image_once(
 def test_a_run_that_is_resumed_with_another_cache_is_the_same(
     images: Path, finished: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "run"
+    save, out = Loop.save, tmp_path / "run"
+
+    def save_and_crash(loop: Loop) -> None:
+        save(loop)
+        raise CrashError
+
     with monkeypatch.context() as patch:
-        patch.setattr("mvssl.training.loop.Loop.save", _save_and_stop)
-        with pytest.raises(ZeroDivisionError):
+        patch.setattr(Loop, "save", save_and_crash)
+        with pytest.raises(CrashError):
             train(tiny_recipe, images, out)
     train(tiny_recipe, images, out, resume=True, cache="auto")
     assert metrics(out) == metrics(finished)
-
-
-def _save_and_stop(self: Any) -> None:
-    with self.monitor.pause():
-        self.window.average(self.world)
-        self._write()
-    raise ZeroDivisionError
 
 
 def test_bad_and_odd_images_are_as_without_a_cache(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:

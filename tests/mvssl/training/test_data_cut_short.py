@@ -114,7 +114,7 @@ def test_a_file_cut_short_in_the_evaluation_leaves_that_for_the_resumption(
         ("deleted", "shards", "{path} is missing: restore it"),
         ("deleted", "beton", "{path} is missing: restore it"),
         ("replaced", "shards", "{path} has other contents than the manifest says .*: restore it"),
-        ("replaced", "beton", "data is '{data}' but the run was begun with other images"),
+        ("replaced", "beton", "data is '{data}' but the run was started with other images"),
     ],
     ids=["deleted-shards", "deleted-beton", "replaced-shards", "replaced-beton"],
 )

@@ -20,9 +20,8 @@ from mvssl.config.recipe import Recipe
 from mvssl.distributed import World
 from mvssl.monitor.loggers import read_jsonl
 from mvssl.runs import checkpoint
-from mvssl.training import shutdown as signals
-from mvssl.training import shutdown as slurm
-from mvssl.training.shutdown import TIME, StopRequest
+from mvssl.training import shutdown
+from mvssl.training.shutdown import TIME, StopRequest, requeue
 from mvssl.training.step import TrainStep
 from pipelines.runtime import InputError
 from tests.samples.tiny_runs import train
@@ -57,7 +56,7 @@ def stopping_clock(monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
             return passed[0]
 
     monkeypatch.setattr(TrainStep, "__call__", slow)
-    monkeypatch.setattr(signals, "time", Clock)
+    monkeypatch.setattr(shutdown, "time", Clock)
 
 
 def test_a_run_whose_time_is_over_is_saved_and_goes_on(
@@ -75,7 +74,7 @@ def test_a_run_whose_time_is_over_is_saved_and_goes_on(
 
 def test_it_stops_so_early_that_saving_fits_in(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(shutdown.time, "monotonic", lambda: now[0])
     stop = StopRequest(World(), seconds=100)
     now[0] = 89.0
     assert stop.agree() is None
@@ -91,21 +90,21 @@ def test_slurms_signal_is_heard_and_the_job_queued_again(tmp_path: Path, monkeyp
         assert stop.agree() == "SIGUSR1"
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert slurm.requeue("SIGUSR1") is None  # no scontrol here
-    for code, said in ((0, "takes job 17 into the queue again"), (1, r"did not take job 17 .* \(not allowed\)")):
+    assert requeue("SIGUSR1") is None  # no scontrol here
+    for code, said in ((0, "requeued job 17"), (1, r"did not requeue job 17 \(not allowed\)")):
         (tmp_path / "scontrol").write_text(
             f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho "not allowed" >&2\nexit {code}\n'
         )
         (tmp_path / "scontrol").chmod(0o755)
-        result = slurm.requeue("SIGUSR1")
+        result = requeue("SIGUSR1")
         assert result is not None
         import re
 
         assert re.search(said, result)
         assert (tmp_path / "asked").read_text() == "requeue 17\n"
-    assert slurm.requeue("SIGTERM") is None
+    assert requeue("SIGTERM") is None
     monkeypatch.delenv("SLURM_JOB_ID")
-    assert slurm.requeue("SIGUSR1") is None
+    assert requeue("SIGUSR1") is None
 
 
 def test_a_finished_run_is_extended(finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
@@ -132,8 +131,8 @@ def test_a_finished_run_is_extended(finished: Path, images: Path, tiny_recipe: R
     whole = [row["lr"] for row in rows]
     assert whole[-1] < whole[rows.index(next(row for row in rows if row["step"] == 15))]
     log = (out / "train.log").read_text()
-    assert "extended from 3 to 5 epochs: the learning rate goes on at" in log
-    rate = float(log.split("the learning rate goes on at ")[1].split(",")[0])
+    assert "extended from 3 to 5 epochs: the learning rate continues at" in log
+    rate = float(log.split("the learning rate continues at ")[1].split()[0])
     assert rate == pytest.approx(3.0 * 8 / 256 / 2, rel=0.01)  # half way down the longer cosine
     config = json.loads((out / "config.json").read_text())
     assert (config["recipe"]["epochs"], config["options"]["earlier_epochs"]) == (5, [3])

@@ -16,7 +16,7 @@ from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Evaluation, Recipe
 from mvssl.distributed import FailedElsewhere, join_world
 from mvssl.evaluate.features import extract_features
-from mvssl.training.experiment import _paths
+from mvssl.training.experiment import _data_paths
 from mvssl.training.run import run
 from pipelines.loading.fetch import too_many_bad
 from pipelines.runtime import InputError, run_cli
@@ -81,7 +81,7 @@ def test_a_batch_larger_than_the_data_is_said_by_the_first_rank(
 def where(data: list[str]) -> tuple[Path, Path | None]:
     """Where the rank's images lie, as a run finds it out."""
     with join_world(cuda=False) as world:
-        return world.together(partial(_paths, Path(data[world.rank]), None, world))
+        return world.together(partial(_data_paths, Path(data[world.rank]), None, world))
 
 
 def test_validation_images_on_one_machine_only_are_refused_and_not_waited_for(images: Path, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_resume_with_other_data_is_refused(finished: Path, images: Path, tiny_re
     other = tmp_path / "other"
     shutil.copytree(images, other)
     next((other / "train" / "class_0").iterdir()).unlink()
-    with pytest.raises(InputError, match="begun with other images"):
+    with pytest.raises(InputError, match="started with other images"):
         train(tiny_recipe, other, finished, resume=True)
 
 

@@ -19,19 +19,19 @@ from tests.samples.own_norm import mvssl_test_own_norm
 from tests.samples.tiny_runs import train
 
 
-def test_parts_and_views_one_by_one_are_said(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_micro_batches_and_sequential_views_are_announced(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = replace(tiny_recipe, epochs=1, accumulate=2, backbone=Backbone(name=mvssl_test_own_norm.__name__))
     train(recipe, images, tmp_path / "run")
     log = (tmp_path / "run" / "train.log").read_text()
-    assert "in 2 parts of 4, with one update for all: the numbers of 2 processes" in log
-    assert log.count("views pass one by one") == 1
+    assert "gradient accumulation: 2 micro-batches of 4 images; same numbers as 2 processes" in log
+    assert log.count("sequential views") == 1
     assert "backbone.1 (OwnNorm)" in log
 
 
 def test_an_ordinary_run_says_neither(finished: Path) -> None:
     log = (finished / "train.log").read_text()
-    assert "parts of" not in log
-    assert "one by one" not in log
+    assert "micro-batches" not in log
+    assert "sequential views" not in log
 
 
 def test_a_graph_is_refused_where_there_is_none(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:

@@ -15,11 +15,9 @@ from rich.console import Console
 from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Recipe
 from mvssl.distributed import World
-from mvssl.training import experiment
-from mvssl.training import memory as step_memory
-from mvssl.training import preflight as batch_size
+from mvssl.training import experiment, memory
 from mvssl.training.cuda_graph import WARM_UP
-from mvssl.training.memory import peak_step_memory
+from mvssl.training.memory import fits_on, peak_step_memory, with_largest_batch
 from mvssl.training.step import TrainStep
 from pipelines.loading.pixel_cache import Memory, keep_decoded, pixel_bytes
 from pipelines.storage import open_source
@@ -53,7 +51,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """A GPU of 1000 bytes; the function sets how many steps reserve at most."""
     FakeStep.made.clear()
     FakeStep.taken.clear()
-    monkeypatch.setattr(step_memory, "TrainStep", FakeStep)
+    monkeypatch.setattr(memory, "TrainStep", FakeStep)
     for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
     whole = type("Properties", (), {"total_memory": 1000})
@@ -86,9 +84,9 @@ def test_a_graph_keeps_its_memory_so_that_more_must_be_left(
     cuda_graph: Any,
     most: int,
 ) -> None:
-    monkeypatch.setattr(step_memory, "_take_steps", lambda *arguments: None)
+    monkeypatch.setattr(memory, "_take_steps", lambda *arguments: None)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: torch.no_grad())
-    fits = batch_size.fits_on(tiny_recipe, CUDA, cuda_graph=cuda_graph)
+    fits = fits_on(tiny_recipe, CUDA, cuda_graph=cuda_graph)
     gpu(most)
     assert fits(32)
     gpu(most + 1)
@@ -108,8 +106,8 @@ def test_a_batch_is_tried_as_it_will_be_trained(
         seen.append(cuda_graph)
         return 1 if images <= 64 else None
 
-    monkeypatch.setattr(batch_size, "peak_step_memory", peak)
-    found, _ = batch_size.with_largest_batch(tiny_recipe, CUDA, processes=processes, images=1000, cuda_graph=cuda_graph)
+    monkeypatch.setattr(memory, "peak_step_memory", peak)
+    found, _ = with_largest_batch(tiny_recipe, CUDA, processes=processes, images=1000, cuda_graph=cuda_graph)
     assert found.batch_size == 64 * processes
     assert set(seen) == {tried}
 
@@ -120,8 +118,8 @@ def test_a_cache_leaves_what_steps_need(images: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("pipelines.loading.pixel_cache.PixelStore", lambda sizes, device, on: device)
 
     def choose(choice: Any, steps: float) -> str:
-        memory = Memory(host=needed, device=10 * needed, steps=int(steps * needed))
-        return keep_decoded(source, choice, device=CUDA, memory=memory)[1]
+        free = Memory(host=needed, device=10 * needed, steps=int(steps * needed))
+        return keep_decoded(source, choice, device=CUDA, memory=free)[1]
 
     assert "the GPU's memory keeps" in choose("auto", 8.8)
     told = choose("auto", 9.0)
@@ -152,10 +150,12 @@ def test_steps_are_tried_before_a_cache_is_made(
 
     monkeypatch.setattr(experiment, "peak_step_memory", peak)
     options = RunOptions(cache=cache)
-    assert experiment._peak(tiny_recipe, options, device, World(size=2)) == expected
+    assert experiment._peak_memory(tiny_recipe, options, device, World(size=2)) == expected
     assert seen == ([(4, "off")] if expected else [])
     if expected:
-        assert experiment._peak(tiny_recipe, options, device, World()) == 1000  # they do not fit: nothing is left
+        assert (
+            experiment._peak_memory(tiny_recipe, options, device, World()) == 1000
+        )  # do not fit: all memory
         assert seen[1] == (8, "auto")
 
 
@@ -167,13 +167,13 @@ def test_the_networks_count_once(images: Path, tiny_recipe: Recipe, monkeypatch:
         seen.append(memory)
         return source, ""
 
-    monkeypatch.setattr(experiment, "_peak", lambda *arguments: 600)
+    monkeypatch.setattr(experiment, "_peak_memory", lambda *arguments: 600)
     monkeypatch.setattr(experiment, "keep_decoded", keep)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
     options = RunOptions(data=images, device="cpu", cache="auto")
     with experiment.open_experiment(tiny_recipe, options, Console(quiet=True), World()):
         pass
-    assert [memory.steps for memory in seen] == [500, 500]  # for the validation images as well
+    assert [free.steps for free in seen] == [500, 500]  # for the validation images as well
 
 
 @pytest.mark.gpu
