@@ -153,9 +153,7 @@ def test_steps_are_tried_before_a_cache_is_made(
     assert experiment._peak_memory(tiny_recipe, options, device, World(size=2)) == expected
     assert seen == ([(4, "off")] if expected else [])
     if expected:
-        assert (
-            experiment._peak_memory(tiny_recipe, options, device, World()) == 1000
-        )  # do not fit: all memory
+        assert experiment._peak_memory(tiny_recipe, options, device, World()) == 1000  # do not fit: all memory
         assert seen[1] == (8, "auto")
 
 
