@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mvssl.config.recipe import Recipe
 from mvssl.models.backbones import build_backbone, is_convolutional
-from mvssl.models.view_batching import Group, make_plan
+from mvssl.models.view_batching import ViewGroup, make_plan
 from pipelines.views.spec import ViewSpec
 
 
@@ -83,9 +83,9 @@ def floor(recipe: Recipe, *, group_views: bool = True, target_network: bool = Tr
     return Floor(megabytes_per_image=megabytes, launches=launches)
 
 
-def _passes(views: Sequence[ViewSpec], group: Group) -> list[tuple[int, int]]:
+def _passes(views: Sequence[ViewSpec], group: ViewGroup) -> list[tuple[int, int]]:
     """Size and number of the views of each forward."""
-    return [(views[group.views[block.places[0]]].size, len(block.places)) for block in group.blocks]
+    return [(views[group.views[batch.positions[0]]].size, len(batch.positions)) for batch in group.batches]
 
 
 def _layers(backbone: nn.Module, pixels: int) -> _Layers:

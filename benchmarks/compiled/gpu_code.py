@@ -43,7 +43,7 @@ from torch._inductor.virtualized import V
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
-from mvssl.models import batchnorm as grouped_batchnorm
+from mvssl.models import batchnorm
 from mvssl.training.compile import gpu_options
 from pipelines.runtime import InputError, invalid
 
@@ -187,7 +187,7 @@ def gpu_graphs(work: Callable[[], object], *, target: str, graphs: list[Graph] |
     with (
         mock.patch.object(torch, "compile", compile_for_gpu),
         mock.patch.object(fake_impls, "torch", _TORCH),
-        mock.patch.object(grouped_batchnorm, "KERNEL_DEVICES", ("cpu",)),
+        mock.patch.object(batchnorm, "KERNEL_DEVICES", ("cpu",)),
         mock.patch.object(driver, "_active", _Driver(target)),  # which accesses of our kernels are analysed for
         _cached_analyses(),
     ):

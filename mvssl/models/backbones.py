@@ -1,7 +1,4 @@
-"""Backbones: any timm architecture that turns images into pooled features.
-
-Initial weights as the paper's release draws them, where those of timm differ.
-"""
+"""Backbones: any timm architecture with pooled features, initialised as by timm or by the reference implementation."""
 
 from __future__ import annotations
 
@@ -18,19 +15,19 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mvssl.config.recipe import Backbone
-from mvssl.models import small_resnets  # noqa: F401  (timm knows their names then)
+from mvssl.models import small_resnets  # noqa: F401  (registers their names with timm)
 from pipelines.runtime import InputError
 
 
 @torch.no_grad()
-def redraw_as_release(backbone: nn.Module) -> None:
-    """Change the weights of a new ResNet or plain vision transformer of timm to those of the paper's release, in place.
+def init_as_reference(backbone: nn.Module) -> None:
+    """Initialise a new ResNet or plain vision transformer of timm as the reference implementation does, in place.
 
-    ResNet: residual branches begin at full strength; timm lets the last norm of each begin at zero, as torchvision's
-    `zero_init_residual` does. Vision transformer: the patch embedding is uniform by Glorot's rule as in MoCo v3
-    (arXiv 2104.02057) with biases of zero, and the class token normal with deviation 0.02; timm draws both smaller. All
-    else, and any other architecture, stays as timm draws it, by the rules that the release uses too: convolutions
-    normal by He's rule over outputs, linear layers normal with deviation 0.02.
+    ResNet: residual branches start at full strength; timm zero-initialises the last norm of each, as torchvision's
+    `zero_init_residual` does. Vision transformer: Glorot-uniform patch embedding with zero bias, as in MoCo v3 (arXiv
+    2104.02057), and a class token of standard deviation 0.02; timm uses smaller values. Everything else, and any other
+    architecture, keeps timm's initialisation, which the reference implementation shares: He-normal over outputs for
+    convolutions, standard deviation 0.02 for linear layers.
     """
     for module in backbone.modules():
         if isinstance(module, (BasicBlock, Bottleneck)):
@@ -52,18 +49,17 @@ def build_backbone(config: Backbone, *, drop_path: bool = True) -> nn.Module:
     """Build a randomly initialised timm model without classifier; nothing is downloaded.
 
     Args:
-        config: name, stochastic depth rate, how weights are drawn and whether the first convolution is frozen.
-        drop_path: False leaves stochastic depth out (the target network has none).
+        config: name, stochastic depth rate, initialisation and whether the first convolution is frozen.
+        drop_path: False for no stochastic depth (the target network).
 
     Returns:
-        A module from images [B, 3, S, S] to pooled features [B, D], float32, on the CPU. Vision transformers take any
-        view size that their patches divide: the learned position embedding is interpolated bicubically. timm
-        antialiases where the grid shrinks (14 x 14 to 6 x 6 for 96 pixels) and the paper's release does not; training
-        fits the embedding to either.
+        A module from images [B, 3, S, S] to pooled features [B, D], float32, on the CPU. Vision transformers accept any
+        view size that is a multiple of their patches: the learned position embedding is interpolated bicubically, by
+        timm with antialiasing where the grid shrinks (14 x 14 to 6 x 6 for 96 pixels), by the reference implementation
+        without.
 
     Raises:
-        InputError: timm has no such model, or the recipe asks for stochastic depth or a frozen first convolution and
-            it has none.
+        InputError: timm has no such model, or it lacks stochastic depth or a convolution that the recipe asks for.
     """
     if not timm.is_model(config.name.split(".")[0]):
         near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
@@ -71,19 +67,15 @@ def build_backbone(config: Backbone, *, drop_path: bool = True) -> nn.Module:
         raise InputError(f"Backbone.name is {config.name!r} but must be the name of a timm model: {hint}")
     model = _create(config, {"drop_path_rate": config.drop_path} if drop_path and config.drop_path > 0 else {})
     if config.init == "release":
-        redraw_as_release(model)
+        init_as_reference(model)
     if config.freeze_stem:
         _freeze_stem(model, config.name)
     return model
 
 
 def _create(config: Backbone, wanted: dict[str, float]) -> nn.Module:
-    """Build the model with the wanted options, and for any image size where it can be.
-
-    Raises:
-        InputError: timm's model lacks an option, or cannot be built without classifier.
-    """
-    # timm refuses an option that an architecture lacks with a TypeError, before any weight is drawn.
+    """Build the model with these options, for any image size if it supports that."""
+    # timm raises TypeError for unsupported options, before it initialises any weight.
     for options in ({"dynamic_img_size": True} | wanted, wanted):
         try:
             model: nn.Module = timm.create_model(config.name, pretrained=False, num_classes=0, **options)
@@ -102,12 +94,9 @@ def _create(config: Backbone, wanted: dict[str, float]) -> nn.Module:
 
 
 def _freeze_stem(model: nn.Module, name: str) -> None:
-    """Let the first convolution in module order keep its weights: a ResNet's conv1, a transformer's patch embedding.
+    """Freeze the first convolution in module order: a ResNet's conv1, or a patch embedding.
 
-    The frozen patch embedding is from MoCo v3 (Chen et al., arXiv 2104.02057, section 4.2).
-
-    Raises:
-        InputError: there is no convolution.
+    Freezing the patch embedding is from MoCo v3 (Chen et al., arXiv 2104.02057, section 4.2).
     """
     stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if stem is None:
@@ -119,14 +108,7 @@ def _freeze_stem(model: nn.Module, name: str) -> None:
 
 
 def feature_width(backbone: nn.Module, sizes: Iterable[int], *, name: str) -> int:
-    """Width D of the features, after checking that images of every size give [B, D].
-
-    Runs a copy of the model on the meta device: shapes only, no arithmetic.
-
-    Args:
-        backbone: the model, on any device.
-        sizes: sides S of the square views in pixels.
-        name: name of the architecture, for messages.
+    """Width D of the features, after checking on the meta device that images of every size give [B, D].
 
     Raises:
         InputError: the model cannot take a size, does not give one vector per image, or widths differ between sizes.
@@ -160,15 +142,14 @@ def feature_width(backbone: nn.Module, sizes: Iterable[int], *, name: str) -> in
 
 
 def is_convolutional(backbone: nn.Module) -> bool:
-    """Whether a model is a convolutional network, which channels-last memory suits.
-
-    A vision transformer has one convolution, its patch embedding.
+    """Whether a model is a convolutional network, and so benefits from channels-last; a ViT has a single
+    convolution.
     """
     return sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 1
 
 
 def to_memory_format(module: Module, memory_format: torch.memory_format) -> Module:
-    """The module itself, its 4-dimensional parameters and buffers in this format."""
+    """Convert the 4-dimensional parameters and buffers of a module in place; returns the module."""
     to: Any = module.to  # torch 2.11 has no type for it
     to(memory_format=memory_format)
     return module

@@ -21,9 +21,229 @@ from torch.overrides import TorchFunctionMode
 from mvssl.models.fused import batchnorm as batchnorm_function
 from mvssl.models.fused.batchnorm import batch_norm_kernels, batch_norm_training
 
+try:
+    from mvssl.models.fused.ops import fits
+
+    KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
+except ImportError:  # Triton has no wheel for this platform
+    KERNEL_DEVICES = ()
+"""Devices on which compiled norms run as our Triton kernels."""
+
+
+class ForwardViews:
+    """The views in the current forward of a network; shared by all its norms.
+
+    Attributes:
+        positions: of each view in the order of the step, (0,) for a single view.
+        total: number of views in that order; 1 for a single view.
+        first: whether this is the first forward of the step.
+    """
+
+    def __init__(self) -> None:
+        self.positions: tuple[int, ...] = (0,)
+        self.total = 1
+        self.first = True
+
+    def set(self, positions: tuple[int, ...], total: int, *, first: bool) -> None:
+        """Describe the next forward."""
+        self.positions, self.total, self.first = positions, total, first
+
+    def reset(self) -> None:
+        """Return to single views."""
+        self.positions, self.total, self.first = (0,), 1, True
+
+
+class ViewBatchNorm(_BatchNorm):
+    """Mixin for BatchNorm layers that normalises each view of the current forward over its own images in training."""
+
+    current: ForwardViews
+
+    @property
+    def plain(self) -> bool:
+        """Whether the layer's original forward is used."""
+        return not self.training or (self.current.total == 1 and not torch.compiler.is_compiling())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [V * B, C, ...]."""
+        if self.plain:
+            result: Tensor = super().forward(x)
+            return result
+        return self.normalise(x)
+
+    def normalise(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        """Normalise each view of [V * B, C, ...] and update the running statistics; with `relu` only when compiled."""
+        if torch.compiler.is_compiling():
+            return self.fused(x, relu=relu)[0]
+        y, mean, var = _view_by_view(x, len(self.current.positions), self.weight, self.bias, self.eps)
+        self._track(mean, var)
+        return y
+
+    def fused(
+        self,
+        x: Tensor,
+        *,
+        relu: bool,
+        pool: bool = False,
+        shortcut: Tensor | None = None,
+        shortcut_norm: ViewBatchNorm | None = None,
+        split: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """relu(norm(x) + shortcut) in compiled training, with an update of the running statistics.
+
+        Args:
+            x: [V * B, C, ...], the views one after another.
+            relu: whether ReLU follows.
+            pool: whether 3x3 max-pooling (stride 2, padding 1) follows ReLU; without a shortcut.
+            shortcut: of x's shape, added before ReLU.
+            shortcut_norm: normalises the shortcut first.
+            split: whether to return the result twice, so that the gradients of its two users are added as they are
+                read.
+        """
+        if self._has_kernels(x) and (shortcut_norm is None or shortcut_norm._has_kernels(x)):
+            norm = shortcut_norm if shortcut is not None else None
+            return batch_norm_kernels(
+                x,
+                self._statistics(x),
+                self.weight,
+                self.bias,
+                relu=relu,
+                pool=pool,
+                other=shortcut,
+                other_statistics=None if norm is None or shortcut is None else norm._statistics(shortcut),
+                other_weight=None if norm is None else norm.weight,
+                other_bias=None if norm is None else norm.bias,
+                split=split,
+            )
+        if shortcut is not None and shortcut_norm is not None:
+            shortcut = shortcut_norm.normalise(shortcut)
+        views = len(self.current.positions)
+        y, mean, var = batch_norm_training(
+            x, self.weight, self.bias, views=views, eps=self.eps, relu=relu, shortcut=shortcut
+        )
+        self._track(mean, var)
+        if pool:
+            y = F.max_pool2d(y, 3, 2, 1)
+        return (y, y) if split else (y,)
+
+    def _has_kernels(self, x: Tensor) -> bool:
+        """Whether our Triton kernels can normalise this input."""
+        return x.device.type in KERNEL_DEVICES and fits(x, self.weight, self.bias, len(self.current.positions))
+
+    @torch.no_grad()
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and 1 / standard deviation of each view [V, C]; updates the running statistics."""
+        current = self.current
+        mean, rstd = batchnorm_function.operations().batchnorm_statistics(
+            x.detach(),
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            len(current.positions),
+            list(current.positions),
+            current.total,
+            current.first,
+            self.momentum if self.momentum is not None else 0.1,
+            self.eps,
+        )
+        return mean, rstd
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor) -> None:
+        """Update the running statistics from the statistics [V, C] of this forward's views.
+
+        n views in sequence leave (1 - m)^n r + sum over views of m (1 - m)^(n - 1 - position) statistic. This is a sum,
+        so the forwards of a step may come in any order; the first one applies the decay.
+        """
+        if self.running_mean is None:
+            return
+        momentum = self.momentum if self.momentum is not None else 0.1
+        for running, batch in ((self.running_mean, mean), (self.running_var, var)):
+            if running is None:
+                continue
+            if self.current.first:
+                running.mul_((1 - momentum) ** self.current.total)
+            for position, value in zip(self.current.positions, batch.unbind(), strict=True):
+                running.add_(value, alpha=momentum * (1 - momentum) ** (self.current.total - 1 - position))
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked += len(self.current.positions)
+
+
+def _view_by_view(
+    x: Tensor, views: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Call torch's kernel once per view (eager mode); the result, and mean and unbiased variance [V, C] of each
+    view.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32) if weight is None else weight.dtype
+    mean = torch.zeros(views, x.shape[1], dtype=dtype, device=x.device)
+    var = torch.zeros_like(mean)
+    normalised = [
+        # With momentum 1 the call writes the statistics of the view into the rows it is given.
+        F.batch_norm(images, mean[v], var[v], weight, bias, training=True, momentum=1.0, eps=eps)
+        for v, images in enumerate(x.chunk(views))
+    ]
+    return torch.cat(normalised), mean, var
+
+
+class ViewBatchNorm1d(ViewBatchNorm, nn.BatchNorm1d):
+    """nn.BatchNorm1d per view."""
+
+
+class ViewBatchNorm2d(ViewBatchNorm, nn.BatchNorm2d):
+    """nn.BatchNorm2d per view."""
+
+
+class ViewBatchNormAct2d(ViewBatchNorm, BatchNormAct2d):
+    """timm's BatchNorm with activation, per view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise and activate [V * B, C, H, W]."""
+        original: Any = BatchNormAct2d  # Any: timm ships no types
+        y: Tensor
+        if self.plain:
+            y = original.forward(self, x)
+        elif torch.compiler.is_compiling() and type(self.act) is nn.ReLU and isinstance(self.drop, nn.Identity):
+            y = self.normalise(x, relu=True)
+        else:
+            y = self.act(self.drop(self.normalise(x)))
+        return y
+
+
+_PER_VIEW: dict[type[nn.Module], type[ViewBatchNorm]] = {
+    nn.BatchNorm1d: ViewBatchNorm1d,
+    nn.BatchNorm2d: ViewBatchNorm2d,
+    BatchNormAct2d: ViewBatchNormAct2d,
+}
+
+
+def find_unbatchable(network: nn.Module) -> str | None:
+    """Name and type of the first layer whose batch statistics cannot be computed per view; None if there is none.
+
+    That is a layer with batch statistics (`running_var`) that is none of the known BatchNorms. LayerNorm, GroupNorm and
+    the like treat images one by one.
+    """
+    for name, module in network.named_modules():
+        keeps = any(key.startswith("running_") for key, _ in module.named_buffers(recurse=False))
+        known = type(module) in _PER_VIEW or isinstance(module, ViewBatchNorm)
+        if (keeps or isinstance(module, _BatchNorm)) and not (known and module.momentum is not None):
+            return f"{name or 'itself'} ({type(module).__name__})"
+    return None
+
+
+def use_view_batchnorms(network: nn.Module, current: ForwardViews) -> None:
+    """Make the BatchNorms of a network normalise per view, in place; parameters, buffers and their names stay.
+
+    Only the class of a layer changes, so that hooks and references to it stay valid.
+    """
+    for module in network.modules():
+        per_view: Any = _PER_VIEW.get(type(module))
+        if per_view is not None:
+            module.__class__ = per_view
+            module.current = current  # type: ignore[assignment]  # a plain object, not part of the state
+
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over all ranks; its gradient is the sum of theirs."""
+    """Sum of a tensor over all ranks, with the sum of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -79,10 +299,12 @@ def _batch_norm(
 
 
 class SyncBatchNorm(TorchFunctionMode):
-    """While this is entered, every BatchNorm in training takes its statistics over the images of `ranks` ranks.
+    """Context in which every BatchNorm in training computes its statistics over the images of `ranks` ranks.
 
-    All ranks must call the same layers in the same order with batches of one size. Gradients are those of the sum of
-    the ranks' losses; DistributedDataParallel's mean over the ranks makes them those of the mean loss.
+    torch's nn.SyncBatchNorm refuses CPU tensors, does not cover timm's BatchNorm with activation or stacked predictors,
+    and replaces modules; this intercepts `torch.nn.functional.batch_norm`. All ranks must call the same layers in the
+    same order with batches of one size. Gradients are those of the sum of the ranks' losses, which
+    DistributedDataParallel's average turns into those of the mean loss.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -99,225 +321,3 @@ class SyncBatchNorm(TorchFunctionMode):
         if func is F.batch_norm:
             return _batch_norm(*args, **(kwargs or {}), ranks=self._ranks)
         return func(*args, **(kwargs or {}))
-
-
-try:
-    from mvssl.models.fused.ops import fits
-
-    KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
-except ImportError:  # Triton has no wheel for this platform
-    KERNEL_DEVICES = ()
-"""Devices on which compiled norms are our Triton kernels."""
-
-
-class Pass:
-    """Which views of a step a network's forward holds; shared by all norms of the network.
-
-    Attributes:
-        views: place of each view in the step's order, (0,) for a forward on its own.
-        of: views in the whole step; 1 for a forward on its own.
-        first: whether this is the first of the step's forwards.
-    """
-
-    def __init__(self) -> None:
-        self.views: tuple[int, ...] = (0,)
-        self.of = 1
-        self.first = True
-
-    def set(self, views: tuple[int, ...], of: int, *, first: bool) -> None:
-        """Say what the next forward holds."""
-        self.views, self.of, self.first = views, of, first
-
-    def reset(self) -> None:
-        """Back to forwards that stand alone."""
-        self.views, self.of, self.first = (0,), 1, True
-
-
-class Grouped(_BatchNorm):
-    """Mixed in before a BatchNorm: in training it normalises the views of its network's `Pass` one by one."""
-
-    current: Pass
-
-    @property
-    def alone(self) -> bool:
-        """Whether the original forward does."""
-        return not self.training or (self.current.of == 1 and not torch.compiler.is_compiling())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise [V * B, C, ...]."""
-        if self.alone:
-            result: Tensor = super().forward(x)
-            return result
-        return self.normalise(x)
-
-    def normalise(self, x: Tensor, *, relu: bool = False) -> Tensor:
-        """Normalise each view of [V * B, C, ...] and update the running statistics; with `relu` only when compiled."""
-        if torch.compiler.is_compiling():
-            return self.fused(x, relu=relu)[0]
-        y, mean, var = _view_by_view(x, len(self.current.views), self.weight, self.bias, self.eps)
-        self._track(mean, var)
-        return y
-
-    def fused(
-        self,
-        x: Tensor,
-        *,
-        relu: bool,
-        pool: bool = False,
-        shortcut: Tensor | None = None,
-        shortcut_norm: Grouped | None = None,
-        split: bool = False,
-    ) -> tuple[Tensor, ...]:
-        """relu(norm(x) + shortcut) for the compiler, and update the running statistics.
-
-        Args:
-            x: [V * B, C, ...], the views one after the other.
-            relu: whether ReLU follows.
-            pool: whether 3x3 max-pooling (stride 2, padding 1) follows ReLU; without a shortcut.
-            shortcut: of x's shape, added before ReLU.
-            shortcut_norm: normalises the shortcut first.
-            split: whether to return the result twice, so that the gradients of two users are added while they are read.
-        """
-        if self._by_kernels(x) and (shortcut_norm is None or shortcut_norm._by_kernels(x)):
-            norm = shortcut_norm if shortcut is not None else None
-            return batch_norm_kernels(
-                x,
-                self._statistics(x),
-                self.weight,
-                self.bias,
-                relu=relu,
-                pool=pool,
-                other=shortcut,
-                other_statistics=None if norm is None or shortcut is None else norm._statistics(shortcut),
-                other_weight=None if norm is None else norm.weight,
-                other_bias=None if norm is None else norm.bias,
-                split=split,
-            )
-        if shortcut is not None and shortcut_norm is not None:
-            shortcut = shortcut_norm.normalise(shortcut)
-        views = len(self.current.views)
-        y, mean, var = batch_norm_training(
-            x, self.weight, self.bias, views=views, eps=self.eps, relu=relu, shortcut=shortcut
-        )
-        self._track(mean, var)
-        if pool:
-            y = F.max_pool2d(y, 3, 2, 1)
-        return (y, y) if split else (y,)
-
-    def _by_kernels(self, x: Tensor) -> bool:
-        """Whether our Triton kernels normalise this input."""
-        return x.device.type in KERNEL_DEVICES and fits(x, self.weight, self.bias, len(self.current.views))
-
-    @torch.no_grad()
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and 1 / standard deviation of each view [V, C]; the running statistics follow."""
-        current = self.current
-        mean, rstd = batchnorm_function.operations().batchnorm_statistics(
-            x.detach(),
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked,
-            len(current.views),
-            list(current.views),
-            current.of,
-            current.first,
-            self.momentum if self.momentum is not None else 0.1,
-            self.eps,
-        )
-        return mean, rstd
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor) -> None:
-        """Move the running statistics by this forward's views [V, C].
-
-        n views one after the other leave (1 - m)^n r + sum over views of m (1 - m)^(n - 1 - place) statistic: a sum, so
-        the forwards of a step may come in any order, and the first one brings the decay.
-        """
-        if self.running_mean is None:
-            return
-        momentum = self.momentum if self.momentum is not None else 0.1
-        for running, batch in ((self.running_mean, mean), (self.running_var, var)):
-            if running is None:
-                continue
-            if self.current.first:
-                running.mul_((1 - momentum) ** self.current.of)
-            for place, value in zip(self.current.views, batch.unbind(), strict=True):
-                running.add_(value, alpha=momentum * (1 - momentum) ** (self.current.of - 1 - place))
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked += len(self.current.views)
-
-
-def _view_by_view(
-    x: Tensor, views: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """torch's own kernel for each view, where nothing would fuse the formula.
-
-    Returns:
-        The normalised batch, and the mean and unbiased variance [V, C] of each view.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32) if weight is None else weight.dtype
-    mean = torch.zeros(views, x.shape[1], dtype=dtype, device=x.device)
-    var = torch.zeros_like(mean)
-    parts = [
-        # With momentum 1 it leaves the statistics of this view in the rows given to it.
-        F.batch_norm(part, mean[v], var[v], weight, bias, training=True, momentum=1.0, eps=eps)
-        for v, part in enumerate(x.chunk(views))
-    ]
-    return torch.cat(parts), mean, var
-
-
-class GroupedBatchNorm1d(Grouped, nn.BatchNorm1d):
-    """nn.BatchNorm1d of several views."""
-
-
-class GroupedBatchNorm2d(Grouped, nn.BatchNorm2d):
-    """nn.BatchNorm2d of several views."""
-
-
-class GroupedBatchNormAct2d(Grouped, BatchNormAct2d):
-    """timm's BatchNorm with activation, of several views."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise and activate [V * B, C, H, W]."""
-        original: Any = BatchNormAct2d  # Any: timm ships no types
-        y: Tensor
-        if self.alone:
-            y = original.forward(self, x)
-        elif torch.compiler.is_compiling() and type(self.act) is nn.ReLU and isinstance(self.drop, nn.Identity):
-            y = self.normalise(x, relu=True)
-        else:
-            y = self.act(self.drop(self.normalise(x)))
-        return y
-
-
-_GROUPED: dict[type[nn.Module], type[Grouped]] = {
-    nn.BatchNorm1d: GroupedBatchNorm1d,
-    nn.BatchNorm2d: GroupedBatchNorm2d,
-    BatchNormAct2d: GroupedBatchNormAct2d,
-}
-
-
-def ungroupable(network: nn.Module) -> str | None:
-    """Name and type of the first layer of a network that knows its batch in a way of its own; None if there is none.
-
-    What keeps statistics of the batch (`running_var`) and is none of the known BatchNorms is such a layer. LayerNorm,
-    GroupNorm and the like look at one image at a time and need nothing.
-    """
-    for name, module in network.named_modules():
-        keeps = any(key.startswith("running_") for key, _ in module.named_buffers(recurse=False))
-        known = type(module) in _GROUPED or isinstance(module, Grouped)
-        if (keeps or isinstance(module, _BatchNorm)) and not (known and module.momentum is not None):
-            return f"{name or 'itself'} ({type(module).__name__})"
-    return None
-
-
-def group_batchnorms(network: nn.Module, current: Pass) -> None:
-    """Exchange the BatchNorms of a network in place; parameters, buffers and their names stay.
-
-    Only the class of a layer changes, so that whatever refers to it (hooks, a model's own attributes) goes on to.
-    """
-    for module in network.modules():
-        grouped: Any = _GROUPED.get(type(module))
-        if grouped is not None:
-            module.__class__ = grouped
-            module.current = current  # type: ignore[assignment]  # a plain object, no part of the state

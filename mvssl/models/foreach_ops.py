@@ -1,6 +1,6 @@
-"""Updates of many tensors by one factor that is a tensor itself, which torch's foreach kernels take no alpha from.
+"""In-place updates of lists of tensors with a factor that is a device tensor, which torch's foreach kernels lack.
 
-On CUDA a few launches for all tensors, with a temporary copy; on the CPU one pass over the memory of each.
+On CUDA a few launches for all tensors, with a temporary copy; on the CPU one pass over each tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def lerp_(tensors: list[Tensor], ends: list[Tensor], weight: Tensor) -> None:
 
     Args:
         tensors, ends: of equal shapes, on one device.
-        weight: a scalar on that device, which is not read by the host.
+        weight: scalar on that device; never read by the host.
     """
     if tensors and tensors[0].is_cuda:
         lerp_all_(tensors, ends, weight)
@@ -35,12 +35,12 @@ def subtract_(tensors: list[Tensor], others: list[Tensor], factor: Tensor) -> No
 
 
 def lerp_all_(tensors: list[Tensor], ends: list[Tensor], weight: Tensor) -> None:
-    """`lerp_` in launches for all tensors. Not t * (1 - w) + end * w, whose factors do not add up to 1 in float32."""
+    """`lerp_` in a few launches. Not t * (1 - w) + end * w, whose factors do not sum to 1 in float32."""
     way = torch._foreach_sub(ends, tensors)
     torch._foreach_mul_(way, weight)
     torch._foreach_add_(tensors, way)
 
 
 def subtract_all_(tensors: list[Tensor], others: list[Tensor], factor: Tensor) -> None:
-    """`subtract_` in launches for all tensors."""
+    """`subtract_` in a few launches."""
     torch._foreach_sub_(tensors, torch._foreach_mul(others, factor))

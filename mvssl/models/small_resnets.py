@@ -1,7 +1,6 @@
-"""ResNets for small images, under names that timm does not have; importing this module makes timm know them.
+"""ResNets for images of 32 to 64 pixels; importing this module registers them with timm.
 
-For images of 32 to 64 pixels the usual stem, which shrinks an image to a quarter, throws most of it away. These have a
-3x3 convolution of stride 1 in its place and no max-pooling, as ResNets on CIFAR do (He et al., arXiv 1512.03385,
+The stem is a 3x3 convolution of stride 1 without max-pooling, as in ResNets for CIFAR (He et al., arXiv 1512.03385,
 section 4.2; SimCLR, arXiv 2002.05709, appendix B.9). Everything else, tensor names included, is timm's ResNet.
 """
 
@@ -31,7 +30,7 @@ class SmallResNet(ResNet):
 
     def __init__(self, *, width: int = 64, in_chans: int = 3, **options: Any) -> None:
         stages = tuple(width * times for times in (1, 2, 4, 8))
-        # timm's plain stem always has 64 channels, its deep one twice stem_width; its convolutions are replaced here.
+        # timm's plain stem always has 64 channels, its deep one 2 * stem_width; its convolutions are replaced here.
         super().__init__(channels=stages, stem_type="deep", stem_width=width // 2, in_chans=in_chans, **options)
         stem = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as timm's
@@ -46,7 +45,7 @@ def _build(name: str, pretrained: bool, **options: Any) -> SmallResNet:
 
 @register_model
 def resnet10_tiny(pretrained: bool = False, **options: Any) -> SmallResNet:
-    """One block a stage and a quarter of the width (16 to 128 channels): for experiments on a CPU."""
+    """One block per stage and a quarter of the width (16 to 128 channels): for experiments on a CPU."""
     return _build("resnet10_tiny", pretrained, block=BasicBlock, layers=(1, 1, 1, 1), width=16, **options)
 
 

@@ -1,7 +1,4 @@
-"""Which views pass through a network together: data, worked out once from the views.
-
-Which prediction meets which target, with what weight: data, worked out once from the views.
-"""
+"""Plans a step from its views: which views form one batch, and which prediction meets which target with what weight."""
 
 from __future__ import annotations
 
@@ -30,11 +27,12 @@ class TaskPairs(NamedTuple):
 
 
 def task_pairs(specs: Sequence[ViewSpec], weights: Mapping[str, float]) -> tuple[TaskPairs, ...]:
-    """Pair every view of a task with every target of another view (PAPER.md section 4); tasks in order of appearance.
+    """Pairs of every view of a task with every target of another view (PAPER.md section 4); tasks in order of
+    appearance.
 
     Args:
         specs: the views, checked by `check_views`.
-        weights: weight by task; a task that is not named weighs 1.
+        weights: by task; 1 where missing.
     """
     targets = target_views(specs)
     return tuple(
@@ -48,10 +46,7 @@ def task_pairs(specs: Sequence[ViewSpec], weights: Mapping[str, float]) -> tuple
 
 
 def online_views(specs: Sequence[ViewSpec]) -> tuple[int, ...]:
-    """Positions of the views that the online network embeds, those with a task, in the order it does.
-
-    Targets come first (as in the paper's presets): where the target is the online network itself, the others meet them.
-    """
+    """Positions of the views that the online network embeds (those with a task), targets first."""
     online = (v for v, spec in enumerate(specs) if spec.task is not None)
     return tuple(sorted(online, key=lambda v: not specs[v].is_target))
 
@@ -62,77 +57,78 @@ def target_views(specs: Sequence[ViewSpec]) -> tuple[int, ...]:
 
 
 def predictor_slots(specs: Sequence[ViewSpec], predictors: Literal["per-view", "shared"]) -> dict[int, int]:
-    """Slot of the predictor bank for each online view: its task's, or 0 for all when one predictor is shared."""
+    """Predictor slot of each online view: that of its task, or 0 for all with a shared predictor."""
     keys = tasks(specs)
     named = {v: task for v in online_views(specs) if (task := specs[v].task) is not None}
     return {v: 0 if predictors == "shared" else keys.index(task) for v, task in named.items()}
 
 
-class Block(NamedTuple):
-    """Views of one size that go through the backbone as one batch.
+class SizeBatch(NamedTuple):
+    """Views of one size that pass through the backbone as one batch.
 
     Attributes:
-        stack: the stack (of `Plan.stacks`) they lie in.
-        begin, end: their places there, one behind the other.
-        places: place of each among the views of its `Group`.
+        stack: index of their tensor in `BatchingPlan.stacks`.
+        begin, end: their rows there.
+        positions: of each in the views of its `ViewGroup`.
     """
 
     stack: int
     begin: int
     end: int
-    places: tuple[int, ...]
+    positions: tuple[int, ...]
 
 
-class Group(NamedTuple):
+class ViewGroup(NamedTuple):
     """Views that share a forward and, if trained, a backward.
 
     Attributes:
-        views: their positions in the recipe, in the order of their embeddings and of running statistics.
-        blocks: the same views, by size.
+        views: positions in the recipe, in the order of their embeddings and of running statistics.
+        batches: the same views, by size.
     """
 
     views: tuple[int, ...]
-    blocks: tuple[Block, ...]
+    batches: tuple[SizeBatch, ...]
 
     @property
-    def of(self) -> int:
-        """What BatchNorms have to know: how many views there are, or 1 where each view passes alone."""
-        return len(self.views) if any(len(block.places) > 1 for block in self.blocks) else 1
+    def norm_views(self) -> int:
+        """Number of views that BatchNorms keep apart; 1 if each view passes alone."""
+        return len(self.views) if any(len(batch.positions) > 1 for batch in self.batches) else 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How the views of a step pass.
+class BatchingPlan:
+    """How the views of a step are batched.
 
     Attributes:
-        stacks: views (positions in the recipe) that lie in one tensor, for each tensor.
-        targets: what the target network embeds, if there is one.
-        online: what the online network embeds, one graph after the other.
+        stacks: for each input tensor, the views (positions in the recipe) that it holds.
+        targets: the group that the target network embeds, if there is one.
+        online: the groups that the online network embeds, each with its own backward.
     """
 
     stacks: tuple[tuple[int, ...], ...]
-    targets: Group
-    online: tuple[Group, ...]
+    targets: ViewGroup
+    online: tuple[ViewGroup, ...]
 
-    def cut(self, stacks: Sequence[Tensor], block: Block) -> Tensor:
-        """The views of a block out of one part's stacks [V * B, 3, S, S], without a copy."""
-        stack = stacks[block.stack]
-        images = len(stack) // len(self.stacks[block.stack])
-        return stack[block.begin * images : block.end * images]
+    def cut(self, stacks: Sequence[Tensor], batch: SizeBatch) -> Tensor:
+        """The views of a size batch as a slice of a micro-batch's stacks [V * B, 3, S, S]."""
+        stack = stacks[batch.stack]
+        images = len(stack) // len(self.stacks[batch.stack])
+        return stack[batch.begin * images : batch.end * images]
 
 
-def make_plan(specs: Sequence[ViewSpec], *, joint: bool, grouped: bool, targets_first: bool) -> Plan:
-    """Plan the passes of a step.
+def make_plan(specs: Sequence[ViewSpec], *, joint: bool, grouped: bool, targets_first: bool) -> BatchingPlan:
+    """Plan how views are batched.
 
     Args:
         specs: the views, checked by `check_views`.
-        joint: one graph for all views, or one for each.
-        grouped: whether views of one size of a joint graph form one batch.
-        targets_first: without a joint graph, let the target views (which are online embeddings) share the first one.
+        joint: one forward and backward for all views, or one for each.
+        grouped: whether views of one size form one batch in a joint forward.
+        targets_first: with one backward per view, let the target views (online embeddings are targets) share the first.
     """
     online, targets = online_views(specs), target_views(specs)
     grouped = grouped and joint
-    # Target-only views, then targets that are online views too, then the others: both networks' views are neighbours.
+    # Target-only views, then targets that are online views too, then the others: so each network's views are
+    # contiguous.
     order = sorted(range(len(specs)), key=lambda v: (not specs[v].is_target, v in online, v))
     stacks = tuple(_by_size(specs, order)) if grouped else tuple((v,) for v in range(len(specs)))
     first = targets if targets_first else ()
@@ -140,7 +136,7 @@ def make_plan(specs: Sequence[ViewSpec], *, joint: bool, grouped: bool, targets_
         members: list[tuple[int, ...]] = [online]
     else:
         members = [group for group in (first, *((v,) for v in online if v not in first)) if group]
-    return Plan(
+    return BatchingPlan(
         stacks=stacks,
         targets=_group(targets, stacks),
         online=tuple(_group(views, stacks) for views in members),
@@ -148,49 +144,49 @@ def make_plan(specs: Sequence[ViewSpec], *, joint: bool, grouped: bool, targets_
 
 
 def _by_size(specs: Sequence[ViewSpec], views: Iterable[int]) -> list[tuple[int, ...]]:
-    """Views of equal sizes together, in order of appearance."""
+    """Views by size, in order of appearance."""
     sizes: dict[int, list[int]] = {}
     for v in views:
         sizes.setdefault(specs[v].size, []).append(v)
     return [tuple(members) for members in sizes.values()]
 
 
-def _group(views: tuple[int, ...], stacks: Sequence[tuple[int, ...]]) -> Group:
-    """The group of these views: a block for each stack that holds some of them, in order of their first view."""
-    blocks = []
+def _group(views: tuple[int, ...], stacks: Sequence[tuple[int, ...]]) -> ViewGroup:
+    """The group of these views: a size batch for each stack that holds some of them, in order of their first view."""
+    batches = []
     for number, stack in enumerate(stacks):
         rows = [row for row, v in enumerate(stack) if v in views]
         if rows:
-            places = tuple(views.index(stack[row]) for row in rows)
-            blocks.append(Block(stack=number, begin=rows[0], end=rows[-1] + 1, places=places))
-    return Group(views=views, blocks=tuple(sorted(blocks, key=lambda block: block.places[0])))
+            positions = tuple(views.index(stack[row]) for row in rows)
+            batches.append(SizeBatch(stack=number, begin=rows[0], end=rows[-1] + 1, positions=positions))
+    return ViewGroup(views=views, batches=tuple(sorted(batches, key=lambda batch: batch.positions[0])))
 
 
 def stack_views(
-    plan: Plan,
+    plan: BatchingPlan,
     views: Sequence[Tensor],
     *,
-    parts: int,
+    micro_batches: int,
     memory_format: torch.memory_format,
     out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Lay the views of each stack behind one another.
+    """Concatenate the views of each stack.
 
     Args:
-        plan: says which.
+        plan: which views.
         views: [B, 3, S, S] each.
-        parts: parts of the batch that pass one after the other.
+        micro_batches: number of micro-batches, M.
         memory_format: of the images.
-        out: tensors to write to, made by this function for such views; None makes new ones.
+        out: tensors of an earlier call to write to; None allocates.
 
     Returns:
-        One tensor [parts, V * B / parts, 3, S, S] for each stack. What is one view alone is not copied without `out`.
+        [M, V * B / M, 3, S, S] for each stack. A stack of one view is not copied without `out`.
     """
     results: list[Tensor] = []
     for number, members in enumerate(plan.stacks):
         first = views[members[0]]
         if out is None and len(members) == 1:
-            results.append(torch.unflatten(first.contiguous(memory_format=memory_format), 0, (parts, -1)))
+            results.append(torch.unflatten(first.contiguous(memory_format=memory_format), 0, (micro_batches, -1)))
             continue
         rows = (len(members) * len(first), *first.shape[1:])
         stack = (
@@ -198,8 +194,8 @@ def stack_views(
             if out is None
             else out[number].flatten(0, 1)
         )
-        by_part = torch.unflatten(stack, 0, (parts, len(members), -1))  # [parts, V, B / parts, 3, S, S]
+        by_micro_batch = torch.unflatten(stack, 0, (micro_batches, len(members), -1))  # [M, V, B / M, 3, S, S]
         for row, v in enumerate(members):
-            by_part[:, row].copy_(torch.unflatten(views[v], 0, (parts, -1)))
-        results.append(torch.unflatten(stack, 0, (parts, -1)))
+            by_micro_batch[:, row].copy_(torch.unflatten(views[v], 0, (micro_batches, -1)))
+        results.append(torch.unflatten(stack, 0, (micro_batches, -1)))
     return results

@@ -21,8 +21,16 @@ from mvssl.distributed import World
 from mvssl.methods import Method, get_method
 from mvssl.models.backbones import is_convolutional, to_memory_format
 from mvssl.models.batchnorm import SyncBatchNorm
-from mvssl.models.encoder import Follow, OnlineNetwork, build_networks
-from mvssl.models.view_batching import Group, Plan, make_plan, predictor_slots, stack_views, target_views, task_pairs
+from mvssl.models.encoder import OnlineNetwork, TargetUpdate, build_networks
+from mvssl.models.view_batching import (
+    BatchingPlan,
+    ViewGroup,
+    make_plan,
+    predictor_slots,
+    stack_views,
+    target_views,
+    task_pairs,
+)
 from mvssl.optim import apply_rates, build_optimizer, hold_on_device, target_decay
 from mvssl.training.compile import Compiler, wants_compile
 from mvssl.training.cuda_graph import WARM_UP, WARM_UP_RANKS, CudaGraph, StepGraph, in_stream, wants_capture
@@ -119,7 +127,7 @@ class TrainStep:
                 f"Recipe.method is {recipe.method!r}, whose targets are online embeddings of all images of a step: it "
                 "takes one process and accumulate 1, or a target network."
             )
-        self._ema = None if self.target is None else Follow(self.target, self.online)
+        self._ema = None if self.target is None else TargetUpdate(self.target, self.online)
         self._has_dropout = _has_dropout(self.online)
 
         # Optimiser.
@@ -131,7 +139,7 @@ class TrainStep:
         self._one_minus_tau = torch.zeros((), dtype=dtype, device=self.device)
 
         # Which views pass together, which embedding meets which target, with what weight.
-        self.view_by_view = self.online.ungroupable
+        self.view_by_view = self.online.unbatchable
         self._plan = make_plan(
             recipe.views,
             joint=recipe.step_mode == "joint",
@@ -181,7 +189,7 @@ class TrainStep:
         stacks = stack_views(
             self._plan,
             views,
-            parts=self.recipe.accumulate,
+            micro_batches=self.recipe.accumulate,
             memory_format=self._memory_format,
             out=self._graph.inputs,
         )
@@ -224,7 +232,7 @@ class TrainStep:
                 last = m == len(micro_batches) - 1 and g == len(self._plan.online) - 1
                 with self._average_over_ranks(last):
                     with self._autocast(), self._sync_batchnorm("online"):
-                        images = [self._plan.cut(micro_batch, block) for block in group.blocks]
+                        images = [self._plan.cut(micro_batch, batch) for batch in group.batches]
                         z, group_losses, total = self._online_loss(g, images, targets[m])
                     torch.autograd.backward(self.scaler.scale(total * (1 / len(micro_batches))))
                 losses.append(group_losses)
@@ -249,7 +257,7 @@ class TrainStep:
         group, embeddings = self._plan.targets, []
         with self._autocast(), self._sync_batchnorm("target"):
             for micro_batch in _keep_first_statistics(self.target, micro_batches):
-                images = [self._plan.cut(micro_batch, block) for block in group.blocks]
+                images = [self._plan.cut(micro_batch, batch) for batch in group.batches]
                 embeddings.append(self._embed_targets(images, group))  # [targets, B, out]
         if self._method.keys != "all":
             return [list(z.unbind()) for z in embeddings]
@@ -405,7 +413,7 @@ class OnlineLoss(nn.Module):
     """Online network and losses for one group of views: the part that is compiled and that DDP wraps."""
 
     def __init__(
-        self, online: OnlineNetwork, recipe: Recipe, method: Method, plan: Plan, *, compiler: Compiler
+        self, online: OnlineNetwork, recipe: Recipe, method: Method, plan: BatchingPlan, *, compiler: Compiler
     ) -> None:
         super().__init__()
         self.online = online
@@ -424,7 +432,7 @@ class OnlineLoss(nn.Module):
 
         Args:
             g: number of the group.
-            images: [V * B, 3, S, S] for each block of the group.
+            images: [V * B, 3, S, S] for each size batch of the group.
             targets: [N, out] for each target view; empty to take the group's own embeddings, detached.
 
         Returns:
@@ -442,7 +450,7 @@ class OnlineLoss(nn.Module):
         total = torch.stack([task.weight * loss for task, loss in zip(self._tasks, losses, strict=True)]).sum()
         return z, torch.stack(losses).detach(), total
 
-    def _losses(self, group: Group, predictions: Tensor, targets: list[Tensor]) -> list[Tensor]:
+    def _losses(self, group: ViewGroup, predictions: Tensor, targets: list[Tensor]) -> list[Tensor]:
         """Each task's loss over the group's views, divided by all of the task's pairs; 0 if none is of the task."""
         rows = {v: row for row, v in enumerate(group.views)}
         target_of = dict(zip(self._targets, targets, strict=True))

@@ -9,12 +9,12 @@ import torch
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from mvssl.models.batchnorm import Grouped
+from mvssl.models.batchnorm import ViewBatchNorm
 from mvssl.models.small_resnets import SmallResNet
 
 
 class _Fused(nn.Module):
-    """Mixed in before a block: its own forward, but for compiled training.
+    """Mixin for residual blocks that replaces their forward in compiled training.
 
     Attributes:
         splits: whether the next block takes the result twice, for its first convolution and for its shortcut.
@@ -23,7 +23,7 @@ class _Fused(nn.Module):
     splits = False
 
     def forward(self, x: Any) -> Any:
-        """Map [N, C, H, W] as the block does; one tensor or two that are equal, and returns as many as it `splits`."""
+        """Map [N, C, H, W]; takes one tensor or two equal ones, returns two if it `splits`."""
         if not (self.training and torch.compiler.is_compiling()):
             return super().forward(x)
         first, second = x if isinstance(x, tuple) else (x, x)
@@ -32,17 +32,17 @@ class _Fused(nn.Module):
         parts = last.fused(y, relu=True, shortcut=shortcut, shortcut_norm=norm, split=self.splits)
         return parts if self.splits else parts[0]
 
-    def _inside(self, x: Tensor) -> tuple[Tensor, Grouped]:
-        """From the input to the last norm's input, and that norm."""
+    def _inside(self, x: Tensor) -> tuple[Tensor, ViewBatchNorm]:
+        """The last norm's input, and that norm."""
         raise NotImplementedError
 
 
-def _shortcut(downsample: Any, x: Tensor) -> tuple[Tensor, Grouped | None]:
+def _shortcut(downsample: Any, x: Tensor) -> tuple[Tensor, ViewBatchNorm | None]:
     """The shortcut before its last norm, and that norm if it has one."""
     if downsample is None:
         return x, None
     layers: list[Any] = list(downsample) if isinstance(downsample, nn.Sequential) else [downsample]
-    norm = layers[-1] if isinstance(layers[-1], Grouped) else None
+    norm = layers[-1] if isinstance(layers[-1], ViewBatchNorm) else None
     for layer in layers if norm is None else layers[:-1]:
         x = layer(x)
     return x, norm
@@ -51,20 +51,20 @@ def _shortcut(downsample: Any, x: Tensor) -> tuple[Tensor, Grouped | None]:
 class FusedBasicBlock(_Fused, BasicBlock):
     """Two convolutions."""
 
-    def _inside(self: Any, x: Tensor) -> tuple[Tensor, Grouped]:
+    def _inside(self: Any, x: Tensor) -> tuple[Tensor, ViewBatchNorm]:
         return self.conv2(self.aa(self.bn1.normalise(self.conv1(x), relu=True))), self.bn2
 
 
 class FusedBottleneck(_Fused, Bottleneck):
     """Three convolutions."""
 
-    def _inside(self: Any, x: Tensor) -> tuple[Tensor, Grouped]:
+    def _inside(self: Any, x: Tensor) -> tuple[Tensor, ViewBatchNorm]:
         x = self.bn1.normalise(self.conv1(x), relu=True)
         return self.conv3(self.aa(self.bn2.normalise(self.conv2(x), relu=True))), self.bn3
 
 
 class _FusedStem(nn.Module):
-    """Mixed in before a ResNet: its own forward, but for compiled training."""
+    """Mixin for ResNets that replaces their stem in compiled training."""
 
     def forward_features(self: Any, x: Tensor) -> Tensor:
         """Map [N, 3, H, W] to the last stage's [N, C, H', W']."""
@@ -83,7 +83,7 @@ class _FusedStem(nn.Module):
 
 
 def _is_usual_pool(module: nn.Module) -> bool:
-    """Whether this is the max-pooling that the kernels know."""
+    """Whether this is the max-pooling that the kernels implement."""
     return isinstance(module, nn.MaxPool2d) and (
         module.kernel_size,
         module.stride,
@@ -94,11 +94,11 @@ def _is_usual_pool(module: nn.Module) -> bool:
 
 
 class FusedResNet(_FusedStem, ResNet):
-    """timm's."""
+    """timm's ResNet."""
 
 
 class FusedSmallResNet(_FusedStem, SmallResNet):
-    """With a stem for small images."""
+    """ResNet with a stem for small images."""
 
 
 _BLOCKS: dict[type[nn.Module], type[_Fused]] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
@@ -106,10 +106,10 @@ _NETWORKS: dict[type[nn.Module], type[_FusedStem]] = {ResNet: FusedResNet, Small
 
 
 def fuse_resnets(encoder: nn.Module) -> None:
-    """Exchange the classes of timm's ResNets and their blocks in place, whose norms have been exchanged before.
+    """Replace the classes of timm's ResNets and blocks in place, after `use_view_batchnorms`.
 
-    Blocks with attention, stochastic depth, dropped blocks, another norm or another activation stay, and so do
-    networks that checkpoint activations. Parameters, buffers and their names stay.
+    Blocks with attention, stochastic depth, DropBlock, another norm or another activation stay as they are, and so do
+    networks with activation checkpointing. Parameters, buffers and their names do not change.
     """
     for module in encoder.modules():
         block: Any = _BLOCKS.get(type(module))
@@ -120,7 +120,7 @@ def fuse_resnets(encoder: nn.Module) -> None:
         network: Any = module
         if not isinstance(module, ResNet) or network.grad_checkpointing:
             continue
-        if fused is not None and isinstance(network.bn1, Grouped) and type(network.act1) is nn.ReLU:
+        if fused is not None and isinstance(network.bn1, ViewBatchNorm) and type(network.act1) is nn.ReLU:
             network.__class__ = fused
         stages = (network.layer1, network.layer2, network.layer3, network.layer4)
         blocks = [block for stage in stages for block in stage]
@@ -129,11 +129,11 @@ def fuse_resnets(encoder: nn.Module) -> None:
 
 
 def _is_plain(block: Any) -> bool:
-    """Whether nothing stands between a block's norms, its residual and its activations."""
+    """Whether a block is only convolutions, our norms, ReLU and the residual."""
     norms = [module for name, module in block.named_children() if name.startswith("bn")]
     acts = [module for name, module in block.named_children() if name.startswith("act")]
     return (
-        all(isinstance(norm, Grouped) for norm in norms)
+        all(isinstance(norm, ViewBatchNorm) for norm in norms)
         and all(type(act) is nn.ReLU for act in acts)
         and isinstance(block.drop_block, nn.Identity)
         and block.se is None

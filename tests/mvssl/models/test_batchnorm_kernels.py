@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvssl.config.recipe import Backbone, Evaluation, Head, Recipe
-from mvssl.models import batchnorm as grouped_batchnorm
+from mvssl.models import batchnorm
 from mvssl.models.encoder import Encoder
 from mvssl.models.fused import batchnorm as batchnorm_function
 from mvssl.models.view_batching import make_plan
@@ -51,7 +51,7 @@ def _by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = taken["batchnorm_forward"]
     taken["batchnorm_forward"] = lambda *arguments: forward(*arguments).clone()  # an operation's result is no view
     monkeypatch.setattr(batchnorm_function, "operations", lambda: SimpleNamespace(**taken))
-    monkeypatch.setattr(grouped_batchnorm, "KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr(batchnorm, "KERNEL_DEVICES", ("cpu",))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 
@@ -173,8 +173,8 @@ def test_statistics_hold_far_from_zero_and_in_many_parts() -> None:
 def test_running_statistics_follow_the_views_in_their_order() -> None:
     """Views 2 and 3 of five pass first, then 0, 1 and 4: as one layer called view by view."""
     plain = nn.BatchNorm2d(5, momentum=0.3)
-    ours, current = copy.deepcopy(plain), grouped_batchnorm.Pass()
-    grouped_batchnorm.group_batchnorms(ours, current)
+    ours, current = copy.deepcopy(plain), batchnorm.ForwardViews()
+    batchnorm.use_view_batchnorms(ours, current)
     views = [numbers((4, 5, 3, 2), v, shift=v) for v in range(5)]
     for places, first in (((2, 3), True), ((0, 1, 4), False)):
         current.set(places, 5, first=first)
@@ -220,10 +220,10 @@ def embedded(backbone: str) -> tuple[Tensor, Encoder]:
     group = plan.online[0]
     generator = torch.Generator().manual_seed(1)
     batches = [
-        torch.randn(len(block.places) * 4, 3, size, size, generator=generator).contiguous(
+        torch.randn(len(batch.positions) * 4, 3, size, size, generator=generator).contiguous(
             memory_format=torch.channels_last
         )
-        for block, size in zip(group.blocks, (32, 16), strict=True)
+        for batch, size in zip(group.batches, (32, 16), strict=True)
     ]
     z = encoder.embed(batches, group)
     z.square().mul(torch.linspace(0.1, 1, z.shape[-1])).sum().backward()
@@ -334,8 +334,10 @@ def test_compiled_networks_on_a_gpu_equal_plain_ones(dtype: torch.dtype) -> None
     ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
     group = make_plan(RECIPE.views, joint=True, grouped=True, targets_first=False).online[0]
     batches = [
-        torch.randn(len(block.places) * 16, 3, size, size, device="cuda").contiguous(memory_format=torch.channels_last)
-        for block, size in zip(group.blocks, (64, 32), strict=True)
+        torch.randn(len(batch.positions) * 16, 3, size, size, device="cuda").contiguous(
+            memory_format=torch.channels_last
+        )
+        for batch, size in zip(group.batches, (64, 32), strict=True)
     ]
     weights = torch.randn(12, device="cuda")
     losses = []

@@ -14,7 +14,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from mvssl.models.batchnorm import Pass, group_batchnorms, ungroupable
+from mvssl.models.batchnorm import ForwardViews, find_unbatchable, use_view_batchnorms
 from mvssl.models.encoder import Encoder
 from mvssl.training.step import TrainStep
 from mvssl.weights.backbone_file import export_backbone
@@ -52,8 +52,8 @@ def test_a_layer_equals_one_forward_after_the_other(
     if formula:
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     plain, size = layer(name)
-    ours, current = copy.deepcopy(plain), Pass()
-    group_batchnorms(ours, current)
+    ours, current = copy.deepcopy(plain), ForwardViews()
+    use_view_batchnorms(ours, current)
     assert type(ours) is not type(plain)
     assert ours.state_dict().keys() == plain.state_dict().keys()
     generator = torch.Generator().manual_seed(2)
@@ -78,8 +78,8 @@ def test_a_layer_equals_one_forward_after_the_other(
 def test_statistics_follow_the_views_in_their_order_whatever_the_order_of_the_passes() -> None:
     """Views 0, 1 and 4 are of one size, 2 and 3 of another, which passes first here."""
     plain, _ = layer("vectors")
-    ours, current = copy.deepcopy(plain), Pass()
-    group_batchnorms(ours, current)
+    ours, current = copy.deepcopy(plain), ForwardViews()
+    use_view_batchnorms(ours, current)
     views = [torch.randn(IMAGES, CHANNELS, dtype=torch.float64) * (v + 1) for v in range(5)]
     for places, first in (((2, 3), True), ((0, 1, 4), False)):
         current.set(places, 5, first=first)
@@ -92,8 +92,8 @@ def test_statistics_follow_the_views_in_their_order_whatever_the_order_of_the_pa
 
 def test_evaluation_and_a_forward_of_its_own_are_the_original() -> None:
     plain, _ = layer("maps")
-    ours, current = copy.deepcopy(plain), Pass()
-    group_batchnorms(ours, current)
+    ours, current = copy.deepcopy(plain), ForwardViews()
+    use_view_batchnorms(ours, current)
     x = torch.randn(IMAGES, CHANNELS, 4, 3, dtype=torch.float64)
     assert torch.equal(ours(x), plain(x))
     current.set((0, 1), 2, first=True)
@@ -119,7 +119,7 @@ class Whitening(nn.Module):
     ],
 )
 def test_what_cannot_be_grouped_is_named(module: nn.Module, found: str | None) -> None:
-    assert ungroupable(module) == found
+    assert find_unbatchable(module) == found
 
 
 RECIPE = Recipe(
