@@ -10,6 +10,7 @@ import torch
 
 from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from pipelines.views.presets import paper_views
+from tests.samples.data_faults import write_forms
 from tests.samples.tiny_runs import train, write_images
 
 
@@ -44,6 +45,12 @@ def finished(images: Path, tiny_recipe: Recipe, tmp_path_factory: pytest.TempPat
     out = tmp_path_factory.mktemp("finished") / "run"
     train(tiny_recipe, images, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def forms(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`images` as a folder, as shards and as .beton; tests copy them before damaging them."""
+    return write_forms(images, tmp_path_factory.mktemp("forms"))
 
 
 @pytest.fixture

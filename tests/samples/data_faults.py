@@ -1,4 +1,4 @@
-"""For the tests of faults of the data: data sets in every storage, and damage at a known moment of a run."""
+"""Data sets in every storage format, and damage to them at a known moment of a run."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from tools.convert import Convert, convert
 
 CONVERTED = ("shards", "beton")
 FORMS = ("folder", *CONVERTED)
-EPOCH, STEP = 1, 2  # of the batch that the damage comes before, in runs of 4 steps an epoch,
-DAMAGED, SAVED = 6, 4  # that is batch 6 of the run, with the checkpoint of step 4 behind it
+EPOCH, STEP = 1, 2  # of the first batch after the damage, in runs of 4 steps an epoch:
+DAMAGED, SAVED = 6, 4  # batch 6 of the run; the last checkpoint is that of step 4
 
 
 def write_forms(images: Path, base: Path) -> dict[str, Path]:
-    """The same images in every storage, a dozen to a shard."""
+    """Convert images to every storage format, a dozen images a shard; the data sets by format."""
     convert(Convert(src=images, dst=base / "shards", shard_size=0.02))
     convert(Convert(src=images, dst=base / "beton", format="beton", shard_size=0.02))
     return {"folder": images, "shards": base / "shards", "beton": base / "beton"}
 
 
 def copy_of(data: Path, to: Path) -> Path:
-    """The data set once more, to be damaged."""
+    """Copy a data set, to be damaged."""
     shutil.copytree(data, to / "data")
     return to / "data"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Victim:
-    """A training image: its number, its name, its bytes, and the file and place where they lie."""
+    """A training image to damage: dataset index, key, encoded bytes, and the file and offset of these."""
 
     index: int
     key: str
@@ -56,14 +56,14 @@ class Victim:
     offset: int
 
     def overwrite(self, broken: bytes) -> None:
-        """Put other bytes in its place: a file of its own becomes as short as they are, a large one keeps its size."""
+        """Overwrite the image. A file with only this image takes the size of `broken`, a shard keeps its size."""
         content = self.path.read_bytes()
         same_size = broken[: len(self.image)].ljust(len(self.image), b"\0")
         self.path.write_bytes(broken if content == self.image else content.replace(self.image, same_size))
 
 
 def victims(data: Path, recipe: Recipe, count: int = 1, *, spared: tuple[str, ...] = ()) -> list[Victim]:
-    """The images (but those of these stems) that come up first when the damage is done, in the order of their use."""
+    """The first images after the damage, in the order of the run, without those whose stems are spared."""
     source = open_source(data / "train")
     order = Order(num_images=len(source), batch_size=recipe.batch_size, seed=recipe.seed).permutation(EPOCH)
     found: list[Victim] = []
@@ -79,7 +79,7 @@ def victims(data: Path, recipe: Recipe, count: int = 1, *, spared: tuple[str, ..
 
 @contextmanager
 def first_evaluation() -> Iterator[threading.Event]:
-    """An event that is set when the kNN behind the first epoch, step 4, is over: threads of the loader are ahead."""
+    """An event that is set after the first epoch's kNN, at step 4; the loader's threads are ahead of the step."""
     original, over = loop.evaluate_knn, threading.Event()
 
     def evaluate_knn(*arguments: Any, **options: Any) -> dict[int, float]:
@@ -94,10 +94,9 @@ def first_evaluation() -> Iterator[threading.Event]:
 
 @contextmanager
 def before_batch(damage: Callable[[], object]) -> Iterator[list[list[int]]]:
-    """Do damage in the loader's thread before it reads batch DAMAGED, when the evaluation of the epoch before is over.
+    """Call `damage` in the loader's thread before it reads batch DAMAGED, once the first evaluation is over.
 
-    Yields:
-        dataset indices of the batches decoded, as they come.
+    Yields a list that grows by the dataset indices of each decoded batch.
     """
     choose, fetch = pipelines.loader.usable_indices, pipelines.loader.fetch_complete
     read: list[None] = []
@@ -123,7 +122,7 @@ def before_batch(damage: Callable[[], object]) -> Iterator[list[list[int]]]:
 
 @contextmanager
 def before_second_evaluation(damage: Callable[[], object]) -> Iterator[None]:
-    """Do damage when the kNN behind the second epoch, step 8, begins."""
+    """Call `damage` when the second epoch's kNN starts, at step 8."""
     original, calls = loop.evaluate_knn, []
 
     def evaluate_knn(*arguments: Any, **options: Any) -> dict[int, float]:
@@ -139,7 +138,7 @@ def before_second_evaluation(damage: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def disk(fault: Callable[[Path, int], object]) -> Iterator[None]:
-    """Call `fault` with file and place before each reading of an image: it waits, or raises what the disk would."""
+    """Call `fault` with file and offset before each read of an image: it sleeps, or raises as the disk would."""
     fromfile, preadv = np.fromfile, os.preadv
     read_files, read_parts = together.read_files, together.read_parts
 
@@ -178,12 +177,8 @@ def disk(fault: Callable[[Path, int], object]) -> Iterator[None]:
 
 
 def last_step(out: Path) -> int:
-    """Step of the last checkpoint, which loads."""
+    """Step of the last checkpoint, which must load."""
     return int(checkpoint.load(out / "checkpoints" / "last").meta["step"])
-
-
-def metrics(out: Path) -> bytes:
-    return (out / "metrics.jsonl").read_bytes()
 
 
 def log(out: Path) -> str:

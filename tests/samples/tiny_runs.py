@@ -1,7 +1,9 @@
-"""Whole runs of the tiny recipe, for the tests of training."""
+"""Whole runs of the tiny recipe for tests, with crashes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import mvssl
 from mvssl.config.recipe import Recipe
 from mvssl.training.step import TrainStep
 
-STEPS = 12  # 3 epochs of 4 steps, see conftest
+STEPS = 12  # 3 epochs of 4 steps, see tests/mvssl/conftest.py
 
 
 class CrashError(Exception):
@@ -35,8 +37,9 @@ def write_images(root: Path, *, classes: int, per_class: int, seed: int) -> None
             Image.fromarray(pixels).save(folder / f"{i:03d}.jpg", quality=90)
 
 
-def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let the training step number `step` (from 0) crash."""
+@contextmanager
+def crash_at(step: int) -> Iterator[None]:
+    """Training step number `step` (from 0) crashes in the block, which must not survive it."""
     original = TrainStep.__call__
 
     def crashing(self: TrainStep, views: list[torch.Tensor], number: int) -> Any:
@@ -44,7 +47,15 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             raise CrashError
         return original(self, views, number)
 
-    monkeypatch.setattr(TrainStep, "__call__", crashing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", crashing)
+        with pytest.raises(CrashError):
+            yield
+
+
+def metrics(out: Path) -> bytes:
+    """metrics.jsonl: equal bytes show that two runs computed the same numbers."""
+    return (out / "metrics.jsonl").read_bytes()
 
 
 def train(recipe: Recipe, data: Path, out: Path, **options: Any) -> mvssl.TrainResult:

@@ -1,4 +1,4 @@
-"""Decoded images kept: the same training bit for bit, less work, and clear words where it cannot be."""
+"""Cached decoded images: bit-identical training, each image decoded once, clear errors if they do not fit."""
 
 from __future__ import annotations
 
@@ -33,21 +33,16 @@ from pipelines.loading.pixel_cache import (
 )
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
-from tests.samples.data_faults import copy_of, metrics, write_forms
-from tests.samples.tiny_runs import CrashError, train, write_images
+from tests.samples.data_faults import copy_of
+from tests.samples.tiny_runs import CrashError, metrics, train, write_images
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PLENTY = Memory(host=10**12, device=10**12)
 
 
-@pytest.fixture(scope="module")
-def forms(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_forms(images, tmp_path_factory.mktemp("forms"))
-
-
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images each decoding had."""
+    """Number of images in each decode call."""
     counts: list[int] = []
     decode = pipelines.loading.fetch.Fetcher._decode
 
@@ -65,7 +60,7 @@ def test_a_cached_run_is_the_same_and_decodes_each_image_once(
 ) -> None:
     train(tiny_recipe, forms[form], tmp_path / "run", cache="host")
     assert metrics(tmp_path / "run") == metrics(finished)
-    assert sum(decoded) == 36 + 12  # those of training and those of val, for three epochs and three evaluations
+    assert sum(decoded) == 36 + 12  # train and val, over three epochs and three evaluations
     log = (tmp_path / "run" / "train.log").read_text()
     assert "cache: the machine's memory keeps" in log
     assert log.count("cache: 100 % of the images are decoded and kept") == 2
@@ -88,14 +83,14 @@ def test_a_run_that_is_resumed_with_another_cache_is_the_same(
     assert metrics(out) == metrics(finished)
 
 
-def test_bad_and_odd_images_are_as_without_a_cache(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_bad_and_odd_images_are_treated_as_without_a_cache(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
     data = copy_of(images, tmp_path)
     victims = sorted((data / "train").rglob("*.jpg"))
     victims[3].write_bytes(b"no image")
     victims[9].write_bytes(victims[9].read_bytes()[:200])
     upright = np.zeros((30, 50, 3), np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side
+    exif[0x0112] = 6  # rotated by 90 degrees
     Image.fromarray(upright).save(victims[20], exif=exif)
     Image.fromarray(upright[..., 0]).save(victims[21], format="WEBP")
     plain, cached = tmp_path / "plain", tmp_path / "cached"
@@ -107,7 +102,7 @@ def test_bad_and_odd_images_are_as_without_a_cache(images: Path, tiny_recipe: Re
 
 
 def fetchers(root: Path) -> tuple[Fetcher, Fetcher, KeptSource]:
-    """One without and one with a cache."""
+    """A fetcher without a cache, one with a cache, and the cached source."""
     source = open_source(root)
     kept, said = keep_decoded(source, "host", device=CPU, memory=PLENTY)
     assert isinstance(kept, KeptSource)
@@ -152,8 +147,8 @@ def test_an_image_that_changed_is_decoded_at_every_use(folder: Path, caplog: pyt
     assert caplog.text.count("An image was changed while the data was being read") == 1
 
 
-def test_pixels_for_another_device_come_in_one_piece(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is copied to a GPU: nothing of the other images. It alone is pinned, which may take twice the memory."""
+def test_pixels_for_another_device_are_one_buffer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the batch is copied to the GPU and pinned, not the whole cache: pinning may take twice the memory."""
     real, pinned = torch.empty, []
 
     def empty(size: int, *, pin_memory: bool = False, **options: Any) -> torch.Tensor:
@@ -214,14 +209,14 @@ def test_auto_takes_the_gpu_then_the_machine_then_nothing(folder: Path, monkeypa
         choose(0.99 / MOST, 0.5, "host")
 
 
-def test_nothing_is_read_where_the_files_alone_are_too_large(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_are_not_read_if_the_files_alone_are_too_large(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_choice, "pixel_bytes", None)  # not called
     source, said = keep_decoded(open_source(folder), "auto", device=CPU, memory=Memory(host=1000))
     assert "take more than" in said
     assert not isinstance(source, KeptSource)
 
 
-def test_memory_that_runs_out_costs_the_cache_and_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_turns_only_the_cache_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
 
@@ -232,7 +227,7 @@ def test_memory_that_runs_out_costs_the_cache_and_nothing_else(folder: Path, mon
     assert "Tried to allocate 3 GiB.); the machine's memory had no room" in said
 
 
-def test_what_cannot_be_chosen_is_refused(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_invalid_choices_are_refused(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cache is 'device' but must be off, host or auto on a cpu device"):
         train(replace(tiny_recipe, epochs=1), images, tmp_path / "run", cache="device")
     with pytest.raises(InputError, match=r"RunOptions.cache is 'disk' but must be one of off, host, device, auto"):

@@ -1,4 +1,4 @@
-"""Converted files cut short, deleted or replaced while they are read: a sentence, no signal, and nothing is lost."""
+"""Converted files truncated, deleted or replaced while they are read: an error message, no SIGBUS, exact resumption."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ from tests.samples.data_faults import (
     copy_of,
     last_step,
     log,
-    metrics,
     victims,
     write_forms,
 )
-from tests.samples.tiny_runs import STEPS, train, write_images
+from tests.samples.tiny_runs import STEPS, metrics, train, write_images
 from tools.convert import Convert, convert
 
-LEFT = 5000  # bytes of a file that is cut short
+LEFT = 5000  # bytes of a truncated file
 
-# For each path that it is given, says when the first batch is there, and at last what went wrong.
+# Loads each data set named on stdin; prints "loading" at the first batch and the error at the end.
 LOADING = """
 import sys
 from pipelines.runtime import InputError
@@ -58,13 +57,8 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="module")
-def forms(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_forms(images, tmp_path_factory.mktemp("forms"))
-
-
-@pytest.fixture(scope="module")
 def other_forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Other images of the same number."""
+    """The same number of other images."""
     base = tmp_path_factory.mktemp("others")
     write_images(base / "images" / "train", classes=3, per_class=12, seed=3)
     write_images(base / "images" / "val", classes=3, per_class=4, seed=4)
@@ -92,7 +86,7 @@ def test_a_file_cut_short_stops_the_run(
     assert metrics(out) == metrics(finished)
 
 
-def test_a_file_cut_short_in_the_evaluation_leaves_that_for_the_resumption(
+def test_an_evaluation_stopped_by_a_truncated_file_is_repeated_after_resuming(
     forms: dict[str, Path], finished: Path, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
     data, out = copy_of(forms["shards"], tmp_path), tmp_path / "run"
@@ -118,7 +112,7 @@ def test_a_file_cut_short_in_the_evaluation_leaves_that_for_the_resumption(
     ],
     ids=["deleted-shards", "deleted-beton", "replaced-shards", "replaced-beton"],
 )
-def test_a_file_deleted_or_replaced_is_read_to_the_end_of_the_run_and_missed_by_the_next(
+def test_a_deleted_or_replaced_file_is_read_to_the_end_of_the_run_and_missed_by_the_next(
     forms: dict[str, Path],
     other_forms: dict[str, Path],
     finished: Path,
@@ -153,7 +147,7 @@ def largest_file(folder: Path) -> Path:
 
 @pytest.mark.parametrize("form", CONVERTED)
 def test_a_file_may_be_cut_short_at_any_moment(tmp_path: Path, form: str) -> None:
-    """In another process: a file that is mapped sends a signal (SIGBUS) to whoever decodes from it, which kills."""
+    """In another process: decoding from a mapped file that was truncated raises SIGBUS, which kills."""
     (tmp_path / "images").mkdir()
     for n, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (32, 400, 400, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(tmp_path / "images" / f"{n:02d}.jpg", quality=90)

@@ -1,4 +1,4 @@
-"""Images and disks that fail in the middle of a run: it goes on, or stops with one sentence and resumes exactly."""
+"""Images and disks that fail during a run: it continues, or stops with one error message and resumes exactly."""
 
 from __future__ import annotations
 
@@ -27,24 +27,18 @@ from tests.samples.data_faults import (
     disk,
     last_step,
     log,
-    metrics,
     victims,
     write_forms,
 )
-from tests.samples.tiny_runs import STEPS, train
+from tests.samples.tiny_runs import STEPS, metrics, train
 
 NOISE = np.random.default_rng(0).integers(0, 256, 2000, dtype=np.uint8).tobytes()
 ODD = ("cmyk", "deep")
 
 
 @pytest.fixture(scope="module")
-def forms(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_forms(images, tmp_path_factory.mktemp("forms"))
-
-
-@pytest.fixture(scope="module")
 def odd_forms(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """With a CMYK JPEG and a PNG of 16 bits among the training images."""
+    """The data sets with a CMYK JPEG and a 16-bit PNG among the training images."""
     base = tmp_path_factory.mktemp("odd")
     data = copy_of(images, base)
     y, x = np.mgrid[0:40, 0:48]
@@ -89,18 +83,18 @@ def test_images_that_break_are_named_and_replaced_and_odd_ones_are_used(
 
 
 class Failure:
-    """Readings of the training images that fail from a moment on: all, or one image's."""
+    """Reads of all training images, or of one, fail from `begin` on."""
 
     def __init__(self, number: int, victim: Victim | None = None) -> None:
         self._error = (number, os.strerror(number))
         self._place = None if victim is None else (victim.path, victim.offset)
-        self._begun = False
+        self._active = False
 
     def begin(self) -> None:
-        self._begun = True
+        self._active = True
 
     def __call__(self, path: Path, offset: int) -> None:
-        if self._begun and "train" in path.parts and self._place in (None, (path, offset)):
+        if self._active and "train" in path.parts and self._place in (None, (path, offset)):
             raise OSError(*self._error)
 
 
@@ -154,10 +148,10 @@ def test_a_disk_that_is_unmounted_stops_the_run(
     assert metrics(out) == metrics(finished)
 
 
-def test_no_accuracy_is_told_of_the_few_images_that_a_failing_disk_leaves(
+def test_no_accuracy_is_logged_for_the_few_images_that_a_failing_disk_leaves(
     images: Path, finished: Path, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
-    """That of the others would stay in metrics.jsonl for good."""
+    """It would stay in metrics.jsonl for good."""
     data, out, gone = copy_of(images, tmp_path), tmp_path / "run", ("class_0", "class_1")
 
     def damage() -> None:

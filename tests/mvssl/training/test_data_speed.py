@@ -1,4 +1,4 @@
-"""Slow data changes no number and is named; what fails in the loader's thread is heard at once."""
+"""Slow data changes no number and is named as the bottleneck; errors of loader threads surface at once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import pipelines.loader
 import pipelines.loading.threads
 from mvssl.config.recipe import Recipe
 from pipelines.decode import Decoded
-from tests.samples.data_faults import DAMAGED, SAVED, disk, first_evaluation, last_step, log, metrics
-from tests.samples.tiny_runs import train
+from tests.samples.data_faults import DAMAGED, SAVED, disk, first_evaluation, last_step, log
+from tests.samples.tiny_runs import metrics, train
 
-SLOW = 0.25  # seconds: many times what a step, or a batch of the tiny images otherwise takes, also beside other tests
+SLOW = 0.25  # seconds: many times a step or a batch of the tiny images, even on a busy machine
 AT_ONCE = 1.0  # seconds
 
 
@@ -34,7 +34,7 @@ def test_a_slow_disk_changes_no_number_and_is_named(
 
 @contextmanager
 def decoder(act: Callable[[int], object]) -> Iterator[None]:
-    """Call `act` with the number of the batch, from 0, in the loader's thread before it is decoded for training."""
+    """Call `act` with the batch number, from 0, in the loader's thread before each batch is decoded for training."""
     original = pipelines.loader.decoder_of
 
     def acting(*arguments: Any, **options: Any) -> Any:
@@ -72,7 +72,7 @@ def test_a_slow_decoder_changes_no_number_and_is_named(
     ],
     ids=["an error", "an exit"],
 )
-def test_what_a_decoder_raises_reaches_the_training_at_once(
+def test_a_decoders_error_reaches_the_training_loop_at_once(
     images: Path,
     finished: Path,
     tiny_recipe: Recipe,
@@ -81,7 +81,7 @@ def test_what_a_decoder_raises_reaches_the_training_at_once(
     error: BaseException,
     words: str,
 ) -> None:
-    monkeypatch.setattr(pipelines.loading.threads, "_PATROL", 60.0)  # it would find an end that nobody was told of
+    monkeypatch.setattr(pipelines.loading.threads, "_PATROL", 60.0)  # or it would find the dead thread by itself
     out = tmp_path / "run"
     raised: list[float] = []
 
@@ -101,7 +101,7 @@ def test_what_a_decoder_raises_reaches_the_training_at_once(
     assert metrics(out) == metrics(finished)
 
 
-def test_a_loader_that_dies_without_a_word_is_missed(
+def test_a_loader_thread_that_dies_silently_is_noticed(
     images: Path, finished: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     produce, out = pipelines.loading.threads._produce, tmp_path / "run"

@@ -1,6 +1,6 @@
-"""The paper's control is fair: a run with one shared predictor differs from the multi-task run in its predictor alone.
+"""The paper's control is fair: a run with one shared predictor differs from the multi-task run only in its predictor.
 
-What such a run is made of (`open_experiment`, from which training starts) is compared bit for bit.
+The parts of both runs (`open_experiment`) are compared bit for bit.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def pair(request: pytest.FixtureRequest, images: Path, tiny_recipe: Recipe) -> I
 
 
 def test_same_batches_of_the_same_views(pair: tuple[Experiment, Experiment]) -> None:
-    """Every pixel that the two runs train on, from their own loaders; and they are the order's and the draws'."""
+    """Every pixel that the two runs train on, from their own loaders, in the order of the permutation."""
     one, control = pair
     for epoch in (0, 2):
         permutation = one.order.permutation(epoch)
@@ -66,8 +66,8 @@ def test_same_batches_of_the_same_views(pair: tuple[Experiment, Experiment]) -> 
             assert all(torch.equal(a, b) for a, b in zip(ours.views, theirs.views, strict=True))
 
 
-def test_same_draws(pair: tuple[Experiment, Experiment]) -> None:
-    """An image's crops and colours do not depend on the predictors; they do depend on the seed."""
+def test_same_augmentation_parameters(pair: tuple[Experiment, Experiment]) -> None:
+    """Crops and colours of an image depend on the seed, not on the predictors."""
     index, sizes = torch.tensor([4, 0, 31]), torch.tensor([[40, 50], [33, 60], [48, 48]])
     ours, theirs, other = (
         draw(recipe.views, sizes, seed=recipe.seed, epoch=1, index=index)
@@ -79,7 +79,7 @@ def test_same_draws(pair: tuple[Experiment, Experiment]) -> None:
 
 
 def test_same_initial_encoders_and_targets(pair: tuple[Experiment, Experiment]) -> None:
-    """Weights and statistics bit for bit; the one predictor is not the several."""
+    """Weights and statistics are bit-identical; one shared predictor instead of one per task."""
     one, control = (experiment.step for experiment in pair)
     shared = control.online.state_dict()
     encoder = {name: value for name, value in one.online.state_dict().items() if not name.startswith("predictors.")}
@@ -102,7 +102,7 @@ def test_same_initial_encoders_and_targets(pair: tuple[Experiment, Experiment]) 
 
 
 def test_same_pairs_schedule_and_rates(pair: tuple[Experiment, Experiment]) -> None:
-    """The same number of updates and loss terms; optimisers whose groups and rates differ in no setting."""
+    """The same number of updates and loss terms; optimisers with equal groups and rates."""
     one, control = pair
     assert replace(control.recipe, predictors="per-view") == one.recipe
     assert control.total_steps == one.total_steps
@@ -127,7 +127,7 @@ def double_step(recipe: Recipe) -> TrainStep:
 
 
 def test_with_equal_predictors_the_first_step_is_the_same(pair: tuple[Experiment, Experiment]) -> None:
-    """The strongest form: three copies of the control's predictor give its losses and its encoder's gradients."""
+    """The strongest check: three copies of the control's predictor give its losses and its encoder gradients."""
     views = [view.double() for view in next(iter(pair[0].loader.epoch(1))).views]
     one, control = (double_step(experiment.recipe) for experiment in pair)
     state = control.online.state_dict()
@@ -145,14 +145,14 @@ def test_with_equal_predictors_the_first_step_is_the_same(pair: tuple[Experiment
     assert (outputs[0].lr, outputs[0].tau) == (outputs[1].lr, outputs[1].tau)
     ours, theirs = gradients
     for name, expected in theirs.items():
-        # The shared predictor gathers the gradients that the several get one by one.
+        # The shared predictor gets the sum of the per-task predictors' gradients.
         mine = ours[name].sum(dim=0, keepdim=True) if name.startswith("predictors.") else ours[name]
         assert (mine - expected).norm() <= 1e-9 * expected.norm() + 1e-13, name
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_published_controls_change_the_predictor_alone(method: str) -> None:
-    """Recipe against recipe: every other field is equal."""
+    """All other fields of the recipes are equal."""
     recipe = mvssl.recipes.get_recipe(f"{method}_resnet50_200ep")
     control = mvssl.recipes.get_recipe(f"{method}_resnet50_200ep_shared")
     assert (recipe.predictors, control.predictors) == ("per-view", "shared")

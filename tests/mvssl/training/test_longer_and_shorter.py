@@ -1,9 +1,11 @@
-"""Runs as people run them: for so many hours, for more epochs than was planned, in a queue."""
+"""Time limits, SLURM requeueing, extended runs, and the lock of a run folder."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from mvssl.training import shutdown
 from mvssl.training.shutdown import TIME, StopRequest, requeue
 from mvssl.training.step import TrainStep
 from pipelines.runtime import InputError
-from tests.samples.tiny_runs import train
+from tests.samples.tiny_runs import metrics, train
 
 
 @pytest.mark.parametrize(
@@ -36,13 +38,13 @@ def test_durations(text: str, seconds: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "7", "h", "0m", "7h 30m", "-1h", "12:0:0", "7.5h"])
-def test_what_is_no_duration(text: str) -> None:
+def test_invalid_durations(text: str) -> None:
     with pytest.raises(InputError, match="must be a duration such as 7h30m"):
         RunOptions(time=text)
 
 
 def stopping_clock(monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
-    """Let an hour pass within one training step."""
+    """Let an hour pass within training step `at_step`."""
     original, passed = TrainStep.__call__, [0.0]
 
     def slow(self: TrainStep, views: list[torch.Tensor], number: int) -> Any:
@@ -59,7 +61,7 @@ def stopping_clock(monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
     monkeypatch.setattr(shutdown, "time", Clock)
 
 
-def test_a_run_whose_time_is_over_is_saved_and_goes_on(
+def test_a_run_out_of_time_is_saved_and_resumes(
     finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
@@ -69,10 +71,10 @@ def test_a_run_whose_time_is_over_is_saved_and_goes_on(
             train(tiny_recipe, images, out, time="30m")
     assert checkpoint.load(out / "checkpoints/last").meta["step"] == 6
     train(tiny_recipe, images, out, resume=True, time="1h")
-    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert metrics(out) == metrics(finished)
 
 
-def test_it_stops_so_early_that_saving_fits_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stops_early_enough_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(shutdown.time, "monotonic", lambda: now[0])
     stop = StopRequest(World(), seconds=100)
@@ -84,7 +86,7 @@ def test_it_stops_so_early_that_saving_fits_in(monkeypatch: pytest.MonkeyPatch) 
         stop.check()
 
 
-def test_slurms_signal_is_heard_and_the_job_queued_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurms_signal_stops_the_run_and_requeues_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with StopRequest(World()) as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.agree() == "SIGUSR1"
@@ -98,8 +100,6 @@ def test_slurms_signal_is_heard_and_the_job_queued_again(tmp_path: Path, monkeyp
         (tmp_path / "scontrol").chmod(0o755)
         result = requeue("SIGUSR1")
         assert result is not None
-        import re
-
         assert re.search(said, result)
         assert (tmp_path / "asked").read_text() == "requeue 17\n"
     assert requeue("SIGTERM") is None
@@ -108,11 +108,9 @@ def test_slurms_signal_is_heard_and_the_job_queued_again(tmp_path: Path, monkeyp
 
 
 def test_a_finished_run_is_extended(finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
-    import shutil
-
     out = tmp_path / "run"
     shutil.copytree(finished, out, symlinks=True)
-    before = (out / "metrics.jsonl").read_bytes()
+    before = metrics(out)
     longer = replace(tiny_recipe, epochs=5)
     with pytest.raises(InputError, match=r"was begun for 3 epochs and not 5: .* add --extend"):
         train(longer, images, out, resume=True)
@@ -122,10 +120,10 @@ def test_a_finished_run_is_extended(finished: Path, images: Path, tiny_recipe: R
         train(replace(tiny_recipe, epochs=2), images, out, resume=True, extend=True)
     with pytest.raises(InputError, match="begun with another recipe"):
         train(replace(longer, seed=5), images, out, resume=True, extend=True)
-    assert (out / "metrics.jsonl").read_bytes() == before
+    assert metrics(out) == before
     result = train(longer, images, out, resume=True, extend=True)
     assert result.steps == 20
-    after = (out / "metrics.jsonl").read_bytes()
+    after = metrics(out)
     assert after.startswith(before)
     rows = [row for row in read_jsonl(out / "metrics.jsonl") if row["kind"] == "train"]
     whole = [row["lr"] for row in rows]
@@ -133,18 +131,16 @@ def test_a_finished_run_is_extended(finished: Path, images: Path, tiny_recipe: R
     log = (out / "train.log").read_text()
     assert "extended from 3 to 5 epochs: the learning rate continues at" in log
     rate = float(log.split("the learning rate continues at ")[1].split()[0])
-    assert rate == pytest.approx(3.0 * 8 / 256 / 2, rel=0.01)  # half way down the longer cosine
+    assert rate == pytest.approx(3.0 * 8 / 256 / 2, rel=0.01)  # halfway down the longer cosine
     config = json.loads((out / "config.json").read_text())
     assert (config["recipe"]["epochs"], config["options"]["earlier_epochs"]) == (5, [3])
-    train(longer, images, out, resume=True)  # is finished: nothing is done
-    assert (out / "metrics.jsonl").read_bytes() == after
+    train(longer, images, out, resume=True)  # already finished
+    assert metrics(out) == after
 
 
-def test_a_run_that_is_extended_and_stopped_goes_on_as_one_that_was_not(
+def test_an_extended_run_that_is_stopped_resumes_exactly(
     finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     longer = replace(tiny_recipe, epochs=5)
     for name in ("whole", "stopped"):
         shutil.copytree(finished, tmp_path / name, symlinks=True)
@@ -154,14 +150,12 @@ def test_a_run_that_is_extended_and_stopped_goes_on_as_one_that_was_not(
         with pytest.raises(mvssl.Interrupted):
             train(longer, images, tmp_path / "stopped", resume=True, extend=True, time="30m")
     train(longer, images, tmp_path / "stopped", resume=True)
-    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "stopped")
 
 
 def test_two_processes_do_not_train_in_one_folder(
     finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
-    import shutil
-
     out = tmp_path / "run"
     shutil.copytree(finished, out, symlinks=True)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and not path.is_symlink()}
@@ -178,7 +172,7 @@ def test_two_processes_do_not_train_in_one_folder(
     finally:
         holder.communicate("\n")
     train(tiny_recipe, images, out, overwrite=True)
-    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert metrics(out) == metrics(finished)
 
 
 HOLD = """

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank alone ends the others with a sentence, and is said before anything waits for them."""
+"""An error on one rank ends the others with a message, before any of them waits for it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.samples.ranks import results, run_ranks
 
 
 def failing_on_rank_one() -> tuple[str, bool]:
-    """What each rank meets where rank 1 fails between two votes, and whether it is still connected behind the run."""
+    """Each rank's error when rank 1 fails between two collectives, and whether it is still connected afterwards."""
     try:
         with join_world(cuda=False) as world:
             world.any(False)
@@ -41,11 +41,11 @@ def test_a_rank_that_fails_alone_ends_the_others() -> None:
     (message, _), (own, connected) = results(run_ranks(failing_on_rank_one, 2))
     assert message.startswith("another process of the run is gone (")
     assert own == "a fault of rank 1 alone"
-    assert connected  # to disconnect may wait for the others (NCCL), before the message is seen
+    assert connected  # disconnecting may wait for the others (NCCL) before the message is shown
 
 
-def what_each_meets(messages: list[str]) -> str:
-    """What a rank meets where each fails with its message ("" does not fail) at what all do together."""
+def errors_of_collective_work(messages: list[str]) -> str:
+    """Each rank's error when ranks fail with these messages ("" does not fail) in collective work."""
 
     def work() -> None:
         if messages[world.rank]:
@@ -60,8 +60,8 @@ def what_each_meets(messages: list[str]) -> str:
 
 
 @pytest.mark.parametrize("messages", [["", ""], ["same", "same"], ["one", "two"], ["", "two"], ["one", ""]])
-def test_what_is_wrong_everywhere_is_said_once(messages: list[str]) -> None:
-    met = results(run_ranks(what_each_meets, 2, messages))
+def test_an_error_on_all_ranks_is_reported_once(messages: list[str]) -> None:
+    met = results(run_ranks(errors_of_collective_work, 2, messages))
     expected = [f"InputError {message}" if message else "" for message in messages]
     if messages == ["same", "same"]:
         expected[1] = ""
@@ -69,32 +69,30 @@ def test_what_is_wrong_everywhere_is_said_once(messages: list[str]) -> None:
     assert met == [message or elsewhere for message in expected]
 
 
-def test_a_batch_larger_than_the_data_is_said_by_the_first_rank(
-    images: Path, tiny_recipe: Recipe, tmp_path: Path
-) -> None:
+def test_a_batch_larger_than_the_data_is_reported_by_rank_0(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = dataclasses.replace(tiny_recipe, batch_size=64)
     first, second = run_ranks(run, 2, recipe, RunOptions(data=images, out=tmp_path / "run", device="cpu"))
     assert (first.error, second.error) == ("InputError", "FailedElsewhere")
     assert "batch_size is 64 but the data set has only 36 images" in first.message
 
 
-def where(data: list[str]) -> tuple[Path, Path | None]:
-    """Where the rank's images lie, as a run finds it out."""
+def data_paths(data: list[str]) -> tuple[Path, Path | None]:
+    """Paths of this rank's images, as a run determines them."""
     with join_world(cuda=False) as world:
         return world.together(partial(_data_paths, Path(data[world.rank]), None, world))
 
 
-def test_validation_images_on_one_machine_only_are_refused_and_not_waited_for(images: Path, tmp_path: Path) -> None:
+def test_validation_images_on_one_machine_only_are_refused_without_a_hang(images: Path, tmp_path: Path) -> None:
     (tmp_path / "train").symlink_to(images / "train")
-    first, second = run_ranks(where, 2, [str(images), str(tmp_path)])
+    first, second = run_ranks(data_paths, 2, [str(images), str(tmp_path)])
     assert (first.error, second.error) == ("FailedElsewhere", "InputError")
     assert "has no validation part on rank 1 but one on rank 0: give every machine the same data" in second.message
-    first, second = run_ranks(where, 2, [str(images), str(tmp_path / "missing")])
+    first, second = run_ranks(data_paths, 2, [str(images), str(tmp_path / "missing")])
     assert (first.error, second.error) == ("FailedElsewhere", "InputError")
 
 
 def embed(train: str) -> int:
-    """How many images are embedded, by as many ranks as there are."""
+    """Number of images embedded by all ranks."""
     with join_world(cuda=False) as world:
         features = extract_features(
             torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()),
@@ -106,8 +104,8 @@ def embed(train: str) -> int:
         return len(features.index)
 
 
-def test_all_ranks_together_judge_whether_too_many_images_are_bad(images: Path, tmp_path: Path) -> None:
-    """Every other image is bad on one rank only, which alone would be too many; of all they are not."""
+def test_bad_images_are_counted_over_all_ranks(images: Path, tmp_path: Path) -> None:
+    """Every other image is bad on one rank only: too many of its own images, but not of all."""
     shutil.copytree(images / "train", tmp_path / "train")
     files = sorted((tmp_path / "train").rglob("*.jpg"))
     for file in files[1:24:2]:
@@ -141,7 +139,7 @@ def test_a_wrong_command_is_explained_once_on_each_machine(
     assert said[1] == ""
 
 
-def test_more_processes_than_gpus_are_refused_before_one_is_taken(
+def test_more_processes_than_gpus_are_refused_before_a_gpu_is_used(
     tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():

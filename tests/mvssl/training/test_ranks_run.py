@@ -1,4 +1,4 @@
-"""Whole runs on several gloo ranks: one run in every respect, stopped together, resumed on any number of ranks."""
+"""Whole runs on several gloo ranks: they match one process, stop together and resume on any number of ranks."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def trained(recipe: Recipe, data: Path, out: Path, options: dict[str, Any]) -> dict[int, float]:
-    """A run; runs in a rank. Returns its kNN accuracy."""
+    """kNN accuracy of a run; called on a rank."""
     return train(recipe, data, out, **options).knn
 
 
 def interrupted(recipe: Recipe, data: Path, out: Path) -> None:
-    """A run whose rank 1 gets SIGTERM during a step; runs in a rank."""
+    """A run whose rank 1 gets SIGTERM during a step; called on a rank."""
     original = TrainStep.__call__
 
     def signalled(self: TrainStep, views: list[torch.Tensor], number: int) -> Any:
@@ -56,12 +56,12 @@ def interrupted(recipe: Recipe, data: Path, out: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, views, number)
 
-    pytest.MonkeyPatch().setattr(TrainStep, "__call__", signalled)  # this process is the rank's own
+    pytest.MonkeyPatch().setattr(TrainStep, "__call__", signalled)  # never undone: the process is the rank's own
     train(recipe, data, out)
 
 
 def poisoned(recipe: Recipe, data: Path, out: Path) -> None:
-    """A run whose rank 1 gets a NaN in a view; runs in a rank."""
+    """A run whose rank 1 gets a NaN in a view; called on a rank."""
     original = Loader._consume
 
     def broken(self: Loader, *arguments: Any) -> Any:
@@ -70,7 +70,7 @@ def poisoned(recipe: Recipe, data: Path, out: Path) -> None:
                 batch.views[0][0] = float("nan")
             yield ViewBatch(views=batch.views, index=batch.index, labels=batch.labels)
 
-    pytest.MonkeyPatch().setattr(Loader, "_consume", broken)  # this process is the rank's own
+    pytest.MonkeyPatch().setattr(Loader, "_consume", broken)  # never undone: the process is the rank's own
     train(recipe, data, out)
 
 
@@ -78,7 +78,7 @@ def test_two_ranks_train_what_one_process_does(recipe: Recipe, images: Path, tmp
     single = train(recipe, images, tmp_path / "one").knn
     for knn in results(run_ranks(trained, 2, recipe, images, tmp_path / "two", {})):
         assert knn.keys() == single.keys()
-        assert all(abs(knn[k] - single[k]) <= 1 / 12 + 1e-9 for k in knn)  # of the 12 validation images one may turn
+        assert all(abs(knn[k] - single[k]) <= 1 / 12 + 1e-9 for k in knn)  # one of the 12 validation images may change
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [(row["kind"], row["step"]) for row in two] == [(row["kind"], row["step"]) for row in one]
     for ours, expected in zip(two, one, strict=True):
@@ -91,8 +91,10 @@ def test_two_ranks_train_what_one_process_does(recipe: Recipe, images: Path, tmp
     )
 
 
-def test_a_signal_to_one_rank_stops_all_and_any_number_goes_on(recipe: Recipe, images: Path, tmp_path: Path) -> None:
-    # Stochastic depth draws by (seed, step, rank): the resumed run on two ranks repeats the unbroken one bit for bit.
+def test_a_signal_to_one_rank_stops_all_and_any_number_of_ranks_resumes(
+    recipe: Recipe, images: Path, tmp_path: Path
+) -> None:
+    # Stochastic depth is seeded by (seed, step, rank): resuming on two ranks is bit-identical to the uninterrupted run.
     recipe = replace(recipe, backbone=Backbone(name="test_vit", drop_path=0.2))
     whole, out = tmp_path / "whole", tmp_path / "run"
     results(run_ranks(trained, 2, recipe, images, whole, {}))
@@ -137,4 +139,4 @@ def test_torchrun_with_the_command(recipe: Recipe, images: Path, tmp_path: Path)
     assert [row["step"] for row in metrics(tmp_path / "run") if row["kind"] == "train"] == [2, 4]
     again = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     assert again.returncode != 0
-    assert again.stderr.count("which already holds a run") == 1  # said once, not by every process
+    assert again.stderr.count("which already holds a run") == 1  # by one process only

@@ -1,4 +1,4 @@
-"""The step on two and four gloo ranks against one process that sees the whole batch, in float64."""
+"""The step on two and four gloo ranks equals one process with the whole batch, in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.views.presets import asymmetric, byol_views, paper_views
 from tests.samples.ranks import results, run_ranks
 
 BATCH, STEPS = 16, 2
-LAYER = Recipe(  # no BatchNorm anywhere: the ranks' mean gradient is the whole batch's
+LAYER = Recipe(  # without BatchNorm the mean of the ranks' gradients is the gradient of the whole batch
     name="ranks",
     views=paper_views(size=32, local_size=16, blur_kernel=5),
     backbone=Backbone(name="test_vit"),
@@ -37,37 +37,37 @@ BATCHNORM = replace(
     projector=Head(hidden=(24,), out=12, output_norm=True),
     predictor=Head(hidden=(20,), out=12, output_norm=True),
 )
-ADAMW = "byol clipped"  # divides by the gradient's size, which enlarges the rounding of small gradients
-ON_FOUR = ("byol", "mocov3", "simsiam view by view", "batchnorm over ranks, mocov3")
-SAME = {  # recipes whose numbers do not depend on the number of ranks
+ADAMW = "byol clipped"  # divides by the gradient norm, which amplifies rounding errors of small gradients
+ON_FOUR = ("byol", "mocov3", "simsiam sequential", "batchnorm over ranks, mocov3")
+SAME = {  # recipes with the same numbers on any number of ranks
     "byol": LAYER,
-    "byol view by view": replace(LAYER, step_mode="per-view"),
+    "byol sequential": replace(LAYER, step_mode="per-view"),
     "byol shared": replace(LAYER, predictors="shared"),
     "byol asymmetric": replace(LAYER, views=asymmetric(byol_views(size=32, blur_kernel=5))),
     ADAMW: replace(
         LAYER, optimizer=Optimizer(kind="adamw", base_lr=0.1, warmup_epochs=0, clip_grad_norm=0.1, bias_lr=0.2)
     ),
-    "byol in two parts": replace(LAYER, accumulate=2, step_mode="per-view"),
+    "byol two micro-batches": replace(LAYER, accumulate=2, step_mode="per-view"),
     "byol frozen stem": replace(LAYER, backbone=Backbone(name="test_vit", freeze_stem=True)),
     "simsiam": replace(LAYER, method="simsiam"),
-    "simsiam view by view": replace(LAYER, method="simsiam", step_mode="per-view"),
+    "simsiam sequential": replace(LAYER, method="simsiam", step_mode="per-view"),
     "mocov3": replace(LAYER, method="mocov3", temperature=0.5),
-    "mocov3 view by view": replace(LAYER, method="mocov3", temperature=1.0, step_mode="per-view"),
+    "mocov3 sequential": replace(LAYER, method="mocov3", temperature=1.0, step_mode="per-view"),
     "mocov3 compiled": replace(LAYER, method="mocov3", temperature=1.0, compile="on"),
     "batchnorm over ranks": replace(BATCHNORM, sync_batchnorm="both"),
     "batchnorm over ranks, mocov3": replace(BATCHNORM, sync_batchnorm="both", method="mocov3", temperature=1.0),
     "batchnorm over ranks, simsiam": replace(BATCHNORM, sync_batchnorm="both", method="simsiam", step_mode="per-view"),
 }
-PARTS = {  # recipes whose numbers depend on how many images BatchNorm sees at a time
+PER_RANK = {  # recipes with BatchNorm per rank: N micro-batches on one process equal N ranks
     "byol": BATCHNORM,
-    "byol view by view": replace(BATCHNORM, step_mode="per-view"),
+    "byol sequential": replace(BATCHNORM, step_mode="per-view"),
     "byol clipped": replace(BATCHNORM, optimizer=replace(LAYER.optimizer, clip_grad_norm=0.1)),
     "simsiam": replace(BATCHNORM, method="simsiam"),
     "mocov3": replace(BATCHNORM, method="mocov3", temperature=0.5),
     "byol compiled": replace(BATCHNORM, compile="on"),
     "mocov3 without batchnorm": SAME["mocov3"],
 }
-PARTS_ON_FOUR = ("byol", "mocov3")
+PER_RANK_ON_FOUR = ("byol", "mocov3")
 
 
 def batches(recipe: Recipe) -> list[list[Tensor]]:
@@ -79,10 +79,10 @@ def batches(recipe: Recipe) -> list[list[Tensor]]:
     ]
 
 
-def trace(recipe: Recipe, world: World, *, shares: int = 1, share: int = 0) -> dict[str, Tensor]:
-    """Losses and gradients of each step and the networks after the last, of a share of the batch, in float64."""
+def trace(recipe: Recipe, world: World, *, parts: int = 1, part: int = 0) -> dict[str, Tensor]:
+    """Losses and gradients of each step and the final networks, on part `part` of the batch's `parts`, in float64."""
     torch.set_default_dtype(torch.float64)
-    compile_model, torch.compile = torch.compile, partial(torch.compile, backend="aot_eager")  # quick, and in float64
+    compile_model, torch.compile = torch.compile, partial(torch.compile, backend="aot_eager")  # fast, has float64
     try:
         step = TrainStep(recipe, device="cpu", total_steps=3 * STEPS, steps_per_epoch=STEPS, world=world)
         found: dict[str, Tensor] = {}
@@ -99,7 +99,7 @@ def trace(recipe: Recipe, world: World, *, shares: int = 1, share: int = 0) -> d
 
         step.optimizer.register_step_pre_hook(keep)
         for number, views in enumerate(batches(recipe)):
-            output = step([view.chunk(shares)[share] for view in views], number)
+            output = step([view.chunk(parts)[part] for view in views], number)
             found[f"losses {number}"] = world.mean(output.losses)
             found[f"norm {number}"] = output.grad_norm
         found |= {f"online {name}": value.clone() for name, value in step.online.state_dict().items()}
@@ -112,9 +112,9 @@ def trace(recipe: Recipe, world: World, *, shares: int = 1, share: int = 0) -> d
 
 
 def traces(recipes: dict[str, Recipe]) -> dict[str, dict[str, Tensor]]:
-    """`trace` of each recipe on this rank's share; runs in a rank."""
+    """`trace` of each recipe on this rank's part of the batch; called on a rank."""
     with join_world(cuda=False) as world:
-        return {name: trace(recipe, world, shares=world.size, share=world.rank) for name, recipe in recipes.items()}
+        return {name: trace(recipe, world, parts=world.size, part=world.rank) for name, recipe in recipes.items()}
 
 
 def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float = 1e-9) -> None:
@@ -127,13 +127,13 @@ def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], *, toleran
 
 @pytest.fixture(scope="module")
 def two() -> list[dict[str, dict[str, Tensor]]]:
-    return results(run_ranks(traces, 2, SAME | {f"apart: {name}": recipe for name, recipe in PARTS.items()}))
+    return results(run_ranks(traces, 2, SAME | {f"per rank: {name}": recipe for name, recipe in PER_RANK.items()}))
 
 
 @pytest.fixture(scope="module")
 def four() -> list[dict[str, dict[str, Tensor]]]:
-    apart = {f"apart: {name}": PARTS[name] for name in PARTS_ON_FOUR}
-    return results(run_ranks(traces, 4, {name: SAME[name] for name in ON_FOUR} | apart))
+    per_rank = {f"per rank: {name}": PER_RANK[name] for name in PER_RANK_ON_FOUR}
+    return results(run_ranks(traces, 4, {name: SAME[name] for name in ON_FOUR} | per_rank))
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -150,28 +150,28 @@ def test_four_ranks_are_one_process(four: list[dict[str, dict[str, Tensor]]], na
         assert_same(rank[name], expected)
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_a_batch_in_two_parts_is_two_ranks(two: list[dict[str, dict[str, Tensor]]], name: str) -> None:
-    """Losses, gradients, updates; buffers, which are each rank's own, are the first part's as those of rank 0."""
-    assert_same(trace(replace(PARTS[name], accumulate=2), World()), two[0][f"apart: {name}"])
+@pytest.mark.parametrize("name", PER_RANK)
+def test_two_micro_batches_are_two_ranks(two: list[dict[str, dict[str, Tensor]]], name: str) -> None:
+    """Losses, gradients, updates, and the buffers: those of the first micro-batch are those of rank 0."""
+    assert_same(trace(replace(PER_RANK[name], accumulate=2), World()), two[0][f"per rank: {name}"])
 
 
-@pytest.mark.parametrize("name", PARTS_ON_FOUR)
-def test_a_batch_in_four_parts_is_four_ranks(four: list[dict[str, dict[str, Tensor]]], name: str) -> None:
-    assert_same(trace(replace(PARTS[name], accumulate=4), World()), four[0][f"apart: {name}"])
+@pytest.mark.parametrize("name", PER_RANK_ON_FOUR)
+def test_four_micro_batches_are_four_ranks(four: list[dict[str, dict[str, Tensor]]], name: str) -> None:
+    assert_same(trace(replace(PER_RANK[name], accumulate=4), World()), four[0][f"per rank: {name}"])
 
 
-def test_parts_are_another_training_than_the_whole() -> None:
-    """Or the agreement above would show nothing: BatchNorm over a part is not that over the batch."""
+def test_micro_batches_with_batchnorm_differ_from_the_whole_batch() -> None:
+    """Or the agreement above would show nothing."""
     ours, whole = trace(replace(BATCHNORM, accumulate=2), World()), trace(BATCHNORM, World())
     assert not torch.allclose(ours["losses 0"], whole["losses 0"], rtol=1e-3)
 
 
 def test_without_synchronisation_batchnorm_sees_its_own_rank(two: list[dict[str, dict[str, Tensor]]]) -> None:
-    """The gradient of the first step is the mean of what each share of the batch has alone; buffers stay apart."""
+    """The first gradient is the mean of the gradients of each part of the batch alone; buffers stay per rank."""
     recipe = replace(BATCHNORM, batch_size=BATCH // 2)
-    alone = [trace(recipe, World(), shares=2, share=share) for share in range(2)]
-    ranks = [rank["apart: byol"] for rank in two]
+    alone = [trace(recipe, World(), parts=2, part=part) for part in range(2)]
+    ranks = [rank["per rank: byol"] for rank in two]
     for name in [name for name in alone[0] if name.startswith("gradient 0")]:
         expected = (alone[0][name] + alone[1][name]) / 2
         for rank in ranks:
@@ -183,7 +183,7 @@ def test_without_synchronisation_batchnorm_sees_its_own_rank(two: list[dict[str,
 
 
 def gathered_loss(predictions: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """MoCo v3's loss on this rank's rows with the keys of all ranks, and the keys as gathered; runs in a rank."""
+    """MoCo v3's loss of this rank's rows with the keys of all ranks, and the gathered keys; called on a rank."""
     with join_world(cuda=False) as world:
         own = keys.chunk(world.size)[world.rank]
         everyone = world.gather_own_first(own)
@@ -196,7 +196,7 @@ def test_infonce_with_gathered_keys_is_the_formula_of_the_whole_batch() -> None:
     predictions, keys = (torch.randn(8, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     outcomes = results(run_ranks(gathered_loss, 2, predictions, keys))
     rows = []
-    for i in range(8):  # -log softmax of the own image's key, times 2 T
+    for i in range(8):  # -log softmax of the image's own key, times 2 T
         cosine = [float(predictions[i] @ k / (predictions[i].norm() * k.norm())) / 0.3 for k in keys]
         rows.append(0.6 * (float(torch.tensor(cosine, dtype=torch.float64).exp().sum().log()) - cosine[i]))
     assert float(outcomes[0][0]) == pytest.approx(sum(rows[:4]) / 4, rel=1e-12)

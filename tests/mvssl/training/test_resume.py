@@ -1,4 +1,4 @@
-"""Exact resumption: after crashes, signals and damage, and from the weights of another run."""
+"""Bit-exact resumption after crashes, signals and damage, and starts from the weights of another run."""
 
 from __future__ import annotations
 
@@ -13,29 +13,26 @@ import safetensors.torch
 import torch
 
 import mvssl
-import mvssl.monitor.loggers
 from mvssl.config.recipe import Optimizer, Recipe
 from mvssl.evaluate.online_knn import evaluate_knn
-from mvssl.monitor.loggers import read_jsonl
+from mvssl.monitor.loggers import last_knn, read_jsonl
 from mvssl.runs import checkpoint
 from mvssl.training import loop
 from mvssl.training.step import TrainStep
 from pipelines.runtime import InputError
-from tests.samples.tiny_runs import STEPS, CrashError, crash_at, train
+from tests.samples.tiny_runs import STEPS, CrashError, crash_at, metrics, train
 
 
 @pytest.mark.parametrize("crash", [1, 4, 6, 11])
 def test_resume_after_a_crash_is_bitwise_the_uninterrupted_run(
-    finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: int
+    finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, crash: int
 ) -> None:
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        crash_at(patch, crash)
-        with pytest.raises(CrashError):
-            train(tiny_recipe, images, out, save_every_steps=1)
+    with crash_at(crash):
+        train(tiny_recipe, images, out, save_every_steps=1)
     assert checkpoint.load(out / "checkpoints" / "last").meta["step"] == crash
     train(tiny_recipe, images, out, resume=True)
-    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert metrics(out) == metrics(finished)
     ours, theirs = (checkpoint.load(run / "checkpoints" / "last").state["step"] for run in (out, finished))
     for network in ("online", "target"):
         assert ours[network].keys() == theirs[network].keys()
@@ -43,20 +40,18 @@ def test_resume_after_a_crash_is_bitwise_the_uninterrupted_run(
 
 
 def test_what_a_killed_run_wrote_beyond_its_checkpoint_is_cut_off(
-    finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
-    """Checkpoints at epochs only: the metrics of steps 5 and 6 are written, lost with the crash, and written again."""
+    """Checkpoints at epochs only: the metrics of steps 5 and 6 are written, cut off on resuming, and written again."""
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        crash_at(patch, 7)
-        with pytest.raises(CrashError):
-            train(tiny_recipe, images, out)
+    with crash_at(7):
+        train(tiny_recipe, images, out)
     assert [row["step"] for row in read_jsonl(out / "metrics.jsonl")][-1] == 6
     train(tiny_recipe, images, out, resume=True)
-    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert metrics(out) == metrics(finished)
 
 
-def test_a_signal_in_mid_evaluation_leaves_it_for_the_resumption(
+def test_an_evaluation_interrupted_by_a_signal_is_repeated_after_resuming(
     finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: Any, **options: Any) -> dict[int, float]:
@@ -71,7 +66,7 @@ def test_a_signal_in_mid_evaluation_leaves_it_for_the_resumption(
     assert {row["kind"] for row in read_jsonl(out / "metrics.jsonl")} == {"train"}
     assert checkpoint.load(out / "checkpoints" / "last").meta["evaluated"] is False
     train(tiny_recipe, images, out, resume=True)
-    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert metrics(out) == metrics(finished)
 
 
 def test_an_error_in_the_evaluation_does_not_lose_the_epoch(
@@ -87,33 +82,29 @@ def test_an_error_in_the_evaluation_does_not_lose_the_epoch(
             train(tiny_recipe, images, out)
     assert checkpoint.load(out / "checkpoints" / "last").meta["step"] == 4
     train(tiny_recipe, images, out, resume=True)
-    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert metrics(out) == metrics(finished)
 
 
-def test_resume_before_the_first_checkpoint_begins_at_the_beginning(
-    finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_resume_before_the_first_checkpoint_starts_again(
+    finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        crash_at(patch, 2)
-        with pytest.raises(CrashError):
-            train(tiny_recipe, images, out)
+    with crash_at(2):
+        train(tiny_recipe, images, out)
     train(tiny_recipe, images, out, resume=True)
-    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert metrics(out) == metrics(finished)
 
 
 def test_resume_is_exact_with_drop_path_and_another_logging_interval(
-    images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
-    """Drop path draws from torch's generator, whose state must come back with the rest."""
+    """Drop path samples from torch's generator, which must give the same numbers in the resumed run."""
     backbone = mvssl.Backbone(name="test_vit", drop_path=0.5)
     recipe = dataclasses.replace(tiny_recipe, backbone=backbone, evaluation=mvssl.Evaluation(every_epochs=0))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(recipe, images, whole, log_every=4)
-    with monkeypatch.context() as patch:
-        crash_at(patch, 6)
-        with pytest.raises(CrashError):
-            train(recipe, images, broken, log_every=1, save_every_steps=5)
+    with crash_at(6):
+        train(recipe, images, broken, log_every=1, save_every_steps=5)
     train(recipe, images, broken, log_every=4, resume=True)
     ours, theirs = (checkpoint.load(run / "checkpoints" / "last").state["step"]["online"] for run in (broken, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -129,10 +120,10 @@ def test_resuming_a_finished_run_changes_nothing(
     (out / "backbone.safetensors").unlink()  # a kill between checkpoint and export
     result = train(tiny_recipe, images, out, resume=True)
     assert result.steps == STEPS
-    assert result.knn == mvssl.monitor.loggers.last_knn(finished / "metrics.jsonl")
+    assert result.knn == last_knn(finished / "metrics.jsonl")
     ours, theirs = (safetensors.torch.load_file(run / "backbone.safetensors") for run in (out, finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert metrics(out) == metrics(finished)
 
 
 def test_resume_with_another_recipe_names_the_fields(finished: Path, images: Path, tiny_recipe: Recipe) -> None:
@@ -151,7 +142,7 @@ def test_resume_with_other_data_is_refused(finished: Path, images: Path, tiny_re
         train(tiny_recipe, other, finished, resume=True)
 
 
-def test_a_damaged_checkpoint_is_a_sentence_and_nothing_is_lost(
+def test_a_damaged_checkpoint_is_reported_and_an_earlier_one_resumes(
     finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -163,11 +154,11 @@ def test_a_damaged_checkpoint_is_a_sentence_and_nothing_is_lost(
     (out / "checkpoints" / "last").unlink()
     (out / "checkpoints" / "last").symlink_to("step-00000008")
     train(tiny_recipe, images, out, resume=True)
-    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert metrics(out) == metrics(finished)
     assert checkpoint.load(out / "checkpoints" / "last").meta["step"] == STEPS
 
 
-def test_init_from_takes_weights_and_begins_at_step_zero(
+def test_init_from_loads_weights_and_starts_at_step_zero(
     finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first: dict[str, torch.Tensor] = {}

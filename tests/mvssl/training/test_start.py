@@ -1,4 +1,4 @@
-"""What a run says and arranges before its first step."""
+"""What a run logs, checks and caches before its first step."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def test_micro_batches_and_sequential_views_are_announced(images: Path, tiny_rec
     assert "backbone.1 (OwnNorm)" in log
 
 
-def test_an_ordinary_run_says_neither(finished: Path) -> None:
+def test_an_ordinary_run_announces_neither(finished: Path) -> None:
     log = (finished / "train.log").read_text()
     assert "micro-batches" not in log
     assert "sequential views" not in log
 
 
-def test_a_graph_is_refused_where_there_is_none(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_a_cuda_graph_is_refused_on_the_cpu(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cuda_graph is 'on' but must be auto or off on a cpu device.*set it to auto"):
         train(tiny_recipe, images, tmp_path / "run", cuda_graph="on")
     assert not (tmp_path / "run").exists()
@@ -42,7 +42,7 @@ def test_a_graph_is_refused_where_there_is_none(images: Path, tiny_recipe: Recip
         RunOptions(cuda_graph="yes")  # type: ignore[arg-type]
 
 
-def test_full_memory_names_the_options_to_turn() -> None:
+def test_an_out_of_memory_error_names_the_options_that_help() -> None:
     with pytest.raises(InputError, match="memory is full") as caught, explain_out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
     message = str(caught.value)
@@ -53,15 +53,15 @@ def test_full_memory_names_the_options_to_turn() -> None:
 
 @pytest.fixture
 def no_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """No variable names a cache; the user's cache folder."""
+    """No environment variable names a cache. Returns the user's cache folder."""
     for variable in CACHE_FOLDERS:
-        monkeypatch.setenv(variable, "")  # so that it is put back at the end
+        monkeypatch.setenv(variable, "")  # so that it is restored at the end
         monkeypatch.delenv(variable)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "mvssl"
 
 
-def test_compiled_code_is_kept_in_the_users_cache_folder(no_caches: Path) -> None:
+def test_compiled_code_is_cached_in_the_users_cache_folder(no_caches: Path) -> None:
     os.environ["TRITON_CACHE_DIR"] = "elsewhere"
     keep_compiled_code()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(no_caches / "inductor")
@@ -79,10 +79,10 @@ def test_a_folder_that_cannot_be_written_leaves_torchs_default(
     assert "set TORCHINDUCTOR_CACHE_DIR" in caplog.text
 
 
-def test_a_run_keeps_what_it_compiles(
+def test_a_run_caches_its_compiled_code(
     images: Path, tiny_recipe: Recipe, no_caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real: Any = torch.compile  # quick: what is compiled does not matter
+    real: Any = torch.compile  # a fast backend
     monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, **options | {"backend": "eager"}))
     train(replace(tiny_recipe, epochs=1, compile="on"), images, tmp_path / "run")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(no_caches / "inductor")

@@ -1,4 +1,4 @@
-"""A GPU's memory that steps take, for --batch-size auto and --cache; torch.cuda is pretended, but for the last test."""
+"""GPU memory of steps, for --batch-size auto and --cache; torch.cuda is faked in all tests but the last."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 class FakeStep:
-    """Refers to itself as a real step does, draws, and takes memory; those that are alive are in `alive`."""
+    """Has a reference cycle, samples and allocates, as a real step does; living instances are in `alive`."""
 
     alive: ClassVar[weakref.WeakSet[FakeStep]] = weakref.WeakSet()
     made: ClassVar[list[tuple[int, str, str]]] = []  # of all steps
@@ -37,10 +37,10 @@ class FakeStep:
         self.warm_up = 1 if cuda_graph == "off" else WARM_UP + 1
         self.made.append((recipe.batch_size, recipe.compile, cuda_graph))
         self.alive.add(self)
-        assert len(self.alive) == 1, "the step that was tried before is still there"
+        assert len(self.alive) == 1, "the earlier step is still alive"
 
     def __call__(self, views: list[torch.Tensor], number: int) -> None:
-        torch.manual_seed(number)  # as for stochastic depth
+        torch.manual_seed(number)  # as with stochastic depth
         if len(views[0]) > 200:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         self.taken.append(number)
@@ -48,7 +48,7 @@ class FakeStep:
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """A GPU of 1000 bytes; the function sets how many steps reserve at most."""
+    """A GPU of 1000 bytes; the function sets the peak bytes that steps reserve."""
     FakeStep.made.clear()
     FakeStep.taken.clear()
     monkeypatch.setattr(memory, "TrainStep", FakeStep)
@@ -63,13 +63,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return reserves
 
 
-def test_steps_of_all_kinds_are_taken_and_leave_nothing(tiny_recipe: Recipe, gpu: Callable[[int], None]) -> None:
+def test_all_kinds_of_steps_are_taken_and_freed(tiny_recipe: Recipe, gpu: Callable[[int], None]) -> None:
     gpu(500)
     before = torch.get_rng_state()
     assert peak_step_memory(tiny_recipe, CPU, images=32, cuda_graph="off") == 500
     assert FakeStep.taken == [0, 1]
     assert peak_step_memory(tiny_recipe, CPU, images=64, cuda_graph="on") == 500
-    assert FakeStep.taken[2:] == [*range(WARM_UP + 2)]  # the last one is a replay that is no recording
+    assert FakeStep.taken[2:] == [*range(WARM_UP + 2)]  # the last one is a replay
     assert FakeStep.made == [(32, "off", "off"), (64, "off", "on")]
     assert peak_step_memory(tiny_recipe, CPU, images=201, cuda_graph="off") is None
     assert not FakeStep.alive
@@ -77,7 +77,7 @@ def test_steps_of_all_kinds_are_taken_and_leave_nothing(tiny_recipe: Recipe, gpu
 
 
 @pytest.mark.parametrize(("cuda_graph", "most"), [("off", 900), ("auto", 800), ("on", 800)])
-def test_a_graph_keeps_its_memory_so_that_more_must_be_left(
+def test_more_memory_must_stay_free_beside_a_cuda_graph(
     tiny_recipe: Recipe,
     gpu: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
@@ -97,7 +97,7 @@ def test_a_graph_keeps_its_memory_so_that_more_must_be_left(
     ("cuda_graph", "processes", "tried"),
     [("auto", 1, "auto"), ("auto", 2, "off"), ("on", 2, "on"), ("off", 1, "off")],
 )
-def test_a_batch_is_tried_as_it_will_be_trained(
+def test_a_batch_size_is_tried_with_the_runs_own_cuda_graph_setting(
     tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, cuda_graph: Any, processes: int, tried: str
 ) -> None:
     seen: list[str] = []
@@ -112,7 +112,7 @@ def test_a_batch_is_tried_as_it_will_be_trained(
     assert set(seen) == {tried}
 
 
-def test_a_cache_leaves_what_steps_need(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_leaves_the_memory_of_steps_free(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(images / "train")
     needed = int(pixel_bytes(source).sum())
     monkeypatch.setattr("pipelines.loading.pixel_cache.PixelStore", lambda sizes, device, on: device)
@@ -128,7 +128,7 @@ def test_a_cache_leaves_what_steps_need(images: Path, monkeypatch: pytest.Monkey
     assert "the GPU's memory keeps" in choose("device", 8.8)
     with pytest.raises(Exception, match=r"cache is 'device' but .* are for training steps\) can be taken"):
         choose("device", 9.0)
-    with pytest.raises(Exception, match=r"can be taken: take --cache off"):  # not device, which is full
+    with pytest.raises(Exception, match=r"can be taken: take --cache off"):  # not device: it is full
         choose("host", 9.0)
     with pytest.raises(Exception, match=r"can be taken: take --cache device"):
         choose("host", 8.0)
@@ -138,10 +138,10 @@ def test_a_cache_leaves_what_steps_need(images: Path, monkeypatch: pytest.Monkey
     ("cache", "device", "expected"),
     [("auto", CUDA, 600), ("host", CUDA, 600), ("off", CUDA, 0), ("auto", CPU, 0)],
 )
-def test_steps_are_tried_before_a_cache_is_made(
+def test_steps_are_measured_before_images_are_cached(
     tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, cache: Any, device: torch.device, expected: int
 ) -> None:
-    """host, too: the validation images may lie on the GPU."""
+    """With --cache host too: the validation images may be cached on the GPU."""
     seen: list[tuple[int, str]] = []
 
     def peak(recipe: Recipe, device: Any, *, images: int, cuda_graph: str) -> int | None:
@@ -157,8 +157,8 @@ def test_steps_are_tried_before_a_cache_is_made(
         assert seen[1] == (8, "auto")
 
 
-def test_the_networks_count_once(images: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps need their peak but for what the networks have taken by then."""
+def test_the_networks_are_counted_once(images: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The networks' memory, reserved by then, is part of the peak."""
     seen: list[Memory] = []
 
     def keep(source: Any, choice: str, *, device: Any, memory: Memory, progress: Any) -> tuple[Any, str]:
@@ -175,7 +175,7 @@ def test_the_networks_count_once(images: Path, tiny_recipe: Recipe, monkeypatch:
 
 
 @pytest.mark.gpu
-def test_a_run_takes_no_more_than_was_measured(tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_takes_no_more_memory_than_was_measured(tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     recipe = replace(tiny_recipe, batch_size=256, compile="off")
     peak = peak_step_memory(recipe, CUDA, images=256, cuda_graph="on")
@@ -187,5 +187,5 @@ def test_a_run_takes_no_more_than_was_measured(tiny_recipe: Recipe, monkeypatch:
         step(views, number)
     assert step.captured
     assert peak is not None
-    assert left < peak / 4  # what was tried is freed
+    assert left < peak / 4  # the trial is freed
     assert torch.cuda.max_memory_reserved() <= 1.1 * peak
