@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipelines.order import Ranks
 from pipelines.runtime import InputError
 
 T = TypeVar("T")
@@ -69,9 +70,10 @@ class World:
         return self.rank == 0
 
     @property
-    def beside(self) -> range:
-        """The ranks on this machine, which torchrun numbers one behind the other."""
-        return range(self.rank - self.local_rank, self.rank - self.local_rank + self.local_size)
+    def ranks(self) -> Ranks:
+        """This process for the loader; torchrun numbers the ranks of a host consecutively."""
+        first = self.rank - self.local_rank
+        return Ranks(rank=self.rank, size=self.size, on_host=range(first, first + self.local_size))
 
     def max(self, value: float) -> float:
         """The largest of all ranks' values. Waits for the other hosts, not for a device."""

@@ -1,4 +1,4 @@
-"""Which image comes when: a pure function of (seed, epoch, step, rank, world size)."""
+"""The order of images: a pure function of (seed, epoch, step, rank, number of ranks)."""
 
 from __future__ import annotations
 
@@ -10,30 +10,53 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.runtime import InputError, invalid
-from pipelines.views import randomness as rng
+from pipelines.views import randomness
 
-_KEYS = 1 << 15  # images whose keys are made at once: what fits in a core's cache
+_KEYS = 1 << 15  # images whose keys are computed at once: what fits in a core's cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among those that share each batch. The default is a single process.
+
+    Attributes:
+        rank: of this process, 0 to size - 1.
+        size: number of processes.
+        on_host: the ranks on this host, which share its page cache; None for all.
+    """
+
+    rank: int = 0
+    size: int = 1
+    on_host: range | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise invalid("world_size", self.size, "1 or more", "give the number of processes")
+        if not 0 <= self.rank < self.size:
+            raise invalid("rank", self.rank, f"between 0 and {self.size - 1}", "give the rank of this process")
+
+
+SINGLE = Ranks()
+"""A run of one process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """The order of the images of every epoch.
 
-    An epoch is one permutation of the data set; global batch k is its k-th slice and each rank takes a contiguous share
-    of that slice, so that the same seed gives the same global batches on any number of ranks. The short last batch is
-    dropped.
+    An epoch is one permutation of the data set. Global batch k is its k-th slice, and each rank takes a contiguous part
+    of that slice: the same seed gives the same global batches on any number of ranks. The short last batch is dropped.
 
-    With `chunk`, for data that does not fit in memory on a disk that is slow at random places: runs of `chunk` images
-    that lie one behind the other are put in a random order, and only the images of the runs of one window after the
-    other are mixed. Reading is a window ahead then, run by run (see `reading`), so that a disk reads in long pieces
-    and memory has to hold two windows' encoded bytes.
+    With `chunk`, for data that does not fit in memory on a disk with slow random access: blocks of `chunk` consecutive
+    images are shuffled within a shuffle buffer of `window` images. Reading is one buffer ahead then, block by block
+    (see `reading`), so the disk reads long sequences, and memory holds the encoded bytes of two buffers.
 
     Attributes:
         num_images: images in the data set.
         batch_size: images per step over all ranks.
         seed: in [0, 2**64).
-        chunk: images of a run; 0 mixes all images.
-        window: images that are mixed at a time where `chunk` is given; whole runs, so up to `chunk - 1` fewer.
+        chunk: images of a block; 0 shuffles all images.
+        window: images of the shuffle buffer, with `chunk`; whole blocks, so up to `chunk - 1` fewer.
     """
 
     num_images: int
@@ -50,20 +73,24 @@ class Order:
         if self.batch_size > self.num_images:
             raise InputError(
                 f"batch_size is {self.batch_size} but the data set has only {self.num_images} images: lower batch_size "
-                f"to at most {self.num_images} or give more images."
+                f"to at most {self.num_images} or give more images.",
+                field="batch_size",
             )
         if not 0 <= self.seed < 2**64:
             raise invalid("seed", self.seed, "between 0 and 2**64 - 1", "give another seed")
         if self.chunk < 0:
-            raise invalid("chunk", self.chunk, "0 or more images", "give 0 to mix all images")
+            raise invalid("chunk", self.chunk, "0 or more images", "give 0 to shuffle all images")
         if self.window < max(1, self.chunk):
             raise invalid(
-                "window", self.window, f"at least the {max(1, self.chunk)} images of a run", "mix more, or shorter runs"
+                "window",
+                self.window,
+                f"at least the {max(1, self.chunk)} images of a block",
+                "enlarge the shuffle buffer, or shorten the blocks",
             )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole global batches in an epoch."""
+        """Full global batches in an epoch."""
         return self.num_images // self.batch_size
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
@@ -74,101 +101,85 @@ class Order:
         """
         order = self._shuffled(self.num_images, epoch, block=0)
         if self.chunk:
-            order = order[np.argsort(self._window_of(order, epoch), kind="stable")]
+            order = order[np.argsort(self._buffer_of(order, epoch), kind="stable")]
         return order
 
+    def positions(self, step: int, ranks: Ranks = SINGLE) -> slice:
+        """This rank's slice of the epoch's permutation in a step.
+
+        Raises:
+            InputError: the step does not exist, or the batch does not divide among the ranks.
+        """
+        if self.batch_size % ranks.size:
+            raise invalid(
+                "batch_size", self.batch_size, f"a multiple of the {ranks.size} ranks", "give each rank as many images"
+            )
+        if not 0 <= step < self.steps_per_epoch:
+            raise invalid("step", step, f"between 0 and {self.steps_per_epoch - 1}", "count steps within the epoch")
+        share = self.batch_size // ranks.size
+        start = step * self.batch_size + ranks.rank * share
+        return slice(start, start + share)
+
+    def batch(self, epoch: int, step: int, ranks: Ranks = SINGLE) -> NDArray[np.int64]:
+        """Images of this rank in a step: int64 [batch_size // ranks.size].
+
+        Shuffles the whole epoch for one batch; a loop calls `permutation` once and slices it by `positions`.
+        """
+        return self.permutation(epoch)[self.positions(step, ranks)]
+
     @property
-    def window_steps(self) -> int:
-        """Batches that `reading` must be ahead of their use so that a window is there when it is needed; 0 of none."""
+    def buffer_steps(self) -> int:
+        """Batches that `reading` must be ahead so that a full shuffle buffer has been read; 0 without `chunk`."""
         return 1 + -(-min(self.window, self.num_images) // self.batch_size) if self.chunk else 0
 
     def reading(
-        self,
-        permutation: NDArray[np.int64],
-        epoch: int,
-        *,
-        first_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        beside: range | None = None,
+        self, permutation: NDArray[np.int64], epoch: int, ranks: Ranks = SINGLE, *, first_step: int = 0
     ) -> NDArray[np.int64]:
-        """What a rank should read ahead in an epoch from a step on: int64 [steps, share of a batch].
+        """What a rank should read ahead in an epoch: int64 [steps, per-rank batch].
 
-        That are its own images in the order of their use. In a chunked order it is its part of all that the ranks on
-        its machine use, which share a cache of files: one window after the other, each in the data set's order.
+        Without `chunk`, its own images in the order of use. With it, its part of all images that the ranks on its host
+        use (they share the page cache): one shuffle buffer after another, each in the order of the data set.
 
         Args:
             permutation: int64 [num_images], that of the epoch.
             epoch: its number.
+            ranks: this process.
             first_step: images of earlier steps are left out.
-            rank, world_size: whose.
-            beside: the ranks on its machine; None takes all.
-
-        Raises:
-            InputError: as `positions`.
         """
-        share = self.positions(0, rank=rank, world_size=world_size)
+        share = self.positions(0, ranks)
         size = share.stop - share.start
         used = permutation[first_step * self.batch_size : self.steps_per_epoch * self.batch_size]
         used = used.reshape(-1, self.batch_size)  # [steps, batch]
         if not self.chunk:
             return used[:, share]
-        here = range(world_size) if beside is None else beside
+        here = range(ranks.size) if ranks.on_host is None else ranks.on_host
         used = used[:, here.start * size : here.stop * size].reshape(-1)
-        used = used[np.lexsort((used, self._window_of(used, epoch)))]
-        return used.reshape(-1, len(here), size)[:, rank - here.start]
+        used = used[np.lexsort((used, self._buffer_of(used, epoch)))]
+        return used.reshape(-1, len(here), size)[:, ranks.rank - here.start]
 
-    def _window_of(self, index: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        """In which window of a chunked epoch each of these images is: int64, the shape of `index`."""
-        runs = -(-self.num_images // self.chunk)
-        place = np.argsort(self._shuffled(runs, epoch, block=1))  # [runs]
-        windows: NDArray[np.int64] = place[index // self.chunk] // (self.window // self.chunk)
-        return windows
+    def _buffer_of(self, index: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """Number of the shuffle buffer of each of these images in an epoch: int64, the shape of `index`."""
+        blocks = -(-self.num_images // self.chunk)
+        position = np.argsort(self._shuffled(blocks, epoch, block=1))  # [blocks]
+        buffers: NDArray[np.int64] = position[index // self.chunk] // (self.window // self.chunk)
+        return buffers
 
     def _shuffled(self, count: int, epoch: int, *, block: int) -> NDArray[np.int64]:
-        """The numbers below `count` in a random order: int64 [count]."""
+        """The numbers below `count` in random order: int64 [count]; `block` is that of the counter-based generator."""
         keys = []
         for start in range(0, count, _KEYS):
-            index = torch.arange(start, min(start + _KEYS, count))
-            high, low, _, _ = rng.words(
+            high, low, _, _ = randomness.words(
                 seed=self.seed,
                 epoch=epoch,
-                index=index,
-                view=torch.tensor(rng.ORDER_VIEW),
+                index=torch.arange(start, min(start + _KEYS, count)),
+                view=torch.tensor(randomness.ORDER_VIEW),
                 block=torch.tensor(block),
             )
             keys.append(high << 32 | low)  # one random 64-bit key each
-        # Stable, so that even equal keys have one order.
-        order: NDArray[np.int64] = torch.argsort(torch.cat(keys), stable=True).numpy()
+        order: NDArray[np.int64] = torch.argsort(
+            torch.cat(keys), stable=True
+        ).numpy()  # stable: one order for equal keys
         return order
-
-    def positions(self, step: int, *, rank: int = 0, world_size: int = 1) -> slice:
-        """Where in the epoch's permutation a rank's share of a step's batch lies.
-
-        Raises:
-            InputError: the step or the rank does not exist, or the batch does not divide among the ranks.
-        """
-        if self.batch_size % world_size:
-            raise invalid(
-                "batch_size", self.batch_size, f"a multiple of the {world_size} ranks", "give each rank as many images"
-            )
-        if not 0 <= rank < world_size:
-            raise invalid("rank", rank, f"between 0 and {world_size - 1}", "give the rank of this process")
-        if not 0 <= step < self.steps_per_epoch:
-            raise invalid("step", step, f"between 0 and {self.steps_per_epoch - 1}", "count steps within the epoch")
-        share = self.batch_size // world_size
-        start = step * self.batch_size + rank * share
-        return slice(start, start + share)
-
-    def batch(self, epoch: int, step: int, *, rank: int = 0, world_size: int = 1) -> NDArray[np.int64]:
-        """The images of a rank's share of a step: int64 [batch_size // world_size].
-
-        Sorts the whole epoch for one batch; a loop takes `permutation` once and slices it by `positions`.
-
-        Raises:
-            InputError: as `permutation` and `positions`.
-        """
-        return self.permutation(epoch)[self.positions(step, rank=rank, world_size=world_size)]
 
 
 def replacement(permutation: NDArray[np.int64], position: int, bad: Collection[int]) -> tuple[int, int]:
@@ -176,11 +187,11 @@ def replacement(permutation: NDArray[np.int64], position: int, bad: Collection[i
 
     Args:
         permutation: int64 [num_images], the epoch's order.
-        position: place of the image to be replaced.
+        position: of the image to replace.
         bad: dataset indices that cannot be used; a set is fastest.
 
     Returns:
-        (dataset index, its place in the permutation).
+        (dataset index, its position).
 
     Raises:
         InputError: every other image is bad.

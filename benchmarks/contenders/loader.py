@@ -19,7 +19,7 @@ from pipelines.batch import with_index
 from pipelines.decode import DecodeOptions, DecoderName, default_threads, make_decoder
 from pipelines.loader import Loader
 from pipelines.loading.fetch import Fetcher
-from pipelines.loading.pixel_cache import free_memory, keep_decoded
+from pipelines.loading.pixel_cache import free_memory, with_cache
 from pipelines.order import Order
 from pipelines.runtime import InputError
 from pipelines.storage import open_source, split_paths
@@ -122,7 +122,7 @@ def _kept(setup: Setup) -> Source:
     device = with_index(setup.device)
     place: Literal["device", "host"] = "device" if device.type == "cuda" else "host"
     memory = free_memory(device, processes=1)
-    source, _ = keep_decoded(open_train(setup.data), place, device=device, memory=memory)
+    source, _ = with_cache(open_train(setup.data), place, device=device, memory=memory)
     decoder = make_decoder(setup.decoder, device=device, batch_size=setup.batch_size, threads=default_threads())
     fetch = Fetcher(source, decoder)
     for start in range(0, len(source), setup.batch_size):

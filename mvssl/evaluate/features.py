@@ -25,7 +25,7 @@ from mvssl.evaluate.feature_store import BAD, DONE, Dtype, FeatureStore, bytes_n
 from mvssl.evaluate.session import Computing, Session
 from mvssl.monitor.console import counting_progress
 from pipelines.decode import DecodeOptions
-from pipelines.loading.eval_loader import EvaluationBatch, iterate_center, iterate_drawn
+from pipelines.loading.eval_loader import EvaluationBatch, iterate_augmented, iterate_center
 from pipelines.loading.fetch import too_many_bad
 from pipelines.loading.pixel_cache import free_memory
 from pipelines.runtime import InputError
@@ -269,7 +269,7 @@ def fill_store(
                 continue
             wanted = images[mine - view * len(images)]
             make = (
-                partial(iterate_drawn, source, spec, seed=seed, epoch=view - 1)
+                partial(iterate_augmented, source, spec, seed=seed, epoch=view - 1)
                 if view
                 else partial(iterate_center, source, resize=evaluation.resize, crop=evaluation.crop)
             )
@@ -353,7 +353,7 @@ def loaded(session: Session, store: FeatureStore, labels: NDArray[np.int64]) -> 
     """
     rows = np.flatnonzero(store.state == DONE)
     device = session.device
-    memory = free_memory(device, processes=len(session.world.beside))
+    memory = free_memory(device, processes=session.world.local_size)
     whole = len(rows) == len(store.state)
     values = torch.from_numpy(store.values)  # mapped: read when it is used
     if not whole:

@@ -30,7 +30,7 @@ from mvssl.models.backbones import is_convolutional, to_memory_format
 from mvssl.runs import checkpoint
 from pipelines.loader import Loader
 from pipelines.loading.eval_loader import iterate_center
-from pipelines.loading.pixel_cache import Cache, free_memory, keep_decoded
+from pipelines.loading.pixel_cache import Cache, free_memory, with_cache
 from pipelines.order import Order
 from pipelines.runtime import InputError, invalid
 from pipelines.storage.source import Source
@@ -218,8 +218,8 @@ def train_classifier(
         raise InputError("precision is 'fp16' but fine-tuning needs bf16 or fp32, which need no scaling of gradients.")
     views = (train_view(size),)
     order = Order(num_images=len(source), batch_size=supervision.batch_size, seed=supervision.seed)
-    memory = free_memory(device, processes=len(world.beside))
-    kept, said = keep_decoded(source, supervision.cache, device=device, memory=memory)
+    memory = free_memory(device, processes=world.local_size)
+    kept, said = with_cache(source, supervision.cache, device=device, memory=memory)
     if said:
         say(said)
     groups = _groups(model, supervision)
@@ -241,9 +241,7 @@ def train_classifier(
         views,
         order,
         device=device,
-        rank=world.rank,
-        world_size=world.size,
-        beside=world.beside,
+        ranks=world.ranks,
         decode=computing.decode,
     )
     steps = order.steps_per_epoch

@@ -26,7 +26,7 @@ from mvssl.training.memory import peak_step_memory
 from mvssl.training.step import TrainStep
 from mvssl.weights.backbone_file import export_backbone
 from pipelines.loader import Loader
-from pipelines.loading.pixel_cache import Cache, KeptSource, free_memory, keep_decoded
+from pipelines.loading.pixel_cache import Cache, CachedSource, free_memory, with_cache
 from pipelines.order import Order
 from pipelines.runtime import InputError
 from pipelines.storage import open_source, split_paths
@@ -172,7 +172,7 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
         cached = partial(_cached, device=device, console=console, world=world, steps=steps)
         source, cache = world.together(partial(cached, source, options.cache))
         if val is not None and options.cache != "off":  # an explicit place is for the training images only
-            taken = source.store.nbytes if isinstance(source, KeptSource) else 0
+            taken = source.cache.nbytes if isinstance(source, CachedSource) else 0
             val, _ = world.together(partial(cached, val, "auto", taken=taken))
         loader = Loader(
             source,
@@ -182,9 +182,7 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
             dtype=step.input_dtype,
             decode=options.decode,
             prefetch=options.prefetch,
-            rank=world.rank,
-            world_size=world.size,
-            beside=world.beside,
+            ranks=world.ranks,
         )
         stack.callback(loader.close)
         yield Experiment(
@@ -269,7 +267,7 @@ def _make_order(recipe: Recipe, source: Source, val: Source | None, world: World
         chunk=recipe.order_chunk,
         window=recipe.order_window,
     )
-    order.positions(0, rank=world.rank, world_size=world.size)  # checks that the batch divides among the ranks
+    order.positions(0, world.ranks)  # checks that the batch divides among the ranks
     return order
 
 
@@ -310,7 +308,7 @@ def _cached(
     """
     if choice == "off":
         return source, ""
-    memory = free_memory(device, processes=len(world.beside))
+    memory = free_memory(device, processes=world.local_size)
     memory = replace(memory, host=max(0, memory.host - taken), steps=steps)
     progress = indexing_progress(console, source.location, what="sizes of")
-    return keep_decoded(source, choice, device=device, memory=memory, progress=progress)
+    return with_cache(source, choice, device=device, memory=memory, progress=progress)

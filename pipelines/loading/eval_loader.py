@@ -1,4 +1,4 @@
-"""Evaluation views: every image once, in the order asked for: its centre crop, or a view that is drawn."""
+"""Evaluation loader: every image once in a given order, as its centre crop or as one augmented view."""
 
 from __future__ import annotations
 
@@ -41,32 +41,32 @@ def iterate_center(
     indices: Sequence[int] | np.ndarray | None = None,
     prefetch: int = 2,
 ) -> Generator[EvaluationBatch, None, None]:
-    """Iterate over images in order, prepared in a thread; the last short batch is kept.
+    """Iterate over centre crops in order, prepared in a thread; the last short batch is kept.
 
-    An image that cannot be decoded is named in a log warning and left out, so a batch may be smaller than asked for.
-    Whoever leaves early closes the generator (`contextlib.closing`): left to the garbage collector, its threads would
-    be ended in whatever thread collects.
+    An image that cannot be decoded is named in a warning and left out, so batches may be smaller than `batch_size`.
+    Close the generator if you leave early (`contextlib.closing`): garbage collection would stop its threads in any
+    thread.
 
     Args:
         source: the encoded images.
-        resize: the short side's length before the crop, in pixels.
-        crop: side of the square in the middle, in pixels.
-        batch_size: images of a batch.
+        resize: short side before the crop, in pixels.
+        crop: side of the centre crop, in pixels.
+        batch_size: images per batch.
         device: where the views are made and handed over.
         dtype: of the views.
-        decode: who decodes; None takes `DecodeOptions()`.
-        indices: dataset indices to take, in this order; None takes all.
+        decode: decoder options; None for the defaults.
+        indices: dataset indices, in this order; None for all.
         prefetch: finished batches that may wait.
 
     Raises:
         InputError: a number is below 1, `resize` or `crop` does not suit `center_views`, an index does not exist; while
-            iterating: not one image could be decoded, the decoder fails, or the storage is damaged.
+            iterating: no image could be decoded, the decoder fails, or the storage is damaged.
     """
     make = partial(center_views, resize=resize, crop=crop, dtype=dtype)
     return _iterate(source, make, batch_size, device, decode, indices, prefetch)
 
 
-def iterate_drawn(
+def iterate_augmented(
     source: Source,
     spec: ViewSpec,
     *,
@@ -79,11 +79,7 @@ def iterate_drawn(
     indices: Sequence[int] | np.ndarray | None = None,
     prefetch: int = 2,
 ) -> Generator[EvaluationBatch, None, None]:
-    """As `iterate_center`, but with one view of `spec` for each image, as drawn for (seed, epoch, image).
-
-    Raises:
-        InputError: as `iterate_center`, or `seed` or `epoch` is out of range.
-    """
+    """As `iterate_center`, with one view of `spec` per image, sampled for (seed, epoch, image)."""
     engine = ViewEngine((spec,), device=with_index(device), dtype=dtype)
 
     def make(batch: DecodedBatch) -> Tensor:
@@ -109,10 +105,10 @@ def _iterate(
     if wanted.size and not 0 <= int(np.min(wanted)) <= int(np.max(wanted)) < len(source):
         outside = wanted[(wanted < 0) | (wanted >= len(source))]
         raise invalid("indices", int(outside[0]), f"in [0, {len(source)})", "give indices of this data set")
-    place = with_index(device)
-    fetch = Fetcher(source, decoder_of(decode, device=place, batch_size=batch_size))
+    device = with_index(device)
+    fetch = Fetcher(source, decoder_of(decode, device=device, batch_size=batch_size))
     batches = [wanted[at : at + batch_size].tolist() for at in range(0, len(wanted), batch_size)]
-    side = SideStream(place)
+    side = SideStream(device)
     return _consume(_produce(source, fetch, batches, side, make), fetch, prefetch)
 
 

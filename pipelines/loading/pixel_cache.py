@@ -1,7 +1,4 @@
-"""Decoded images kept: one buffer for the pixels of a whole data set, filled as its images are first used.
-
---cache: whether a data set's decoded images are kept, and where, worked out before anything is decoded.
-"""
+"""Pixel cache (`--cache`): decoded images of a whole data set in one buffer, filled as images are first used."""
 
 from __future__ import annotations
 
@@ -26,82 +23,77 @@ from pipelines.runtime import InputError, invalid
 from pipelines.storage.source import ReadsAhead, ReadsTogether, Source
 
 _log = logging.getLogger("mvssl.data")
-_MARKS = 4  # times that the filling is said
+_REPORTS = 4  # progress messages while the cache fills
 
 cuda: Any = torch.cuda  # Any: torch ships its streams and events without types
 
 
-class PixelStore:
-    """The pixels of images by their dataset index. Safe for several threads.
+class PixelCache:
+    """Pixels of images by dataset index; thread-safe.
 
     Attributes:
-        nbytes: of the whole buffer.
+        nbytes: size of the whole buffer.
     """
 
     def __init__(self, sizes: NDArray[np.int64], *, device: torch.device, on: torch.device) -> None:
-        """Reserve the memory.
+        """Allocate the buffer.
 
         Args:
-            sizes: int64 [len], bytes of each image's pixels; 0 for one that is not to be kept.
-            device: where the pixels lie: that of the views, or the CPU.
-            on: where the views are made; pixels that lie elsewhere are copied into one piece that is quick to upload.
+            sizes: int64 [len], bytes of each image's pixels; 0 for an image that is not cached.
+            device: of the buffer: that of the views, or the CPU.
+            on: where the views are made; pixels on another device are copied into one pinned buffer for upload.
 
         Raises:
-            torch.OutOfMemoryError, RuntimeError, MemoryError: there is not so much.
+            torch.OutOfMemoryError, RuntimeError, MemoryError: memory is full.
         """
         ends = np.cumsum(sizes)
         self.nbytes = int(ends[-1]) if len(ends) else 0
         self._room = sizes
         self._offset = torch.from_numpy(ends - sizes)  # int64 [len]
-        self._sizes = torch.zeros((len(sizes), 2), dtype=torch.int64)  # (height, width), once it is there
-        self._there = np.zeros(len(sizes), dtype=bool)
+        self._sizes = torch.zeros((len(sizes), 2), dtype=torch.int64)  # (height, width), once cached
+        self._cached = np.zeros(len(sizes), dtype=bool)
         self._moves = device.type != on.type
-        # Not pinned: torch would take the next power of two of bytes, all at once. `batch` pins what is uploaded.
+        # Not pinned: torch would round up to a power of two. `batch` pins what is uploaded.
         self._pixels = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
         self._lock = threading.Lock()
-        self._kept = self._said = 0  # bytes, and marks of the filling that were said
-        self._written: dict[int, Any] = {}  # CUDA event behind the last writing of each stream
-        self._odd: set[int] = set()
+        self._cached_bytes = self._reported = 0
+        self._written: dict[int, Any] = {}  # CUDA event after the last write of each stream
+        self._changed: set[int] = set()  # images whose size is not the expected one
 
     def __contains__(self, index: int) -> bool:
-        return bool(self._there[index])
+        return bool(self._cached[index])
 
     def add(self, batch: DecodedBatch) -> None:
-        """Keep the images of a batch, as far as they have the sizes that room was made for."""
+        """Cache the images of a batch that have the expected sizes."""
         with self._lock:
             places: list[torch.Tensor] = []
             images: list[torch.Tensor] = []
             for n, index in enumerate(batch.index.tolist()):
                 height, width = batch.sizes[n].tolist()
                 room = int(self._room[index])
-                if self._there[index] or index in self._odd:
+                if self._cached[index] or index in self._changed:
                     continue
                 if 3 * height * width != room:
-                    self._odd.add(index)
+                    self._changed.add(index)
                     if room:
-                        _log.warning("An image was changed while the data was being read: it is decoded at every use.")
+                        _log.warning("An image file changed during the run: it is decoded at every use.")
                     continue
                 start = int(self._offset[index])
                 places.append(self._pixels[start : start + room].view(height, width, 3))
                 images.append(batch.image(n).to(self._pixels.device))
                 self._sizes[index] = batch.sizes[n]
-                self._there[index] = True
-                self._kept += room
+                self._cached[index] = True
+                self._cached_bytes += room
             if places:
                 torch._foreach_copy_(places, images)
                 if self._pixels.is_cuda:
                     stream, event = cuda.current_stream(self._pixels.device), cuda.Event()
                     event.record(stream)
                     self._written[stream.cuda_stream] = event
-        self._say()
+        self._report()
 
     def batch(self, indices: Sequence[int], labels: NDArray[np.int64]) -> DecodedBatch:
-        """The images of these dataset indices, all of which are there.
-
-        Args:
-            indices: N of them, in the order wanted.
-            labels: int64 [N].
-        """
+        """The images of these dataset indices, all of which must be cached; `labels` is int64 [N]."""
         index = torch.tensor(indices, dtype=torch.int64)
         with self._lock:
             offset, sizes = self._offset[index], self._sizes[index]
@@ -123,19 +115,19 @@ class PixelStore:
             labels=torch.from_numpy(labels),
         )
 
-    def _say(self) -> None:
-        """Say at every quarter how much is there."""
-        mark = _MARKS * self._kept // self.nbytes if self.nbytes else 0
-        if mark > self._said:
-            self._said = mark
-            _log.info("cache: %d %% of the images are decoded and kept", 100 * self._kept // self.nbytes)
+    def _report(self) -> None:
+        """Log at every quarter how much is cached."""
+        mark = _REPORTS * self._cached_bytes // self.nbytes if self.nbytes else 0
+        if mark > self._reported:
+            self._reported = mark
+            _log.info("cache: %d %% of the images are cached", 100 * self._cached_bytes // self.nbytes)
 
 
-class KeptSource:
-    """A source whose decoded images are kept in a store; meets the `Source` contract, as the source itself does."""
+class CachedSource:
+    """A source with a pixel cache."""
 
-    def __init__(self, source: Source, store: PixelStore) -> None:
-        self.store = store
+    def __init__(self, source: Source, cache: PixelCache) -> None:
+        self.cache = cache
         self._source = source
         self.labels, self.classes, self.nbytes = source.labels, source.classes, source.nbytes
         self.fingerprint, self.location = source.fingerprint, source.location
@@ -157,8 +149,8 @@ class KeptSource:
         return self._source.key(index)
 
     def will_need(self, indices: Sequence[int]) -> None:
-        """As the source, for images that are not kept yet."""
-        missing = [index for index in indices if index not in self.store]
+        """As the source, for images that are not cached yet."""
+        missing = [index for index in indices if index not in self.cache]
         if missing and isinstance(self._source, ReadsAhead):
             self._source.will_need(missing)
 
@@ -170,11 +162,11 @@ class KeptSource:
 Cache = Literal["off", "host", "device", "auto"]
 CHOICES = ("off", "host", "device", "auto")
 SHARE = {"device": 0.4, "host": 0.5}
-"""Of the free memory that auto takes at most: evaluations and other programs need the rest."""
+"""Fraction of free memory that `auto` takes at most: evaluations and other programs need the rest."""
 MOST = 0.9
-"""Of the free memory that may be asked for by name, and of what steps leave of a GPU's."""
+"""Fraction of free memory that `host` or `device` may take, and of what training steps leave of a GPU's."""
 _READERS = 8
-_PART = 1000  # images between two reports
+_CHUNK = 1000  # images per progress report
 _GB = 1e9
 
 
@@ -183,9 +175,9 @@ class Memory:
     """Free memory in bytes.
 
     Attributes:
-        host: of the machine, for each of the processes that train on it.
+        host: of the machine, per process.
         device: of the GPU; 0 without one.
-        steps: what training steps will take of the GPU's.
+        steps: GPU memory that training steps will take.
     """
 
     host: int
@@ -193,18 +185,18 @@ class Memory:
     steps: int = 0
 
     def of(self, place: str) -> int:
-        """Free bytes at a place."""
+        """Free bytes of "host" or "device"."""
         return self.host if place == "host" else self.device
 
     def most(self, place: str, choice: Cache) -> int:
-        """Bytes that pixels may take there."""
+        """Bytes that cached pixels may take there."""
         left = self.of(place) - (self.steps if place == "device" else 0)
         named = int(MOST * max(0, left))
         return min(named, int(SHARE[place] * self.of(place))) if choice == "auto" else named
 
 
 def free_memory(device: torch.device, *, processes: int) -> Memory:
-    """What is free now, within the limit that a container sets."""
+    """Free memory, within the limit of a container."""
     free = [_available()]
     limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:
@@ -213,7 +205,7 @@ def free_memory(device: torch.device, *, processes: int) -> Memory:
     return Memory(host=min(free) // processes, device=on_gpu)
 
 
-def keep_decoded(
+def with_cache(
     source: Source,
     choice: Cache,
     *,
@@ -221,23 +213,19 @@ def keep_decoded(
     memory: Memory,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Source, str]:
-    """The source itself, or one whose decoded images are kept from their first use on.
+    """A source with a pixel cache, or the source itself; and a sentence on the choice ("" for off).
 
-    Every process keeps all images, since every one comes to each sooner or later.
+    Every process caches all images, since each image reaches every process sooner or later.
 
     Args:
         source: the encoded images.
-        choice: where to keep them; auto takes the GPU's memory, else the machine's, else none, by `SHARE`; steps keep
-            what they need of the GPU's.
+        choice: where to cache; auto takes GPU memory, else host memory, else none, within `SHARE`.
         device: where the views are made.
-        memory: what is free.
+        memory: free memory.
         progress: called with the number of images whose size is known.
 
-    Returns:
-        The source, and a sentence that says what is kept where and why; "" for off.
-
     Raises:
-        InputError: the place that was named has not so much memory, or there is no such place.
+        InputError: the requested memory is too small or does not exist.
     """
     if choice not in CHOICES:
         raise invalid("cache", choice, f"one of {', '.join(CHOICES)}", "choose one of these")
@@ -245,12 +233,13 @@ def keep_decoded(
         return source, ""
     if choice == "device" and device.type != "cuda":
         raise InputError(
-            f"cache is 'device' but must be off, host or auto on a {device.type} device, whose memory is the "
-            "machine's: take host."
+            f"cache is 'device' but must be off, host or auto on a {device.type} device, which has no memory of its "
+            "own: take host.",
+            field="cache",
         )
     places = [choice] if choice != "auto" else ["device", "host"] if device.type == "cuda" else ["host"]
     most = {place: memory.most(place, choice) for place in places}
-    least = int(source.nbytes.sum())  # decoded images are larger than their files
+    least = int(source.nbytes.sum())  # decoded images are larger than encoded ones
     if least > max(most.values()):
         return source, _refused(choice, least, f"more than {_gb(least)}", most, memory)
     sizes = pixel_bytes(source, progress=progress)
@@ -258,29 +247,31 @@ def keep_decoded(
     fitting = [place for place in places if needed <= most[place]]
     if not fitting:
         return source, _refused(choice, needed, _gb(needed), most, memory)
-    return _kept(source, sizes, fitting, device)
+    return _allocated(source, sizes, fitting, device)
 
 
-def _kept(source: Source, sizes: NDArray[np.int64], places: list[str], device: torch.device) -> tuple[Source, str]:
-    """Reserve the memory at the first place that has it; the source itself where none has."""
+def _allocated(source: Source, sizes: NDArray[np.int64], places: list[str], device: torch.device) -> tuple[Source, str]:
+    """Allocate the cache in the first memory with room; the source itself if none has."""
     needed, failures = _gb(int(sizes.sum())), []
     for place in places:
         where = device if place == "device" else torch.device("cpu")
         try:
-            store = PixelStore(sizes, device=where, on=device)
+            cache = PixelCache(sizes, device=where, on=device)
         except (RuntimeError, MemoryError) as error:
-            failures.append(f"the {_name(place)}'s memory had no room for {needed} ({_first(error)})")
+            failures.append(f"{_name(place)} memory had no room for {needed} ({_first(error)})")
             continue
-        said = f"cache: the {_name(place)}'s memory keeps {needed} of pixels; each image is decoded once"
-        return KeptSource(source, store), "; ".join([said, *failures])
+        said = f"cache: {needed} of pixels in {_name(place)} memory; each image is decoded once"
+        return CachedSource(source, cache), "; ".join([said, *failures])
     return source, f"cache: OFF, images are decoded at every use: {'; '.join(failures)}"
 
 
 def _refused(choice: Cache, needed: int, told: str, most: dict[str, int], memory: Memory) -> str:
-    """Why no images are kept; raises where it was asked for."""
-    allowed = " and ".join(f"{_gb(most[place])} of the {_name(place)}'s {_gb(memory.of(place))} free" for place in most)
+    """Why nothing is cached; raises if a cache was requested."""
+    allowed = " and ".join(
+        f"{_gb(most[place])} of {_gb(memory.of(place))} free {_name(place)} memory" for place in most
+    )
     if memory.steps and "device" in most:
-        allowed += f" ({_gb(memory.steps)} of the GPU's are for training steps)"
+        allowed += f" ({_gb(memory.steps)} of GPU memory are for training steps)"
     if choice == "auto":
         return f"cache: off, because the pixels of all images take {told}, and at most {allowed} are taken"
     other: Cache = "host" if choice == "device" else "device"
@@ -288,17 +279,18 @@ def _refused(choice: Cache, needed: int, told: str, most: dict[str, int], memory
     remedy = f"take --cache {other} ({_gb(memory.of(other))} free), or " if fits else "take "
     raise InputError(
         f"cache is {choice!r} but the pixels of all images take {told} and at most {allowed} can be taken: {remedy}"
-        "--cache off, or convert the images with mvssl-convert --max-size, which makes them smaller."
+        "--cache off, or convert the images with mvssl-convert --max-size, which makes them smaller.",
+        field="cache",
     )
 
 
 def pixel_bytes(source: Source, *, progress: Callable[[int], None] | None = None) -> NDArray[np.int64]:
-    """Bytes that each image has decoded, from its header: int64 [len]; 0 where it cannot be told or is too large.
+    """Decoded size of each image in bytes, from its header: int64 [len]; 0 if unknown or too large.
 
-    Reads every file once, which the first epoch then finds in the system's memory.
+    Reads every file once; the first epoch then finds them in the page cache.
     """
     sizes = np.zeros(len(source), dtype=np.int64)
-    share = max(1, min(_PART, -(-len(source) // _READERS)))
+    share = max(1, min(_CHUNK, -(-len(source) // _READERS)))
     parts = [range(at, min(at + share, len(source))) for at in range(0, len(source), share)]
 
     def measure(part: range) -> int:
@@ -316,11 +308,11 @@ def pixel_bytes(source: Source, *, progress: Callable[[int], None] | None = None
 
 
 def _pixels(source: Source, indices: range) -> Iterator[tuple[int, int]]:
-    """Each index with its number of pixels, 0 where the file does not tell."""
+    """Each index with its number of pixels, as far as the files tell."""
     for index in indices:
         try:
             data = source.read(index)
-        except OSError:  # the fetcher will name it
+        except OSError:  # the fetcher names it
             continue
         header = sniff(data)
         if header is not None:
@@ -329,12 +321,12 @@ def _pixels(source: Source, indices: range) -> Iterator[tuple[int, int]]:
         try:
             with Image.open(io.BytesIO(data.data)) as image:
                 yield index, image.width * image.height
-        except Exception:  # Pillow raises any type on a broken file, which the decoder will name
+        except Exception:  # Pillow raises many types on broken files, which the decoder names
             continue
 
 
 def _available() -> int:
-    """MemAvailable of /proc/meminfo in bytes; where there is none, all that can be addressed."""
+    """MemAvailable of /proc/meminfo in bytes; the address space where there is none."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -343,7 +335,7 @@ def _available() -> int:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None if there is none ("max")."""
+    """The number in a file; None if it holds none ("max")."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):
@@ -351,7 +343,7 @@ def _number(path: Path) -> int | None:
 
 
 def _name(place: str) -> str:
-    return "GPU" if place == "device" else "machine"
+    return "GPU" if place == "device" else "host"
 
 
 def _gb(count: int) -> str:

@@ -1,11 +1,8 @@
-"""Running a generator ahead of its consumer, in a thread, with a bounded queue.
+"""Threads of the loader: a generator in a thread with a bounded queue, read-ahead for storages, and a CUDA side stream.
 
-Telling a storage what is read soon, so that its disk works while decoding and training do.
-
-Work on the GPU beside the training stream: the thread that trains never waits for it on the host.
-
-The thread that prepares batches may: for DALI, which hands a batch over when it knows its sizes, where pinned memory is
-made for the first time, for a crop so large that the CPU resizes it, and when the GPU is `_MOST_HELD` batches behind.
+The training thread never waits for the device on the host. The thread that prepares batches may: for DALI, which
+returns a batch when its sizes are known, for the first allocation of pinned memory, for crops so large that the CPU
+resizes them, and when the GPU is `_MOST_HELD` batches behind.
 """
 
 from __future__ import annotations
@@ -28,196 +25,19 @@ from pipelines.batch import DecodedBatch
 from pipelines.runtime import InputError
 from pipelines.storage.source import ReadsAhead, Source
 
-BATCHES_AHEAD = 4
-"""Batches that the storage hears of before they are read: a disk's queue stays full, and little memory is taken."""
-
-
-class ReadAhead:
-    """Names what is read soon to a source that `ReadsAhead`, in order, in a thread of its own.
-
-    The thread waits where a disk's queue is full or a file on a network is opened, and nobody waits for it: what it has
-    not come to when it is read anyway is left out.
-    """
-
-    def __init__(self, source: Source, batches: Iterator[Sequence[int]], *, lead: int, late: int = 0) -> None:
-        """Begin with the first batches.
-
-        Args:
-            source: the storage.
-            batches: dataset indices, a batch's worth after the other, as they are best read.
-            lead: batches to be ahead, at least 1.
-            late: batches after which something of a batch's worth may still be unread.
-        """
-        self._batches = batches
-        self._waiting: deque[Sequence[int]] = deque(islice(batches, lead), maxlen=lead + late)
-        self._changed = threading.Condition()
-        self._closed = False
-        self._thread: threading.Thread | None = None
-        if isinstance(source, ReadsAhead):
-            # A daemon: it must not keep an interpreter alive whose loader nobody has closed.
-            self._thread = threading.Thread(target=self._name, args=(source,), name="mvssl-ahead", daemon=True)
-            self._thread.start()
-
-    def advance(self) -> None:
-        """One batch is about to be read: name one more; returns at once."""
-        indices = next(self._batches, None)
-        if indices is not None:
-            with self._changed:
-                self._waiting.append(indices)
-                self._changed.notify()
-
-    def close(self) -> None:
-        """End the thread behind the batch that it is at."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _name(self, source: ReadsAhead) -> None:
-        """Runs in the thread."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._waiting)
-                if self._closed:
-                    return
-                indices = self._waiting.popleft()
-            with contextlib.suppress(OSError, InputError):  # reading says so again, in its place
-                source.will_need(indices)
-
-
-cuda: Any = torch.cuda  # Any: torch ships its streams and events without types
-_MOST_HELD = 8  # batches in flight; a GPU further behind makes the producer's thread wait, never the training loop
-
-
-class SideStream:
-    """A CUDA stream for the thread that prepares batches; on other devices everything here does nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = cuda.Stream(device) if device.type == "cuda" else None
-        self._held: deque[tuple[Any, object]] = deque()
-
-    @contextmanager
-    def use(self) -> Iterator[None]:
-        """Make it the current stream (and its device the current device) of this thread."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            yield
-
-    def upload(self, batch: DecodedBatch) -> DecodedBatch:
-        """The batch on the device; through pinned memory, so that the host does not wait for the copy."""
-        if self._stream is None or batch.device.type == "cuda":
-            return batch
-        return replace(batch, pixels=batch.pixels.pin_memory().to(self._device, non_blocking=True))
-
-    def mark(self, *held: object) -> torch.cuda.Event | None:
-        """An event after the work so far; `held` (encoded bytes, decoded pixels) lives until it has happened."""
-        if self._stream is None:
-            return None
-        event: torch.cuda.Event = cuda.Event()
-        event.record(self._stream)
-        self._held.append((event, held))
-        if len(self._held) > _MOST_HELD:
-            self._held[0][0].synchronize()
-        while self._held and self._held[0][0].query():
-            self._held.popleft()
-        return event
-
-
-def receive(tensors: Iterable[Tensor], event: torch.cuda.Event | None) -> None:
-    """In the consumer's thread: let its current stream wait for the event, and keep the memory until it is done."""
-    if event is None:
-        return
-    for tensor in tensors:
-        stream = torch.cuda.current_stream(tensor.device)
-        stream.wait_event(event)
-        tensor.record_stream(stream)
-
-
 T = TypeVar("T")
-_PATROL = 1.0  # seconds of waiting after which the consumer looks whether the producer still lives
-_LONG = 60.0  # seconds of waiting for one item after which the consumer's complaint is called
-
-
-class _Queue(Generic[T]):
-    """What the two threads share: finished items, the end, and the wish to stop."""
-
-    def __init__(self, depth: int, *, room_first: bool) -> None:
-        self.changed = threading.Condition()
-        self.depth = depth
-        self.room_first = room_first
-        self.items: deque[T] = deque()
-        self.stopped = False
-        self.ended = False
-        self.error: BaseException | None = None
-
-    def wanted(self) -> bool:
-        """Wait until the next item may be made; False if the consumer has stopped."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.stopped or not self.room_first or len(self.items) < self.depth)
-            return not self.stopped
-
-    def put(self, item: T) -> bool:
-        """Wait for a free place; False if the consumer has stopped."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.stopped or len(self.items) < self.depth)
-            if not self.stopped:
-                self.items.append(item)
-                self.changed.notify_all()
-            return not self.stopped
-
-    def end(self, error: BaseException | None) -> None:
-        with self.changed:
-            self.ended = True
-            self.error = error
-            self.changed.notify_all()
-
-    def get(self, producer: threading.Thread, complain: Callable[[float], None] | None) -> T:
-        """Wait for the next item of this thread; `complain` is called once if that takes long.
-
-        Raises:
-            StopIteration: there is none.
-            Exception: what the producer raised, after the items it had made before.
-            RuntimeError: the producer is gone, or ended by what is no Exception (SystemExit, KeyboardInterrupt).
-        """
-        waits = 0
-        with self.changed:
-            while not self.changed.wait_for(lambda: self.items or self.ended or self.stopped, timeout=_PATROL):
-                if not producer.is_alive() and not self.ended:
-                    raise RuntimeError(f"The thread {producer.name} is gone without a word.")
-                waits += 1
-                if complain is not None and (waits - 1) * _PATROL < _LONG <= waits * _PATROL:
-                    complain(waits * _PATROL)
-            if self.items:
-                item = self.items.popleft()
-                self.changed.notify_all()
-                return item
-            error, self.error = self.error, None
-        if error is None:
-            raise StopIteration
-        if isinstance(error, Exception):
-            raise error
-        # Not the consumer's own: a SystemExit raised here would end its program as if all had gone well.
-        raise RuntimeError(f"The thread {producer.name} was ended by {error!r}.") from error
-
-    def stop(self) -> None:
-        with self.changed:
-            self.stopped = True
-            self.items.clear()
-            self.changed.notify_all()
+_PATROL = 1.0  # seconds between checks that the producer is alive
+_LONG = 60.0  # seconds of waiting for one item before `complain` is called
 
 
 class Prefetcher(Generic[T]):
-    """An iterator over a generator that runs in a thread of its own, at most `depth` finished items ahead.
+    """An iterator over a generator that runs in a thread, at most `depth` finished items ahead.
 
-    With `room_first` at most `depth` items exist before the consumer takes them, the one in the making included.
+    With `room_first` at most `depth` items exist before the consumer takes them, including the one being produced.
 
-    What the generator raises is raised to the consumer, at its place among the items; however the thread ends, the
-    consumer does not wait for ever. `close`, garbage collection and the interpreter's exit all stop the thread: it
-    finishes the item it is at, closes the generator and ends.
+    Exceptions of the generator are raised to the consumer, in order; however the thread ends, the consumer never waits
+    forever. `close`, garbage collection and interpreter exit stop the thread: it finishes its current item, closes the
+    generator and ends.
 
     Attributes:
         wait_seconds: time the consumer has waited for items so far (monotonic clock).
@@ -235,16 +55,16 @@ class Prefetcher(Generic[T]):
         """Start the thread.
 
         Args:
-            items: what runs in it.
+            items: runs in the thread.
             depth: items that may wait.
             name: of the thread.
-            room_first: whether an item is made only when there is room for it.
-            complain: called in the consumer's thread with the seconds it has waited, once for an item that takes long.
+            room_first: produce an item only when there is room for it.
+            complain: called in the consumer's thread with the seconds waited, once per slow item.
         """
         self.wait_seconds = 0.0
         self._complain = complain
         self._queue: _Queue[T] = _Queue(depth, room_first=room_first)
-        # A daemon, so that a full queue never keeps the interpreter alive; the finalizer ends it before exit.
+        # A daemon, so that a full queue never keeps the interpreter alive; the finalizer stops it before exit.
         self._thread = threading.Thread(target=_produce, args=(items, self._queue), name=name, daemon=True)
         self._finalizer = weakref.finalize(self, _stop, self._queue, self._thread)
         self._thread.start()
@@ -260,7 +80,7 @@ class Prefetcher(Generic[T]):
             self.wait_seconds += time.monotonic() - start
 
     def close(self) -> None:
-        """Stop the thread and wait for its end; may be called twice."""
+        """Stop the thread and wait for it; may be called twice."""
         self._finalizer()
 
 
@@ -271,7 +91,7 @@ def _produce(items: Generator[T, None, None], queue: _Queue[T]) -> None:
             pass
     except StopIteration:
         pass
-    except BaseException as caught:  # everything goes to the consumer, which decides
+    except BaseException as caught:  # raised to the consumer
         error = caught
     try:
         items.close()
@@ -283,5 +103,182 @@ def _produce(items: Generator[T, None, None], queue: _Queue[T]) -> None:
 
 def _stop(queue: _Queue[T], thread: threading.Thread) -> None:
     queue.stop()
-    if thread is not threading.current_thread():  # a collection may run in the thread itself
+    if thread is not threading.current_thread():  # garbage collection may run in the thread itself
         thread.join()
+
+
+class _Queue(Generic[T]):
+    """State shared by producer and consumer: finished items, end, and request to stop."""
+
+    def __init__(self, depth: int, *, room_first: bool) -> None:
+        self.changed = threading.Condition()
+        self.depth = depth
+        self.room_first = room_first
+        self.items: deque[T] = deque()
+        self.stopped = False
+        self.ended = False
+        self.error: BaseException | None = None
+
+    def wanted(self) -> bool:
+        """Wait until the next item may be produced; False if the consumer has stopped."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.stopped or not self.room_first or len(self.items) < self.depth)
+            return not self.stopped
+
+    def put(self, item: T) -> bool:
+        """Wait for room; False if the consumer has stopped."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.stopped or len(self.items) < self.depth)
+            if not self.stopped:
+                self.items.append(item)
+                self.changed.notify_all()
+            return not self.stopped
+
+    def end(self, error: BaseException | None) -> None:
+        with self.changed:
+            self.ended = True
+            self.error = error
+            self.changed.notify_all()
+
+    def get(self, producer: threading.Thread, complain: Callable[[float], None] | None) -> T:
+        """Wait for the next item; `complain` is called once if that takes long.
+
+        Raises:
+            StopIteration: there are no more items.
+            Exception: raised by the producer after the items it had produced.
+            RuntimeError: the producer died, or was ended by SystemExit or KeyboardInterrupt.
+        """
+        waits = 0
+        with self.changed:
+            while not self.changed.wait_for(lambda: self.items or self.ended or self.stopped, timeout=_PATROL):
+                if not producer.is_alive() and not self.ended:
+                    raise RuntimeError(f"Loader thread {producer.name!r} died without raising; please report this.")
+                waits += 1
+                if complain is not None and (waits - 1) * _PATROL < _LONG <= waits * _PATROL:
+                    complain(waits * _PATROL)
+            if self.items:
+                item = self.items.popleft()
+                self.changed.notify_all()
+                return item
+            error, self.error = self.error, None
+        if error is None:
+            raise StopIteration
+        if isinstance(error, Exception):
+            raise error
+        # A SystemExit raised here would end the consumer's program as if it had succeeded.
+        raise RuntimeError(f"Loader thread {producer.name!r} was ended by {error!r}.") from error
+
+    def stop(self) -> None:
+        with self.changed:
+            self.stopped = True
+            self.items.clear()
+            self.changed.notify_all()
+
+
+BATCHES_AHEAD = 4
+"""Batches announced to the storage before they are read: enough to keep a disk's queue full with little memory."""
+
+
+class ReadAhead:
+    """Announces upcoming reads to a source that `ReadsAhead`, in a thread of its own.
+
+    The thread may block on a full disk queue or on opening a file over a network; nobody waits for it, and indices that
+    have been read meanwhile are skipped.
+    """
+
+    def __init__(self, source: Source, batches: Iterator[Sequence[int]], *, lead: int, late: int = 0) -> None:
+        """Announce the first batches.
+
+        Args:
+            source: the storage.
+            batches: dataset indices, one batch's worth after another, in reading order.
+            lead: batches to be ahead, at least 1.
+            late: batches for which announced indices may still be unread.
+        """
+        self._batches = batches
+        self._waiting: deque[Sequence[int]] = deque(islice(batches, lead), maxlen=lead + late)
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        if isinstance(source, ReadsAhead):
+            # A daemon: it must not keep the interpreter alive if the loader is never closed.
+            self._thread = threading.Thread(target=self._name, args=(source,), name="mvssl-ahead", daemon=True)
+            self._thread.start()
+
+    def advance(self) -> None:
+        """A batch is about to be read: announce one more. Returns at once."""
+        indices = next(self._batches, None)
+        if indices is not None:
+            with self._changed:
+                self._waiting.append(indices)
+                self._changed.notify()
+
+    def close(self) -> None:
+        """Stop the thread after its current batch."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _name(self, source: ReadsAhead) -> None:
+        """Runs in the thread."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._waiting)
+                if self._closed:
+                    return
+                indices = self._waiting.popleft()
+            with contextlib.suppress(OSError, InputError):  # the read itself reports it
+                source.will_need(indices)
+
+
+cuda: Any = torch.cuda  # Any: torch ships its streams and events without types
+_MOST_HELD = 8  # batches in flight; a GPU further behind makes the producer's thread wait, never the training loop
+
+
+class SideStream:
+    """A CUDA stream for the thread that prepares batches; does nothing on other devices."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = cuda.Stream(device) if device.type == "cuda" else None
+        self._held: deque[tuple[Any, object]] = deque()
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Make it this thread's current stream, and its device the current device."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            yield
+
+    def upload(self, batch: DecodedBatch) -> DecodedBatch:
+        """Copy a batch to the device through pinned memory, without waiting for the copy."""
+        if self._stream is None or batch.device.type == "cuda":
+            return batch
+        return replace(batch, pixels=batch.pixels.pin_memory().to(self._device, non_blocking=True))
+
+    def mark(self, *held: object) -> torch.cuda.Event | None:
+        """An event after the work so far; `held` (encoded bytes, decoded pixels) stays alive until then."""
+        if self._stream is None:
+            return None
+        event: torch.cuda.Event = cuda.Event()
+        event.record(self._stream)
+        self._held.append((event, held))
+        if len(self._held) > _MOST_HELD:
+            self._held[0][0].synchronize()
+        while self._held and self._held[0][0].query():
+            self._held.popleft()
+        return event
+
+
+def receive(tensors: Iterable[Tensor], event: torch.cuda.Event | None) -> None:
+    """In the consumer's thread: its current stream waits for the event, and memory is not reused before it is done."""
+    if event is None:
+        return
+    for tensor in tensors:
+        stream = torch.cuda.current_stream(tensor.device)
+        stream.wait_event(event)
+        tensor.record_stream(stream)

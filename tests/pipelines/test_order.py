@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import InputError
-from pipelines.order import Order, replacement
+from pipelines.order import Order, Ranks, replacement
 
 
 @settings(max_examples=50, deadline=None)
@@ -78,35 +78,35 @@ def test_without_chunks_images_are_read_ahead_in_the_order_of_their_use() -> Non
     order = Order(num_images=50, batch_size=6, seed=1)
     permutation = order.permutation(3)
     for rank in range(3):
-        reading = order.reading(permutation, 3, first_step=2, rank=rank, world_size=3)
-        assert reading.tolist() == [order.batch(3, step, rank=rank, world_size=3).tolist() for step in range(2, 8)]
-    assert order.window_steps == 0
+        reading = order.reading(permutation, 3, Ranks(rank=rank, size=3), first_step=2)
+        assert reading.tolist() == [order.batch(3, step, Ranks(rank=rank, size=3)).tolist() for step in range(2, 8)]
+    assert order.buffer_steps == 0
 
 
 @settings(max_examples=50, deadline=None)
 @CHUNKED
-@pytest.mark.parametrize("beside", [range(1), range(3), range(2, 4)])
+@pytest.mark.parametrize("on_host", [range(1), range(3), range(2, 4)])
 def test_chunks_are_read_ahead_in_long_pieces_and_never_too_late(
-    beside: range, n: int, chunk: int, runs: int, seed: int, epoch: int
+    on_host: range, n: int, chunk: int, runs: int, seed: int, epoch: int
 ) -> None:
-    """Loops instead of sorting: a machine's ranks have read what they use `window_steps` batches before they use it."""
-    world_size = beside.stop
+    """Loops instead of sorting: a machine's ranks have read what they use `buffer_steps` batches before they use it."""
+    world_size = on_host.stop
     batch = 3 * world_size
     n = max(n, batch)
     order = Order(num_images=n, batch_size=batch, seed=seed, chunk=chunk, window=runs * chunk)
     permutation = order.permutation(epoch)
     first_step = order.steps_per_epoch // 3
     parts = [
-        order.reading(permutation, epoch, first_step=first_step, rank=rank, world_size=world_size, beside=beside)
-        for rank in beside
+        order.reading(permutation, epoch, Ranks(rank=rank, size=world_size, on_host=on_host), first_step=first_step)
+        for rank in on_host
     ]
     assert all(part.shape == (order.steps_per_epoch - first_step, 3) for part in parts)
     reading = np.concatenate(parts, axis=1)  # [steps, what the machine reads in one]
     here: set[int] = set()
     everything: set[int] = set()
     for step in range(first_step, order.steps_per_epoch):
-        here.update(reading[: step - first_step + order.window_steps].reshape(-1).tolist())
-        used = {int(i) for rank in beside for i in order.batch(epoch, step, rank=rank, world_size=world_size)}
+        here.update(reading[: step - first_step + order.buffer_steps].reshape(-1).tolist())
+        used = {int(i) for rank in on_host for i in order.batch(epoch, step, Ranks(rank=rank, size=world_size))}
         assert here >= used
         everything |= used
     assert here == everything
@@ -130,7 +130,7 @@ def test_ranks_share_the_same_global_batches(world_size: int) -> None:
     assert order.steps_per_epoch == 5
     permutation = order.permutation(2)
     for step in range(order.steps_per_epoch):
-        shares = [order.batch(2, step, rank=rank, world_size=world_size) for rank in range(world_size)]
+        shares = [order.batch(2, step, Ranks(rank=rank, size=world_size)) for rank in range(world_size)]
         assert all(len(share) == 20 // world_size for share in shares)
         assert np.array_equal(np.concatenate(shares), permutation[20 * step : 20 * step + 20])
 
@@ -143,13 +143,13 @@ def test_bad_input_is_named() -> None:
             Order(**{"num_images": 10, "batch_size": 2, "seed": 0, **values})
     with pytest.raises(InputError, match="chunk is -1 but must be 0 or more"):
         Order(num_images=10, batch_size=2, seed=0, chunk=-1)
-    with pytest.raises(InputError, match="window is 4 but must be at least the 5 images of a run"):
+    with pytest.raises(InputError, match="window is 4 but must be at least the 5 images of a block"):
         Order(num_images=10, batch_size=2, seed=0, chunk=5, window=4)
     order = Order(num_images=10, batch_size=4, seed=0)
     with pytest.raises(InputError, match="a multiple of the 3 ranks"):
-        order.batch(0, 0, world_size=3)
+        order.batch(0, 0, Ranks(size=3))
     with pytest.raises(InputError, match="rank is 2"):
-        order.batch(0, 0, rank=2, world_size=2)
+        order.batch(0, 0, Ranks(rank=2, size=2))
     with pytest.raises(InputError, match="step is 2 but must be between 0 and 1"):
         order.batch(0, 2)
     with pytest.raises(InputError, match="epoch"):

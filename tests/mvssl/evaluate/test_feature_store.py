@@ -76,7 +76,7 @@ def test_a_stopped_computation_goes_on(images: Path, tmp_path: Path) -> None:
 
 
 def test_drawn_views_are_those_of_the_engine(images: Path, tmp_path: Path) -> None:
-    from pipelines.loading.eval_loader import iterate_drawn
+    from pipelines.loading.eval_loader import iterate_augmented
 
     source = open_source(images / "train")
     store = a_store(tmp_path / "s", rows=108)
@@ -84,7 +84,7 @@ def test_drawn_views_are_those_of_the_engine(images: Path, tmp_path: Path) -> No
     views = [
         Brightness()(view)
         for epoch in (0, 1)
-        for view, _, _ in iterate_drawn(source, train_view(32), seed=3, epoch=epoch, batch_size=36, decode=PILLOW)
+        for view, _, _ in iterate_augmented(source, train_view(32), seed=3, epoch=epoch, batch_size=36, decode=PILLOW)
     ]
     np.testing.assert_allclose(store.values[36:], torch.cat(views), atol=1e-6)
     assert np.abs(store.values[36:72] - store.values[72:]).max() > 0.01

@@ -24,12 +24,12 @@ from pipelines.loading.fetch import Fetcher
 from pipelines.loading.pixel_cache import (
     MOST,
     SHARE,
-    KeptSource,
+    CachedSource,
     Memory,
-    PixelStore,
+    PixelCache,
     free_memory,
-    keep_decoded,
     pixel_bytes,
+    with_cache,
 )
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
@@ -62,8 +62,8 @@ def test_a_cached_run_is_the_same_and_decodes_each_image_once(
     assert metrics(tmp_path / "run") == metrics(finished)
     assert sum(decoded) == 36 + 12  # train and val, over three epochs and three evaluations
     log = (tmp_path / "run" / "train.log").read_text()
-    assert "cache: the machine's memory keeps" in log
-    assert log.count("cache: 100 % of the images are decoded and kept") == 2
+    assert "of pixels in host memory" in log
+    assert log.count("cache: 100 % of the images are cached") == 2
 
 
 def test_a_run_that_is_resumed_with_another_cache_is_the_same(
@@ -101,11 +101,11 @@ def test_bad_and_odd_images_are_treated_as_without_a_cache(images: Path, tiny_re
     assert len(named) == 2
 
 
-def fetchers(root: Path) -> tuple[Fetcher, Fetcher, KeptSource]:
+def fetchers(root: Path) -> tuple[Fetcher, Fetcher, CachedSource]:
     """A fetcher without a cache, one with a cache, and the cached source."""
     source = open_source(root)
-    kept, said = keep_decoded(source, "host", device=CPU, memory=PLENTY)
-    assert isinstance(kept, KeptSource)
+    kept, said = with_cache(source, "host", device=CPU, memory=PLENTY)
+    assert isinstance(kept, CachedSource)
     assert said
     plain, cached = (
         Fetcher(each, make_decoder("pillow", device=CPU, batch_size=64, threads=2)) for each in (source, kept)
@@ -133,8 +133,8 @@ def test_any_order_with_repetitions_and_failures(folder: Path) -> None:
     plain, cached, kept = fetchers(folder)
     for indices in ([3, 1, 1, 8], [0, 1, 2, 3], [8, 8, 3], list(range(11, -1, -1)), [7]):
         assert_same_images(cached(indices, cached.read(indices)), plain(indices))
-    assert sum(index in kept.store for index in range(12)) == 11
-    assert cached.read(range(12)).keys() == set(range(12)) - {i for i in range(12) if i in kept.store}
+    assert sum(index in kept.cache for index in range(12)) == 11
+    assert cached.read(range(12)).keys() == set(range(12)) - {i for i in range(12) if i in kept.cache}
 
 
 def test_an_image_that_changed_is_decoded_at_every_use(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -143,8 +143,8 @@ def test_an_image_that_changed_is_decoded_at_every_use(folder: Path, caplog: pyt
     Image.new("RGB", (17, 23)).save(path)
     for _ in range(2):
         assert_same_images(cached([5, 4, 3]), plain([5, 4, 3]))
-    assert [index in kept.store for index in (5, 4, 3)] == [True, False, True]
-    assert caplog.text.count("An image was changed while the data was being read") == 1
+    assert [index in kept.cache for index in (5, 4, 3)] == [True, False, True]
+    assert caplog.text.count("An image file changed during the run") == 1
 
 
 def test_pixels_for_another_device_are_one_buffer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,9 +158,9 @@ def test_pixels_for_another_device_are_one_buffer(folder: Path, monkeypatch: pyt
 
     monkeypatch.setattr(torch, "empty", empty)
     source = open_source(folder)
-    store = PixelStore(pixel_bytes(source), device=CPU, on=CUDA)
+    store = PixelCache(pixel_bytes(source), device=CPU, on=CUDA)
     decoder = make_decoder("pillow", device=CPU, batch_size=64, threads=2)
-    plain, cached = Fetcher(source, decoder), Fetcher(KeptSource(source, store), decoder)
+    plain, cached = Fetcher(source, decoder), Fetcher(CachedSource(source, store), decoder)
     for _ in range(2):
         ours = cached([7, 2, 9])
         assert_same_images(ours, plain([7, 2, 9]))
@@ -188,21 +188,21 @@ def test_auto_takes_the_gpu_then_the_machine_then_nothing(folder: Path, monkeypa
         def __init__(self, sizes: Any, *, device: torch.device, on: torch.device) -> None:
             made.append(f"{device.type} for {on.type}")
 
-    monkeypatch.setattr(cache_choice, "PixelStore", Store)
+    monkeypatch.setattr(cache_choice, "PixelCache", Store)
 
     def choose(host: float, device: float, choice: Any = "auto", on: torch.device = CUDA) -> str:
         memory = Memory(host=int(host * needed), device=int(device * needed))
-        return keep_decoded(source, choice, device=on, memory=memory)[1]
+        return with_cache(source, choice, device=on, memory=memory)[1]
 
-    assert "the GPU's memory keeps" in choose(0, 1.1 / SHARE["device"])
-    assert "the machine's memory keeps" in choose(1.1 / SHARE["host"], 0.9 / SHARE["device"])
-    assert "the machine's memory keeps" in choose(1.1 / SHARE["host"], 9, on=CPU)
+    assert "of pixels in GPU memory" in choose(0, 1.1 / SHARE["device"])
+    assert "of pixels in host memory" in choose(1.1 / SHARE["host"], 0.9 / SHARE["device"])
+    assert "of pixels in host memory" in choose(1.1 / SHARE["host"], 9, on=CPU)
     assert made == ["cuda for cuda", "cpu for cuda", "cpu for cpu"]
     said = choose(0.9 / SHARE["host"], 0.9 / SHARE["device"])
     assert said.startswith("cache: off, because the pixels of all images take")
-    assert "of the GPU's" in said
-    assert "of the machine's" in said
-    assert "the machine's memory keeps" in choose(1.01 / MOST, 0, "host")
+    assert "free GPU memory" in said
+    assert "free host memory" in said
+    assert "of pixels in host memory" in choose(1.01 / MOST, 0, "host")
     with pytest.raises(InputError, match=r"cache is 'device' but .* take --cache host \(.* free\), or --cache off"):
         choose(9, 0.99 / MOST, "device")
     with pytest.raises(InputError, match=r"cache is 'host' but .*can be taken: take --cache off, or convert"):
@@ -211,20 +211,20 @@ def test_auto_takes_the_gpu_then_the_machine_then_nothing(folder: Path, monkeypa
 
 def test_sizes_are_not_read_if_the_files_alone_are_too_large(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_choice, "pixel_bytes", None)  # not called
-    source, said = keep_decoded(open_source(folder), "auto", device=CPU, memory=Memory(host=1000))
+    source, said = with_cache(open_source(folder), "auto", device=CPU, memory=Memory(host=1000))
     assert "take more than" in said
-    assert not isinstance(source, KeptSource)
+    assert not isinstance(source, CachedSource)
 
 
 def test_running_out_of_memory_turns_only_the_cache_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
 
-    monkeypatch.setattr(cache_choice, "PixelStore", full)
-    source, said = keep_decoded(open_source(folder), "auto", device=CUDA, memory=PLENTY)
-    assert not isinstance(source, KeptSource)
-    assert said.startswith("cache: OFF, images are decoded at every use: the GPU's memory had no room for")
-    assert "Tried to allocate 3 GiB.); the machine's memory had no room" in said
+    monkeypatch.setattr(cache_choice, "PixelCache", full)
+    source, said = with_cache(open_source(folder), "auto", device=CUDA, memory=PLENTY)
+    assert not isinstance(source, CachedSource)
+    assert said.startswith("cache: OFF, images are decoded at every use: GPU memory had no room for")
+    assert "Tried to allocate 3 GiB.); host memory had no room" in said
 
 
 def test_invalid_choices_are_refused(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
@@ -264,9 +264,9 @@ def test_on_a_gpu_a_cached_run_is_the_same(
 @pytest.mark.gpu
 def test_streams_that_write_and_read_wait_for_each_other(folder: Path) -> None:
     source = open_source(folder)
-    store = PixelStore(pixel_bytes(source), device=CUDA, on=CUDA)
+    store = PixelCache(pixel_bytes(source), device=CUDA, on=CUDA)
     decoder = make_decoder("pillow", device=CPU, batch_size=64, threads=2)
-    fetch, expected = Fetcher(KeptSource(source, store), decoder), Fetcher(source, decoder)(range(12))
+    fetch, expected = Fetcher(CachedSource(source, store), decoder), Fetcher(source, decoder)(range(12))
     for at in range(12):
         with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda._sleep(10_000_000)

@@ -180,7 +180,7 @@ def test_too_many_open_files_stop_the_run_and_no_image_is_blamed(
     ):
         train(tiny_recipe, images, out, prefetch=1)
     assert caught.value.errno == errno.EMFILE
-    assert caught.value.__notes__ == [f"while batch 2 of epoch 1 of {images / 'train'} was prepared"]
+    assert caught.value.__notes__ == [f"while preparing batch 2 of epoch 1 of {images / 'train'}"]
     assert "cannot be decoded" not in log(out)
     assert last_step(out) == SAVED
     train(tiny_recipe, images, out, resume=True)

@@ -68,7 +68,7 @@ def test_a_slow_decoder_changes_no_number_and_is_named(
     ("error", "words"),
     [
         (ValueError("a fault of the decoder"), "a fault of the decoder"),
-        (SystemExit(0), r"mvssl-decode was ended by SystemExit\(0\)"),
+        (SystemExit(0), r"'mvssl-decode' was ended by SystemExit\(0\)"),
     ],
     ids=["an error", "an exit"],
 )
@@ -95,7 +95,7 @@ def test_a_decoders_error_reaches_the_training_loop_at_once(
         train(tiny_recipe, images, out, prefetch=1)
     assert time.monotonic() - raised[0] < AT_ONCE
     if caught.value is error:
-        assert error.__notes__ == [f"while batch 2 of epoch 1 of {images / 'train'} was prepared"]
+        assert error.__notes__ == [f"while preparing batch 2 of epoch 1 of {images / 'train'}"]
     assert last_step(out) == SAVED
     train(tiny_recipe, images, out, resume=True)
     assert metrics(out) == metrics(finished)
@@ -115,7 +115,7 @@ def test_a_loader_thread_that_dies_silently_is_noticed(
 
     with monkeypatch.context() as patch:
         patch.setattr(pipelines.loading.threads, "_produce", dying)
-        with pytest.raises(RuntimeError, match="The thread mvssl-loader is gone without a word"):
+        with pytest.raises(RuntimeError, match="Loader thread 'mvssl-loader' died without raising"):
             train(tiny_recipe, images, out)
     assert last_step(out) == SAVED
     train(tiny_recipe, images, out, resume=True)

@@ -19,7 +19,7 @@ from mvssl.training import experiment, memory
 from mvssl.training.cuda_graph import WARM_UP
 from mvssl.training.memory import fits_on, peak_step_memory, with_largest_batch
 from mvssl.training.step import TrainStep
-from pipelines.loading.pixel_cache import Memory, keep_decoded, pixel_bytes
+from pipelines.loading.pixel_cache import Memory, pixel_bytes, with_cache
 from pipelines.storage import open_source
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -115,11 +115,11 @@ def test_a_batch_size_is_tried_with_the_runs_own_cuda_graph_setting(
 def test_a_cache_leaves_the_memory_of_steps_free(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(images / "train")
     needed = int(pixel_bytes(source).sum())
-    monkeypatch.setattr("pipelines.loading.pixel_cache.PixelStore", lambda sizes, device, on: device)
+    monkeypatch.setattr("pipelines.loading.pixel_cache.PixelCache", lambda sizes, device, on: device)
 
     def choose(choice: Any, steps: float) -> str:
         free = Memory(host=needed, device=10 * needed, steps=int(steps * needed))
-        return keep_decoded(source, choice, device=CUDA, memory=free)[1]
+        return with_cache(source, choice, device=CUDA, memory=free)[1]
 
     assert "the GPU's memory keeps" in choose("auto", 8.8)
     told = choose("auto", 9.0)
@@ -166,7 +166,7 @@ def test_the_networks_are_counted_once(images: Path, tiny_recipe: Recipe, monkey
         return source, ""
 
     monkeypatch.setattr(experiment, "_peak_memory", lambda *arguments: 600)
-    monkeypatch.setattr(experiment, "keep_decoded", keep)
+    monkeypatch.setattr(experiment, "with_cache", keep)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
     options = RunOptions(data=images, device="cpu", cache="auto")
     with experiment.open_experiment(tiny_recipe, options, Console(quiet=True), World()):

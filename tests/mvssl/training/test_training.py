@@ -22,7 +22,7 @@ from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
 from pipelines.batch import ViewBatch
 from pipelines.loader import Loader
-from pipelines.order import Order
+from pipelines.order import Order, Ranks
 from pipelines.storage import open_source, split_paths
 from tests.samples.tiny_runs import STEPS, crash_at, metrics, train
 
@@ -128,10 +128,12 @@ def batches(path: Path, recipe: Recipe, **options: int) -> list[ViewBatch]:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_batches_are_the_same_from_all_storages(forms: dict[str, Path], tiny_recipe: Recipe, rank: int) -> None:
     """Images, labels and views, from the middle of a later epoch, on each of two ranks."""
-    expected = batches(forms["folder"], tiny_recipe, rank=rank, world_size=2)
+    expected = batches(forms["folder"], tiny_recipe, ranks=Ranks(rank=rank, size=2))
     assert len(expected) == 3
     for form in ("shards", "beton"):
-        for batch, other in zip(expected, batches(forms[form], tiny_recipe, rank=rank, world_size=2), strict=True):
+        for batch, other in zip(
+            expected, batches(forms[form], tiny_recipe, ranks=Ranks(rank=rank, size=2)), strict=True
+        ):
             assert torch.equal(batch.index, other.index), form
             assert torch.equal(batch.labels, other.labels), form
             assert all(torch.equal(a, b) for a, b in zip(batch.views, other.views, strict=True)), form

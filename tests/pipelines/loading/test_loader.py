@@ -13,7 +13,7 @@ import torch
 from pipelines.batch import DecodedBatch, ViewBatch
 from pipelines.decode.pillow import decode_one
 from pipelines.loader import Loader
-from pipelines.order import Order
+from pipelines.order import Order, Ranks
 from pipelines.runtime import InputError
 from pipelines.views.engine import ViewEngine
 from pipelines.views.sampling import draw
@@ -108,7 +108,7 @@ def test_the_state_is_the_batch_that_comes_next() -> None:
 
 def test_ranks_share_the_global_batch(expected: list[list[ViewBatch]]) -> None:
     for rank in range(2):
-        loader = loader_of(source_with(), rank=rank, world_size=2)
+        loader = loader_of(source_with(), ranks=Ranks(rank=rank, size=2))
         half = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
         for got, want in zip(loader.epoch(1), expected[1], strict=True):
             part = ViewBatch(
@@ -137,8 +137,7 @@ def test_reading_ahead_changes_nothing_but_the_wait(expected: list[list[ViewBatc
         ({"prefetch": 0}, "prefetch is 0"),
         ({"threads": 0}, "threads is 0"),
         ({"decoder": "turbo"}, "decoder is 'turbo'"),
-        ({"rank": 2, "world_size": 2}, "rank is 2"),
-        ({"world_size": 3}, "multiple of the 3 ranks"),
+        ({"ranks": Ranks(size=3)}, "multiple of the 3 ranks"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:

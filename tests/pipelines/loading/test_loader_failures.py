@@ -101,6 +101,6 @@ def test_errors_of_the_producer_reach_the_consumer_in_their_place(error: Excepti
         next(batches)
     assert caught.value is error
     notes = getattr(error, "__notes__", [])
-    assert notes == ([] if isinstance(error, InputError) else ["while batch 2 of epoch 0 of memory was prepared"])
+    assert notes == ([] if isinstance(error, InputError) else ["while preparing batch 2 of epoch 0 of memory"])
     del batches, caught  # their tracebacks hold the loader
     loader.close()

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import pipelines.loader
-from pipelines.loader import Loader
 from pipelines.loading.fetch import Fetcher
 from pipelines.loading.threads import Prefetcher
+from pipelines.views.engine import ViewEngine
 from tests.samples.loader_samples import BATCH, COUNT, loader_of, source_with
 
 STEPS = COUNT // BATCH
@@ -120,7 +120,7 @@ def test_a_fault_of_any_stage_comes_in_its_place_named_once(
     with pytest.raises(type(error)) as caught:
         next(batches)
     assert caught.value is error
-    assert error.__notes__ == [f"while batch 2 of epoch 0 of {source.location} was prepared"]
+    assert error.__notes__ == [f"while preparing batch 2 of epoch 0 of {source.location}"]
     loader.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("mvssl-")]
     del error.__notes__
@@ -137,28 +137,24 @@ def test_leaving_early_ends_all_threads(stage: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_gradients_are_off_in_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: set[bool] = set()
-    fetch, make = Fetcher._decode, Loader._make
+    seen: dict[str, set[bool]] = {"decode": set(), "views": set()}
 
-    def decoding(self: Fetcher, *arguments: Any) -> Any:
-        seen.add(torch.is_grad_enabled())
-        return fetch(self, *arguments)
+    def watch(owner: type, name: str, stage: str) -> None:
+        original = getattr(owner, name)
 
-    monkeypatch.setattr(Fetcher, "_decode", decoding)
+        def watched(self: Any, *arguments: Any) -> Any:
+            seen[stage].add(torch.is_grad_enabled())
+            return original(self, *arguments)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(Fetcher, "_decode", "decode")
+    watch(ViewEngine, "__call__", "views")
     loader = loader_of(source_with(bad=()))
-    assert make(loader, *_first(loader))[0].views[0].requires_grad is False
-    for _ in loader.epoch(0):
-        pass
+    for batch in loader.epoch(0):
+        assert not batch.views[0].requires_grad
     loader.close()
-    assert seen == {False}
-
-
-def _first(loader: Loader) -> Any:
-    """Place and images of the first batch."""
-    batches = loader._decoded.batches(range(1), 0)
-    first = next(batches)
-    batches.close()
-    return first
+    assert seen == {"decode": {False}, "views": {False}}
 
 
 @pytest.mark.parametrize(
@@ -184,9 +180,9 @@ def test_what_hangs_is_named_once(
     threading.Timer(1.0, go_on.set).start()
     assert len(list(batches)) == STEPS - 2
     loader.close()
-    complaints = [record.getMessage() for record in caplog.records if "No batch has come" in record.getMessage()]
+    complaints = [record.getMessage() for record in caplog.records if "No batch for" in record.getMessage()]
     assert len(complaints) == 1
-    assert f"the loader is {words} batch 2 of epoch 0 of {source.location}. If that" in complaints[0]
+    assert f"the loader is {words} batch 2 of epoch 0 of {source.location}. If this" in complaints[0]
 
 
 def test_room_comes_first() -> None:
