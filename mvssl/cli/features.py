@@ -57,7 +57,7 @@ def _write(asked: FeatureArguments) -> None:
         raise InputError(f"OUT is {str(asked.out)!r}, which exists: add --overwrite to replace it, or name another.")
     partial = asked.out.with_name(f"{asked.out.name}.partial")
     with open_embedder(asked.subject, asked.computing) as embedder:
-        if embedder.world.is_main:
+        if embedder.world.is_rank0:
             with claimed(partial):
                 _compute(asked, embedder, partial)
         else:
@@ -98,8 +98,8 @@ def _compute(asked: FeatureArguments, embedder: Embedder, partial: Path) -> None
         world=embedder.world,
         progress=counting_progress(embedder.console, "features", total=share),
     )
-    written = embedder.world.on_main(lambda: write_table(asked.out, store, source))
-    if embedder.world.is_main:
+    written = embedder.world.run_on_rank0(lambda: write_table(asked.out, store, source))
+    if embedder.world.is_rank0:
         shutil.rmtree(partial, ignore_errors=True)
     left = f", {len(source) - written} left out" if written < len(source) else ""
     embedder.say(f"{asked.out}: {written:,} images, {embedder.width} features each{left}")

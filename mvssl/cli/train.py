@@ -24,7 +24,7 @@ from mvssl.cli.help import fit_warmup, print_recipes, print_short_help, with_opt
 from mvssl.config.options import RunOptions, resolve_device
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
-from mvssl.distributed import FailedElsewhere, process_local_rank, process_rank, rank_count
+from mvssl.distributed import OtherRankFailed, process_local_rank, process_rank, rank_count
 from mvssl.monitor.report import write_report
 from mvssl.recipes import all_recipes
 from mvssl.recipes.files import is_recipe_file, resolve_recipe
@@ -71,7 +71,7 @@ def main_speaks(work: Callable[[], None]) -> int:
     """
     try:
         work()
-    except FailedElsewhere as failure:
+    except OtherRankFailed as failure:
         if process_rank() == 0:
             print(f"error: {failure}", file=sys.stderr)
         return EXIT_ERROR
@@ -221,7 +221,7 @@ def body(arguments: Sequence[str]) -> int:
             if queued is not None:
                 console.print(queued, highlight=False, markup=False, soft_wrap=True)
         return EXIT_INTERRUPTED
-    except FailedElsewhere as failure:
+    except OtherRankFailed as failure:
         if rank == 0:
             print(f"error: {failure}", file=sys.stderr)
         return EXIT_ERROR

@@ -112,7 +112,7 @@ def open_store(
     """
     whole = {"rows": rows, "width": width, "dtype": dtype, **identity}
     world = world or World()
-    world.on_main(lambda: _make(folder, whole, overwrite=overwrite))
+    world.run_on_rank0(lambda: _make(folder, whole, overwrite=overwrite))
 
     def mapped(name: str) -> NDArray[Any]:
         try:
@@ -124,7 +124,7 @@ def open_store(
             ) from error
         return array
 
-    return world.together(lambda: FeatureStore(folder, mapped("features.npy"), mapped("state.npy")))
+    return world.run_on_all(lambda: FeatureStore(folder, mapped("features.npy"), mapped("state.npy")))
 
 
 def bytes_needed(rows: int, width: int, dtype: Dtype) -> int:

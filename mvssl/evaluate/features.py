@@ -82,14 +82,14 @@ def extract_features(
     Raises:
         InputError: too many images cannot be decoded (see `too_many_bad`), the storage is damaged, or features are not
             finite.
-        FailedElsewhere: another rank failed.
+        OtherRankFailed: another rank failed.
     """
     world = world or World()
     indices = np.arange(len(source))
     if max_images is not None and max_images < len(source):
         indices = np.linspace(0, len(source) - 1, max_images).round().astype(np.int64)
     share = indices[world.rank :: world.size]
-    mine = world.together(
+    mine = world.run_on_all(
         lambda: _extract(
             backbone,
             source,
@@ -105,7 +105,7 @@ def extract_features(
     counts = world.gather_objects((max(1, len(share)), len(mine.index)))  # images of each rank, and those it embedded
     images = sum(count for count, _ in counts)
     bad = images - sum(embedded for _, embedded in counts)
-    world.together(lambda: check_enough(images, bad=bad, source=source))
+    world.run_on_all(lambda: check_enough(images, bad=bad, source=source))
     if world.size == 1:
         return mine
     index = world.gather_rows(mine.index.to(device))  # the order of the ranks, an image of a tiny set perhaps twice
@@ -253,7 +253,7 @@ def fill_store(
 
     Raises:
         InputError: too many images cannot be decoded, the storage is damaged, or features are not finite.
-        FailedElsewhere: another rank failed.
+        OtherRankFailed: another rank failed.
     """
     world = world or World()
     images = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
@@ -287,8 +287,8 @@ def fill_store(
             finally:
                 store.save()
 
-    world.together(work)
-    world.together(lambda: check_enough(len(images), bad=_bad(store, len(images)), source=source))
+    world.run_on_all(work)
+    world.run_on_all(lambda: check_enough(len(images), bad=_bad(store, len(images)), source=source))
 
 
 def _bad(store: FeatureStore, images: int) -> int:

@@ -83,5 +83,5 @@ def finetune(
     model = Classifier(session.measured.backbone, session.width, len(session.train.classes)).to(session.device)
     results = trained(session, model, source, supervision, name, identity)
     if backbone_out is not None:
-        session.world.on_main(lambda: export_backbone(model.backbone, session.measured.architecture, backbone_out))
+        session.world.run_on_rank0(lambda: export_backbone(model.backbone, session.measured.architecture, backbone_out))
     return results

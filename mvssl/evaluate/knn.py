@@ -276,7 +276,7 @@ def neighbour_sheet(session: Session, path: Path, *, images: int, neighbours: in
             same = train.labels[found] == of_query[asked][:, None]
         write_sheet(path, queries, train, asked=asked, nearest=found, cosine=cosine.float().cpu().numpy(), same=same)
 
-    session.world.on_main(draw)
+    session.world.run_on_rank0(draw)
 
 
 def plain_accuracy(results: dict[str, Any]) -> list[list[str]]:

@@ -160,7 +160,7 @@ def fast_linear(session: Session, settings: FastLinear) -> dict[str, Any]:
         )
         return found, accuracy_of(found.classifiers.ranked(val_features, 0), val_truth, session.train.classes)
 
-    found, measured = session.world.on_main(best)
+    found, measured = session.world.run_on_rank0(best)
     return {
         **measured.to_dict(),
         "lr": found.setting.lr,

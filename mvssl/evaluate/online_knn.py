@@ -59,11 +59,11 @@ def evaluate_knn(
 
     Raises:
         InputError: as `check_knn_data`.
-        FailedElsewhere: another rank failed.
+        OtherRankFailed: another rank failed.
     """
     check_knn_data(train, val, evaluation)
     if world is not None:
-        world.take_from_main(backbone.buffers())
+        world.broadcast_from_rank0(backbone.buffers())
     extract = partial(
         extract_features,
         backbone,

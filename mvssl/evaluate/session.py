@@ -259,7 +259,7 @@ def open_embedder(subject: Subject, computing: Computing) -> Iterator[Embedder]:
     several = rank_count() > 1
     device = resolve_device(computing.device, local_rank=process_local_rank() if several else None)
     with join_world(cuda=device.type == "cuda") as world:
-        measured = world.together(lambda: load_subject(subject))
+        measured = world.run_on_all(lambda: load_subject(subject))
         crop = measured.evaluation.crop
         width = feature_width(measured.backbone, [crop], name=measured.architecture)
         measured.backbone.to(device)
@@ -272,7 +272,7 @@ def open_embedder(subject: Subject, computing: Computing) -> Iterator[Embedder]:
             autocast=autocast_dtype(precision, device),
             computing=computing,
             world=world,
-            console=Console(quiet=not world.is_main),
+            console=Console(quiet=not world.is_rank0),
         )
 
 
@@ -288,7 +288,7 @@ def open_session(subject: Subject, options: EvalOptions, computing: Computing) -
         out = options.out or (None if measured.folder is None else measured.folder.evaluations)
         if out is None:
             raise InputError("out is missing: name a folder for the results with --out PATH.")
-        if world.is_main:
+        if world.is_rank0:
             stack.enter_context(claimed(out))
         train_path, val_path = _paths(measured, options)
         train = open_images(train_path, embedder)
@@ -303,7 +303,7 @@ def open_session(subject: Subject, options: EvalOptions, computing: Computing) -
 def open_images(path: Path, embedder: Embedder) -> Source:
     """Open images; rank 0 indexes a folder first."""
     progress = indexing_progress(embedder.console, path)
-    return embedder.world.main_first(lambda: open_source(path, progress=progress))
+    return embedder.world.run_on_rank0_first(lambda: open_source(path, progress=progress))
 
 
 def _paths(measured: Measured, options: EvalOptions) -> tuple[Path, Path | None]:

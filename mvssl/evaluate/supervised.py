@@ -126,7 +126,7 @@ def classify(
                 index.append(numbers)
         return torch.cat(ranked), torch.cat(index)
 
-    ranked, index = world.together(mine)
+    ranked, index = world.run_on_all(mine)
     parts = world.gather_objects((ranked, index))
     everyone, numbers = torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
     order = numbers.argsort()
@@ -271,7 +271,7 @@ def train_classifier(
                 raise InputError(
                     f"The loss is {mean} in epoch {epoch + 1}: lower the learning rate (--lr {supervision.lr / 10:g})."
                 )
-            world.on_main(partial(_save, folder, epoch + 1, identity, model, optimizer))
+            world.run_on_rank0(partial(_save, folder, epoch + 1, identity, model, optimizer))
             speed = steps * supervision.batch_size / (time.monotonic() - began)
             say(f"epoch {epoch + 1}/{supervision.epochs}  loss {mean:.4f}  {speed:,.0f} images/s")
     finally:

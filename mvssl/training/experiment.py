@@ -116,14 +116,14 @@ class Experiment:
         Raises:
             InputError: the checkpoint is damaged, or the run was started with other images.
         """
-        saved = self.world.on_main(lambda: checkpoint.load(folder.last))
+        saved = self.world.run_on_rank0(lambda: checkpoint.load(folder.last))
         if saved.meta["data"] != self.source.fingerprint:
             raise InputError(
                 f"data is {str(self.options.data)!r} but the run was started with other images (their names, sizes or "
                 "labels differ): give the data set the run was started with, or start a new run."
             )
         self.step.load_state_dict(saved.state["step"])
-        self.world.on_main(lambda: self._export(folder))
+        self.world.run_on_rank0(lambda: self._export(folder))
         return Position(
             step=int(saved.meta["step"]),
             metrics_bytes=int(saved.meta["metrics_bytes"]),
@@ -149,7 +149,7 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
         torch.cuda.set_device(device)  # streams, CUDA graphs and allocations must be on the GPU that was asked for
     keep_compiled_code()
     with ExitStack() as stack:
-        train_path, val_path = world.together(partial(_data_paths, options.data, options.val, world))
+        train_path, val_path = world.run_on_all(partial(_data_paths, options.data, options.val, world))
         source = _open_source(train_path, console, world)
         stack.callback(source.close)
         val = None
@@ -158,8 +158,8 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
             stack.callback(val.close)
             _check_same_images(val, world)
         _check_same_images(source, world)
-        order = world.together(partial(_make_order, recipe, source, val, world))
-        peak = world.together(partial(_peak_memory, recipe, options, device, world))
+        order = world.run_on_all(partial(_make_order, recipe, source, val, world))
+        peak = world.run_on_all(partial(_peak_memory, recipe, options, device, world))
         step = TrainStep(
             recipe,
             device=device,
@@ -170,10 +170,10 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
         )
         steps = max(0, peak - torch.cuda.memory_reserved(device)) if peak else 0  # the networks are reserved already
         cached = partial(_cached, device=device, console=console, world=world, steps=steps)
-        source, cache = world.together(partial(cached, source, options.cache))
+        source, cache = world.run_on_all(partial(cached, source, options.cache))
         if val is not None and options.cache != "off":  # an explicit place is for the training images only
             taken = source.cache.nbytes if isinstance(source, CachedSource) else 0
-            val, _ = world.together(partial(cached, val, "auto", taken=taken))
+            val, _ = world.run_on_all(partial(cached, val, "auto", taken=taken))
         loader = Loader(
             source,
             recipe.views,
@@ -225,7 +225,7 @@ def _data_paths(data: Path, val: Path | None, world: World) -> tuple[Path, Path 
 
 def _open_source(path: Path, console: Console, world: World) -> Source:
     """Open images; rank 0 indexes a folder first, the others then find its index in the cache."""
-    return world.main_first(lambda: open_source(path, progress=indexing_progress(console, path)))
+    return world.run_on_rank0_first(lambda: open_source(path, progress=indexing_progress(console, path)))
 
 
 def _check_same_images(source: Source, world: World) -> None:
@@ -233,9 +233,9 @@ def _check_same_images(source: Source, world: World) -> None:
 
     Raises:
         InputError: this rank's differ from rank 0's.
-        FailedElsewhere: another rank's do.
+        OtherRankFailed: another rank's do.
     """
-    first = world.on_main(lambda: source.fingerprint)
+    first = world.run_on_rank0(lambda: source.fingerprint)
 
     def compare() -> None:
         if source.fingerprint != first:
@@ -244,7 +244,7 @@ def _check_same_images(source: Source, world: World) -> None:
                 "(their names, sizes or labels differ): give every machine the same data set."
             )
 
-    world.together(compare)
+    world.run_on_all(compare)
 
 
 def _labelled(*sources: Source | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from mvssl.distributed import FailedElsewhere
+from mvssl.distributed import OtherRankFailed
 from mvssl.evaluate.online_knn import evaluate_knn
 from mvssl.monitor.loggers import last_knn
 from mvssl.runs.folder import RunFolder
@@ -32,7 +32,7 @@ class Loop:
         self.stop = stop
         self.step = position.step
         self.evaluated = position.evaluated
-        self.knn = experiment.world.on_main(lambda: last_knn(folder.metrics))
+        self.knn = experiment.world.run_on_rank0(lambda: last_knn(folder.metrics))
 
     def run(self) -> None:
         """Train to the end.
@@ -50,7 +50,7 @@ class Loop:
         while self.step < total and not stopped_by:
             epoch, first_step = divmod(self.step, steps_per_epoch)
             batches = experiment.loader.epoch(epoch, first_step=first_step, until=experiment.recipe.epochs)
-            while not stopped_by and (batch := world.together(partial(next, batches, None))) is not None:
+            while not stopped_by and (batch := world.run_on_all(partial(next, batches, None))) is not None:
                 with self.monitor.step():
                     output = experiment.step(batch.views, self.step)
                 self.monitor.add(output, batch.index)
@@ -97,7 +97,7 @@ class Loop:
                     progress=self.stop.check,
                     world=experiment.world,
                 )
-            except (StopRequest.Requested, FailedElsewhere):  # a rank that failed for another reason ends the run
+            except (StopRequest.Requested, OtherRankFailed):  # a rank that failed for another reason ends the run
                 return
             except Exception:
                 if experiment.world.size == 1:
@@ -119,7 +119,7 @@ class Loop:
         with self.monitor.pause():
             self.monitor.check_finite(self.step)
             check_weights(self.experiment, self.step)
-            self.experiment.world.on_main(self._write)
+            self.experiment.world.run_on_rank0(self._write)
         self.stop.reserve = max(self.stop.reserve, 2 * (time.monotonic() - began))  # twice: disk speed varies
 
     def _write(self) -> None:

@@ -55,7 +55,7 @@ class Monitor:
         self._folder = folder
         self._first_step = position.step
         self._collapsed = False
-        self._loggers = _Loggers(experiment, folder, console, position) if experiment.world.is_main else None
+        self._loggers = _Loggers(experiment, folder, console, position) if experiment.world.is_rank0 else None
         self._clock = _Clock(step=position.step)
         self._device_clock = DeviceClock(experiment.device, hold=lambda: experiment.step.capturing)
 
@@ -154,7 +154,7 @@ class Monitor:
         if failure is None:
             return
         index = [i for part in experiment.world.gather_objects(failure.index) for i in part]  # of the whole batch
-        if experiment.world.is_main:
+        if experiment.world.is_rank0:
             write_json(
                 self._folder.failure,
                 {

@@ -110,7 +110,7 @@ def profile_run(recipe: Recipe, options: RunOptions, console: Console, *, steps:
         profile = profile_steps(trial.step, steps=steps, device=experiment.device)
         fed = trial.fed_by_the_loader(steps)
         lines = _summary(profile, experiment, fed=fed)
-        if experiment.world.is_main:
+        if experiment.world.is_rank0:
             folder.mkdir(parents=True, exist_ok=True)
             write_trace(trial.step, steps=trace_steps, device=experiment.device, path=folder / "trace.json.gz")
             _write_profile(folder, lines, profile, recipe, fed=fed)
@@ -221,8 +221,8 @@ def open_trial(
     device = resolve_device(options.device, local_rank=process_local_rank())
     with ExitStack() as stack:
         world = stack.enter_context(join_world(cuda=device.type == "cuda"))
-        console = console if world.is_main else Console(quiet=True)
-        world.on_main(lambda: check(console))
+        console = console if world.is_rank0 else Console(quiet=True)
+        world.run_on_rank0(lambda: check(console))
         experiment = stack.enter_context(open_experiment(recipe, options, console, world))
         stack.enter_context(explain_out_of_memory())
         init_from(experiment.step.online, experiment.step.target, recipe, options.init_from)

@@ -75,7 +75,7 @@ def train(recipe: Recipe, *, data: str | Path, out: str | Path, **options: Any) 
         InputError: an argument cannot be used.
         Interrupted: SIGINT or SIGTERM came, or the time is over; everything is saved.
         Diverged: the loss became NaN or infinite.
-        FailedElsewhere: another rank failed, and reports why, or is gone.
+        OtherRankFailed: another rank failed, and reports why, or is gone.
     """
     return run(recipe, RunOptions(data=Path(data), out=Path(out), **options))
 
@@ -87,19 +87,19 @@ def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) 
     began, folder = time.monotonic(), RunFolder(options.out)
     device = resolve_device(options.device, local_rank=process_local_rank())
     with join_world(cuda=device.type == "cuda") as world:
-        console = (console or Console()) if world.is_main else Console(quiet=True)
-        world.on_main(lambda: _check_folder(folder, recipe, options))
+        console = (console or Console()) if world.is_rank0 else Console(quiet=True)
+        world.run_on_rank0(lambda: _check_folder(folder, recipe, options))
         with ExitStack() as lock, open_experiment(recipe, options, console, world) as experiment:
-            locked = world.on_main(lambda: _lock_existing(folder, lock))  # before anything in it is touched
+            locked = world.run_on_rank0(lambda: _lock_existing(folder, lock))  # before anything in it is touched
             position, earlier_epochs = _start_or_resume(experiment, folder)
             if not locked:
-                world.on_main(lambda: _lock_existing(folder, lock))
+                world.run_on_rank0(lambda: _lock_existing(folder, lock))
             seconds = None if options.time is None else parse_time(options.time) - (time.monotonic() - began)
             with run_log(folder.log, console, rank=world.rank), StopRequest(world, seconds=seconds) as stop:
                 _announce(experiment, folder, position.step, earlier_epochs)
                 if position.step == 0:
                     images = experiment.order.permutation(0)[:4]
-                    world.on_main(lambda: write_view_sheet(recipe, experiment.source, images, folder.views))
+                    world.run_on_rank0(lambda: write_view_sheet(recipe, experiment.source, images, folder.views))
                 with explain_out_of_memory(), Monitor(experiment, folder, console, position) as monitor:
                     loop = Loop(experiment, folder, position, monitor, stop)
                     loop.run()
@@ -128,17 +128,17 @@ def _start_or_resume(experiment: Experiment, folder: RunFolder) -> tuple[Positio
     Returns the position, and if the run is being extended, its earlier number of epochs.
     """
     recipe, options, world = experiment.recipe, experiment.options, experiment.world
-    earlier_epochs = world.on_main(lambda: folder.extend(recipe)) if options.resume else None
-    if options.resume and world.on_main(folder.has_checkpoint):
+    earlier_epochs = world.run_on_rank0(lambda: folder.extend(recipe)) if options.resume else None
+    if options.resume and world.run_on_rank0(folder.has_checkpoint):
         return experiment.restore(folder), earlier_epochs
     # A run that was stopped before its first checkpoint starts again.
-    weights = world.on_main(lambda: folder.option("init_from")) if options.resume else options.init_from
+    weights = world.run_on_rank0(lambda: folder.option("init_from")) if options.resume else options.init_from
     init_from(experiment.step.online, experiment.step.target, recipe, weights)
     if not options.resume:
         plain = {  # absolute paths, so that they hold in any working directory
             name: str(value.resolve()) if isinstance(value, Path) else value for name, value in asdict(options).items()
         }
-        world.on_main(lambda: folder.begin(recipe, plain, overwrite=options.overwrite))
+        world.run_on_rank0(lambda: folder.begin(recipe, plain, overwrite=options.overwrite))
     return Position(), earlier_epochs
 
 
@@ -233,7 +233,7 @@ def _sum_up(experiment: Experiment, folder: RunFolder, loop: Loop, monitor: Moni
                 "%d images could not be decoded and were replaced, e.g. %s", len(stats.bad), next(iter(stats.bad))
             )
         logger.info("backbone: %s; report: %s", folder.backbone, folder.report)
-    if experiment.world.is_main:
+    if experiment.world.is_rank0:
         try:
             write_report(folder.report, folder)
         except (OSError, InputError) as error:  # everything that matters is saved

@@ -48,10 +48,10 @@ def run(arguments: Sequence[str]) -> None:
         settings = {**dataclasses.asdict(asked.supervision), **dataclasses.asdict(asked.part)}
         settings["label_list"] = str(asked.part.label_list)
         file = session.result_file(f"finetune-{asked.part.name()}", session.identity("finetune", **settings))
-        results = session.world.on_main(file.earlier)
+        results = session.world.run_on_rank0(file.earlier)
         if results is None:
             results = finetune(session, asked.supervision, asked.part, name=name, backbone_out=asked.backbone_out)
-            session.world.on_main(lambda: file.write(results or {}))
+            session.world.run_on_rank0(lambda: file.write(results or {}))
         row = [*accuracy_cells(results), f"{results['train_images']:,}", f"{results['images']:,}"]
         heads = ("top-1 %", "95 % interval", "top-5 %", "labels", "measured on")
         title = f"Fine-tuned ({asked.part.name()}), {session.measured.architecture}, {session.measured.name}"

@@ -55,10 +55,10 @@ def run(arguments: Sequence[str]) -> None:
                 session.console.print("These images have no labels, so there is no accuracy.")
                 return
         file = session.result_file("knn", session.identity("knn", k=k, temperature=asked.temperature))
-        results = session.world.on_main(file.earlier)
+        results = session.world.run_on_rank0(file.earlier)
         if results is None:
             results = knn_grid(session, k=k, temperatures=asked.temperature)
-            session.world.on_main(lambda: file.write(results or {}))
+            session.world.run_on_rank0(lambda: file.write(results or {}))
         title = f"kNN top-1, {session.measured.architecture}, {name}"
         how = " (leave one out)" if results["leave_one_out"] else ""
         rows = [[*row, f"{results['neighbours']:,}", f"{results['images']:,}{how}"] for row in plain_accuracy(results)]

@@ -45,13 +45,13 @@ def run(arguments: Sequence[str]) -> None:
         settings = asked.fast if asked.protocol == "fast" else asked.release
         identity = session.identity(f"linear-{asked.protocol}", **dataclasses.asdict(settings))
         file = session.result_file(f"linear-{asked.protocol}", identity)
-        results = session.world.on_main(file.earlier)
+        results = session.world.run_on_rank0(file.earlier)
         if results is None:
             if asked.protocol == "fast":
                 results = fast_linear(session, asked.fast)
             else:
                 results = release_linear(session, asked.release)
-            session.world.on_main(lambda: file.write(results or {}))
+            session.world.run_on_rank0(lambda: file.write(results or {}))
         lr = results.get("lr", asked.release.lr)
         decay = results.get("weight_decay", asked.release.weight_decay)
         row = [*accuracy_cells(results), f"{lr:g}", f"{decay:g}", f"{results['train_images']:,}"]

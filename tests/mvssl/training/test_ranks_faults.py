@@ -14,7 +14,7 @@ import torch.distributed as dist
 from mvssl.cli.train import body
 from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Evaluation, Recipe
-from mvssl.distributed import FailedElsewhere, join_world
+from mvssl.distributed import OtherRankFailed, join_world
 from mvssl.evaluate.features import extract_features
 from mvssl.training.experiment import _data_paths
 from mvssl.training.run import run
@@ -32,7 +32,7 @@ def failing_on_rank_one() -> tuple[str, bool]:
             if world.rank == 1:
                 raise InputError("a fault of rank 1 alone")
             world.any(False)
-    except (FailedElsewhere, InputError) as error:
+    except (OtherRankFailed, InputError) as error:
         return str(error), dist.is_initialized()
     return "nothing", dist.is_initialized()
 
@@ -53,8 +53,8 @@ def errors_of_collective_work(messages: list[str]) -> str:
 
     with join_world(cuda=False) as world:
         try:
-            world.together(work)
-        except (FailedElsewhere, InputError) as error:
+            world.run_on_all(work)
+        except (OtherRankFailed, InputError) as error:
             return f"{type(error).__name__} {error}"
         return "nothing"
 
@@ -65,30 +65,30 @@ def test_an_error_on_all_ranks_is_reported_once(messages: list[str]) -> None:
     expected = [f"InputError {message}" if message else "" for message in messages]
     if messages == ["same", "same"]:
         expected[1] = ""
-    elsewhere = "FailedElsewhere another process of the run failed and says why." if any(messages) else "nothing"
+    elsewhere = "OtherRankFailed another process of the run failed and says why." if any(messages) else "nothing"
     assert met == [message or elsewhere for message in expected]
 
 
 def test_a_batch_larger_than_the_data_is_reported_by_rank_0(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = dataclasses.replace(tiny_recipe, batch_size=64)
     first, second = run_ranks(run, 2, recipe, RunOptions(data=images, out=tmp_path / "run", device="cpu"))
-    assert (first.error, second.error) == ("InputError", "FailedElsewhere")
+    assert (first.error, second.error) == ("InputError", "OtherRankFailed")
     assert "batch_size is 64 but the data set has only 36 images" in first.message
 
 
 def data_paths(data: list[str]) -> tuple[Path, Path | None]:
     """Paths of this rank's images, as a run determines them."""
     with join_world(cuda=False) as world:
-        return world.together(partial(_data_paths, Path(data[world.rank]), None, world))
+        return world.run_on_all(partial(_data_paths, Path(data[world.rank]), None, world))
 
 
 def test_validation_images_on_one_machine_only_are_refused_without_a_hang(images: Path, tmp_path: Path) -> None:
     (tmp_path / "train").symlink_to(images / "train")
     first, second = run_ranks(data_paths, 2, [str(images), str(tmp_path)])
-    assert (first.error, second.error) == ("FailedElsewhere", "InputError")
+    assert (first.error, second.error) == ("OtherRankFailed", "InputError")
     assert "has no validation part on rank 1 but one on rank 0: give every machine the same data" in second.message
     first, second = run_ranks(data_paths, 2, [str(images), str(tmp_path / "missing")])
-    assert (first.error, second.error) == ("FailedElsewhere", "InputError")
+    assert (first.error, second.error) == ("OtherRankFailed", "InputError")
 
 
 def embed(train: str) -> int:
@@ -116,7 +116,7 @@ def test_bad_images_are_counted_over_all_ranks(images: Path, tmp_path: Path) -> 
     for file in files[:26]:
         file.write_bytes(b"")
     first, second = run_ranks(embed, 2, str(tmp_path / "train"))
-    assert (first.error, second.error) == ("InputError", "FailedElsewhere")
+    assert (first.error, second.error) == ("InputError", "OtherRankFailed")
     assert "26 of the 36 images" in first.message
 
 
