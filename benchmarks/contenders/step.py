@@ -20,7 +20,7 @@ from benchmarks.measuring.isolated import Turns
 from mvssl.config.options import autocast_dtype
 from mvssl.config.recipe import Recipe
 from mvssl.models.encoder import build_networks
-from mvssl.monitor.profiling import profile_steps, wait
+from mvssl.monitor.profiling import profile_steps, synchronize
 from mvssl.training.compile import keep_compiled_code
 from mvssl.training.memory import explain_out_of_memory
 from mvssl.training.step import TrainStep
@@ -123,11 +123,11 @@ def matrix_product(setup: Setup) -> Iterator[Turns]:
     def turn() -> dict[str, Any]:
         for _ in range(3):
             a @ b
-        wait(device)
+        synchronize(device)
         began = time.perf_counter()
         for _ in range(_PRODUCTS):
             a @ b
-        wait(device)
+        synchronize(device)
         seconds = time.perf_counter() - began
         return {"tflops": 2e-12 * side**3 * _PRODUCTS / seconds, "side": side, "dtype": str(dtype)}
 
@@ -223,13 +223,13 @@ def _turns(
                 prepare()
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            wait(device)
+            synchronize(device)
             began = time.perf_counter()
             for _ in range(setup.steps):
                 if loading and batches is not None:
                     next(batches)
                 take(next(numbers))
-            wait(device)
+            synchronize(device)
             seconds = time.perf_counter() - began
         report = {"images": setup.steps * setup.recipe.batch_size, "seconds": seconds, "steps": setup.steps, **found}
         return report | ({"device_mib": torch.cuda.max_memory_allocated() / 2**20} if cuda else {})

@@ -19,7 +19,7 @@ from benchmarks.measuring.isolated import Turns
 from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Recipe
 from mvssl.distributed import World
-from mvssl.monitor.device_clock import DeviceClock
+from mvssl.monitor.idle_sampler import IdleSampler
 from mvssl.training.experiment import open_experiment
 from mvssl.training.memory import explain_out_of_memory
 from pipelines.decode import DecoderName
@@ -170,7 +170,7 @@ def timed(
     cuda = setup.device == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    with explain_out_of_memory(), closing(DeviceClock(torch.device(setup.device))) as clock:
+    with explain_out_of_memory(), closing(IdleSampler(torch.device(setup.device))) as sampler:
         for _ in range(lead):
             train(next(batches), next(number))
         wait()
@@ -179,20 +179,20 @@ def timed(
             asked = time.perf_counter()
             views = next(batches)
             waited += time.perf_counter() - asked
-            with clock.step():
+            with sampler.step():
                 train(views, next(number))
             del views
         wait()
         seconds = time.perf_counter() - began
-        shares = clock.shares()
+        idle = sampler.fractions()
     report: dict[str, Any] = {
         "images": steps * setup.recipe.batch_size,
         "seconds": seconds,
         "steps": steps,
         "data_wait": waited / seconds,
     }
-    if shares is not None:
-        report |= {"device_idle": shares.idle, "launching": shares.launching(report["data_wait"])}
+    if idle is not None:
+        report |= {"device_idle": idle.total, "launching": idle.launching(report["data_wait"])}
     if cuda:
         report["device_mib"] = torch.cuda.max_memory_allocated() / 2**20
         torch.cuda.empty_cache()  # the others' turns need it

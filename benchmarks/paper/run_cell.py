@@ -23,10 +23,10 @@ from mvssl.evaluate.knn import knn_predictions
 from mvssl.evaluate.linear import FastLinear, fit_best
 from mvssl.evaluate.linear_fit import stratified
 from mvssl.models.encoder import build_networks
-from mvssl.monitor.loggers import read_jsonl
-from mvssl.monitor.signals import agreement, view_signals
+from mvssl.monitor.view_diagnostics import gradient_cosines, view_diagnostics
 from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
+from mvssl.runs.jsonl import read_jsonl
 from mvssl.training.run import run
 from pipelines.loader import Loader
 from pipelines.order import Order
@@ -154,11 +154,11 @@ def signals(
     for path in sorted(RunFolder(folder).checkpoints.glob("step-*")):
         saved = checkpoint.load(path)
         online, target = _networks(recipe, saved.state["step"], device)
-        seen = view_signals(recipe, online, target, batches)
+        seen = view_diagnostics(recipe, online, target, batches)
         share = recipe.predictors == "shared"
         cosines = {
-            "encoder": agreement(seen.encoder, recipe.views),
-            "predictor": agreement(seen.predictor, recipe.views, tasks_share=share),
+            "encoder": gradient_cosines(seen.encoder, recipe.views),
+            "predictor": gradient_cosines(seen.predictor, recipe.views, tasks_share=share),
         }
         found.append(
             {

@@ -15,7 +15,7 @@ from mvssl.cli.train import main_speaks
 from mvssl.evaluate.feature_store import Dtype, bytes_needed, check_ending, open_store, write_table
 from mvssl.evaluate.features import fill_store
 from mvssl.evaluate.session import Computing, Embedder, open_embedder, open_images
-from mvssl.monitor.console import counting_progress
+from mvssl.monitor.console import Progress
 from mvssl.runs.results import claimed
 from mvssl.weights.load import Subject
 from pipelines.runtime import InputError, run_cli
@@ -96,7 +96,7 @@ def _compute(asked: FeatureArguments, embedder: Embedder, partial: Path) -> None
         autocast=embedder.autocast,
         computing=embedder.computing,
         world=embedder.world,
-        progress=counting_progress(embedder.console, "features", total=share),
+        progress=Progress(embedder.console, "features", total=share).add,
     )
     written = embedder.world.run_on_rank0(lambda: write_table(asked.out, store, source))
     if embedder.world.is_rank0:

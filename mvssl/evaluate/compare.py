@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mvssl.monitor.loggers import read_jsonl
 from mvssl.runs.folder import RunFolder
+from mvssl.runs.jsonl import read_jsonl
 from mvssl.runs.results import read_result
 from pipelines.runtime import InputError
 

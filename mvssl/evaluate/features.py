@@ -23,7 +23,7 @@ from mvssl.config.recipe import Evaluation
 from mvssl.distributed import World
 from mvssl.evaluate.feature_store import BAD, DONE, Dtype, FeatureStore, bytes_needed, not_finite, open_store
 from mvssl.evaluate.session import Computing, Session
-from mvssl.monitor.console import counting_progress
+from mvssl.monitor.console import Progress
 from pipelines.decode import DecodeOptions
 from pipelines.loading.eval_loader import EvaluationBatch, iterate_augmented, iterate_center
 from pipelines.loading.fetch import too_many_bad
@@ -339,9 +339,9 @@ def stored(session: Session, source: Source, what: str, *, drawn: int = 0, seed:
         autocast=session.autocast,
         computing=session.computing,
         world=session.world,
-        progress=counting_progress(
+        progress=Progress(
             session.console, f"features of {source.location}", total=-(-missing // session.world.size)
-        ),
+        ).add,
     )
     return store
 

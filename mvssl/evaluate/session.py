@@ -23,7 +23,7 @@ from torch import Tensor
 from mvssl.config.options import autocast_dtype, resolve_device
 from mvssl.distributed import World, join_world, process_local_rank, rank_count
 from mvssl.models.backbones import feature_width
-from mvssl.monitor.console import indexing_progress
+from mvssl.monitor.console import Progress
 from mvssl.runs.results import ResultFile, claimed
 from mvssl.weights.load import Measured, Subject, load_subject
 from pipelines.decode import DecodeOptions, DecoderName
@@ -302,7 +302,7 @@ def open_session(subject: Subject, options: EvalOptions, computing: Computing) -
 
 def open_images(path: Path, embedder: Embedder) -> Source:
     """Open images; rank 0 indexes a folder first."""
-    progress = indexing_progress(embedder.console, path)
+    progress = Progress(embedder.console, f"indexing {path}").update
     return embedder.world.run_on_rank0_first(lambda: open_source(path, progress=progress))
 
 

@@ -1,11 +1,8 @@
-"""The picture of a run's losses, drawn from metrics.jsonl.
-
-views.png: what the recipe's views look like on the first images of the run.
-"""
+"""The pictures in a run folder: losses.png and views.png."""
 
 from __future__ import annotations
 
-import os
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,45 +12,18 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from mvssl.config.recipe import Recipe
-from mvssl.monitor.loggers import read_jsonl
+from mvssl.runs.jsonl import read_jsonl
 from pipelines.batch import DecodedBatch
 from pipelines.decode import make_decoder
+from pipelines.files import whole_file
 from pipelines.storage.source import Source
 from pipelines.views.engine import ViewEngine
 from pipelines.views.sampling import draw
 from pipelines.views.sheet import view_sheet
 
 
-def write_view_sheet(recipe: Recipe, source: Source, images: NDArray[np.int64], out: Path) -> None:
-    """Draw some images (indices [N]) and all their views in epoch 0, just as the run will see them."""
-    specs = recipe.views
-    index = torch.from_numpy(images)  # [N]
-    decoder = make_decoder("pillow", device="cpu", batch_size=len(index), threads=1)
-    try:
-        decoded = decoder([_read(source, i) for i in index.tolist()])
-    finally:
-        decoder.close()
-    good = torch.tensor([n not in decoded.failures for n in range(len(index))])  # [N]
-    if not good.any():
-        return  # the loader names and replaces undecodable images; there is nothing to draw here
-    batch = DecodedBatch.packed(decoded.pixels, sizes=decoded.sizes, index=index[good])
-    params = draw(specs, batch.sizes, seed=recipe.seed, epoch=0, index=batch.index)
-    views = ViewEngine(specs, device="cpu")(batch, params)  # V tensors [N, 3, S, S]
-    aside = out.with_name(f".{out.name}")
-    view_sheet(batch, specs, params, views).save(aside, format="png")
-    os.replace(aside, out)
-
-
-def _read(source: Source, index: int) -> NDArray[np.uint8]:
-    """The encoded image; nothing where it cannot be read, which the loader will say."""
-    try:
-        return source.read(index)
-    except OSError:
-        return np.empty(0, np.uint8)
-
-
 def plot_losses(metrics: Path, out: Path) -> None:
-    """Draw loss per task and, where there is one, kNN accuracy over the steps of `metrics` as a PNG."""
+    """Plot the loss of each task and any kNN accuracy over the steps in metrics.jsonl, as a PNG."""
     rows = list(read_jsonl(metrics))
     train = [row for row in rows if row["kind"] == "train"]
     knn = [row for row in rows if row["kind"] == "knn"]
@@ -76,6 +46,29 @@ def plot_losses(metrics: Path, out: Path) -> None:
         handles, labels = handles + more_handles, labels + more_labels
     if handles:
         figure.legend(handles, labels, loc="outside upper center", ncols=len(handles), frameon=False)
-    aside = out.with_name(f".{out.name}")
-    figure.savefig(aside, format="png")
-    os.replace(aside, out)
+    with whole_file(out) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def write_view_sheet(recipe: Recipe, source: Source, images: NDArray[np.int64], out: Path) -> None:
+    """Draw some images (indices [N]) and their views in epoch 0, the same as in training."""
+    specs = recipe.views
+    index = torch.from_numpy(images)  # [N]
+    with closing(make_decoder("pillow", device="cpu", batch_size=len(index), threads=1)) as decoder:
+        decoded = decoder([_read(source, i) for i in index.tolist()])
+    good = torch.tensor([n not in decoded.failures for n in range(len(index))])  # [N]
+    if not good.any():
+        return  # the loader reports and replaces undecodable images
+    batch = DecodedBatch.packed(decoded.pixels, sizes=decoded.sizes, index=index[good])
+    params = draw(specs, batch.sizes, seed=recipe.seed, epoch=0, index=batch.index)
+    views = ViewEngine(specs, device="cpu")(batch, params)  # V tensors [N, 3, S, S]
+    with whole_file(out) as temporary:
+        view_sheet(batch, specs, params, views).save(temporary, format="png")
+
+
+def _read(source: Source, index: int) -> NDArray[np.uint8]:
+    """The encoded image; empty if it cannot be read, which the loader will report."""
+    try:
+        return source.read(index)
+    except OSError:
+        return np.empty(0, np.uint8)

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, machine, command."""
+"""Versions, machine and command line that a run is recorded with."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,8 @@ def environment() -> dict[str, Any]:
     """Versions, machine and command line as plain JSON values."""
     versions: dict[str, str] = {}
     for package in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -48,7 +47,7 @@ def environment() -> dict[str, Any]:
 
 
 def processor() -> str | None:
-    """The processor's name; None where the system does not tell."""
+    """The processor's name; None if the system does not report one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

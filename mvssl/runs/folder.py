@@ -1,13 +1,11 @@
-"""The folder of a run: what lies where, and how one is begun, refused, overwritten or resumed."""
+"""The folder of a run: its files, and the checks before a run is started, overwritten, extended or resumed in it."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,23 +13,15 @@ from typing import Any
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import differences, from_dict, to_dict
 from mvssl.runs.environment import environment
+from pipelines.files import locked, write_whole
 from pipelines.runtime import InputError, invalid
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a temporary name and rename, so that readers never see half a file."""
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(aside, path)
 
 
 class RunFolder:
     """Paths of a run's files.
 
-    config.json, environment.json, metrics.jsonl (what the recipe decides: the same bytes on every repetition),
-    throughput.jsonl (what the machine decides), train.log, tensorboard/, csv/, wandb/, checkpoints/, report.html,
-    backbone.safetensors,
-    views.png, losses.png, failure.json where a run diverged, and eval/ from mvssl-eval.
+    The same recipe writes the same bytes to metrics.jsonl on every repetition; throughput.jsonl and summary.json depend
+    on the machine. failure.json exists only if the run diverged. mvssl-eval writes into eval/.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,6 +35,7 @@ class RunFolder:
         self.csv = path / "csv"
         self.wandb = path / "wandb"
         self.report = path / "report.html"
+        self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last"
         self.backbone = path / "backbone.safetensors"
@@ -54,68 +45,62 @@ class RunFolder:
         self.evaluations = path / "eval"
 
     def recipe(self) -> Recipe:
-        """The recipe the run was begun with.
+        """The recipe of the run.
 
         Raises:
             InputError: this is no run folder, or its config.json is damaged.
         """
         return from_dict(self._config()["recipe"])
 
-    def option(self, name: str) -> Path | None:
-        """A path among the options the run was begun with: data, val or init_from; None where it was not given.
+    def options(self) -> dict[str, Any]:
+        """The options that the run was started with, as JSON values; raises as `recipe`."""
+        options: dict[str, Any] = self._config()["options"]
+        return options
 
-        Raises:
-            InputError: as `recipe`.
-        """
-        value = self._config()["options"][name]
+    def option(self, name: str) -> Path | None:
+        """A path among the options (data, val or init_from); None if it was not given. Raises as `recipe`."""
+        value = self.options()[name]
         return None if value is None else Path(value)
 
-    def _config(self) -> dict[str, Any]:
-        """The contents of config.json."""
-        try:
-            plain: dict[str, Any] = json.loads(self.config.read_text())
-        except FileNotFoundError as error:
-            raise InputError(
-                f"{self.path} is no run folder (it has no config.json): give the --out of mvssl-train."
-            ) from error
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.config} cannot be read ({error}): restore it or start the run again.") from error
-        return plain
-
-    @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Keep other processes from training in this folder, which is there, meanwhile.
-
-        The folder itself is locked, so that no file is left behind. A file system without locks lets everybody in.
-
-        Raises:
-            InputError: a run is going on in it.
-        """
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise InputError(
-                f"Another process is training in {self.path}: wait for it, stop it, or choose another folder with "
-                "--out."
-            ) from error
-        except OSError:  # some network file systems have none
-            pass
-        try:
-            yield
-        finally:
-            os.close(descriptor)
-
     def has_checkpoint(self) -> bool:
-        """Whether the run has saved anything yet, be it damaged."""
+        """Whether the run has saved a checkpoint, intact or damaged."""
         return self.last.is_symlink() or any(self.checkpoints.glob("step-*"))
 
-    def begin(self, recipe: Recipe, options: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Make the folder for a new run.
+    def lock(self) -> AbstractContextManager[None]:
+        """Lock the existing folder against other training processes (the folder itself, so no lock file is left).
 
         Raises:
-            InputError: it holds a run and `overwrite` is not set, holds something else, or cannot be written.
+            InputError: another process is training in it.
+        """
+        return locked(
+            self.path,
+            f"Another process is training in {self.path}: wait for it, stop it, or choose another folder with --out.",
+        )
+
+    def check_free(self, *, overwrite: bool) -> None:
+        """Check that a new run may begin here, before any work is done for it.
+
+        Raises:
+            InputError: the folder holds a run and `overwrite` is not set, or it holds something else.
+        """
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return  # `create` reports a file in its place, or above it
+        if not self._is_run():
+            raise InputError(
+                f"out is {str(self.path)!r}, which exists and is no run folder, so it is left alone: choose "
+                "another --out."
+            )
+        if not overwrite:
+            raise InputError(
+                f"out is {str(self.path)!r}, which already holds a run: add --resume to continue it, --overwrite to "
+                "delete it and start again, or choose another --out."
+            )
+
+    def create(self, recipe: Recipe, options: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Create the folder of a new run, after `check_free`.
+
+        Raises:
+            InputError: as `check_free`, or the folder cannot be written.
         """
         self.check_free(overwrite=overwrite)
         try:
@@ -129,62 +114,18 @@ class RunFolder:
                 "folder with --out."
             ) from error
 
-    def check_free(self, *, overwrite: bool) -> None:
-        """Check that a new run may begin here, before any work is done for it.
-
-        Raises:
-            InputError: the folder holds a run and `overwrite` is not set, or holds something else.
-        """
-        if not self.path.is_dir() or not any(self.path.iterdir()):
-            return  # a file in its place, or above it, is told when the folder is made
-        if not self._is_run():
-            raise InputError(
-                f"out is {str(self.path)!r}, which exists and is no run folder, so it is left alone: choose "
-                "another --out."
-            )
-        if not overwrite:
-            raise InputError(
-                f"out is {str(self.path)!r}, which already holds a run: add --resume to go on with it, --overwrite to "
-                "delete it and begin anew, or choose another --out."
-            )
-
-    def _is_run(self) -> bool:
-        """Whether config.json is one of ours (other programs write files of that name, too)."""
-        try:
-            return {"recipe", "options"} <= self._config().keys()
-        except InputError:
-            return False
-
-    def _delete(self) -> None:
-        """Delete what a run writes, and nothing else that lies in its folder."""
-        for path in (self.tensorboard, self.csv, self.wandb, self.checkpoints, self.evaluations):
-            if path.exists():
-                shutil.rmtree(path)
-        for path in (value for value in vars(self).values() if value not in (self.path, self.last)):
-            path.unlink(missing_ok=True)
-
-    def extend(self, recipe: Recipe) -> int | None:
-        """Write down that the run now has this recipe, if it has more epochs than before; gives the earlier number."""
-        begun = self.recipe()
-        if recipe.epochs == begun.epochs:
-            return None
-        config = self._config()
-        config["options"].setdefault("earlier_epochs", []).append(begun.epochs)
-        write_json(self.config, {"recipe": to_dict(recipe), "options": config["options"]})
-        return begun.epochs
-
     def check_same_recipe(self, recipe: Recipe, *, extend: bool = False) -> None:
-        """Check that a resumed run has the recipe it was begun with, or with `extend` that recipe for more epochs.
+        """Check that a resumed run has the recipe it was started with, or with `extend` that recipe for more epochs.
 
         Raises:
-            InputError: it differs; the message says in which fields.
+            InputError: it differs; the message names the fields.
         """
         begun = self.recipe()
         if recipe.epochs != begun.epochs and to_dict(replace(recipe, epochs=begun.epochs)) == to_dict(begun):
             if not extend:
                 raise InputError(
-                    f"The run in {self.path} was begun for {begun.epochs} epochs and not {recipe.epochs}: leave "
-                    "--epochs out to finish it as it is, or add --extend to let it train for more."
+                    f"The run in {self.path} was started for {begun.epochs} epochs and not {recipe.epochs}: leave "
+                    "--epochs out to finish it as it is, or add --extend to train it for more."
                 )
             if recipe.epochs < begun.epochs:
                 raise invalid("epochs", recipe.epochs, f"more than the {begun.epochs} of the run", "raise --epochs")
@@ -192,6 +133,50 @@ class RunFolder:
         changed = differences(to_dict(begun), to_dict(recipe))
         if changed:
             raise InputError(
-                f"The run in {self.path} was begun with another recipe ({'; '.join(changed)}): resume it with the same "
-                "recipe and overrides, or begin a new run with another --out (--init-from takes its weights along)."
+                f"The run in {self.path} was started with another recipe ({'; '.join(changed)}): resume it with the "
+                "same recipe and overrides, or start a new run with another --out (--init-from loads its weights)."
             )
+
+    def extend(self, recipe: Recipe) -> int | None:
+        """Record `recipe` as the run's if it has more epochs than before, and return the earlier number of epochs."""
+        begun = self.recipe()
+        if recipe.epochs == begun.epochs:
+            return None
+        options = self.options()
+        options.setdefault("earlier_epochs", []).append(begun.epochs)
+        write_json(self.config, {"recipe": to_dict(recipe), "options": options})
+        return begun.epochs
+
+    def _config(self) -> dict[str, Any]:
+        """The contents of config.json."""
+        try:
+            plain: dict[str, Any] = json.loads(self.config.read_text())
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{self.path} is no run folder (it has no config.json): give the --out of mvssl-train."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.config} cannot be read ({error}): restore it or start the run again.") from error
+        return plain
+
+    def _is_run(self) -> bool:
+        """Whether config.json is that of a run (other programs write files of that name, too)."""
+        try:
+            return {"recipe", "options"} <= self._config().keys()
+        except InputError:
+            return False
+
+    def _delete(self) -> None:
+        """Delete what a run writes, and nothing else in the folder."""
+        folders = (self.tensorboard, self.csv, self.wandb, self.checkpoints, self.evaluations)
+        for path in folders:
+            if path.exists():
+                shutil.rmtree(path)
+        for path in vars(self).values():
+            if path not in (self.path, self.last, *folders):
+                path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a whole JSON file."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")

@@ -17,7 +17,7 @@ from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
 from mvssl.distributed import World
 from mvssl.evaluate.online_knn import check_knn_data
-from mvssl.monitor.console import indexing_progress
+from mvssl.monitor.console import Progress
 from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
 from mvssl.training.compile import keep_compiled_code
@@ -225,7 +225,7 @@ def _data_paths(data: Path, val: Path | None, world: World) -> tuple[Path, Path 
 
 def _open_source(path: Path, console: Console, world: World) -> Source:
     """Open images; rank 0 indexes a folder first, the others then find its index in the cache."""
-    return world.run_on_rank0_first(lambda: open_source(path, progress=indexing_progress(console, path)))
+    return world.run_on_rank0_first(lambda: open_source(path, progress=Progress(console, f"indexing {path}").update))
 
 
 def _check_same_images(source: Source, world: World) -> None:
@@ -310,5 +310,5 @@ def _cached(
         return source, ""
     memory = free_memory(device, processes=world.local_size)
     memory = replace(memory, host=max(0, memory.host - taken), steps=steps)
-    progress = indexing_progress(console, source.location, what="sizes of")
+    progress = Progress(console, f"sizes of {source.location}").update
     return with_cache(source, choice, device=device, memory=memory, progress=progress)

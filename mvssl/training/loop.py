@@ -7,8 +7,8 @@ from functools import partial
 
 from mvssl.distributed import OtherRankFailed
 from mvssl.evaluate.online_knn import evaluate_knn
-from mvssl.monitor.loggers import last_knn
 from mvssl.runs.folder import RunFolder
+from mvssl.runs.jsonl import last_knn
 from mvssl.training.experiment import Experiment, Position
 from mvssl.training.monitor import Monitor, check_weights
 from mvssl.training.shutdown import Interrupted, StopRequest

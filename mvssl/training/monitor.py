@@ -17,13 +17,14 @@ from torch import Tensor
 
 from mvssl.config.serialize import to_dict
 from mvssl.distributed import World
-from mvssl.monitor.console import Status, make_display
-from mvssl.monitor.device_clock import DeviceClock, Shares
-from mvssl.monitor.loggers import JsonLines, complete_bytes, make_scalar_writers
+from mvssl.monitor.collapse import collapse_warning, effective_rank, embedding_std
+from mvssl.monitor.console import Status, TrainingProgress
+from mvssl.monitor.idle_sampler import IdleFractions, IdleSampler
+from mvssl.monitor.loggers import MetricLoggers
 from mvssl.monitor.pictures import plot_losses
-from mvssl.monitor.signals import collapse_warning, effective_rank, embedding_std
 from mvssl.runs.environment import peak_memory_gib
 from mvssl.runs.folder import RunFolder, write_json
+from mvssl.runs.jsonl import JsonLines, complete_bytes
 from mvssl.training.experiment import Experiment, Position
 from mvssl.training.step import StepOutput
 from pipelines.runtime import InputError
@@ -57,7 +58,7 @@ class Monitor:
         self._collapsed = False
         self._loggers = _Loggers(experiment, folder, console, position) if experiment.world.is_rank0 else None
         self._clock = _Clock(step=position.step)
-        self._device_clock = DeviceClock(experiment.device, hold=lambda: experiment.step.capturing)
+        self._idle_sampler = IdleSampler(experiment.device, hold=lambda: experiment.step.capturing)
 
     def __enter__(self) -> Monitor:
         return self
@@ -65,13 +66,13 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._device_clock.close()
+        self._idle_sampler.close()
         if self._loggers is not None:
             self._loggers.close()
 
     def step(self) -> AbstractContextManager[None]:
         """Context of a training step, entered with its batch received."""
-        return self._device_clock.step()
+        return self._idle_sampler.step()
 
     def add(self, output: StepOutput, index: Tensor) -> None:
         """Buffer the metrics of a step and the dataset indices of its images, int64 [B]."""
@@ -106,9 +107,9 @@ class Monitor:
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # fp16 gradients may overflow
         }
         epoch = (step - 1) // self._experiment.order.steps_per_epoch
-        shares = self._device_clock.shares()
-        if shares is not None:
-            speed |= {"device_idle": shares.idle, "launching": shares.launching(speed["data_wait"])}
+        idle = self._idle_sampler.fractions()
+        if idle is not None:
+            speed |= {"device_idle": idle.total, "launching": idle.launching(speed["data_wait"])}
         status = self._status(step, epoch, losses, output, speed)
         self._loggers.metrics.write({"kind": "train", "step": step, "epoch": epoch, **row})
         self._loggers.throughput.write({"step": step, **speed})
@@ -175,7 +176,7 @@ class Monitor:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Exclude the time of an evaluation or a save from the training speed."""
-        self._device_clock.interrupt()
+        self._idle_sampler.interrupt()
         began = time.perf_counter()
         yield
         pause = time.perf_counter() - began
@@ -191,9 +192,9 @@ class Monitor:
         if self._loggers is not None:
             plot_losses(self._folder.metrics, self._folder.losses)
 
-    def device_shares(self) -> Shares | None:
+    def idle_fractions(self) -> IdleFractions | None:
         """Idle fractions of the GPU since the first log point; None on the CPU, or if they were not measured."""
-        return self._device_clock.run_shares()
+        return self._idle_sampler.run_fractions()
 
     def summary(self, *, step: int) -> dict[str, float]:
         """Training seconds, images per second and fraction of the time waited for data, since the start or resumption.
@@ -245,11 +246,11 @@ class Monitor:
             epochs=recipe.epochs,
             losses=losses,
             learning_rate=output.lr,
-            target_decay=output.tau,
+            tau=output.tau,
             images_per_second=speed["images_per_second"],
             views_per_image=len(recipe.views),
-            wait_fraction=speed["data_wait"],
-            idle_fraction=speed.get("device_idle"),
+            data_wait=speed["data_wait"],
+            device_idle=speed.get("device_idle"),
             memory_gib=speed["memory_gib"],
             seconds_left=per_step * (total - step),
         )
@@ -291,14 +292,14 @@ class _Clock:
 
 
 class _Loggers:
-    """Open outputs of a run: metrics.jsonl (cut back to `position`), throughput.jsonl, scalar writers, display."""
+    """Open outputs of a run: metrics.jsonl (cut back to `position`), throughput.jsonl, metric loggers, display."""
 
     def __init__(self, experiment: Experiment, folder: RunFolder, console: Console, position: Position) -> None:
         self.metrics = JsonLines(folder.metrics, keep_bytes=position.metrics_bytes)
         size = complete_bytes(folder.throughput) if position.step else 0
         self.throughput = JsonLines(folder.throughput, keep_bytes=size)
-        self.scalars = make_scalar_writers(folder, experiment.options, first_step=position.step)
-        self.display = make_display(console, steps=experiment.total_steps, done=position.step)
+        self.scalars = MetricLoggers(folder, experiment.options, first_step=position.step)
+        self.display = TrainingProgress(console, steps=experiment.total_steps, done=position.step)
 
     def close(self) -> None:
         """Close all."""

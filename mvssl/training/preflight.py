@@ -18,7 +18,7 @@ from mvssl.config.options import RunOptions, resolve_device
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
 from mvssl.distributed import join_world, process_local_rank
-from mvssl.monitor.profiling import StepProfile, profile_steps, table, wait, write_trace
+from mvssl.monitor.profiling import StepProfile, format_table, profile_steps, synchronize, write_trace
 from mvssl.runs.environment import environment, peak_memory_gib
 from mvssl.runs.folder import RunFolder
 from mvssl.training.experiment import Experiment, open_experiment
@@ -62,8 +62,8 @@ def dry_run(recipe: Recipe, options: RunOptions, console: Console) -> None:
             gpu = (
                 f"  launches        {profile.launches:,.0f} a step, of {profile.kernels:,.0f} kernels; "
                 f"{experiment.step.description}\n"
-                f"  GPU busy        {100 * (profile.busy_share or 0):.1f} % of a step; otherwise it waits for: "
-                f"{profile.what_holds()}\n"
+                f"  GPU busy        {100 * (profile.busy_share or 0):.1f} % of a step; bottleneck: "
+                f"{profile.bottleneck()}\n"
             )
         parameters = sum(p.numel() for p in experiment.step.online.parameters())
         images = recipe.batch_size / seconds
@@ -117,7 +117,7 @@ def profile_run(recipe: Recipe, options: RunOptions, console: Console, *, steps:
         else:  # steps are collective
             for _ in range(trace_steps):
                 trial.step()
-        shown = [*lines, *table(profile.entries, milliseconds=profile.milliseconds, rows=SHOWN)]
+        shown = [*lines, *format_table(profile.entries, milliseconds=profile.milliseconds, rows=SHOWN)]
         trial.console.print("\n".join([*shown, f"all files: {folder}"]), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -137,13 +137,13 @@ def _summary(profile: StepProfile, experiment: Experiment, *, fed: float | None)
             f"GPU busy        {profile.busy_milliseconds:.2f} ms, {100 * profile.busy_share:.1f} %, in "
             f"{profile.kernels:,.0f} kernels by {profile.launches:,.0f} launches"
         )
-        lines.append(f"it waits for    {profile.what_holds()}")
+        lines.append(f"bottleneck      {profile.bottleneck()}")
     return lines
 
 
 def _write_profile(folder: Path, lines: list[str], profile: StepProfile, recipe: Recipe, *, fed: float | None) -> None:
     """Write profile.txt and profile.json."""
-    rows = table(profile.entries, milliseconds=profile.milliseconds, rows=WRITTEN)
+    rows = format_table(profile.entries, milliseconds=profile.milliseconds, rows=WRITTEN)
     (folder / "profile.txt").write_text("\n".join([*lines, "", *rows]) + "\n", encoding="utf-8")
     numbers = asdict(profile) | {
         "busy_share": profile.busy_share,
@@ -200,12 +200,12 @@ class TrialRun:
         began = time.perf_counter()
         for batch in islice(self.batches, PREPARED + steps):
             if taken == PREPARED:
-                wait(device)
+                synchronize(device)
                 began = time.perf_counter()
             self.batch = batch
             self.step()
             taken += 1
-        wait(device)
+        synchronize(device)
         return 1e3 * (time.perf_counter() - began) / (taken - PREPARED) if taken > PREPARED else None
 
 

@@ -16,18 +16,19 @@ from rich.console import Console
 from mvssl.config.options import RunOptions, parse_time, resolve_device
 from mvssl.config.recipe import Recipe
 from mvssl.distributed import join_world, process_local_rank
-from mvssl.monitor.bottleneck import what_limits
-from mvssl.monitor.console import run_log
-from mvssl.monitor.loggers import read_jsonl
+from mvssl.monitor.bottleneck import describe_bottleneck
 from mvssl.monitor.pictures import write_view_sheet
 from mvssl.monitor.report import write_report
 from mvssl.optim.schedule import learning_rate
 from mvssl.runs.folder import RunFolder
+from mvssl.runs.jsonl import read_jsonl
+from mvssl.runs.run_log import run_log
+from mvssl.runs.summary import Summary, write_summary
 from mvssl.training.experiment import Experiment, Position, open_experiment
 from mvssl.training.loop import Loop
 from mvssl.training.memory import explain_out_of_memory
-from mvssl.training.monitor import Monitor
-from mvssl.training.shutdown import StopRequest
+from mvssl.training.monitor import Diverged, Monitor
+from mvssl.training.shutdown import Interrupted, StopRequest
 from mvssl.weights.init_from import init_from
 from pipelines.runtime import InputError
 
@@ -102,7 +103,14 @@ def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) 
                     world.run_on_rank0(lambda: write_view_sheet(recipe, experiment.source, images, folder.views))
                 with explain_out_of_memory(), Monitor(experiment, folder, console, position) as monitor:
                     loop = Loop(experiment, folder, position, monitor, stop)
-                    loop.run()
+                    try:
+                        loop.run()
+                    except Interrupted as stopped:
+                        _summarise(experiment, folder, loop.step, monitor, stopped_by=stopped.stopped_by)
+                        raise
+                    except Diverged:
+                        _summarise(experiment, folder, loop.step, monitor, stopped_by="divergence")
+                        raise
                     return _sum_up(experiment, folder, loop, monitor)
 
 
@@ -118,7 +126,7 @@ def _lock_existing(folder: RunFolder, lock: ExitStack) -> bool:
     """Keep other processes out of the run folder; False if it does not exist yet."""
     if not folder.path.is_dir():
         return False
-    lock.enter_context(folder.claimed())
+    lock.enter_context(folder.lock())
     return True
 
 
@@ -138,7 +146,7 @@ def _start_or_resume(experiment: Experiment, folder: RunFolder) -> tuple[Positio
         plain = {  # absolute paths, so that they hold in any working directory
             name: str(value.resolve()) if isinstance(value, Path) else value for name, value in asdict(options).items()
         }
-        world.run_on_rank0(lambda: folder.begin(recipe, plain, overwrite=options.overwrite))
+        world.run_on_rank0(lambda: folder.create(recipe, plain, overwrite=options.overwrite))
     return Position(), earlier_epochs
 
 
@@ -203,13 +211,13 @@ def _learning_rate(experiment: Experiment, step: int, epochs: int) -> float:
 def _sum_up(experiment: Experiment, folder: RunFolder, loop: Loop, monitor: Monitor) -> TrainResult:
     """Log the result of a finished run and write its report."""
     monitor.plot()
-    speed, stats = monitor.summary(step=loop.step), experiment.loader.stats
+    summary = _summarise(experiment, folder, loop.step, monitor)
     result = TrainResult(
         out=folder.path,
         steps=loop.step,
         knn=loop.knn,
-        images_per_second=speed["images_per_second"],
-        data_wait=speed["data_wait"],
+        images_per_second=summary.images_per_second,
+        data_wait=summary.data_wait,
     )
     if result.images_per_second == 0:
         logger.info("the run was already finished, at step %d", result.steps)
@@ -219,19 +227,11 @@ def _sum_up(experiment: Experiment, folder: RunFolder, loop: Loop, monitor: Moni
             result.steps,
             result.images_per_second,
             result.images_per_second * len(experiment.recipe.views),
-            what_limits(
-                result.data_wait,
-                stats.stages,
-                stats.prepared,
-                device=experiment.device,
-                pace=result.images_per_second,
-                shares=monitor.device_shares(),
-            ),
+            summary.bottleneck,
         )
-        if stats.bad:
-            logger.warning(
-                "%d images could not be decoded and were replaced, e.g. %s", len(stats.bad), next(iter(stats.bad))
-            )
+        bad = summary.bad_images
+        if bad:
+            logger.warning("%d images could not be decoded and were replaced, e.g. %s", len(bad), next(iter(bad)))
         logger.info("backbone: %s; report: %s", folder.backbone, folder.report)
     if experiment.world.is_rank0:
         try:
@@ -239,3 +239,32 @@ def _sum_up(experiment: Experiment, folder: RunFolder, loop: Loop, monitor: Moni
         except (OSError, InputError) as error:  # everything that matters is saved
             logger.warning("%s could not be written: %s", folder.report, error)
     return result
+
+
+def _summarise(
+    experiment: Experiment, folder: RunFolder, step: int, monitor: Monitor, *, stopped_by: str | None = None
+) -> Summary:
+    """Summarise the run on all ranks; rank 0 writes summary.json, unless no step was taken."""
+    speed, stats = monitor.summary(step=step), experiment.loader.stats
+    summary = Summary(
+        step=step,
+        total_steps=experiment.total_steps,
+        stopped_by=stopped_by,
+        images_per_second=speed["images_per_second"],
+        data_wait=speed["data_wait"],
+        bottleneck=describe_bottleneck(
+            speed["data_wait"],
+            stats.stages,
+            stats.prepared,
+            device=experiment.device,
+            images_per_second=speed["images_per_second"],
+            idle=monitor.idle_fractions(),
+        ),
+        bad_images=dict(stats.bad),
+    )
+    if experiment.world.is_rank0 and summary.images_per_second > 0:
+        try:
+            write_summary(folder.summary, summary)
+        except (OSError, InputError) as error:  # everything that matters is saved
+            logger.warning("%s could not be written: %s", folder.summary, error)
+    return summary

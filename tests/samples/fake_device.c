@@ -1,14 +1,14 @@
-/* A device for tests: what is launched is done one after the other in real time, and it keeps an exact account of its idling. */
+/* A fake device: does what is launched one after the other in real time, and counts its idle time exactly. */
 
 #define _POSIX_C_SOURCE 200809L
 #include <time.h>
 
 /* Times in seconds; the layout is that of `_State` in fake_device.py. */
 typedef struct {
-    double latency; /* from a launch into the idle device until it works */
-    double empty;   /* when all that was launched is done */
-    double idle;    /* time before that in which it did not work */
-    int error;      /* what a query says if it is not 0 */
+    double latency; /* from a launch until the work begins */
+    double empty;   /* when all work is done */
+    double idle;    /* idle time before that */
+    int error;      /* result of queries if not 0 */
 } Device;
 
 static double now(void) {
@@ -33,7 +33,7 @@ int query(volatile Device *device) {
     return now() < device->empty ? 600 : 0;
 }
 
-/* A host that is busy, without giving way. */
+/* A busy host. */
 void work(double seconds) {
     for (double end = now() + seconds; now() < end;) {}
 }

@@ -1,4 +1,4 @@
-"""A device for tests of the stall clock: it works in real time, answers as a stream does, and keeps an account."""
+"""A fake device for tests of the idle sampler: it works in real time, answers queries, and counts its idle time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from mvssl.monitor import device_clock
-from mvssl.monitor.device_clock import DeviceClock, Shares
+from mvssl.monitor import idle_sampler
+from mvssl.monitor.idle_sampler import IdleFractions, IdleSampler
 from pipelines.runtime import load_library
 
 LIBRARY = load_library(Path(__file__).with_name("fake_device.c"))
-needs_compiler = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"nothing to build the clock with: {LIBRARY}")
+needs_compiler = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"no compiler: {LIBRARY}")
 
 
 class _State(ctypes.Structure):
@@ -29,34 +29,34 @@ class _State(ctypes.Structure):
 
 
 class FakeDevice:
-    """Work that is launched is done one after the other.
+    """Does what is launched one after the other.
 
     Attributes:
-        in_step, between: seconds in which it was idle in the steps and between them, as the clock should find.
-        whole: seconds of the steps and between them.
+        in_step, between: idle seconds within steps and between them.
+        whole: seconds in all.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, latency: float = 0.0) -> None:
-        """Take CUDA's place for clocks that are made; `latency` seconds pass from a launch until the work begins."""
+        """Replace CUDA for new samplers; work begins `latency` seconds after its launch."""
         assert not isinstance(LIBRARY, str)
         self._state = _State(latency=latency, empty=time.monotonic())
         self._calls = LIBRARY
-        self._locked = ctypes.PyDLL(LIBRARY._name)  # calls through it keep Python's lock
+        self._locked = ctypes.PyDLL(LIBRARY._name)  # calls through it hold the GIL
         for library in (self._calls, self._locked):
             library.idle.restype = ctypes.c_double
         self.in_step = self.between = self.whole = 0.0
         self._mark: tuple[float, float] | None = None
         stream = SimpleNamespace(cuda_stream=ctypes.addressof(self._state), device_index=0)
-        monkeypatch.setattr(device_clock.cuda, "current_stream", lambda device: stream)
-        monkeypatch.setattr(device_clock, "cuda_query", lambda index: self._calls.query)
-        monkeypatch.setattr(device_clock, "_LATENCY", latency)
+        monkeypatch.setattr(idle_sampler.cuda, "current_stream", lambda device: stream)
+        monkeypatch.setattr(idle_sampler, "cuda_query", lambda index: self._calls.query)
+        monkeypatch.setattr(idle_sampler, "_LATENCY", latency)
 
     def launch(self, seconds: float) -> None:
-        """Put work of this length behind what there is; the host goes on at once. Drops Python's lock."""
+        """Queue work of this length without waiting for it; releases the GIL."""
         self._calls.launch(ctypes.byref(self._state), ctypes.c_double(seconds))
 
     def host_works(self, seconds: float) -> None:
-        """Let the host work and keep Python's lock."""
+        """Let the host work while it holds the GIL."""
         self._locked.work(ctypes.c_double(seconds))
 
     def fail(self, error: int) -> None:
@@ -64,16 +64,16 @@ class FakeDevice:
         self._state.error = error
 
     @contextmanager
-    def step(self, clock: DeviceClock) -> Iterator[None]:
-        """A step under the clock, and in the account."""
-        with clock.step():
+    def step(self, sampler: IdleSampler) -> Iterator[None]:
+        """A step, sampled and counted."""
+        with sampler.step():
             self._account("between")
             yield
             self._account("in_step")
 
-    def truth(self) -> Shares:
-        """The account of all steps and of the time between them."""
-        return Shares(idle_in_step=self.in_step / self.whole, idle_between=self.between / self.whole, samples=0)
+    def truth(self) -> IdleFractions:
+        """The exact fractions."""
+        return IdleFractions(in_step=self.in_step / self.whole, between=self.between / self.whole, samples=0)
 
     def _account(self, what: str) -> None:
         now, idle = time.monotonic(), float(self._locked.idle(ctypes.byref(self._state)))

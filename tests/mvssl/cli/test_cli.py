@@ -16,7 +16,7 @@ import timm
 from mvssl.cli import eval as eval_cli
 from mvssl.cli import export as export_cli
 from mvssl.cli import train as train_cli
-from mvssl.monitor.loggers import read_jsonl
+from mvssl.runs.jsonl import read_jsonl
 from mvssl.runs.results import read_result
 from pipelines.runtime import InputError, run_cli
 

@@ -12,9 +12,9 @@ from rich.console import Console
 from mvssl.cli import train as train_cli
 from mvssl.cli.help import USED, describe, fit_warmup, option, value_of, with_option
 from mvssl.config.recipe import Recipe
-from mvssl.monitor.console import LiveDisplay, make_display
-from mvssl.monitor.loggers import read_jsonl
+from mvssl.monitor.console import TrainingProgress
 from mvssl.recipes import all_recipes
+from mvssl.runs.jsonl import read_jsonl
 from mvssl.training.memory import largest_batch, with_largest_batch
 from pipelines.runtime import InputError
 from tests.samples.tiny_runs import train
@@ -149,6 +149,6 @@ def test_a_result_has_its_curves_as_arrays(images: Path, tiny_recipe: Recipe, tm
 
 def test_a_notebook_shows_progress_in_place() -> None:
     console = Console(force_jupyter=True, quiet=True)
-    display = make_display(console, steps=3, done=0)
-    assert isinstance(display, LiveDisplay)
+    display = TrainingProgress(console, steps=3, done=0)
+    assert display.live
     display.close()

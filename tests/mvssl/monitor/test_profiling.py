@@ -1,4 +1,4 @@
-"""Where a step's time goes: sums over spans, and the files and lines of --profile."""
+"""Profiles of steps: sums over spans, and the files and lines of --profile."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from torch._C._autograd import DeviceType
 
 from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Recipe
-from mvssl.monitor import profiling
 from mvssl.monitor.profiling import (
     Entry,
     Span,
     StepProfile,
-    by_name,
     count_launches,
+    covered,
+    device_spans,
+    format_table,
     profile_steps,
-    spans_on_device,
-    table,
-    union,
+    time_by_name,
 )
 from mvssl.training.preflight import dry_run, profile_run
 from pipelines.runtime import InputError
@@ -35,16 +34,16 @@ from pipelines.runtime import InputError
 SPANS = [Span("b", 4, 9), Span("a", 0, 2), Span("a", 1, 3), Span("c", 5, 6), Span("a", 20, 24)]
 
 
-def test_the_device_works_where_any_span_is() -> None:
+def test_the_device_is_busy_in_any_span() -> None:
     """[0, 3], [4, 9] and [20, 24]: counted tick by tick."""
     ticks = {tick for span in SPANS for tick in range(int(span.begin), int(span.end))}
-    assert union(SPANS) == len(ticks) == 12
-    assert union([]) == 0
+    assert covered(SPANS) == len(ticks) == 12
+    assert covered([]) == 0
 
 
-def test_entries_are_times_and_numbers_of_a_step() -> None:
-    assert by_name(SPANS, steps=2) == (Entry("a", 0.004, 1.5), Entry("b", 0.0025, 0.5), Entry("c", 0.0005, 0.5))
-    lines = table(by_name(SPANS, steps=2), milliseconds=0.01, rows=1)
+def test_entries_are_times_and_numbers_per_step() -> None:
+    assert time_by_name(SPANS, steps=2) == (Entry("a", 0.004, 1.5), Entry("b", 0.0025, 0.5), Entry("c", 0.0005, 0.5))
+    lines = format_table(time_by_name(SPANS, steps=2), milliseconds=0.01, rows=1)
     assert [line.split() for line in lines[1:]] == [
         ["0.004", "40.0%", "1.5", "a"],
         ["0.003", "30.0%", "1.0", "(2", "others)"],
@@ -67,19 +66,19 @@ def test_launches_and_kernels_are_told_apart() -> None:
     events += [event(name, DeviceType.CUDA) for name in ("sgemm", "Memcpy HtoD", "triton_poi_0")]
     events.append(event("## Call CompiledFxGraph ##", DeviceType.CUDA, annotation=True))
     assert count_launches(events) == len(calls)
-    assert [span.name for span in spans_on_device(events)] == ["sgemm", "Memcpy HtoD", "triton_poi_0"]
+    assert [span.name for span in device_spans(events)] == ["sgemm", "Memcpy HtoD", "triton_poi_0"]
 
 
 @pytest.mark.parametrize(
     ("busy", "host", "words"),
     [
-        (99.0, 100.0, "nothing"),
+        (99.0, 100.0, "none"),
         (60.0, 99.0, "launching"),
         (60.0, 20.0, "gaps between kernels"),
-        (None, 9.0, "processor"),
+        (None, 9.0, "the CPU"),
     ],
 )
-def test_what_holds_the_device(busy: float | None, host: float, words: str) -> None:
+def test_the_bottleneck(busy: float | None, host: float, words: str) -> None:
     profile = StepProfile(
         milliseconds=100.0,
         host_milliseconds=host,
@@ -88,11 +87,11 @@ def test_what_holds_the_device(busy: float | None, host: float, words: str) -> N
         busy_milliseconds=busy,
         entries=(),
     )
-    assert profile.what_holds().startswith(words) or words in profile.what_holds()
+    assert profile.bottleneck().startswith(words)
 
 
-def test_a_step_on_the_processor() -> None:
-    """Two products that take as long as the step does, and a pause of the host beside them."""
+def test_a_step_on_the_cpu() -> None:
+    """A matrix product and a pause of the host."""
     x = torch.randn(300, 300)
 
     def step() -> None:
@@ -144,7 +143,7 @@ def test_profile_needs_a_folder_and_leaves_none_when_it_fails(
 def test_a_short_run_is_profiled_beyond_its_end(
     images: Path, tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An epoch of 4 steps: the loader has too few batches to be measured, the step alone goes on with the last one."""
+    """An epoch of 4 steps: too few batches to measure the loader; the step alone reuses the last batch."""
     recipe = replace(tiny_recipe, epochs=1)
     profile_run(recipe, RunOptions(data=images, out=tmp_path / "p", device="cpu"), Console(width=100), steps=5)
     said = capsys.readouterr().out
@@ -152,10 +151,10 @@ def test_a_short_run_is_profiled_beyond_its_end(
     assert "with the loader" not in said
 
 
-def test_a_dry_run_on_a_gpu_says_launches_and_what_holds_it(
+def test_a_dry_run_on_a_gpu_reports_launches_and_the_bottleneck(
     images: Path, tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the numbers of such a device; the rest of the run is on the processor."""
+    """With the profile of a GPU; the rest runs on the CPU."""
     told = StepProfile(
         milliseconds=100.0,
         host_milliseconds=99.0,
@@ -169,7 +168,7 @@ def test_a_dry_run_on_a_gpu_says_launches_and_what_holds_it(
     dry_run(tiny_recipe, RunOptions(data=images, device="cpu"), Console(width=200))
     said = capsys.readouterr().out
     assert "2,500 a step, of 2,600 kernels" in said
-    assert "60.0 % of a step; otherwise it waits for: launching" in said
+    assert "60.0 % of a step; bottleneck: launching" in said
     assert "80 source images/s" in said  # 8 images in 100 ms
 
 
@@ -189,4 +188,4 @@ def test_a_replay_is_one_launch() -> None:
     replayed, launched = (profile_steps(step, steps=5, device=device) for step in (graph.replay, eager))
     assert (replayed.launches, replayed.kernels) == (1, 10)
     assert (launched.launches, launched.kernels) == (10, 10)
-    assert profiling.spans_on_device([]) == []
+    assert device_spans([]) == []

@@ -1,13 +1,13 @@
-"""The page about a run, the doctor, and where else numbers go."""
+"""The report of a run, and the doctor."""
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
 import json
 import math
 import shutil
 import subprocess
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,19 +18,17 @@ from PIL import Image
 
 from mvssl.cli import doctor
 from mvssl.cli import train as train_cli
-from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Recipe
-from mvssl.monitor.loggers import CsvWriter, read_jsonl
-from mvssl.monitor.report import log_ticks, number, render, svg, ticks
+from mvssl.monitor.report import Curve, format_number, log_ticks, make_chart, render, templates, ticks
 from mvssl.runs.folder import RunFolder
+from mvssl.runs.jsonl import read_jsonl
 from pipelines.runtime import InputError
-from tests.samples.tiny_runs import train
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
 
 
 class Page(HTMLParser):
-    """The tags of a page, its text, and whether every tag is closed in its turn."""
+    """The tags of a page and its text; checks that tags are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -55,7 +53,7 @@ class Page(HTMLParser):
         self.text += data + " "
 
 
-def test_a_finished_run_has_a_page_that_needs_nothing_else(finished: Path, tiny_recipe: Recipe) -> None:
+def test_a_finished_run_has_a_self_contained_report(finished: Path, tiny_recipe: Recipe) -> None:
     text = (finished / "report.html").read_text()
     page = Page(text)
     names = {tag for tag, _ in page.tags}
@@ -70,8 +68,8 @@ def test_a_finished_run_has_a_page_that_needs_nothing_else(finished: Path, tiny_
     for words in (
         f"{last['loss']:.4f}",
         f"{100 * knn['top1']:.2f} %",
-        "Loss of each task",
-        "limits the run",
+        "Loss per task",
+        "the bottleneck is",
         "timm.create_model",
         tiny_recipe.name,
         "epoch 3 of 3",
@@ -83,12 +81,10 @@ def test_a_finished_run_has_a_page_that_needs_nothing_else(finished: Path, tiny_
     assert text.count("<svg") >= 7
 
 
-def test_pages_of_runs_that_are_not_finished(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_reports_of_unfinished_runs(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "<b>run</b>"
     shutil.copytree(finished, run, symlinks=True)
-    for name in ("metrics.jsonl", "throughput.jsonl", "views.png", "train.log", "report.html"):
+    for name in ("metrics.jsonl", "throughput.jsonl", "views.png", "train.log", "report.html", "summary.json"):
         (run / name).unlink()
     page = Page(render(RunFolder(run)))
     assert "Nothing has been logged yet." in page.text
@@ -99,7 +95,41 @@ def test_pages_of_runs_that_are_not_finished(
     assert "page.html" in capsys.readouterr().out
 
 
-def test_folders_that_have_no_page(finished: Path, tmp_path: Path) -> None:
+def test_runs_from_before_summary_json_have_a_report(finished: Path, tmp_path: Path) -> None:
+    """Everything but the bottleneck and the undecodable images, for which train.log is not searched."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    (run / "summary.json").unlink()
+    page = Page(render(RunFolder(run)))
+    assert "Loss per task" in page.text
+    assert "bottleneck" not in page.text
+    assert "Undecodable images" not in page.text
+
+
+def test_a_report_shows_notes_tags_evaluations_and_undecodable_images(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    config = json.loads((run / "config.json").read_text())
+    config["options"] |= {"notes": "first & best", "tags": ["a<b"], "run_name": "mine"}
+    (run / "config.json").write_text(json.dumps(config))
+    summary = json.loads((run / "summary.json").read_text())
+    assert "None." in Page(render(RunFolder(run))).text
+    summary["bad_images"] = {f"<{n}>.jpg": "truncated" for n in range(60)}
+    (run / "summary.json").write_text(json.dumps(summary))
+    result = {"evaluation": "linear", "network": "online", "identity": {}}
+    result["results"] = {"top1": 0.5, "top1_interval_95": [0.25, 0.75]}
+    (run / "eval").mkdir()
+    (run / "eval/linear-online.json").write_text(json.dumps(result))
+    text = Page(render(RunFolder(run))).text
+    for words in ("first & best", "a<b", "mine", "<49>.jpg: truncated", "60 images", "50.00 %", "25.0 to 75.0 %"):
+        assert words in text, words
+    assert "<50>.jpg" not in text
+    (run / "summary.json").write_text("{}")
+    with pytest.raises(InputError, match=r"summary\.json is damaged .*: delete it"):
+        render(RunFolder(run))
+
+
+def test_folders_without_a_report(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no run folder"):
         train_cli.body(["report", str(tmp_path)])
     run = tmp_path / "run"
@@ -115,8 +145,8 @@ def test_folders_that_have_no_page(finished: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not BROWSER, reason="no headless browser here (apt-get install chromium)")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_it_is_seen_in_a_browser_by_day_and_night(finished: Path, tmp_path: Path, width: int) -> None:
-    """The screenshots lie in pytest's temporary folder."""
+def test_it_is_readable_in_a_browser_in_light_and_dark_mode(finished: Path, tmp_path: Path, width: int) -> None:
+    """The screenshots are in pytest's temporary folder."""
     seen = {}
     for mode, scheme in (("light", 1), ("dark", 0)):
         picture = tmp_path / f"{mode}-{width}.png"
@@ -128,24 +158,34 @@ def test_it_is_seen_in_a_browser_by_day_and_night(finished: Path, tmp_path: Path
     assert seen["light"].mean() > 180
     assert seen["dark"].mean() < 90
     for pixels in seen.values():
-        assert pixels.std() > 5  # there is something
-        assert np.ptp(pixels[:1000, -8:]) < 3  # and nothing is cut off at the right edge
+        assert pixels.std() > 5  # not empty
+        assert np.ptp(pixels[:1000, -8:]) < 3  # nothing is cut off at the right edge
+
+
+def svg(curves: Mapping[str, Curve]) -> str:
+    return templates().get_template("chart.svg.j2").render(chart=make_chart("loss", curves))
 
 
 def test_curves() -> None:
-    drawn = svg({"a<b": ([1, 2, 3], [1.0, 4.0, 2.0]), "nan": ([1, 2], [math.nan, 2.0])}, x="step", y="loss")
+    drawn = svg({"a<b": [(1, 1.0), (2, 4.0), (3, 2.0)], "nan": [(1, math.nan), (2, 2.0)], "empty": []})
     page = Page(drawn)
     lines = [attributes["points"] for tag, attributes in page.tags if tag == "polyline"]
     (first, top, last), (single,) = (
         [tuple(map(float, point.split(","))) for point in (line or "").split()] for line in lines
     )
     assert first[0] < top[0] < last[0]
-    assert top[1] < last[1] < first[1]  # upwards is towards 0
+    assert top[1] < last[1] < first[1]  # y points down
     assert single[0] == top[0]
     assert "a<b" in page.text
-    assert svg({"none": ([], [])}, x="", y="") == ""
-    many = svg({"a": (range(5000), [1.0] * 5000)}, x="", y="")
-    assert 300 < many.count(",") < 450
+    assert make_chart("none", {"none": []}) is None
+    assert 300 < svg({"a": [(step, 1.0) for step in range(5000)]}).count(",") < 450
+
+
+def test_logarithmic_curves_leave_zero_out() -> None:
+    chart = make_chart("norm", {"norm": [(1, 0.0), (2, 0.1), (3, 10.0)]}, log=True)
+    assert chart is not None
+    assert len(chart.curves["norm"]) == 2
+    assert [tick.label for tick in chart.y_ticks] == ["0.1", "1", "10"]
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.3, 0.31), (-5, 1234), (7, 7), (0, 0), (1e-6, 3e-6)])
@@ -160,8 +200,14 @@ def test_ticks_are_round_and_enclose(low: float, high: float) -> None:
 
 
 def test_logarithmic_ticks() -> None:
-    assert [number(10**tick) for tick in log_ticks(math.log10(0.45), math.log10(4))] == ["0.2", "0.5", "1", "2", "5"]
-    assert [number(10**tick) for tick in log_ticks(-2.5, 3.2)] == [
+    assert [format_number(10**tick) for tick in log_ticks(math.log10(0.45), math.log10(4))] == [
+        "0.2",
+        "0.5",
+        "1",
+        "2",
+        "5",
+    ]
+    assert [format_number(10**tick) for tick in log_ticks(-2.5, 3.2)] == [
         "0.001",
         "0.01",
         "0.1",
@@ -203,62 +249,3 @@ def test_the_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_p
     (gpu,) = [finding for finding in doctor.examine() if "driver gone" in finding.found and finding.name == "cuda"]
     assert gpu.state == "missing"
     assert "more" not in gpu.found
-
-
-def table(path: Path) -> list[list[str]]:
-    with path.open(newline="") as file:
-        return list(csv.reader(file))
-
-
-def test_numbers_as_tables(finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    train(tiny_recipe, images, out, log=("csv",), notes="first & best", tags=("a", "b"), run_name="mine")
-    assert not (out / "tensorboard").exists()
-    rows = [row for row in read_jsonl(out / "metrics.jsonl") if row["kind"] == "train"]
-    head, *lines = table(out / "csv/train.csv")
-    assert head[:2] == ["step", "loss"]
-    assert [(int(line[0]), float(line[1])) for line in lines] == [(row["step"], row["loss"]) for row in rows]
-    assert len(table(out / "csv/knn.csv")) == 4
-    assert len(table(out / "csv/speed.csv")) == len(rows) + 1
-    page = Page(render(RunFolder(out)))
-    assert "first & best" in page.text
-    assert "mine" in page.text
-
-
-def test_tables_are_cut_back_and_widened(tmp_path: Path) -> None:
-    writer = CsvWriter(tmp_path, first_step=0)
-    for step in (1, 2, 3):
-        writer.write(step, {"train/a": step / 2, "speed/b": 1.0})
-    again = CsvWriter(tmp_path, first_step=2)
-    again.write(3, {"train/a": 9.0, "train/new": 4.0})
-    assert table(tmp_path / "train.csv") == [
-        ["step", "a", "new"],
-        ["1", "0.5", ""],
-        ["2", "1.0", ""],
-        ["3", "9.0", "4.0"],
-    ]
-    assert table(tmp_path / "speed.csv") == [["step", "b"], ["1", "1.0"], ["2", "1.0"]]
-
-
-def test_weights_and_biases_offline(
-    images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    out = tmp_path / "run"
-    train(tiny_recipe, images, out, log=("wandb",), tags=("tag",))
-    (kept,) = (out / "wandb").glob("offline-run-*")
-    assert sum(path.stat().st_size for path in kept.glob("*.wandb")) > 1000
-
-
-def test_what_cannot_be_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-
-    for names in (("csv", "none"), (), ("mlflow",)):
-        with pytest.raises(InputError, match=r"^RunOptions\.log is .* tensorboard, csv and wandb, or none alone"):
-            RunOptions(log=names)  # type: ignore[arg-type]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="log names wandb, which is not installed: pip install wandb"):
-        RunOptions(log=("wandb",))

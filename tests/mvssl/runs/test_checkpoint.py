@@ -76,7 +76,7 @@ def test_a_lost_link_is_not_a_lost_run(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "last")
 
 
-def test_going_back_does_not_count_the_later_ones(tmp_path: Path) -> None:
+def test_later_checkpoints_of_a_run_set_back_are_not_counted(tmp_path: Path) -> None:
     for step in (8, 12):
         save(tmp_path, step)
     for step in (9, 10):
@@ -86,7 +86,7 @@ def test_going_back_does_not_count_the_later_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete", "no-json", "bad-json"])
-def test_every_damage_is_a_sentence(tmp_path: Path, damage: str) -> None:
+def test_every_damage_gives_an_error_message(tmp_path: Path, damage: str) -> None:
     path = save(tmp_path, 2)
     state, meta = path / "state.pt", path / "checkpoint.json"
     match damage:
@@ -141,12 +141,12 @@ def test_a_full_disk_keeps_the_last_good_one(tmp_path: Path, monkeypatch: pytest
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step-00000001"]
 
 
-def test_what_a_kill_left_half_written_is_swept(tmp_path: Path) -> None:
+def test_a_half_written_checkpoint_is_removed(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    aside = tmp_path / ".writing-00000002"
-    aside.mkdir()
-    (aside / "state.pt").write_bytes(b"half")
+    temporary = tmp_path / ".writing-00000002"
+    temporary.mkdir()
+    (temporary / "state.pt").write_bytes(b"half")
     assert checkpoint.load(tmp_path / "last").meta["step"] == 1
     save(tmp_path, 2)
-    assert not aside.exists()
+    assert not temporary.exists()
     assert checkpoint.load(tmp_path / "last").meta["step"] == 2

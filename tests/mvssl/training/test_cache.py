@@ -15,7 +15,7 @@ from PIL import Image
 import pipelines.loading.fetch
 from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Recipe
-from mvssl.monitor.loggers import read_jsonl
+from mvssl.runs.jsonl import read_jsonl
 from mvssl.training.loop import Loop
 from pipelines.decode import make_decoder
 from pipelines.decode.base import Decoded

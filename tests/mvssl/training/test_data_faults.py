@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from mvssl.config.recipe import Recipe
-from mvssl.monitor.loggers import read_jsonl
 from mvssl.runs import checkpoint
+from mvssl.runs.jsonl import read_jsonl
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from tests.samples.data_faults import (

@@ -29,7 +29,7 @@ def test_a_slow_disk_changes_no_number_and_is_named(
     with disk(lambda path, offset: time.sleep(SLOW)):
         train(tiny_recipe, images, tmp_path / "run")
     assert metrics(tmp_path / "run") == metrics(finished)
-    assert "reading the images limits the run: convert them" in log(tmp_path / "run")
+    assert "the bottleneck is reading images: convert them" in log(tmp_path / "run")
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def test_a_slow_decoder_changes_no_number_and_is_named(
     with decoder(lambda number: time.sleep(SLOW)):
         train(tiny_recipe, images, tmp_path / "run")
     assert metrics(tmp_path / "run") == metrics(finished)
-    assert "decoding limits the run: give it more --threads" in log(tmp_path / "run")
+    assert "the bottleneck is decoding: use more --threads" in log(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ import mvssl
 from mvssl.config.options import RunOptions, parse_time
 from mvssl.config.recipe import Recipe
 from mvssl.distributed import World
-from mvssl.monitor.loggers import read_jsonl
 from mvssl.runs import checkpoint
+from mvssl.runs.jsonl import read_jsonl
 from mvssl.training import shutdown
 from mvssl.training.shutdown import TIME, StopRequest, requeue
 from mvssl.training.step import TrainStep
@@ -112,13 +112,13 @@ def test_a_finished_run_is_extended(finished: Path, images: Path, tiny_recipe: R
     shutil.copytree(finished, out, symlinks=True)
     before = metrics(out)
     longer = replace(tiny_recipe, epochs=5)
-    with pytest.raises(InputError, match=r"was begun for 3 epochs and not 5: .* add --extend"):
+    with pytest.raises(InputError, match=r"was started for 3 epochs and not 5: .* add --extend"):
         train(longer, images, out, resume=True)
     with pytest.raises(InputError, match=r"^extend needs resume"):
         train(longer, images, out, extend=True)
     with pytest.raises(InputError, match=r"^epochs is 2 but must be more than the 3 of the run"):
         train(replace(tiny_recipe, epochs=2), images, out, resume=True, extend=True)
-    with pytest.raises(InputError, match="begun with another recipe"):
+    with pytest.raises(InputError, match="started with another recipe"):
         train(replace(longer, seed=5), images, out, resume=True, extend=True)
     assert metrics(out) == before
     result = train(longer, images, out, resume=True, extend=True)
@@ -179,7 +179,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from mvssl.runs.folder import RunFolder
-with RunFolder(Path(sys.argv[1])).claimed():
+with RunFolder(Path(sys.argv[1])).lock():
     print("held", flush=True)
     sys.stdin.read()
 """

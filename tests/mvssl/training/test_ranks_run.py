@@ -17,7 +17,7 @@ import torch
 
 from mvssl.config.recipe import Backbone, Head, Recipe
 from mvssl.config.serialize import to_dict
-from mvssl.monitor.loggers import read_jsonl
+from mvssl.runs.jsonl import read_jsonl
 from mvssl.training.step import TrainStep
 from pipelines.batch import ViewBatch
 from pipelines.loader import Loader

@@ -15,8 +15,8 @@ import torch
 import mvssl
 from mvssl.config.recipe import Optimizer, Recipe
 from mvssl.evaluate.online_knn import evaluate_knn
-from mvssl.monitor.loggers import last_knn, read_jsonl
 from mvssl.runs import checkpoint
+from mvssl.runs.jsonl import last_knn, read_jsonl
 from mvssl.training import loop
 from mvssl.training.step import TrainStep
 from pipelines.runtime import InputError

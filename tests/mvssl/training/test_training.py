@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from mvssl.cli.train import body
 from mvssl.config.recipe import Recipe
 from mvssl.models.encoder import OnlineNetwork
-from mvssl.monitor.loggers import read_jsonl
 from mvssl.recipes.files import load_recipe
 from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
+from mvssl.runs.jsonl import read_jsonl
 from pipelines.batch import ViewBatch
 from pipelines.loader import Loader
 from pipelines.order import Order, Ranks

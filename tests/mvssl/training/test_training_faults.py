@@ -93,6 +93,7 @@ def test_nan_stops_the_run_and_reports_the_batch(
         train(tiny_recipe, images, out, log_every=5)
     report = json.loads((out / "failure.json").read_text())
     assert report["step"] == 7
+    assert json.loads((out / "summary.json").read_text())["stopped_by"] == "divergence"
     assert len(report["keys"]) == tiny_recipe.batch_size
     assert all((images / "train" / key).is_file() for key in report["keys"])
     saved = checkpoint.load(out / "checkpoints" / "last")

@@ -1,4 +1,4 @@
-"""The gradients of single views add up to the step's, and their cosines are those of the formula."""
+"""Gradients of single views: their sum is the step's gradient, their cosines follow the formula."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mvssl.config.recipe import Head, Recipe
-from mvssl.monitor.signals import agreement, view_signals
+from mvssl.monitor.view_diagnostics import gradient_cosines, view_diagnostics
 from mvssl.training.step import TrainStep
 from pipelines.views.presets import byol_views, paper_views
 
@@ -31,7 +31,7 @@ def step_gradients(step: TrainStep, views: list[Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("method", ["byol", "simsiam", "mocov3"])
 @pytest.mark.parametrize("predictors", ["shared", "per-view"])
-def test_weighted_they_are_the_gradient_of_the_step(tiny_recipe: Recipe, method: str, predictors: str) -> None:
+def test_their_weighted_sum_is_the_gradient_of_the_step(tiny_recipe: Recipe, method: str, predictors: str) -> None:
     recipe = replace(
         tiny_recipe,
         method=method,
@@ -45,14 +45,14 @@ def test_weighted_they_are_the_gradient_of_the_step(tiny_recipe: Recipe, method:
     step = TrainStep(recipe, device="cpu", total_steps=4, steps_per_epoch=4)
     views = batch(recipe, seed=1)
     online, target = copy.deepcopy(step.online), copy.deepcopy(step.target)
-    signals = view_signals(recipe, online, target, [views])
+    found = view_diagnostics(recipe, online, target, [views])
 
     wanted = step_gradients(step, views)
-    weight = {"global": 0.5 / 2, "local": 2.0 / 2, "cutout": 1.0}  # the task's, shared by its views
-    for part, found in (("encoder", signals.encoder), ("predictor", signals.predictor)):
+    weight = {"global": 0.5 / 2, "local": 2.0 / 2, "cutout": 1.0}  # of a task, divided among its views
+    for part, gradients in (("encoder", found.encoder), ("predictor", found.predictor)):
         names = [name for name in wanted if name.startswith("predictors.") == (part == "predictor")]
         expected = torch.cat([wanted[name].flatten() for name in names])
-        summed = sum(weight[view.task or ""] * found[v] for v, view in enumerate(recipe.views))
+        summed = sum(weight[view.task or ""] * gradients[v] for v, view in enumerate(recipe.views))
         assert isinstance(summed, Tensor)
         torch.testing.assert_close(summed, expected, rtol=2e-4, atol=2e-6)
 
@@ -63,7 +63,7 @@ def test_batches_are_averaged(tiny_recipe: Recipe) -> None:
 
     def of(*seeds: int) -> dict[int, Tensor]:
         batches = [batch(recipe, seed) for seed in seeds]
-        return view_signals(recipe, copy.deepcopy(step.online), copy.deepcopy(step.target), batches).encoder
+        return view_diagnostics(recipe, copy.deepcopy(step.online), copy.deepcopy(step.target), batches).encoder
 
     both, one, two = of(1, 2), of(1), of(2)
     for view, gradient in both.items():
@@ -73,26 +73,26 @@ def test_batches_are_averaged(tiny_recipe: Recipe) -> None:
 def test_cosines_within_and_across_tasks() -> None:
     views = paper_views(num_local=2, num_cutout=0, size=32, local_size=16, blur_kernel=5)
     gradients = {0: [1.0, 0.0], 1: [1.0, 1.0], 2: [-3.0, 0.0], 3: [0.0, 2.0]}
-    found = agreement({v: torch.tensor(values) for v, values in gradients.items()}, views)
+    found = gradient_cosines({v: torch.tensor(values) for v, values in gradients.items()}, views)
     half = 0.5**0.5
     assert found == pytest.approx({"global": half, "local": 0.0, "global/local": (-1 + 0 - half + half) / 4})
 
 
-def test_predictors_of_their_own_share_nothing() -> None:
+def test_predictors_per_task_share_nothing() -> None:
     views = paper_views(num_local=1, num_cutout=0, size=32, local_size=16, blur_kernel=5)
     gradients = {0: torch.tensor([1.0, 2.0, 0.0]), 1: torch.tensor([2.0, 1.0, 0.0]), 2: torch.tensor([0.0, 0.0, 1.0])}
-    assert agreement(gradients, views, tasks_share=False) == {"global": pytest.approx(4 / 5)}
+    assert gradient_cosines(gradients, views, tasks_share=False) == {"global": pytest.approx(4 / 5)}
 
 
 def test_collapsed_predictions_have_rank_one(tiny_recipe: Recipe) -> None:
     recipe = replace(tiny_recipe, views=byol_views(size=32, blur_kernel=5), task_weights={}, **HEADS)
     step = TrainStep(recipe, device="cpu", total_steps=4, steps_per_epoch=4)
-    healthy = view_signals(recipe, copy.deepcopy(step.online), step.target, [batch(recipe, 1)])
+    healthy = view_diagnostics(recipe, copy.deepcopy(step.online), step.target, [batch(recipe, 1)])
     last = [module for module in step.online.projector.modules() if isinstance(module, nn.Linear)][-1]
     with torch.no_grad():
         last.weight.zero_()
         last.bias.fill_(1.0)
-    collapsed = view_signals(recipe, step.online, step.target, [batch(recipe, 1)])
+    collapsed = view_diagnostics(recipe, step.online, step.target, [batch(recipe, 1)])
     assert collapsed.embedding_rank == pytest.approx(1.0, abs=1e-3)
     assert collapsed.embedding_std == pytest.approx(0.0, abs=1e-3)
     assert healthy.embedding_rank > 2

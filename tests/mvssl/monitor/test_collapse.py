@@ -1,4 +1,4 @@
-"""Collapse signals on embeddings whose spread is known."""
+"""Collapse measures of embeddings with known standard deviation and rank."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvssl.monitor.signals import collapse_warning, effective_rank, embedding_std
+from mvssl.monitor.collapse import collapse_warning, effective_rank, embedding_std
 
 
 def test_even_spread_has_std_one_and_full_rank() -> None:
@@ -57,6 +57,6 @@ def test_one_line_through_zero_is_collapsed_by_rank_only() -> None:
     assert collapse_warning(std=std, rank=rank, batch_size=4, dim=8) is None
 
 
-def test_healthy_embedding_warns_not() -> None:
+def test_a_healthy_embedding_gives_no_warning() -> None:
     assert collapse_warning(std=0.6, rank=40.0, batch_size=256, dim=256) is None
     assert collapse_warning(std=math.nan, rank=math.nan, batch_size=256, dim=256) is None
