@@ -102,7 +102,7 @@ def test_runs_from_before_summary_json_have_a_report(finished: Path, tmp_path: P
     (run / "summary.json").unlink()
     page = Page(render(RunFolder(run)))
     assert "Loss per task" in page.text
-    assert "bottleneck" not in page.text
+    assert "the bottleneck is" not in page.text
     assert "Undecodable images" not in page.text
 
 

@@ -17,6 +17,7 @@ from mvssl.config.recipe import Optimizer, Recipe
 from mvssl.evaluate.online_knn import evaluate_knn
 from mvssl.runs import checkpoint
 from mvssl.runs.jsonl import last_knn, read_jsonl
+from mvssl.runs.summary import read_summary
 from mvssl.training import loop
 from mvssl.training.step import TrainStep
 from pipelines.runtime import InputError
@@ -65,6 +66,9 @@ def test_an_evaluation_interrupted_by_a_signal_is_repeated_after_resuming(
             train(tiny_recipe, images, out)
     assert {row["kind"] for row in read_jsonl(out / "metrics.jsonl")} == {"train"}
     assert checkpoint.load(out / "checkpoints" / "last").meta["evaluated"] is False
+    stopped = read_summary(out / "summary.json")
+    assert stopped is not None
+    assert (stopped.step, stopped.total_steps, stopped.stopped_by) == (4, 12, "SIGTERM")
     train(tiny_recipe, images, out, resume=True)
     assert metrics(out) == metrics(finished)
 
