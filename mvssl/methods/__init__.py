@@ -13,18 +13,14 @@ __all__ = ["Method", "get_method", "methods"]
 
 
 def methods() -> dict[str, Method]:
-    """All methods by name."""
+    """All methods, by name."""
     modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
     found = (getattr(module, "METHOD", None) for module in modules)
     return {method.name: method for method in found if isinstance(method, Method)}
 
 
 def get_method(name: str) -> Method:
-    """The method of this name.
-
-    Raises:
-        InputError: there is none; the message has the nearest name and all valid ones.
-    """
+    """The method of this name; InputError for an unknown name suggests the nearest one."""
     known = methods()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)

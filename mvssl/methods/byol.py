@@ -1,4 +1,4 @@
-"""BYOL (Grill et al., arXiv 2006.07733): regress the target's normalised embedding; the target is a moving average."""
+"""BYOL (Grill et al., arXiv 2006.07733): regress the normalised embedding of an EMA target network."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ from mvssl.methods.method import Method, without_settings
 
 
 def pair_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Batch mean of 2 - 2 cos(prediction, target).
-
-    Args:
-        prediction: [B, D], any float dtype.
-        target: [B, D], without gradient.
-
-    Returns:
-        A scalar, float32 (float64 for float64 input) also under autocast.
-    """
+    """Batch mean of 2 - 2 cos(prediction, target). over two [B, D], a scalar in float32 or float64."""
     return (2 - 2 * cosine_similarity(prediction, target)).mean()
 
 

@@ -1,4 +1,4 @@
-"""Cosine similarity in float32 or better, the measure that all methods share."""
+"""Cosine similarity in float32 or float64, also under autocast."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def cosine_similarity(prediction: Tensor, target: Tensor) -> Tensor:
-    """Cosine of each row of [B, D] with the same row of the other [B, D]: [B]."""
+    """Row-wise cosine similarity of two [B, D]: [B]."""
     return (unit_rows(prediction) * unit_rows(target)).sum(dim=1)

@@ -1,4 +1,4 @@
-"""What a method is: the loss of one pair, and the rule by which the target network follows."""
+"""The definition of a method: the loss of a (prediction, target) pair and the update rule of the target network."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mvssl.config.recipe import Recipe
 from pipelines.runtime import invalid
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
-"""Prediction [B, D] and target [N, D] (without gradient) to a scalar, in float32 or better. Target n < B is the one of
-prediction n; N is B, or the images of all ranks for methods with `keys` "all"."""
+"""Maps prediction [B, D] and targets [N, D] (without gradient) to a scalar, in float32 or float64. Target n < B belongs
+to prediction n. N is B, or with in-batch negatives (`Method.keys` "all") the images of the step on all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +22,11 @@ class Method:
 
     Attributes:
         name: the name used in recipes.
-        make_loss: the pair loss of a recipe; raises InputError where the recipe does not fit the method.
-        target_rule: ema: the target network is a moving average of the online network, with BatchNorm buffers of its
-            own; same: it is the online network of this step, parameters and buffers.
-        keys: own: a prediction meets its own image's target alone; all: also those of all other images of the step, of
-            all ranks.
+        make_loss: builds the pair loss for a recipe; raises InputError if the recipe does not fit the method.
+        target_rule: ema: the target network is an exponential moving average of the online network, with its own
+            BatchNorm buffers; same: it equals the online network of this step, parameters and buffers.
+        keys: own: a prediction is compared with its own image's target only; all: in-batch negatives, the targets of
+            all images of the step on all ranks.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Method:
 
 
 def without_settings(pair_loss: PairLoss) -> Callable[[Recipe], PairLoss]:
-    """`make_loss` of a method that has no temperature."""
+    """`make_loss` of a method without temperature."""
 
     def make(recipe: Recipe) -> PairLoss:
         if recipe.temperature is not None:

@@ -1,4 +1,4 @@
-"""MoCo v3 (Chen et al., arXiv 2104.02057): tell the own image's target from those of all other images of the step."""
+"""MoCo v3 (Chen et al., arXiv 2104.02057): InfoNCE with in-batch negatives from all ranks."""
 
 from __future__ import annotations
 
@@ -15,28 +15,21 @@ from pipelines.runtime import invalid
 
 
 def pair_loss(prediction: Tensor, keys: Tensor, *, temperature: float) -> Tensor:
-    """InfoNCE times 2 * temperature (algorithm 1 of arXiv 2104.02057), batch mean.
+    """Batch mean of InfoNCE times 2 * temperature (algorithm 1 of arXiv 2104.02057), a scalar in float32 or float64.
 
     Args:
-        prediction: [B, D], any float dtype.
-        keys: [N, D] with N of B or more, without gradient; key n < B is of the image of prediction n.
-        temperature: divides the cosines.
-
-    Returns:
-        A scalar, float32 (float64 for float64 input) also under autocast.
+        prediction: [B, D].
+        keys: [N, D], N >= B, without gradient; key n < B is the positive of prediction n.
+        temperature: divides the cosine similarities.
     """
-    with torch.autocast(prediction.device.type, enabled=False):  # or the product would be in half precision
+    with torch.autocast(prediction.device.type, enabled=False):  # which would run the product in half precision
         logits = unit_rows(prediction) @ unit_rows(keys).T / temperature  # [B, N]
-        own = torch.arange(len(prediction), device=prediction.device)  # [B]
-        return F.cross_entropy(logits, own) * (2 * temperature)
+        positives = torch.arange(len(prediction), device=prediction.device)  # [B]
+        return F.cross_entropy(logits, positives) * (2 * temperature)
 
 
 def make_loss(recipe: Recipe) -> PairLoss:
-    """The loss with the recipe's temperature.
-
-    Raises:
-        InputError: the recipe has none.
-    """
+    """The loss with the recipe's temperature; InputError if it has none."""
     if recipe.temperature is None:
         raise invalid("Recipe.temperature", None, "above 0 for mocov3", "set it to 1.0, as in the paper")
     return partial(pair_loss, temperature=recipe.temperature)

@@ -1,4 +1,4 @@
-"""SimSiam (Chen and He, arXiv 2011.10566): as BYOL, but the target is the online network itself, without gradient."""
+"""SimSiam (Chen and He, arXiv 2011.10566): regress the embedding of the online network itself, without gradient."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ from mvssl.methods.method import Method, without_settings
 
 
 def pair_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Batch mean of -cos(prediction, target).
-
-    Args:
-        prediction: [B, D], any float dtype.
-        target: [B, D], without gradient.
-
-    Returns:
-        A scalar, float32 (float64 for float64 input) also under autocast.
-    """
+    """Batch mean of -cos(prediction, target). over two [B, D], a scalar in float32 or float64."""
     return -cosine_similarity(prediction, target).mean()
 
 

@@ -1,6 +1,6 @@
-"""Learning rate, weight decay and target decay as pure functions of the step (PAPER.md section 5).
+"""Schedules of learning rate, weight decay and EMA momentum, and their application to an optimiser's groups.
 
-Learning rate and weight decay of every parameter group at a step (PAPER.md section 5).
+The formulas are those of PAPER.md section 5.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ def learning_rate(step: int, steps: int, warmup: float, peak: float, final_facto
     """Linear warm-up from 0, then a cosine from `peak` towards `final_factor * peak`.
 
     Args:
-        step: step of the update, 0 to steps - 1.
-        steps: number of updates in the run.
+        step: number of the update, 0 to steps - 1.
+        steps: updates in the run.
         warmup: updates of warm-up (need not be whole).
         peak: effective learning rate.
-        final_factor: the cosine's end, reached at step = steps, as a fraction of the peak.
+        final_factor: fraction of the peak that the cosine would reach at step = steps.
     """
     if step < warmup:
         return peak * step / warmup
@@ -33,27 +33,26 @@ def learning_rate(step: int, steps: int, warmup: float, peak: float, final_facto
 
 
 def weight_decay(step: int, steps: int, start: float, end: float) -> float:
-    """Weight decay at a step of `steps`: from `start` at 0 along a cosine to `end` at step = steps."""
+    """Cosine from `start` at step 0 to `end` at step = steps."""
     return end + (start - end) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def target_decay(step: int, steps: int, base: float) -> float:
-    """Decay of the moving average at a step of `steps`: from `base` at 0 along a cosine to 1 at the end."""
+def ema_momentum(step: int, steps: int, base: float) -> float:
+    """EMA momentum (tau) of the target network: a cosine from `base` at step 0 to 1 at step = steps."""
     return 1 - (1 - base) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def apply_rates(
     optimizer: TorchOptimizer, config: Optimizer, *, batch_size: int, step: int, steps: int, steps_per_epoch: int
 ) -> float:
-    """Set "lr" and "weight_decay" of every group for one update.
+    """Set "lr" and "weight_decay" of every group for one update; without a host sync.
 
-    Vectors follow `bias_lr` where the recipe sets it. Predictors with a constant learning rate keep the peak of
-    `base_lr`, their biases too. With lr_schedule "epoch" the values of an epoch's first step hold for the whole epoch,
-    so that an epoch that begins a warm-up has learning rate 0. Fills what `hold_on_device` made tensors, sets floats
-    otherwise; nothing waits for the device.
+    Vectors follow `bias_lr` if the recipe sets it. Predictors with a constant learning rate, biases included, stay at
+    the peak of `base_lr`. With lr_schedule "epoch" the values of an epoch's first step hold for the whole epoch, so
+    the first epoch of a warm-up has learning rate 0.
 
     Args:
-        optimizer: made by `build_optimizer`, whose groups say what they hold in "vector", "predictor" and "decayed".
+        optimizer: built by `build_optimizer`.
         config: the rates and their schedules.
         batch_size: images per update over all ranks.
         step: number of this update in the run, from 0.
@@ -61,7 +60,7 @@ def apply_rates(
         steps_per_epoch: updates in an epoch.
 
     Returns:
-        The learning rate of the groups that have none of their own: the matrices outside the predictors.
+        The main learning rate: that of the matrices outside the predictors.
     """
     at = step - step % steps_per_epoch if config.lr_schedule == "epoch" else step
 
@@ -83,19 +82,18 @@ def apply_rates(
 
 
 def _set(group: dict[str, Any], name: str, value: float) -> None:
-    """Give a group a number; a kernel's argument fills a tensor, so that no buffer of the host has to outlive it."""
+    """Set an entry of a group. Tensors are filled by a kernel argument, so no host buffer has to outlive the call."""
     if isinstance(group[name], Tensor):
         group[name].fill_(value)
     else:
         group[name] = value
 
 
-def hold_on_device(optimizer: TorchOptimizer, config: Optimizer) -> None:
-    """Keep every rate that changes from step to step in a tensor on the parameters' device.
+def rates_to_device(optimizer: TorchOptimizer, config: Optimizer) -> None:
+    """Turn every scheduled rate into a tensor on the parameters' device, so that a CUDA graph can replay the update.
 
-    Then all updates are the same operations with the same arguments, which a CUDA graph can replay. A weight decay that
-    changes is taken out of the optimiser, whose kernels know numbers only, and applied just before its update. To be
-    called again after `load_state_dict`, which brings other groups.
+    torch's fused kernels accept weight decay as a number only: a scheduled one is applied by a hook just before the
+    update. Call this again after `load_state_dict`, which replaces the groups.
     """
     like = optimizer.param_groups[0]["params"][0]
     dtype = torch.promote_types(like.dtype, torch.float32)
@@ -107,16 +105,16 @@ def hold_on_device(optimizer: TorchOptimizer, config: Optimizer) -> None:
             group["decay"] = torch.zeros((), dtype=dtype, device=like.device)
         if "capturable" in group:
             group["capturable"] = like.device.type == "cuda"
-    # torch would warn that this has to be paid for without a graph; with fused kernels it costs nothing.
-    optimizer._warned_capturable_if_run_uncaptured = True  # torch's own name for it
-    if scheduled and not hasattr(optimizer, "_decays"):
-        optimizer._decays = optimizer.register_step_pre_hook(_decay)  # type: ignore[attr-defined]  # hook, once
+    # Silences torch's warning that capturable is slow without a graph: with fused kernels it is not.
+    optimizer._warned_capturable_if_run_uncaptured = True
+    if scheduled and not hasattr(optimizer, "_decay_hook"):
+        optimizer._decay_hook = optimizer.register_step_pre_hook(_apply_decay)  # type: ignore[attr-defined]  # once
 
 
 @torch.no_grad()
-def _decay(optimizer: TorchOptimizer, *_: object) -> None:
-    """Decay parameters by `decay` of their group: AdamW scales them, the others add it to the gradient (PAPER.md 5)."""
-    overflow: Tensor | None = getattr(optimizer, "found_inf", None)  # of a GradScaler: then nothing may move
+def _apply_decay(optimizer: TorchOptimizer, *_: object) -> None:
+    """Apply the "decay" of each group: AdamW scales the parameters, the others add to the gradient."""
+    overflow: Tensor | None = getattr(optimizer, "found_inf", None)  # from a GradScaler: no parameter may change then
     for group in optimizer.param_groups:
         params = [p for p in group["params"] if p.grad is not None]
         if "decay" not in group or not params:

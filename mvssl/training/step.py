@@ -31,7 +31,7 @@ from mvssl.models.view_batching import (
     target_views,
     task_pairs,
 )
-from mvssl.optim import apply_rates, build_optimizer, hold_on_device, target_decay
+from mvssl.optim import apply_rates, build_optimizer, ema_momentum, rates_to_device
 from mvssl.training.compile import Compiler, wants_compile
 from mvssl.training.cuda_graph import WARM_UP, WARM_UP_RANKS, CudaGraph, StepGraph, in_stream, wants_capture
 from pipelines.runtime import InputError, invalid
@@ -133,7 +133,7 @@ class TrainStep:
         # Optimiser.
         self._parameters = [parameter for parameter in self.online.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(self.online, recipe.optimizer)
-        hold_on_device(self.optimizer, recipe.optimizer)
+        rates_to_device(self.optimizer, recipe.optimizer)
         self.scaler = GradScaler(self.device.type, enabled=self.autocast_dtype is torch.float16)
         dtype = torch.promote_types(self._parameters[0].dtype, torch.float32)
         self._one_minus_tau = torch.zeros((), dtype=dtype, device=self.device)
@@ -336,7 +336,7 @@ class TrainStep:
         )
         if self._method.target_rule != "ema":
             return lr, 0.0
-        tau = target_decay(step, self.total_steps, self.recipe.target_decay)
+        tau = ema_momentum(step, self.total_steps, self.recipe.target_decay)
         self._one_minus_tau.fill_(1.0 - tau)
         return lr, tau
 
@@ -367,7 +367,7 @@ class TrainStep:
         if self.target is not None:
             self.target.load_state_dict(state["target"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # optimisers keep the tensors they are given
-        hold_on_device(self.optimizer, self.recipe.optimizer)
+        rates_to_device(self.optimizer, self.recipe.optimizer)
         self.scaler.load_state_dict(state["scaler"])
 
     def _discard_gradients(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mvssl.config.recipe import Head
-from mvssl.models.heads import MLP, PredictorBank, StackedLayerNorm
+from mvssl.models.heads import MLP, BankLayerNorm, PredictorBank
 from pipelines.runtime import InputError
 
 TASKS = ("global", "local", "cutout")
@@ -129,12 +129,12 @@ def test_names_of_stacked_norms() -> None:
 
 def test_layer_norm_against_its_formula() -> None:
     """(x - mean) / sqrt(var + 1e-5) over the features, with numbers worked out one by one."""
-    norm = StackedLayerNorm(2, 3).double()
+    norm = BankLayerNorm(2, 3).double()
     randomise(norm, 1)
     x = torch.randn(3, 4, 3, dtype=torch.float64) * 0.01  # small, so that eps counts
     slots = (1, 0, 1)
     y = norm(x, slots)
-    plain = StackedLayerNorm(2, 3, affine=False).double()(x, slots)
+    plain = BankLayerNorm(2, 3, affine=False).double()(x, slots)
     for view, slot in enumerate(slots):
         for row in range(4):
             numbers = x[view, row].tolist()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mvssl.config.recipe import Optimizer
-from mvssl.models.heads import StackedBatchNorm, StackedLinear
+from mvssl.models.heads import BankBatchNorm, BankLinear
 from mvssl.optim import LARS, apply_rates, build_optimizer, parameter_groups
 
 
@@ -21,8 +21,8 @@ class Net(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
         self.norm = nn.BatchNorm2d(4)
-        self.stacked = StackedLinear(3, 4, 5, bias=True)
-        self.stacked_norm = StackedBatchNorm(3, 5)
+        self.stacked = BankLinear(3, 4, 5, bias=True)
+        self.stacked_norm = BankBatchNorm(3, 5)
 
 
 def formula(p: list[float], g: list[float], m: list[float], lr: float, wd: float, eta: float, adapt: bool) -> None:
@@ -76,7 +76,7 @@ def test_lars_equals_formula() -> None:
 def test_lars_equals_formula_with_the_rates_of_each_group() -> None:
     net = nn.Module()
     net.encoder = nn.Linear(3, 4)
-    net.predictors = StackedLinear(2, 4, 3, bias=True)
+    net.predictors = BankLinear(2, 4, 3, bias=True)
     net.double()
     config = Optimizer(
         kind="lars",

@@ -21,7 +21,7 @@ from mvssl.models.backbones import build_backbone, feature_width
 from mvssl.models.encoder import OnlineNetwork
 from mvssl.models.heads import MLP
 from mvssl.models.view_batching import online_views, predictor_slots, target_views, task_pairs
-from mvssl.optim import apply_rates, target_decay
+from mvssl.optim import apply_rates, ema_momentum
 from mvssl.training.step import needs_target_network
 from pipelines.runtime import invalid
 from pipelines.views.spec import tasks
@@ -127,7 +127,7 @@ class PlainStep:
     def _move(self, target: nn.ModuleDict, step: int) -> None:
         """Let the target follow: a moving average of the parameters, or (SimSiam) a copy."""
         average = self._target_rule == "ema"
-        decay = target_decay(step, self.total_steps, self.recipe.target_decay) if average else 0.0
+        decay = ema_momentum(step, self.total_steps, self.recipe.target_decay) if average else 0.0
         for name, module in target.items():
             for follower, leader in zip(module.parameters(), self.online[name].parameters(), strict=True):
                 follower.mul_(decay).add_(leader, alpha=1 - decay)

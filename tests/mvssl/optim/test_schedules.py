@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mvssl.models.foreach_ops import lerp_, lerp_all_, subtract_, subtract_all_
-from mvssl.optim import learning_rate, target_decay
+from mvssl.optim import ema_momentum, learning_rate
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,8 @@ def test_learning_rate_without_and_with_only_warmup() -> None:
 @pytest.mark.parametrize(
     ("step", "expected"), [(0, 0.996), (25, 1 - 0.004 * (1 + math.sqrt(0.5)) / 2), (50, 0.998), (100, 1.0)]
 )
-def test_target_decay(step: int, expected: float) -> None:
-    assert target_decay(step, 100, 0.996) == pytest.approx(expected, rel=1e-14)
+def test_ema_momentum(step: int, expected: float) -> None:
+    assert ema_momentum(step, 100, 0.996) == pytest.approx(expected, rel=1e-14)
 
 
 @pytest.mark.parametrize("move", [lerp_, lerp_all_])
