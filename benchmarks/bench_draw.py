@@ -23,9 +23,9 @@ from mvssl.runs.environment import environment
 from pipelines.batch import DecodedBatch
 from pipelines.runtime import InputError, invalid, run_cli
 from pipelines.views.fused.jobs import make_jobs, make_jobs_reference
-from pipelines.views.native.draws import native_obstacle
+from pipelines.views.native.sampling import native_obstacle
 from pipelines.views.presets import paper_views
-from pipelines.views.sampling import check_params, draw, draw_reference
+from pipelines.views.sampling import check_params, draw, sample_reference
 
 PROG = "python -m benchmarks.bench_draw"
 
@@ -68,7 +68,7 @@ def works(images: int) -> dict[str, Callable[[], object]]:
     params = draw(specs, sizes, seed=0, epoch=0, index=index)
     return {
         "draw": lambda: draw(specs, sizes, seed=0, epoch=0, index=index),
-        "draw, torch": lambda: draw_reference(specs, sizes, seed=0, epoch=0, index=index),
+        "draw, torch": lambda: sample_reference(specs, sizes, seed=0, epoch=0, index=index),
         "jobs": lambda: make_jobs(batch, specs, params, images=slice(0, images)),
         "jobs, torch": lambda: make_jobs_reference(batch, specs, params, images=slice(0, images)),
         "check": lambda: check_params(params, specs, sizes),

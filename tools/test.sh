@@ -39,7 +39,7 @@ section "types" "$PYTHON" -m mypy
 section "tests" run_tests "$@"
 if [ $# -eq 0 ]; then # Triton decides at its import whether it interprets, hence a run of its own
     section "kernels" env TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
-        "$PYTHON" -m pytest -n auto --maxprocesses 4 tests/pipelines/views/test_interpreted.py tests/mvssl/models/test_batchnorm_kernels.py
+        "$PYTHON" -m pytest -n auto --maxprocesses 4 tests/pipelines/views/test_fused_interpreted.py tests/mvssl/models/test_batchnorm_kernels.py
 fi
 
 printf '\n'

@@ -28,7 +28,7 @@ from pipelines.decode import default_threads
 from pipelines.decode.ffcv import missing_ffcv
 from pipelines.runtime import InputError, cache_folder
 from pipelines.storage import open_source, split_paths
-from pipelines.views.native.draws import native_obstacle
+from pipelines.views.native.sampling import native_obstacle
 
 State = Literal["ok", "slower", "missing"]
 

@@ -18,7 +18,7 @@ from pipelines.loading.threads import BATCHES_AHEAD, Prefetcher, ReadAhead, Side
 from pipelines.runtime import InputError, invalid
 from pipelines.storage.source import Source
 from pipelines.views.engine import ViewEngine
-from pipelines.views.reference.crop_resize import center_views
+from pipelines.views.reference.center import center_views
 from pipelines.views.sampling import draw
 from pipelines.views.spec import ViewSpec
 

@@ -1,7 +1,7 @@
-/* e**x with the bits of exact.py, operation for operation (build without contraction to fused multiply-add). */
+/* e**x with the bits of portable_math.py, operation for operation (build without contraction to fused multiply-add). */
 
-#ifndef EXACT_H
-#define EXACT_H
+#ifndef PORTABLE_MATH_H
+#define PORTABLE_MATH_H
 
 #include <math.h>
 #include <stdint.h>

@@ -1,7 +1,7 @@
 """Exponential and logarithm with the same bits on every platform.
 
-The libm and vector versions may differ in the last bit between machines, and even between the body and the tail of one
-tensor. These are built from IEEE additions and multiplications only, and from decimal arithmetic in software.
+libm and vectorised versions may differ in the last bit between machines, and even between the body and the tail of one
+tensor. These use only IEEE additions and multiplications, and decimal arithmetic in software.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def exp(x: Tensor) -> Tensor:
     """e**x to 1e-15, relative.
 
     Args:
-        x: float64 [...] at most 700; what lies below -700 gives exp(-700).
+        x: float64 [...], at most 700; values below -700 give exp(-700).
 
     Returns:
         float64 [...].

@@ -1,4 +1,4 @@
-"""The view sets of the paper (arXiv 2602.05845) and of its release: multi-task, two-view baselines, ablations."""
+"""View presets of the paper (arXiv 2602.05845): multi-task, two-view baselines, ablations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.runtime import InputError, invalid
 from pipelines.views.spec import ViewSpec
 
-# What sets the two views of a pair apart in BYOL, MoCo v3 and the paper.
+# Differences between the two views of a pair in BYOL, MoCo v3 and the paper.
 _FIRST: Mapping[str, Any] = {"blur": 1.0}
 _SECOND: Mapping[str, Any] = {"blur": 0.1, "solarize": 0.2}
 _CUTOUT = (0.2, 0.4)
@@ -19,7 +19,7 @@ _NO_PHOTOMETRICS: Mapping[str, Any] = {"flip": 0.0, "jitter_p": 0.0, "grayscale"
 def _pair(
     first: Mapping[str, Any], second: Mapping[str, Any], stem: str = "view", **both: Any
 ) -> tuple[ViewSpec, ViewSpec]:
-    """Two targets of task "global", called `stem`_1 and _2: what only one of them has, and what both have."""
+    """Two targets of task "global", named `stem`_1 and _2, with their own and their common settings."""
     shared = {"task": "global", "is_target": True, **both}
     return ViewSpec(name=f"{stem}_1", **shared, **first), ViewSpec(name=f"{stem}_2", **shared, **second)
 
@@ -61,61 +61,37 @@ def paper_views(
 
 
 def byol_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, ViewSpec]:
-    """The two views of the BYOL baseline: crops of area 0.08 to 1 (PAPER.md section 2).
-
-    Raises:
-        InputError: a size does not fit ViewSpec.
-    """
+    """The two views of the BYOL baseline: crops of area 0.08 to 1 (PAPER.md section 2)."""
     return _pair(_FIRST, _SECOND, area=(0.08, 1.0), size=size, blur_kernel=blur_kernel)
 
 
 def mocov3_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, ViewSpec]:
-    """The two views of the MoCo v3 baseline: BYOL's with crops of area 0.2 to 1 (PAPER.md section 2).
-
-    Raises:
-        InputError: a size does not fit ViewSpec.
-    """
+    """The two views of the MoCo v3 baseline: BYOL's with crops of area 0.2 to 1 (PAPER.md section 2)."""
     return _pair(_FIRST, _SECOND, area=(0.2, 1.0), size=size, blur_kernel=blur_kernel)
 
 
 def simsiam_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, ViewSpec]:
-    """The two views of the SimSiam baseline, alike: area 0.2 to 1, saturation 0.4, blur 0.5 (PAPER.md section 2).
-
-    Raises:
-        InputError: a size does not fit ViewSpec.
-    """
+    """The two views of the SimSiam baseline, alike: area 0.2 to 1, saturation 0.4, blur 0.5 (PAPER.md section 2)."""
     return _pair({}, {}, area=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur=0.5, size=size, blur_kernel=blur_kernel)
 
 
 def no_crop_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, ViewSpec]:
-    """Ablation: BYOL's two views of the whole image, resized (PAPER.md section 2).
-
-    Raises:
-        InputError: a size does not fit ViewSpec.
-    """
+    """Ablation: BYOL's two views of the whole image, resized (PAPER.md section 2)."""
     return _pair(_FIRST, _SECOND, area=None, size=size, blur_kernel=blur_kernel)
 
 
 def crop_only_views(*, size: int = 224) -> tuple[ViewSpec, ViewSpec]:
-    """Ablation: BYOL's random resized crop and nothing else (PAPER.md section 2).
-
-    Raises:
-        InputError: the size does not fit ViewSpec.
-    """
+    """Ablation: BYOL's random resized crop and nothing else (PAPER.md section 2)."""
     return _pair({}, {}, area=(0.08, 1.0), size=size, **_NO_PHOTOMETRICS)
 
 
 def cutout_only_views(*, both: bool, size: int = 224) -> tuple[ViewSpec, ViewSpec]:
-    """Ablation: the whole image, resized, with a box cut out of view 1 or of both views (PAPER.md section 2).
-
-    Raises:
-        InputError: the size does not fit ViewSpec.
-    """
+    """Ablation: the whole image, resized, with a box cut out of view 1 or of both views (PAPER.md section 2)."""
     return _pair({"cutout": _CUTOUT}, {"cutout": _CUTOUT if both else None}, area=None, size=size, **_NO_PHOTOMETRICS)
 
 
 def asymmetric(views: Sequence[ViewSpec]) -> tuple[ViewSpec, ViewSpec]:
-    """A pair of which view 1 predicts view 2 and not the reverse: only view 1 keeps its task, only view 2 is a target.
+    """A pair in which view 1 predicts view 2 but not vice versa: view 1 keeps its task, view 2 is the target.
 
     Raises:
         InputError: these are not two views.

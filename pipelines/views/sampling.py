@@ -1,4 +1,4 @@
-"""Draw the random decisions of a batch: which crop, flip, colour, blur and box each view of each image gets."""
+"""Samples and validates augmentation parameters: crop, flip, colour, blur and cutout of each view of each image."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pipelines.runtime import InputError
-from pipelines.views.native.draws import draw_native, fit_native
+from pipelines.views.native.sampling import params_fit, sample_native
 from pipelines.views.params import SHAPES, ViewParams
-from pipelines.views.randomness import check_place, view_uniforms
+from pipelines.views.randomness import check_seed, view_uniforms
 from pipelines.views.reference import blur, crop_resize, cutout, grayscale, jitter, solarize
 from pipelines.views.spec import ViewSpec
 
@@ -23,9 +23,10 @@ def draw(
     epoch: int,
     index: Tensor | Sequence[int],
 ) -> ViewParams:
-    """Draw V views of N images. What image i gets in epoch e depends on nothing but seed, e, i and the view's position.
+    """Sample the augmentation parameters of V views of N images.
 
-    In C where there is a compiler, else by `draw_reference`: the same bits.
+    Those of image i in epoch e depend on seed, e, i and the view's position alone. Sampled in C if there is a compiler,
+    else by `sample_reference`, with the same bits.
 
     Args:
         specs: V views.
@@ -35,7 +36,7 @@ def draw(
         index: int64 [N], dataset index of each image.
 
     Returns:
-        Decisions [V, N, ...] on the CPU.
+        Parameters [V, N, ...] on the CPU.
 
     Raises:
         InputError: no specs, sizes that are not [N, 2] or not positive, indices of another length or negative, or a
@@ -46,8 +47,8 @@ def draw(
     if not specs:
         raise InputError("specs is empty but must hold at least one view: use paper_views().")
     if sizes.dim() == 2 and sizes.shape[1] == 2 and index.shape == sizes.shape[:1]:
-        check_place(seed=seed, epoch=epoch)
-        params = draw_native(specs, sizes, seed=seed, epoch=epoch, index=index)
+        check_seed(seed=seed, epoch=epoch)
+        params = sample_native(specs, sizes, seed=seed, epoch=epoch, index=index)
         if params is not None:
             return params
     if sizes.dim() != 2 or sizes.shape[1] != 2 or bool((sizes < 1).any()):
@@ -60,44 +61,39 @@ def draw(
             f"index is {tuple(index.shape)} but must be [{len(sizes)}], one dataset index per image, none negative: "
             "pass DecodedBatch.index."
         )
-    return draw_reference(specs, sizes, seed=seed, epoch=epoch, index=index)
+    return sample_reference(specs, sizes, seed=seed, epoch=epoch, index=index)
 
 
-def draw_reference(specs: Sequence[ViewSpec], sizes: Tensor, *, seed: int, epoch: int, index: Tensor) -> ViewParams:
-    """As `draw`, in plain torch, for input that is in order."""
+def sample_reference(specs: Sequence[ViewSpec], sizes: Tensor, *, seed: int, epoch: int, index: Tensor) -> ViewParams:
+    """As `draw`, in plain torch, for valid input."""
     u = view_uniforms(seed=seed, epoch=epoch, index=index, num_views=len(specs))  # [V, blocks, 4, N]
-    views = [_draw_view(spec, sizes, u[v]) for v, spec in enumerate(specs)]
+    views = [_sample_view(spec, sizes, u[v]) for v, spec in enumerate(specs)]
     return ViewParams(**{name: torch.stack([view[name] for view in views]) for name in views[0]})
 
 
-def _draw_view(spec: ViewSpec, sizes: Tensor, u: Tensor) -> dict[str, Tensor]:
-    """The fields of ViewParams for one view, [N, ...] each, from u float64 [blocks, 4, N]."""
-    crop, flip = crop_resize.draw(spec, sizes, u)
-    jitter_on, factors, order = jitter.draw(spec, u)
+def _sample_view(spec: ViewSpec, sizes: Tensor, u: Tensor) -> dict[str, Tensor]:
+    """ViewParams of one view, [N, ...] each, from uniform numbers u float64 [blocks, 4, N]."""
+    crop, flip = crop_resize.sample(spec, sizes, u)
+    jitter_on, factors, order = jitter.sample(spec, u)
     return {
         "crop": crop,
         "flip": flip,
-        "cutout": cutout.draw(spec, u),
+        "cutout": cutout.sample(spec, u),
         "jitter_on": jitter_on,
         "jitter": factors,
         "jitter_order": order,
-        "gray": grayscale.draw(spec, u),
-        "blur_sigma": blur.draw(spec, u),
-        "solarize": solarize.draw(spec, u),
+        "gray": grayscale.sample(spec, u),
+        "blur_sigma": blur.sample(spec, u),
+        "solarize": solarize.sample(spec, u),
     }
 
 
 def check_params(params: ViewParams, specs: Sequence[ViewSpec], sizes: Tensor) -> None:
-    """Check that decisions belong to these views and images.
-
-    Args:
-        params: decisions on the CPU.
-        specs: V views.
-        sizes: int64 [N, 2], (height, width) of the images.
+    """Check that augmentation parameters (on the CPU) belong to V views and to N images of sizes int64 [N, 2].
 
     Raises:
-        InputError: a shape or type is not that of V views of N images, a box leaves its image or is empty, a number is
-            not finite or an order is not a permutation.
+        InputError: a shape or type is wrong, a box leaves its image or is empty, a number is not finite, or an order is
+            not a permutation.
     """
     expected = (len(specs), len(sizes))
     for name, (dtype, tail) in SHAPES.items():
@@ -107,7 +103,7 @@ def check_params(params: ViewParams, specs: Sequence[ViewSpec], sizes: Tensor) -
                 f"ViewParams.{name} is {tensor.dtype} {tuple(tensor.shape)} but must be {dtype} {(*expected, *tail)} "
                 f"for {expected[0]} views of {expected[1]} images: draw it from the same specs and batch."
             )
-    if fit_native(params, specs, sizes):
+    if params_fit(params, specs, sizes):
         return
     _check_boxes("crop", params.crop, sizes.expand(*expected, 2), allow_none=False)
     sides = torch.tensor([spec.size for spec in specs])[:, None, None].expand(*expected, 2)
@@ -126,13 +122,13 @@ def check_params(params: ViewParams, specs: Sequence[ViewSpec], sizes: Tensor) -
 
 
 def _jitter_allowed(jitter: Tensor) -> Tensor:
-    """Which images have usable factors: bool [V, N]."""
+    """Images with valid factors: bool [V, N]."""
     factors, hue = jitter[..., :3], jitter[..., 3]
     return (torch.isfinite(factors) & (factors >= 0)).all(dim=-1) & (hue.abs() <= 0.5)
 
 
 def _check_boxes(name: str, boxes: Tensor, sizes: Tensor, *, allow_none: bool) -> None:
-    """Raise InputError unless each box [V, N, 4] lies inside its size [V, N, 2] and has at least one pixel."""
+    """Raise InputError unless each box [V, N, 4] is inside its size [V, N, 2] and has at least one pixel."""
     corner, extent = boxes[..., :2], boxes[..., 2:]
     inside = ((corner >= 0) & (extent > 0) & (corner + extent <= sizes)).all(dim=-1)
     if allow_none:

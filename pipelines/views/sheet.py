@@ -1,4 +1,4 @@
-"""A contact sheet: each source image with its crop boxes, then all its views."""
+"""Contact sheet: each source image with its crop boxes, and its views."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182", "#8d6cab", "#3d5a80", "#
 _PAPER, _INK, _FAINT = "#ffffff", "#1f2328", "#656d76"
 _MARGIN, _GAP, _HEADER, _CAPTION = 24, 16, 44, 40  # pixels
 _SOURCE = 264  # pixels, width of the column of source images
-_LARGEST = 176  # pixels, side at which the largest view is shown; the others keep their proportion
+_LARGEST = 176  # pixels, shown side of the largest view; the others in proportion
 _NARROWEST = 96  # pixels, so that a caption fits below a small view
 
 
@@ -31,7 +31,7 @@ def view_sheet(
     Args:
         batch: N decoded images.
         specs: V views.
-        params: their decisions [V, N, ...].
+        params: their augmentation parameters [V, N, ...].
         views: V tensors [N, 3, S, S], normalised, in any float type and on any device.
 
     Returns:
@@ -95,14 +95,14 @@ def _source(image: Tensor, crops: Tensor) -> Image.Image:
     for v, (top, left, _, _) in enumerate(crops.tolist()):  # over all boxes
         x, y = min(left * scale, _SOURCE - 14), min(top * scale, _LARGEST - 14)
         while any(abs(x - other_x) < 14 and abs(y - other_y) < 14 for other_x, other_y in placed):
-            x += 1  # beside the badges that lie there
+            x += 1  # next to the badges already there
         placed.append((x, y))
         _badge(pen, x, y, v)
     return cell
 
 
 def _applied(params: ViewParams, n: int) -> list[str]:
-    """Words for what was done to image n of one view."""
+    """The augmentations of image n in one view."""
     words = []
     if params.flip[n]:
         words.append("flip")

@@ -1,4 +1,4 @@
-"""What a view is: one frozen spec per view, and what a set of them must be."""
+"""View specifications: how each view of an image is made, and which sets of views can be trained on."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSpec:
-    """How one view of an image is made. A new view type is a new ViewSpec in a recipe and nothing else.
+    """How one view of an image is made. A new view type is a new ViewSpec in a recipe, nothing else.
 
     The operations run in this order: random resized crop, horizontal flip, cutout, colour jitter, grayscale, blur,
     solarize, normalise; each has the semantics of torchvision.transforms.v2.
 
     Attributes:
-        name: name of the view, for logs and pictures.
-        task: key of the predictor this view goes through; None makes the view a target only.
+        name: of the view, for logs and pictures.
+        task: key of the view's predictor; None for a target-only view.
         size: side of the square view in pixels, a multiple of 8.
-        area: range of the crop's share of the image's area; None resizes the whole image (no crop).
-        ratio: range of the crop's width / height, drawn log-uniformly.
+        area: range of the crop's fraction of the image area; None for the whole image.
+        ratio: range of the crop's width / height, sampled log-uniformly.
         flip: probability of a horizontal flip.
-        jitter: strengths of brightness, contrast, saturation and hue (0 leaves one out).
-        jitter_p: probability that the colour jitter is applied at all.
+        jitter: strengths of brightness, contrast, saturation and hue (0 disables one).
+        jitter_p: probability of colour jitter.
         grayscale: probability of grayscale.
         blur: probability of a Gaussian blur.
         blur_kernel: taps of the blur, odd, less than twice the size.
-        blur_sigma: range of the blur's standard deviation in pixels, drawn uniformly.
+        blur_sigma: range of the blur's standard deviation in pixels, sampled uniformly.
         solarize: probability of solarize (after the blur).
         solarize_threshold: values at or above it are inverted, in [0, 1].
-        cutout: range of the box's share of the view's area; None makes no box. Filled with the ImageNet mean.
-        cutout_ratio: range of the box's width / height, drawn log-uniformly.
-        is_target: whether the target network embeds this view for the other views to predict.
+        cutout: range of the box's fraction of the view area, filled with the ImageNet mean; None for no box.
+        cutout_ratio: range of the box's width / height, sampled log-uniformly.
+        is_target: whether the target network embeds this view, for the other views to predict.
     """
 
     name: str

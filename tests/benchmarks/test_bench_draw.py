@@ -12,7 +12,7 @@ import torch
 from benchmarks import bench_draw
 from benchmarks.bench_draw import Arguments, measure
 from pipelines.runtime import InputError
-from pipelines.views.native.draws import native_obstacle
+from pipelines.views.native.sampling import native_obstacle
 
 
 @pytest.mark.skipif(native_obstacle() is not None, reason="needs a C compiler")

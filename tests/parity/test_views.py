@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from benchmarks.contenders.baselines.torchvision_views import BICUBIC, MEAN, STD, torchvision_view
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
 from pipelines.views.native.engine import native_obstacle
-from pipelines.views.reference.crop_resize import center_views
+from pipelines.views.reference.center import center_views
 from tests.samples.hard_images import hard_images, unnormalised
 
 IMAGES = hard_images()

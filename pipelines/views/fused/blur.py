@@ -1,4 +1,4 @@
-"""Kernels of the Gaussian blur, one direction after the other, with a reflected border."""
+"""Kernels of the separable Gaussian blur with a reflected border."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernel of the colour operations: cutout, jitter, grayscale, and where there is no blur the end of the view."""
+"""Kernel of cutout, jitter and grayscale, and of solarize and normalisation for views without blur."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Positions of the columns of the jobs' tables, as constants that kernels may use."""
+"""Column positions of the job tables, as constants for kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused backend: all views of a batch in six kernels, whatever their number, sizes and decisions."""
+"""Fused backend: all views of a batch in six Triton kernels, whatever their number, sizes and augmentations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipelines.views.reference.device import upload
 from pipelines.views.spec import ViewSpec
 
 _IMAGES = 256
-_PARTS = 16  # programs that share the rows of a job
+_PARTS = 16  # programs per job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Launch:
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """Queue the kernel in the current stream."""
-        # Without fused multiply-add the sums are the reference's, and the bound is memory anyway.
+        # Without fused multiply-add sums have the reference's bits; memory is the bottleneck anyway.
         self.kernel[grid](*arguments, **self.constants, num_warps=self.num_warps, enable_fp_fusion=False)
 
 
@@ -50,16 +50,16 @@ LAUNCHES = {
     "down": Launch(kernel=down_kernel, constants={"block": 1024}),
     "along": Launch(kernel=along_kernel, constants={"block": 512}),
 }
-"""Every kernel as it is launched, in the order in which they run."""
+"""The kernels in launch order."""
 
 
 def make_views(
     batch: DecodedBatch, specs: Sequence[ViewSpec], params: ViewParams, *, dtype: torch.dtype
 ) -> list[Tensor]:
-    """Make all views of a batch; as `pipelines.views.reference.engine.make_views`, which says what the arguments are.
+    """Make all views of a batch, as `pipelines.views.reference.engine.make_views`, without a host sync.
 
-    The host waits for nothing. The views share one buffer. What lies between the kernels takes about 3 MB an image of
-    the paper's views, for at most `_IMAGES` images at a time.
+    The views share one buffer. Intermediate results take about 3 MB per image for the paper's views, for at most
+    `_IMAGES` images at a time.
     """
     values = [len(batch) * spec.size**2 * 3 for spec in specs]
     out = torch.empty(sum(values), dtype=dtype, device=batch.device)
@@ -72,7 +72,7 @@ def make_views(
 
 
 def _launch(batch: DecodedBatch, jobs: Jobs, out: Tensor) -> None:
-    """Queue the kernels that make the views of some jobs."""
+    """Launch the kernels for some jobs."""
     device = batch.device
     numbers, reals = upload(jobs.numbers, device), upload(jobs.reals, device)
     weights = torch.empty(jobs.weights, dtype=torch.int16, device=device)

@@ -8,14 +8,14 @@
 
 enum { COLUMNS = 27, FACTORS = 4, MOST_TAPS = 4096 };
 
-/* What of a ViewSpec jobs depend on; the layout is that of `View` in jobs.py. */
+/* The parts of a ViewSpec that jobs need; the layout is that of `View` in jobs.py. */
 typedef struct {
     int64_t size;
     int64_t half; /* taps of the blur on one side, the middle one included */
     float threshold;
 } View;
 
-/* A batch and its decisions for V views of all its N images. */
+/* A batch of N images and its augmentation parameters for V views. */
 typedef struct {
     const int64_t *offset, *row_stride; /* [N] */
     const int64_t *crop;                /* [V, N, 4] */
@@ -29,7 +29,7 @@ typedef struct {
     const uint8_t *solarize;
 } Batch;
 
-/* Sizes of what all jobs take together. */
+/* Total sizes over all jobs. */
 typedef struct {
     int64_t rows, views, bounds, weights, floats, blurred;
 } Totals;
@@ -39,7 +39,7 @@ static int64_t taps(int64_t length, int64_t size) {
     return 2 * (int64_t)ceil(support) + 1;
 }
 
-/* The taps of a blur as `kernel_half` in ops/blur.py makes them; the distance of the last one that is not 0. */
+/* The taps of a blur as `kernel_half` in reference/blur.py computes them; the distance of the last one that is not 0. */
 static int64_t blur_taps(float sigma, int64_t half, float *out) {
     double weight[MOST_TAPS], total, wide = (double)(sigma < (float)1e-3 ? (float)1e-3 : sigma);
     int64_t used = 0, reach = -1;

@@ -1,4 +1,4 @@
-"""The jobs of a batch: one per view and image, as tables that the kernels read."""
+"""Jobs of the fused backend: one per view and image, as tables that the kernels read."""
 
 from __future__ import annotations
 
@@ -48,16 +48,15 @@ COLUMNS = (
     "blurred",  # floats to the job's image between colour and blur, float32 [3, S, S]
     "out",  # values to the view, [S, S, 3]
 )
-"""Columns of the table of whole numbers, int64 [J, len(COLUMNS)]."""
+"""Columns of the integer table, int64 [J, len(COLUMNS)]."""
 
 _SOURCE = Path(__file__).with_name("jobs.c")
-_MOST_TAPS = 4096  # of a blur to one side that the C takes
+_MOST_TAPS = 4096  # of a blur to one side, limit of jobs.c
 View = np.dtype([("size", np.int64), ("half", np.int64), ("threshold", np.float32)], align=True)
-"""What jobs depend on of a view, as jobs.c reads it."""
+"""The parts of a ViewSpec that jobs need, as jobs.c reads them."""
 
 FACTORS = 4
-"""Columns of the table of real numbers, float32 [J, 5 + taps]: the jitter's factors, then the solarize threshold, then
-the blur's taps, the middle one first."""
+"""Columns of jitter factors in the float table, float32 [J, 5 + taps]; then solarize threshold and blur taps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,7 @@ class Jobs:
         numbers: int64 [J, len(COLUMNS)], on the CPU.
         reals: float32 [J, 5 + taps], on the CPU.
         blurred: int64 [jobs with blur], their positions.
-        row_bytes, view_bytes, bounds, weights, floats: sizes of what all jobs take together.
+        row_bytes, view_bytes, bounds, weights, floats: total sizes over all jobs.
         largest: the largest side of a view.
     """
 
@@ -87,9 +86,9 @@ class Jobs:
 
 
 def make_jobs(batch: DecodedBatch, specs: Sequence[ViewSpec], params: ViewParams, *, images: slice) -> Jobs:
-    """The jobs of some images of a batch and V views, from decisions [V, N, ...] on the CPU that have been checked.
+    """Jobs of V views of some images of a batch, from checked parameters [V, N, ...] on the CPU.
 
-    In C where there is a compiler, else by `make_jobs_reference`: the same bits.
+    Computed in C if there is a compiler, else by `make_jobs_reference`, with the same bits.
     """
     library = load_library(_SOURCE)
     half = max(spec.blur_kernel // 2 for spec in specs) + 1
@@ -132,7 +131,7 @@ class _Totals(ctypes.Structure):
 
 @functools.lru_cache(maxsize=64)
 def _views(specs: tuple[ViewSpec, ...]) -> np.ndarray:
-    """The numbers of these views: View [V]."""
+    """View [V] of these specs."""
     return np.array([(spec.size, spec.blur_kernel // 2 + 1, spec.solarize_threshold) for spec in specs], dtype=View)
 
 
@@ -205,7 +204,7 @@ def make_jobs_reference(batch: DecodedBatch, specs: Sequence[ViewSpec], params: 
 
 
 def taps(length: Tensor, size: Tensor) -> Tensor:
-    """Most source pixels that a pixel of an axis resized from `length` to `size` pixels is made of, int64.
+    """Maximal number of source pixels per output pixel of an axis resized from `length` to `size` pixels, int64.
 
     The cubic kernel reaches 2 pixels of the coarser grid to each side.
     """
@@ -214,6 +213,6 @@ def taps(length: Tensor, size: Tensor) -> Tensor:
 
 
 def _starts(counts: Tensor) -> tuple[Tensor, int]:
-    """Where each of several arrays begins if they lie one behind the other, and how long they are together."""
+    """Start of each of several concatenated arrays, and their total length."""
     ends = counts.reshape(-1).cumsum(0)
     return (ends - counts.reshape(-1)).reshape(counts.shape), int(ends[-1]) if len(ends) else 0

@@ -1,8 +1,8 @@
-"""Kernels of the crop, resize and flip: bicubic and antialiased, in the whole numbers of torch's uint8 resize on x86.
+"""Kernels of crop, resize and flip: bicubic, antialiased, in the integer arithmetic of torch's uint8 resize on x86.
 
-That one (ATen's upsample_bicubic2d_aa on uint8, after Pillow) makes the weights of an axis in float64, scales them so
-that the largest just fits 16 bits, and sums products of whole numbers: first along the columns, rounded to uint8, then
-along the rows. The same sums here give the same bytes.
+ATen's upsample_bicubic2d_aa on uint8 (after Pillow) computes the weights of an axis in float64, scales them so that the
+largest just fits 16 bits, and sums integer products: first along the columns, rounded to uint8, then along the rows.
+The same sums here give the same bytes.
 """
 
 from __future__ import annotations
@@ -184,10 +184,10 @@ def rows_kernel(
     sums: tl.tensor,
     block: tl.constexpr,
 ) -> None:
-    """Resize along the rows and flip: uint8 [height, S, 3] to uint8 [S, S, 3]; add up what the contrast blends with.
+    """Resize along the rows and flip: uint8 [height, S, 3] to uint8 [S, S, 3]; accumulate the mean for contrast.
 
-    `sums` int64 [J] gets the brightness before the contrast over all pixels in units of 2**-24, a whole number, so that
-    the order of the programs does not matter. Program (job, part of the view).
+    `sums` int64 [J] receives the total brightness before contrast in units of 2**-24: integers, so that the order of
+    programs does not matter. Program (job, part of the view).
     """
     job = tl.program_id(0).to(tl.int64)
     row = numbers + job * WIDTH_OF_TABLE

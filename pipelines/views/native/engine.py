@@ -1,10 +1,8 @@
-"""The native backend: all operations of a view in one pass per image, in C.
+"""Native backend: all operations of a view in one pass per image, in C.
 
-Bits. They are the reference's where torch resizes bytes in whole numbers, which it does on x86 with AVX2; on other
-processors the reference resizes in floating point and differs by a unit here and there; these views do not.
-
-Threads. The images are shared among as many threads as `torch.get_num_threads()` says, which end with the call; each
-makes all its images of a view in one call, without Python's lock.
+Views have the bits of the reference where torch resizes bytes in integer arithmetic (x86 with AVX2); on other
+processors the reference resizes in floating point and differs by a unit here and there. `torch.get_num_threads()`
+threads share the images; each makes all its images of a view in one call that releases the GIL.
 """
 
 from __future__ import annotations
@@ -45,11 +43,11 @@ Job = np.dtype(
     ],
     align=True,
 )
-"""The crop of one image and the decisions for it as views.c reads them."""
+"""Crop and augmentation parameters of one image, as views.c reads them."""
 
 
 def native_obstacle() -> str | None:
-    """Why the native backend cannot be used here, or None. The first call builds it."""
+    """Why the native backend is unavailable, or None. The first call compiles it."""
     library = load_library(_SOURCE)
     return library if isinstance(library, str) else None
 
@@ -60,7 +58,7 @@ def make_views(
     """Make all views of a batch on the CPU; as `pipelines.views.reference.engine.make_views`, with the same bits.
 
     Raises:
-        InputError: the library could not be built, or not with float16.
+        InputError: the library could not be built, or only without float16.
     """
     library = load_library(_SOURCE)
     if isinstance(library, str):
@@ -85,7 +83,7 @@ def make_views(
 
 
 class _Maker:
-    """Makes one view of all images, some of them at a call; calls may run at the same time.
+    """Makes one view, some of its images per call; calls may run concurrently.
 
     Attributes:
         view: [N, 3, S, S], channels-last.
@@ -103,7 +101,7 @@ class _Maker:
         """Make the view of images `begin`, `begin + step` and so on.
 
         Raises:
-            MemoryError: for an image resized on the way, a few times as large as the view is wide.
+            MemoryError: no memory for an intermediate image of a few times the view's width.
         """
         refused = self._library.make_views(
             ctypes.c_void_p(self._jobs.ctypes.data),
@@ -122,17 +120,15 @@ class _Maker:
 
 
 def _empty(images: int, size: int, dtype: torch.dtype) -> Tensor:
-    """Room for the views [N, 3, S, S], channels-last.
-
-    Numpy asks the kernel for huge pages, which torch does not: touching 38 MB for the first time took a quarter of the
-    time.
+    """Uninitialised views [N, 3, S, S], channels-last, in huge pages (by numpy): 38 MB are first touched 4 times
+    faster.
     """
     room = np.empty((images, size, size, 3), dtype=np.float32 if dtype is torch.float32 else np.int16)
     return torch.from_numpy(room).view(dtype).permute(0, 3, 1, 2)
 
 
 def _jobs(batch: DecodedBatch, params: ViewParams, taps: Tensor) -> np.ndarray:
-    """The table of crops and decisions [N] for one view; `params` holds tensors [N, ...]."""
+    """Job [N] for one view; `params` holds tensors [N, ...]."""
     jobs = np.zeros(len(batch), dtype=Job)
     top, left, jobs["height"], jobs["width"] = params.crop.numpy().T
     stride = batch.row_stride.numpy()

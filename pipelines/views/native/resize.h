@@ -1,4 +1,4 @@
-/* Bicubic antialiased resize of RGB bytes in the whole numbers of torch's on x86 (fused/resize.py has the source and says why). */
+/* Bicubic antialiased resize of RGB bytes in the integer arithmetic of torch's on x86 (fused/resize.py has the source and says why). */
 
 #ifndef RESIZE_H
 #define RESIZE_H
@@ -30,7 +30,7 @@ static inline double cubic(double x) {
     return 0.0;
 }
 
-/* The most inputs that an output looks at, and one more if they are odd. */
+/* Maximal inputs per output, rounded up to an even number. */
 static int64_t axis_taps(int64_t length, int64_t size) {
     double scale = (double)length / (double)size;
     return 2 * (int64_t)ceil(2.0 * fmax(scale, 1.0)) + 2;

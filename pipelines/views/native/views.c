@@ -14,7 +14,7 @@
 enum { BRIGHTNESS, CONTRAST, SATURATION, HUE };
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
-/* The crop of one image and the decisions for it; the layout is that of `Job` in engine.py. */
+/* Crop and augmentation parameters of one image; the layout is that of `Job` in engine.py. */
 typedef struct {
     const uint8_t *crop; /* its first pixel */
     int64_t stride;      /* bytes from one row to the next */
@@ -46,7 +46,7 @@ static void brightness(float *restrict plane, int64_t count, float factor) {
 }
 
 static void contrast(float *restrict r, float *restrict g, float *restrict b, int64_t area, float factor) {
-    int64_t units = 0; /* brightness in units of 2**-24: whole numbers add up exactly in any order */
+    int64_t units = 0; /* brightness in units of 2**-24: integers add up exactly in any order */
     for (int64_t i = 0; i < area; i++) units += (int64_t)(int32_t)rintf(luma(r[i], g[i], b[i]) * 16777216.0f);
     float mean = (float)((double)units / ((double)area * 16777216.0));
     float other = mean * (1.0f - factor);
@@ -102,7 +102,7 @@ static inline Floats floats(const float *at) {
     return values;
 }
 
-/* Sums of `size` values: the middle line times its tap, then the lines on both sides at distance k together times theirs. */
+/* Weighted sums of lines: the middle one, then pairs at distance k. */
 static inline void weigh(const float *middle, const float *const before[], const float *const behind[], int64_t size,
                          const float *taps, int64_t reach, float *restrict out) {
     int64_t x = 0;
@@ -203,7 +203,7 @@ static void load_row(const uint8_t *restrict source, float *restrict r, float *r
         }
 }
 
-/* What making a view of any of some crops needs besides the view. */
+/* Scratch memory for making a view of any of some crops. */
 typedef struct {
     float *planes;       /* [3, size, size] */
     float *half, *line;  /* of the blur: [size, size] and [3, size] */
@@ -243,7 +243,7 @@ static void resize(const Job *job, int64_t size, const Scratch *scratch) {
         const uint8_t *from[ROWS];
         uint8_t *to[ROWS];
         for (int r = 0; r < ROWS; r++) {
-            int64_t at = y + r < job->height ? y + r : job->height - 1; /* the last row may come several times */
+            int64_t at = y + r < job->height ? y + r : job->height - 1; /* the last row may be repeated */
             from[r] = job->crop + job->stride * at;
             to[r] = scratch->resized + pitch * at;
         }

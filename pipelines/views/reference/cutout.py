@@ -1,4 +1,4 @@
-"""Cutout: one box of the view filled with the ImageNet mean."""
+"""Cutout: one box of a view filled with the ImageNet mean."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pipelines.views.reference.device import channels, jit, tl, update
 from pipelines.views.spec import IMAGENET_MEAN, ViewSpec
 
 
-def draw(spec: ViewSpec, u: Tensor) -> Tensor:
-    """Draw the boxes of one view from u float64 [blocks, 4, N]: int64 [N, 4], zeros if the spec has no cutout."""
+def sample(spec: ViewSpec, u: Tensor) -> Tensor:
+    """Sample the boxes of one view from u float64 [blocks, 4, N]: int64 [N, 4], zeros if the spec has no cutout."""
     count = u.shape[-1]
     if spec.cutout is None:
         return torch.zeros((count, 4), dtype=torch.int64, device=u.device)
@@ -24,7 +24,7 @@ def apply(images: Tensor, box: Tensor) -> Tensor:
 
     Args:
         images: float32 [N, 3, S, S] in [0, 1]; may be overwritten.
-        box: int64 [N, 4] on the CPU, (top, left, height, width); height 0 leaves the image as it is.
+        box: int64 [N, 4] on the CPU, (top, left, height, width); height 0 for no box.
 
     Returns:
         float32 [N, 3, S, S].

@@ -1,9 +1,4 @@
-"""Small numbers from the host to the device, without the host waiting for the device's queue.
-
-Triton where it is installed, so that files with device functions can be imported everywhere.
-
-Apply a function to those images of a batch that were chosen.
-"""
+"""Helpers of the operations: optional Triton, asynchronous uploads, updates of selected images."""
 
 from __future__ import annotations
 
@@ -24,32 +19,32 @@ __all__ = ["jit", "tl", "triton"]
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`; without Triton the function itself, which nobody calls then."""
+    """`triton.jit`; without Triton the function itself, which is then never called."""
     return function if triton is None else triton.jit(function)
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """The values on the device; to a GPU by way of pinned memory, in the current stream's order."""
+    """Copy to the device; to a GPU through pinned memory, ordered in the current stream."""
     if device.type != "cuda":
         return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)  # torch keeps the pinned block until it is copied
+    return values.pin_memory().to(device, non_blocking=True)  # torch keeps the pinned block until the copy is done
 
 
 @cache
 def channels(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """One constant per channel, [3, 1, 1]; made once per device and dtype, not to be written to."""
-    with torch.inference_mode(False):  # or a first use in inference mode would bar it from autograd for ever
+    """One constant per channel, [3, 1, 1]; cached per device and dtype, read-only."""
+    with torch.inference_mode(False):  # a tensor made in inference mode could never be used by autograd
         return torch.tensor(values, device=device, dtype=dtype)[:, None, None]
 
 
 def update(images: Tensor, chosen: Tensor, function: Callable[..., Tensor], *per_image: Tensor) -> Tensor:
-    """Replace the chosen images by `function(images, *per_image)`.
+    """Replace selected images by `function(images, *per_image)`.
 
     Args:
         images: [N, 3, S, S]; may be overwritten.
         chosen: bool [N] on the CPU.
-        function: gets the chosen images [n, 3, S, S] and the rows of `per_image` that belong to them, as
-            [n, 1, 1, 1] on the images' device; must return as many images.
+        function: receives the selected images [n, 3, S, S] and their rows of `per_image`, as [n, 1, 1, 1] on the
+            device; returns as many images.
         per_image: one number per image each, [N] on the CPU.
 
     Returns:
@@ -59,7 +54,7 @@ def update(images: Tensor, chosen: Tensor, function: Callable[..., Tensor], *per
     if len(where) == 0:
         return images
     numbers: tuple[Tensor, ...] = ()
-    if per_image:  # [K, n], so that one copy takes them all
+    if per_image:  # [K, n]: one copy for all
         rows = torch.stack([values[where].to(images.dtype) for values in per_image])
         numbers = upload(rows, images.device)[..., None, None, None].unbind()  # [n, 1, 1, 1] each
     if len(where) == len(images):

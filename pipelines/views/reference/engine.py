@@ -1,4 +1,4 @@
-"""The reference backend: every operation in torch, on any device, with the semantics of torchvision.transforms.v2."""
+"""Reference backend: every operation in torch, on any device, with the semantics of torchvision.transforms.v2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipelines.views.params import ViewParams
 from pipelines.views.reference import blur, crop_resize, cutout, grayscale, jitter, normalize, solarize
 from pipelines.views.spec import ViewSpec
 
-_CPU_CHUNK = 1 << 18  # values of a view that are worked on at a time on a CPU: 1 MiB of float32, what a core caches
+_CPU_CHUNK = 1 << 18  # values processed at a time on a CPU: 1 MiB of float32, what a core caches
 
 
 def make_views(
@@ -23,12 +23,12 @@ def make_views(
     Args:
         batch: N decoded images, on any device.
         specs: V views.
-        params: decisions for them, on the CPU.
-        dtype: type of the views.
+        params: their augmentation parameters, on the CPU.
+        dtype: of the views.
 
     Returns:
-        V tensors [N, 3, S, S], channels-last, normalised, on the batch's device. On CUDA the work is queued in the
-        current stream; the host waits for it only where the CPU has to shrink a very large crop.
+        V tensors [N, 3, S, S], channels-last, normalised, on the batch's device. On CUDA work is queued in the
+        current stream; the host waits only where the CPU has to shrink a very large crop.
     """
     images = [batch.image(n) for n in range(len(batch))]  # uint8 [H, W, 3] each, no copy
     return [_make_view(images, spec, params.view(v), batch.device, dtype) for v, spec in enumerate(specs)]
@@ -37,7 +37,7 @@ def make_views(
 def _make_view(
     images: Sequence[Tensor], spec: ViewSpec, params: ViewParams, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """One view of all images, in chunks that stay in the cache: [N, 3, S, S]."""
+    """One view of all images, in chunks that fit the CPU cache: [N, 3, S, S]."""
     shape = (len(images), 3, spec.size, spec.size)
     view = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
     chunk = max(1, _CPU_CHUNK // (3 * spec.size**2)) if device.type == "cpu" else max(1, len(images))
@@ -48,7 +48,7 @@ def _make_view(
 
 
 def _operations(images: Sequence[Tensor], spec: ViewSpec, params: ViewParams) -> Tensor:
-    """The operations in their order: n images uint8 [H, W, 3] to one float32 [n, 3, S, S]."""
+    """All operations in order: n images uint8 [H, W, 3] to float32 [n, 3, S, S]."""
     pixels = crop_resize.apply(images, params.crop, params.flip, spec.size)  # uint8 [n, 3, S, S]
     view = normalize.to_float(pixels)  # float32 [n, 3, S, S]
     view = cutout.apply(view, params.cutout)

@@ -9,7 +9,7 @@ from pipelines.views.reference.device import jit, tl, update
 from pipelines.views.spec import ViewSpec
 
 
-def draw(spec: ViewSpec, u: Tensor) -> Tensor:
+def sample(spec: ViewSpec, u: Tensor) -> Tensor:
     """Which images of one view become gray, from u float64 [blocks, 4, N]: bool [N]."""
     return u[Slot.GRAYSCALE, 0] < spec.grayscale
 

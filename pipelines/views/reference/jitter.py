@@ -16,8 +16,8 @@ _ORDERS = tuple(permutations(range(4)))  # 24
 _NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 
 
-def draw(spec: ViewSpec, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw the colour jitter of one view.
+def sample(spec: ViewSpec, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample the colour jitter of one view.
 
     Args:
         spec: the view.
@@ -42,21 +42,21 @@ def apply(images: Tensor, on: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     Args:
         images: float32 [N, 3, S, S] in [0, 1]; may be overwritten.
         on: bool [N] on the CPU.
-        factors: float32 [N, 4] on the CPU, as `draw` gives them; a neutral one leaves its operation out.
+        factors: float32 [N, 4] on the CPU, as `sample` gives them; operations with a neutral factor are skipped.
         order: int64 [N, 4] on the CPU.
 
     Returns:
         float32 [N, 3, S, S].
     """
     wanted = operations(on, factors)  # [N, 4]
-    for turn in order.unbind(dim=1):  # [N], which operation is each image's next
+    for turn in order.unbind(dim=1):  # [N], each image's next operation
         for number, function in enumerate((_brightness, _contrast, _saturation, _hue)):
             images = update(images, wanted[:, number] & (turn == number), function, factors[:, number])
     return images
 
 
 def operations(on: Tensor, factors: Tensor) -> Tensor:
-    """Which of the four operations each image gets: bool [N, 4]; those with a neutral factor are left out."""
+    """Operations applied to each image: bool [N, 4]; those with a neutral factor are skipped."""
     return on[..., None] & (factors != torch.tensor(_NEUTRAL))
 
 
@@ -67,7 +67,7 @@ def _brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the mean brightness of the image at this point of the order."""
-    # Whole multiples of 2**-24 add up exactly in float64, in whatever order a device takes them.
+    # Multiples of 2**-24 add up exactly in float64, in any order.
     grid = (luma(images) * 2.0**24).round_().flatten(1)  # [n, S * S]
     mean = grid.sum(dim=1, dtype=torch.float64) / (grid.shape[1] * 2.0**24)  # [n]
     return _blend(images, mean.to(images.dtype)[:, None, None, None], factor)
@@ -84,16 +84,16 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` [n, 1, 1, 1] turns in HSV.
+    """Rotate the hue by `shift` [n, 1, 1, 1] turns in HSV.
 
-    The way back to RGB is torchvision's table of six sectors as one formula: a channel falls from the largest value by
-    the chroma times how far the hue is from that channel.
+    The conversion back to RGB is torchvision's table of six sectors as one formula: a channel is the largest value
+    minus chroma times a clamped distance of the hue from that channel.
     """
     red, green, blue = images.unbind(dim=1)  # [n, S, S]
     high = torch.maximum(torch.maximum(red, green), blue)
     chroma = high - torch.minimum(torch.minimum(red, green), blue)
-    divisor = torch.where(chroma == 0, 1.0, chroma)  # gray has no hue and stays as it is
-    # Hue in sixths of a turn, from the channel that is largest.
+    divisor = torch.where(chroma == 0, 1.0, chroma)  # gray has no hue
+    # Hue in sixths of a turn, relative to the largest channel.
     hue = torch.where(
         high == red,
         (green - blue).div_(divisor),

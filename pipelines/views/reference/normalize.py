@@ -1,4 +1,4 @@
-"""To float in [0, 1], and at the end to zero mean and unit variance over ImageNet."""
+"""Conversion to float in [0, 1], and normalisation by the ImageNet mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 [N, 3, S, S] in any layout to float32 [N, 3, S, S] in [0, 1], one plane after the other."""
+    """uint8 [N, 3, S, S] in any layout to float32 [N, 3, S, S] in [0, 1], channel planes contiguous."""
     return images.to(torch.float32, memory_format=torch.contiguous_format).mul_(1.0 / 255.0)
 
 

@@ -1,6 +1,6 @@
-/* The random decisions of a batch, with the bits of the modules in pipelines/views (rng.py, box.py, the draw of each ops module).
+/* Samples the augmentation parameters of a batch, with the bits of randomness.py and of each operation in reference/.
  *
- * Only the random words that an operation looks at are computed, which a counter-based generator allows.
+ * Only the random words that an operation uses are computed, which a counter-based generator allows.
  */
 
 #include <math.h>
@@ -9,9 +9,9 @@
 #include "../portable_math.h"
 
 enum { ATTEMPTS = 10 };
-enum { CROP = 0, CUTOUT = 10, FLIP = 20, JITTER = 21, GRAYSCALE = 23, BLUR = 24, SOLARIZE = 25 }; /* rng.py's Slot */
+enum { CROP = 0, CUTOUT = 10, FLIP = 20, JITTER = 21, GRAYSCALE = 23, BLUR = 24, SOLARIZE = 25 }; /* Slot of randomness.py */
 
-/* A random box: the range of its share of the area as begin and extent, of its width / height as it is and as logarithms. */
+/* A random box: range of its fraction of the area as start and extent, of its aspect ratio as numbers and as logarithms. */
 typedef struct {
     double wanted; /* 0: none */
     double area, area_extent;
@@ -19,7 +19,7 @@ typedef struct {
     double log_ratio, log_ratio_extent;
 } Box;
 
-/* What of a ViewSpec decisions depend on; the layout is that of `Spec` in draws.py. */
+/* The parts of a ViewSpec that sampling needs; the layout is that of `Spec` in sampling.py. */
 typedef struct {
     Box crop, cutout;
     double size, blur_kernel;
@@ -30,7 +30,7 @@ typedef struct {
     double solarize;
 } Spec;
 
-/* Where the decisions of V views of N images go: [V, N, ...] each. */
+/* Output for V views of N images: [V, N, ...] each. */
 typedef struct {
     int64_t *crop;         /* 4 */
     uint8_t *flip;
@@ -43,7 +43,7 @@ typedef struct {
     uint8_t *solarize;
 } Params;
 
-/* Where in the random numbers one view of one image stands. */
+/* Counter and key of one view of one image. */
 typedef struct {
     uint32_t key[2];
     uint32_t epoch;
@@ -113,7 +113,7 @@ static void draw_jitter(const Spec *spec, const Place *place, uint8_t *on, float
     }
 }
 
-/* Whether something happens that has this probability; without a random number where it never does. */
+/* A Bernoulli sample; uses no random number for probability 0. */
 static uint8_t happens(double probability, const Place *place, uint32_t slot) {
     double u[4];
     if (probability <= 0) return 0;
@@ -121,7 +121,7 @@ static uint8_t happens(double probability, const Place *place, uint32_t slot) {
     return u[0] < probability;
 }
 
-/* Draw V views of N images.
+/* Sample V views of N images.
  *
  * sizes: [N, 2], height and width. index: [N], of the images in the data set.
  * Returns 0, or 1 if a size is below 1 or an index negative; what is written then means nothing.
@@ -161,7 +161,7 @@ int32_t draw(const Spec *specs, int64_t views, const int64_t *sizes, const int64
     return 0;
 }
 
-/* Whether a box (top, left, height, width) has pixels, all of them inside. */
+/* Whether a box (top, left, height, width) is not empty and inside. */
 static int inside(const int64_t box[4], int64_t height, int64_t width) {
     return box[0] >= 0 && box[1] >= 0 && box[2] > 0 && box[3] > 0 && box[2] <= height - box[0] && box[3] <= width - box[1];
 }
@@ -181,7 +181,7 @@ static int is_order(const int64_t order[4]) {
     return seen == 15;
 }
 
-/* Whether decisions fit V views of N images, as `check_params` in params.py demands. */
+/* Whether parameters fit V views of N images, as `check_params` in sampling.py demands. */
 int32_t fit(const Spec *specs, int64_t views, const int64_t *sizes, int64_t images, const Params *params) {
     for (int64_t v = 0; v < views; v++) {
         int64_t size = (int64_t)specs[v].size, reach = (int64_t)specs[v].blur_kernel / 2;

@@ -1,4 +1,4 @@
-"""Decisions drawn in C: `pipelines.views.sampling.draw_reference` in one call, the same bits, without Python's lock."""
+"""Samples augmentation parameters in one C call that releases the GIL, with the bits of `sample_reference`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from pipelines.runtime import load_library
-from pipelines.views import portable_math as exact
+from pipelines.views import portable_math
 from pipelines.views.params import SHAPES, ViewParams
 from pipelines.views.spec import ViewSpec
 
 _log = logging.getLogger("mvssl.data")
-_SOURCE = Path(__file__).with_name("draws.c")
+_SOURCE = Path(__file__).with_name("sampling.c")
 _BOX = [
     (name, np.float64)
     for name in ("wanted", "area", "area_extent", "ratio_low", "ratio_high", "log_ratio", "log_ratio_extent")
@@ -39,23 +39,25 @@ Spec = np.dtype(
         ("solarize", np.float64),
     ]
 )
-"""What decisions depend on, as draws.c reads it. A new operation's numbers belong here too."""
+"""The parts of a ViewSpec that sampling needs, as sampling.c reads them. A new operation adds its numbers here."""
 
 
 class _Params(ctypes.Structure):
-    """Addresses of the decisions, in the order of draws.c."""
+    """Pointers to the parameters, in the order of sampling.c."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in SHAPES]
 
 
 def native_obstacle() -> str | None:
-    """Why nothing can be drawn in C here, or None. The first call builds it."""
+    """Why sampling in C is unavailable, or None. The first call compiles it."""
     library = load_library(_SOURCE)
     return library if isinstance(library, str) else None
 
 
-def draw_native(specs: Sequence[ViewSpec], sizes: Tensor, *, seed: int, epoch: int, index: Tensor) -> ViewParams | None:
-    """Draw the decisions, or None where C cannot: there is no compiler, or the input is not in order.
+def sample_native(
+    specs: Sequence[ViewSpec], sizes: Tensor, *, seed: int, epoch: int, index: Tensor
+) -> ViewParams | None:
+    """Sample the parameters; None without a compiler or for invalid input.
 
     Args:
         specs: V views, at most 65,535.
@@ -85,8 +87,8 @@ def draw_native(specs: Sequence[ViewSpec], sizes: Tensor, *, seed: int, epoch: i
     return None if refused else ViewParams(**params)
 
 
-def fit_native(params: ViewParams, specs: Sequence[ViewSpec], sizes: Tensor) -> bool:
-    """Whether decisions of the right types and shapes fit these views and images; False where C cannot tell."""
+def params_fit(params: ViewParams, specs: Sequence[ViewSpec], sizes: Tensor) -> bool:
+    """Whether parameters of the right types and shapes fit these views and images; False also without a compiler."""
     library = load_library(_SOURCE)
     if isinstance(library, str):
         return False
@@ -105,13 +107,13 @@ def fit_native(params: ViewParams, specs: Sequence[ViewSpec], sizes: Tensor) -> 
 
 @functools.cache
 def _announce(obstacle: str) -> None:
-    """Say once that decisions are drawn the slower way."""
-    _log.warning("Views are drawn in Python, which is slower: %s.", obstacle)
+    """Warn once that the slower sampling is used."""
+    _log.warning("Augmentation parameters are sampled in Python, which is slower: %s.", obstacle)
 
 
 @functools.lru_cache(maxsize=64)
 def _table(specs: tuple[ViewSpec, ...]) -> np.ndarray:
-    """The numbers of these views: Spec [V]."""
+    """Spec [V] of these views."""
     table = np.zeros(len(specs), dtype=Spec)
     for row, spec in zip(table, specs, strict=True):
         _write_box(row["crop"], spec.area, spec.ratio)
@@ -124,10 +126,10 @@ def _table(specs: tuple[ViewSpec, ...]) -> np.ndarray:
 
 
 def _write_box(row: np.void, area: tuple[float, float] | None, ratio: tuple[float, float]) -> None:
-    """The numbers of a random box; zeros if there is none."""
+    """Fill in a random box; zeros if there is none."""
     if area is None:
         return
-    low, high = exact.log(ratio[0]), exact.log(ratio[1])
+    low, high = portable_math.log(ratio[0]), portable_math.log(ratio[1])
     row["wanted"] = 1
     row["area"], row["area_extent"] = area[0], area[1] - area[0]
     row["ratio_low"], row["ratio_high"] = ratio

@@ -22,10 +22,10 @@ from pipelines.views import presets
 from pipelines.views import sampling as checks
 from pipelines.views.fused import jobs
 from pipelines.views.fused.jobs import COLUMNS, Jobs, make_jobs, make_jobs_reference
-from pipelines.views.native import draws
-from pipelines.views.native.draws import draw_native, fit_native
+from pipelines.views.native import sampling as draws
+from pipelines.views.native.sampling import params_fit, sample_native
 from pipelines.views.params import SHAPES, ViewParams
-from pipelines.views.sampling import check_params, draw_reference
+from pipelines.views.sampling import check_params, sample_reference
 from tests.samples.other_threads import share_of_ticks
 
 SOURCES = (draws._SOURCE, jobs._SOURCE)
@@ -64,19 +64,19 @@ def batch_of(sizes: Tensor, index: Tensor) -> DecodedBatch:
 
 
 def assert_same_draws(specs: tuple[ViewSpec, ...], sizes: Tensor, index: Tensor, *, seed: int, epoch: int) -> None:
-    ours = draw_native(specs, sizes, seed=seed, epoch=epoch, index=index)
-    theirs = draw_reference(specs, sizes, seed=seed, epoch=epoch, index=index)
+    ours = sample_native(specs, sizes, seed=seed, epoch=epoch, index=index)
+    theirs = sample_reference(specs, sizes, seed=seed, epoch=epoch, index=index)
     assert ours is not None
     for name in SHAPES:
         mine, expected = getattr(ours, name), getattr(theirs, name)
         assert mine.dtype == expected.dtype, name
         assert mine.is_contiguous(), name
         assert torch.equal(mine, expected), name
-    assert fit_native(ours, specs, sizes)
+    assert params_fit(ours, specs, sizes)
 
 
 def assert_same_jobs(specs: tuple[ViewSpec, ...], sizes: Tensor, index: Tensor, images: slice) -> None:
-    params, batch = draw_reference(specs, sizes, seed=1, epoch=2, index=index), batch_of(sizes, index)
+    params, batch = sample_reference(specs, sizes, seed=1, epoch=2, index=index), batch_of(sizes, index)
     ours, theirs = (make(batch, specs, params, images=images) for make in (make_jobs, make_jobs_reference))
     for field in dataclasses.fields(Jobs):
         mine, expected = getattr(ours, field.name), getattr(theirs, field.name)
@@ -102,7 +102,7 @@ def test_every_preset_is_drawn_with_the_same_bits(specs: tuple[ViewSpec, ...]) -
 @needs_compiler
 def test_every_order_of_the_jitter_comes_up() -> None:
     index = torch.arange(3000)
-    params = draw_native(paper_views(), torch.full((3000, 2), 50), seed=5, epoch=0, index=index)
+    params = sample_native(paper_views(), torch.full((3000, 2), 50), seed=5, epoch=0, index=index)
     assert params is not None
     assert len(set(map(tuple, params.jitter_order[0].tolist()))) == 24
 
@@ -168,7 +168,7 @@ def test_slices_of_larger_tensors_are_read_right() -> None:
 @needs_compiler
 def test_threads_that_draw_at_once_draw_the_same() -> None:
     sizes, index = sizes_of(500, largest=500, seed=1), torch.arange(500)
-    expected = draw_reference(paper_views(), sizes, seed=3, epoch=4, index=index)
+    expected = sample_reference(paper_views(), sizes, seed=3, epoch=4, index=index)
     with ThreadPoolExecutor(4) as pool:
         for params in pool.map(lambda _: draw(paper_views(), sizes, seed=3, epoch=4, index=index), range(40)):
             assert all(torch.equal(getattr(params, name), getattr(expected, name)) for name in SHAPES)
@@ -206,7 +206,7 @@ def test_decisions_that_do_not_fit_are_refused_alike(name: str, monkeypatch: pyt
     getattr(params, name)[1, 2] = torch.tensor(value)
     with pytest.raises(InputError, match=message) as native:
         check_params(params, specs, sizes)
-    monkeypatch.setattr(checks, "fit_native", lambda *arguments: False)
+    monkeypatch.setattr(checks, "params_fit", lambda *arguments: False)
     with pytest.raises(InputError) as reference:
         check_params(params, specs, sizes)
     assert str(native.value) == str(reference.value)
@@ -237,15 +237,15 @@ def test_without_a_compiler_torch_draws_the_same(caplog: pytest.LogCaptureFixtur
     sizes, index = sizes_of(9, largest=50, seed=0), torch.arange(9)
     for _ in range(2):
         params = draw(paper_views(), sizes, seed=3, epoch=1, index=index)
-    expected = draw_reference(paper_views(), sizes, seed=3, epoch=1, index=index)
+    expected = sample_reference(paper_views(), sizes, seed=3, epoch=1, index=index)
     assert all(torch.equal(getattr(params, name), getattr(expected, name)) for name in SHAPES)
-    assert caplog.text.count("Views are drawn in Python, which is slower: no C compiler was found") == 1
+    assert caplog.text.count("Augmentation parameters are sampled in Python, which is slower: no C compiler was found") == 1
     check_params(params, paper_views(), sizes)
     assert len(make_jobs(batch_of(sizes, index), paper_views(), params, images=slice(0, 9))) == 45
 
 
 def test_a_new_operation_must_be_drawn_in_c_too() -> None:
-    """Fails when a decision or a field of ViewSpec is added: draw it in draws.c, or say here that none needs it."""
+    """Fails when a decision or a field of ViewSpec is added: draw it in sampling.c, or say here that none needs it."""
     assert tuple(field.name for field in dataclasses.fields(ViewParams)) == tuple(SHAPES)
     undrawn = {"name", "task", "is_target", "solarize_threshold"}
     drawn = {"area", "ratio", "cutout", "cutout_ratio", "blur_sigma"} | set(draws.Spec.names or ())
@@ -271,7 +271,7 @@ def test_c_is_several_times_faster() -> None:
         make_jobs(batch, specs, params, images=slice(0, 256))
 
     def reference() -> None:
-        params = draw_reference(specs, sizes, seed=0, epoch=0, index=index)
+        params = sample_reference(specs, sizes, seed=0, epoch=0, index=index)
         make_jobs_reference(batch, specs, params, images=slice(0, 256))
 
     seconds: dict[Callable[[], None], list[float]] = {native: [], reference: []}

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from pipelines.batch import DecodedBatch
-from pipelines.views.reference.crop_resize import center_views
+from pipelines.views.reference.center import center_views
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD
 
 
