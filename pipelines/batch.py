@@ -1,4 +1,4 @@
-"""The two contracts of the data path: decoded images in, views out."""
+"""The two data contracts: decoded images and views."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class DecodedBatch:
     """N decoded RGB images of different sizes in one flat buffer, without padding.
 
     Attributes:
-        pixels: uint8 [bytes], the buffer all images lie in (row-major, height x width x RGB each).
+        pixels: uint8 [bytes], buffer of all images (row-major, height x width x RGB each).
         offset: int64 [N], byte offset of each image's first pixel.
-        sizes: int64 [N, 2], (height, width) of each image in pixels. Always on the CPU: draws are made there.
-        row_stride: int64 [N], bytes from one row to the next (3 * width unless the image lies on a wider canvas).
+        sizes: int64 [N, 2], (height, width) of each image in pixels. Always on the CPU.
+        row_stride: int64 [N], bytes from one row to the next (3 * width unless the image is part of a wider canvas).
         index: int64 [N], dataset index of each image. Always on the CPU.
-        labels: int64 [N], class of each image, -1 where there is none. Always on the CPU.
+        labels: int64 [N], class of each image, -1 for none. Always on the CPU.
     """
 
     pixels: Tensor
@@ -37,7 +37,7 @@ class DecodedBatch:
 
     @property
     def device(self) -> torch.device:
-        """Device the pixels are on."""
+        """Device of the pixels."""
         return self.pixels.device
 
     def image(self, n: int) -> Tensor:
@@ -47,16 +47,13 @@ class DecodedBatch:
 
     @classmethod
     def packed(cls, pixels: Tensor, *, sizes: Tensor, index: Tensor, labels: Tensor | None = None) -> DecodedBatch:
-        """Wrap a buffer in which the images lie one behind the other without gaps.
+        """Wrap a buffer of images without gaps.
 
         Args:
             pixels: uint8 [sum of 3 * height * width], on any device.
             sizes: int64 [N, 2], (height, width).
             index: int64 [N].
-            labels: int64 [N]; None means unlabelled (-1).
-
-        Raises:
-            InputError: the buffer's length is not that of the images.
+            labels: int64 [N]; None for unlabelled (-1).
         """
         sizes = sizes.to(dtype=torch.int64, device="cpu").reshape(-1, 2)
         nbytes = sizes.prod(dim=1) * 3  # [N]
@@ -83,11 +80,7 @@ class DecodedBatch:
         labels: Sequence[int] | None = None,
         device: str | torch.device = "cpu",
     ) -> DecodedBatch:
-        """Pack images (uint8 [H, W, 3] each) into one batch; copies each image once.
-
-        Raises:
-            InputError: an image is not uint8 [H, W, 3], or `index` or `labels` has another length.
-        """
+        """Pack images (uint8 [H, W, 3] each) into one batch; copies each image once."""
         flat: list[Tensor] = []
         sizes: list[tuple[int, int]] = []
         for n, image in enumerate(images):
@@ -110,7 +103,7 @@ class DecodedBatch:
         )
 
     def to(self, device: str | torch.device, *, non_blocking: bool = False) -> DecodedBatch:
-        """The same batch with its pixels on another device; sizes, index and labels stay on the CPU."""
+        """Copy the pixels to another device; sizes, index and labels stay on the CPU."""
         return DecodedBatch(
             pixels=self.pixels.to(device, non_blocking=non_blocking),
             offset=self.offset,
@@ -122,11 +115,7 @@ class DecodedBatch:
 
 
 def check_batch(batch: DecodedBatch) -> None:
-    """Check that every image lies inside the pixel buffer.
-
-    Raises:
-        InputError: an image is empty or reaches beyond the buffer, or a table has another length.
-    """
+    """Raise InputError unless every image is non-empty and inside the pixel buffer."""
     count = len(batch)
     for name in ("offset", "row_stride", "index", "labels"):
         entries = len(getattr(batch, name))
@@ -147,12 +136,12 @@ def check_batch(batch: DecodedBatch) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewBatch:
-    """What the training step gets: all views of N images.
+    """All views of N images, the input of the training step.
 
     Attributes:
         views: one tensor [N, 3, S, S] per view, in the order of the specs; channels-last, normalised, on the device.
         index: int64 [N] on the CPU, dataset index of each image.
-        labels: int64 [N] on the CPU, -1 where there is none.
+        labels: int64 [N] on the CPU, -1 for none.
     """
 
     views: list[Tensor]
@@ -164,7 +153,7 @@ class ViewBatch:
 
 
 def with_index(device: str | torch.device) -> torch.device:
-    """The device; "cuda" gets the number of this thread's current one, because every thread has its own."""
+    """Add the index of this thread's current device to "cuda"; the current device is per thread."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())

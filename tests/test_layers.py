@@ -28,7 +28,7 @@ ORDER = {
     ],
     "pipelines": [
         {"runtime"},
-        {"files"},
+        {"files", "c_library"},
         {"batch"},
         {"decode", "storage"},
         {"views", "conversion"},

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipelines.runtime import load_library
+from pipelines.c_library import load_library
 
 logger = logging.getLogger("mvssl")
 cuda: Any = torch.cuda  # Any: torch ships its streams without types

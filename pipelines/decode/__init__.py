@@ -1,4 +1,4 @@
-"""Encoded bytes to uint8 RGB pixels: DALI where it works, Pillow elsewhere, FFCV if it is asked for."""
+"""Decoders: encoded bytes to uint8 RGB pixels, by DALI if available, else Pillow, or FFCV on request."""
 
 from __future__ import annotations
 
@@ -42,17 +42,14 @@ def make_decoder(
     """Make a decoder.
 
     Args:
-        kind: "dali", "ffcv", "pillow", or "auto": DALI where it can be imported, else Pillow (said once, as a log
-            warning).
-        device: where DALI leaves the pixels; "cuda" (without a number: the current one) decodes with nvJPEG. The others
-            leave them on the CPU.
-        batch_size: most images of one call.
-        threads: CPU threads that decode.
-        dali: of DALI on a GPU; None takes `DaliOptions()`.
+        kind: "dali", "ffcv", "pillow", or "auto": DALI if it can be imported, else Pillow with one warning.
+        device: of DALI's pixels; on "cuda" it decodes with nvJPEG. The others decode to the CPU.
+        batch_size: maximal number of images per call.
+        threads: CPU threads for decoding.
+        dali: options of DALI on a GPU.
 
     Raises:
-        InputError: unknown kind, `batch_size` or `threads` below 1, DALI or FFCV asked for where it is missing, or
-            `dali` set where nothing is decoded on a GPU.
+        InputError: unknown kind, a number below 1, a requested library that is missing, or `dali` without a GPU.
     """
     if kind not in DECODERS:
         raise invalid("decoder", kind, f"one of {', '.join(DECODERS)}", "take auto if in doubt")
@@ -60,12 +57,12 @@ def make_decoder(
         if value < 1:
             raise invalid(f"make_decoder.{field}", value, "1 or more", "give a positive number")
     if kind == "auto":
-        kind = "pillow" if _announce_missing_dali() else "dali"
+        kind = "pillow" if _warn_if_dali_is_missing() else "dali"
     dali = dali or DaliOptions()
     if dali != DaliOptions() and (kind != "dali" or torch.device(device).type != "cuda"):
         raise InputError(
-            f"dali is {dali} but only DALI on a GPU can be set so, and {kind} on {device} decodes: leave these options "
-            "out, or take device cuda and decoder dali."
+            f"dali is {dali} but these options apply to DALI on a GPU only, and the decoder is {kind} on {device}: "
+            "leave them out, or take device cuda and decoder dali."
         )
     if kind == "pillow":
         return PillowDecoder(threads=threads)
@@ -83,23 +80,21 @@ def make_decoder(
             f"decoder is 'dali' but DALI cannot be used ({reason}): "
             "install nvidia-dali-cuda120 or take decoder 'pillow'."
         )
-    from pipelines.decode.dali import DaliDecoder  # here, because DALI may be missing
+    from pipelines.decode.dali import DaliDecoder  # DALI may be missing
 
     return DaliDecoder(device=with_index(device), batch_size=batch_size, threads=threads, options=dali)
 
 
 def decoder_of(options: DecodeOptions | None, *, device: str | torch.device, batch_size: int) -> Decoder:
-    """The decoder that options ask for; None takes `DecodeOptions()`. Raises as `make_decoder`."""
+    """The decoder for these options (None for the defaults); raises as `make_decoder`."""
     options = options or DecodeOptions()
     threads = default_threads() if options.threads is None else options.threads
     return make_decoder(options.decoder, device=device, batch_size=batch_size, threads=threads, dali=options.dali)
 
 
 def default_threads() -> int:
-    """CPU threads for decoding: all cores this process may use, at most 16.
-
-    Decoding and making views take turns, so both may have them. Processes that torchrun started on this machine share
-    the cores.
+    """CPU threads for decoding: all cores of this process, at most 16; torchrun's processes on a host share its
+    cores.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -110,14 +105,14 @@ def missing_dali() -> str | None:
     """Why DALI cannot be imported, or None."""
     try:
         importlib.import_module("pipelines.decode.dali")
-    except (ImportError, OSError, RuntimeError) as error:  # also a shared library that does not load
+    except (ImportError, OSError, RuntimeError) as error:  # also if a shared library does not load
         return str(error) or type(error).__name__
     return None
 
 
 @functools.cache
-def _announce_missing_dali() -> bool:
-    """Whether DALI is missing; a cached answer says so once per process."""
+def _warn_if_dali_is_missing() -> bool:
+    """Whether DALI is missing, with one warning per process."""
     reason = missing_dali()
     if reason is not None:
         _log.warning("DALI cannot be used (%s): decoding with Pillow, about half as fast or less.", reason)

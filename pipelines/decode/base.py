@@ -1,9 +1,4 @@
-"""What a decoder is: encoded images in, packed RGB pixels and the reasons of the failures out.
-
-Who decodes, and what can be set of it.
-
-Images of one call that were decoded in several ways, put back into the order of the call.
-"""
+"""The decoder protocol, decoder options, and merging of images decoded in several ways."""
 
 from __future__ import annotations
 
@@ -17,23 +12,70 @@ from torch import Tensor
 
 from pipelines.runtime import InputError, invalid
 
+MAX_PIXELS = 89_478_485
+"""Larger images are failures instead of running out of memory; Pillow's limit, 2**30 bytes / 4 / 3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """The decoded images of one call, in order.
+
+    Attributes:
+        pixels: uint8 [sum of 3 * height * width], packed RGB, on the decoder's device.
+        sizes: int64 [M, 2] on the CPU, (height, width) of each decoded image.
+        failures: position in the call -> reason, for the images that are missing.
+    """
+
+    pixels: Tensor
+    sizes: Tensor
+    failures: Mapping[int, str]
+
+
+class Decoder(Protocol):
+    """Decodes images to 8-bit RGB; on the CPU all decoders give the same pixels.
+
+    Gray and palette images become RGB, CMYK is converted, alpha is dropped, 16-bit values keep their high byte, EXIF
+    orientation is applied, and the first of several frames is taken. Empty, truncated, undecodable and huge
+    (`MAX_PIXELS`) files are failures with a reason, not exceptions. The result for an image does not depend on the
+    others of the call. A JPEG that is damaged inside but complete decodes with its damage, as with libjpeg; a few of
+    those pass with DALI and fail with Pillow.
+    """
+
+    @property
+    def name(self) -> str:
+        """ "dali-cpu", "dali-mixed", "ffcv" or "pillow"."""
+
+    def __call__(self, encoded: Sequence[np.ndarray]) -> Decoded:
+        """Decode N images, each uint8 [bytes]; called from one thread at a time.
+
+        With "dali-mixed" the pixels are ready on torch's current CUDA stream, and `encoded` must live until then.
+
+        Raises:
+            InputError: the decoder itself fails, for example by lack of memory, or the call is too large.
+        """
+
+    def close(self) -> None:
+        """Free threads and memory; decoded pixels stay valid."""
+
+
 DecoderName = Literal["auto", "dali", "ffcv", "pillow"]
 DECODERS: tuple[DecoderName, ...] = get_args(DecoderName)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DaliOptions:
-    """How DALI uses the JPEG decoder in hardware (A100, H100 and the like); refused where DALI decodes on the CPU.
+    """DALI's use of the JPEG hardware decoder (A100, H100 and the like); not for DALI on the CPU.
 
-    The hardware decoder and nvJPEG's kernels round differently, and one may take a damaged JPEG that the other refuses
-    (seen on an H100). So by default the kernels take all: what becomes of an image then depends on that image alone.
+    The hardware decoder and nvJPEG's kernels round differently, and one may decode a damaged JPEG that the other
+    refuses (seen on an H100). By default the kernels decode everything, so that each result depends on that image
+    alone.
 
     Attributes:
-        hw_decoder_load: share of the JPEGs of a batch that the hardware decoder takes, in [0, 1]; the GPU's kernels and
-            the CPU threads take the others. 0 leaves it out. Between 0 and 1 an image's pixels, and whether a damaged
-            one is replaced, may depend on the batch it is in.
-        preallocate_width_hint: width in pixels of the images that the hardware decoder makes room for at its start; 0
-            for none. With a hint as large as the largest image it never has to make room again.
+        hw_decoder_load: fraction of a batch's JPEGs for the hardware decoder, in [0, 1]; GPU kernels and CPU threads
+            decode the others. Between 0 and 1 an image's pixels, and whether a damaged one is replaced, may depend on
+            its batch.
+        preallocate_width_hint: width in pixels of the images for which the hardware decoder allocates memory at start;
+            0 for none. With the largest image as hint it never has to reallocate.
         preallocate_height_hint: the same for the height; both or none.
     """
 
@@ -44,7 +86,7 @@ class DaliOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.hw_decoder_load <= 1:
             raise invalid(
-                "DaliOptions.hw_decoder_load", self.hw_decoder_load, "in [0, 1]", "give a share, 0 if in doubt"
+                "DaliOptions.hw_decoder_load", self.hw_decoder_load, "in [0, 1]", "give a fraction, 0 if in doubt"
             )
         for name in ("preallocate_width_hint", "preallocate_height_hint"):
             if getattr(self, name) < 0:
@@ -58,12 +100,12 @@ class DaliOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeOptions:
-    """Who decodes.
+    """Decoder options.
 
     Attributes:
-        decoder: auto takes DALI where it is installed, else Pillow.
-        threads: CPU threads that decode; None chooses from the machine's cores (`default_threads`).
-        dali: of DALI where it decodes on a GPU.
+        decoder: auto takes DALI if it is installed, else Pillow.
+        threads: CPU threads for decoding; None chooses by the cores (`default_threads`).
+        dali: options of DALI on a GPU.
     """
 
     decoder: DecoderName = "auto"
@@ -77,70 +119,24 @@ class DecodeOptions:
             raise invalid("threads", self.threads, "1 or more", "give a positive number, or leave it out")
 
 
-# An image of more pixels is a failure and not memory gone: Pillow's own limit, a third of 2**30 bytes of RGB / 4.
-MAX_PIXELS = 89_478_485
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoded:
-    """The images of one call that could be decoded, in the order they were given.
-
-    Attributes:
-        pixels: uint8 [sum of 3 * height * width], RGB rows one behind the other, on the decoder's device.
-        sizes: int64 [M, 2] on the CPU, (height, width) of each decoded image.
-        failures: position in the call -> reason, for the images that are absent from `pixels` and `sizes`.
-    """
-
-    pixels: Tensor
-    sizes: Tensor
-    failures: Mapping[int, str]
-
-
-class Decoder(Protocol):
-    """Decodes images to 8-bit RGB: the same pixels whichever decoder is used on the CPU.
-
-    Gray and palette images become RGB, CMYK is converted, alpha is dropped, 16-bit values keep their high byte, the
-    EXIF orientation is applied, of several frames the first is taken. Empty, truncated, undecodable and gigantic
-    (`MAX_PIXELS`) files are failures with a reason; none is an exception. What becomes of an image does not depend on
-    the others of the call. A JPEG that is damaged inside but complete decodes with its damage, as with libjpeg; a few
-    of those pass with DALI and fail with Pillow.
-    """
-
-    @property
-    def name(self) -> str:
-        """ "dali-cpu", "dali-mixed", "ffcv" or "pillow"."""
-
-    def __call__(self, encoded: Sequence[np.ndarray]) -> Decoded:
-        """Decode N images, each uint8 [bytes]; called from one thread at a time.
-
-        With "dali-mixed" the pixels are ready on torch's current CUDA stream, and `encoded` must live until then.
-
-        Raises:
-            InputError: the decoder itself fails, for example without memory, or the call is too large for it.
-        """
-
-    def close(self) -> None:
-        """Give threads and memory back; decoded pixels stay valid."""
-
-
-Part = tuple[Sequence[int], Tensor, Tensor]
+DecodedPart = tuple[Sequence[int], Tensor, Tensor]
 """Images decoded together: positions in the call, pixels uint8 (packed), sizes int64 [n, 2]."""
 
 
 def completed(
-    parts: Sequence[Part],
+    parts: Sequence[DecodedPart],
     encoded: Sequence[np.ndarray],
     *,
     pillow: Callable[[Sequence[np.ndarray]], Decoded],
     upload: Callable[[Tensor], Tensor] = lambda pixels: pixels,
 ) -> Decoded:
-    """All images of a call: those of `parts`, and the others as Pillow decodes them, whose rules are ours.
+    """All images of a call: those of `parts`, and the others decoded by Pillow, the reference for odd encodings.
 
     Args:
-        parts: what is decoded, in the order of the call each.
+        parts: decoded images, each part in the order of the call.
         encoded: the whole call, N images uint8 [bytes].
         pillow: decodes the rest.
-        upload: brings its pixels to where those of the parts lie.
+        upload: copies Pillow's pixels to the device of the parts.
     """
     done = {n for positions, _, _ in parts for n in positions}
     if len(parts) == 1 and len(done) == len(encoded):
@@ -151,7 +147,7 @@ def completed(
     return _merged([*parts, ([n for n in odd if n not in failures], upload(slow.pixels), slow.sizes)], failures)
 
 
-def _merged(parts: Sequence[Part], failures: Mapping[int, str]) -> Decoded:
+def _merged(parts: Sequence[DecodedPart], failures: Mapping[int, str]) -> Decoded:
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for positions, pixels, sizes in parts:
         lengths: list[int] = (sizes.prod(dim=1) * 3).tolist()

@@ -1,4 +1,4 @@
-"""Decoding with NVIDIA DALI: on the CPU, or "mixed" (bytes on the CPU, pixels on the GPU through nvJPEG)."""
+"""NVIDIA DALI decoder: on the CPU, or "mixed" (bytes on the CPU, pixels on the GPU by nvJPEG)."""
 
 from __future__ import annotations
 
@@ -15,26 +15,25 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from pipelines.decode.base import MAX_PIXELS, DaliOptions, Decoded, Part, completed
+from pipelines.decode.base import MAX_PIXELS, DaliOptions, Decoded, DecodedPart, completed
 from pipelines.decode.pillow import PillowDecoder, decode_one
 from pipelines.decode.sniff import sniff
 from pipelines.runtime import InputError, invalid
 
-dali: Any = importlib.import_module("nvidia.dali")  # Any: DALI makes its functions at run time, without types
+dali: Any = importlib.import_module("nvidia.dali")  # Any: DALI creates its functions at run time, without types
 _log = logging.getLogger("mvssl.data")
 
 
 class DaliDecoder:
-    """Plain JPEGs go to DALI, which leaves them in one packed buffer; the odd ones to Pillow, whose rules are ours.
+    """Decodes plain JPEGs with DALI into one packed buffer, and all other images with Pillow.
 
-    DALI cannot skip a sample: one that it refuses loses the batch. Such a batch is halved until the refused image is
-    alone, and only that one goes to Pillow: what becomes of an image never depends on its neighbours.
+    DALI cannot skip a sample: an image that it refuses loses the batch. Such a batch is halved until the refused image
+    is alone, and only that one goes to Pillow, so the result for an image never depends on its neighbours.
 
-    Memory on a GPU: the pixels of a batch (3 bytes each, at most `MAX_PIXELS` an image) for each batch alive at once,
-    nvJPEG's buffers (16 MiB for each thread, more where an image needs more), and the hardware decoder's. DALI takes
-    all of it from a pool of its own, beside torch's, which grows to the most that was ever needed and does not shrink
-    by itself: a few gigantic images cost their memory until the process ends. With `DALI_USE_CUDA_MALLOC_ASYNC=1` in
-    the environment DALI takes CUDA's own pool instead, which gives unused memory back.
+    GPU memory: the pixels of each batch that is alive (3 bytes per pixel, at most `MAX_PIXELS` per image), nvJPEG's
+    buffers (16 MiB per thread, more for large images) and those of the hardware decoder. DALI allocates them from its
+    own pool, which grows to the largest need and never shrinks: a few huge images cost their memory until the process
+    ends. With `DALI_USE_CUDA_MALLOC_ASYNC=1` in the environment DALI uses CUDA's pool, which frees unused memory.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class DaliDecoder:
         """Decode at most `batch_size` images, uint8 [bytes] each.
 
         Raises:
-            InputError: more images than `batch_size`, or DALI fails on images that are in order.
+            InputError: more images than `batch_size`, or DALI fails on valid images.
         """
         if len(encoded) > self._batch_size:
             raise invalid("encoded", len(encoded), f"at most {self._batch_size} images", "make a larger decoder")
@@ -64,7 +63,7 @@ class DaliDecoder:
         return completed(parts, encoded, pillow=self._pillow, upload=self._upload)
 
     def close(self) -> None:
-        """End the threads and give the pipeline's memory back."""
+        """End the threads and free the pipeline."""
         self._pillow.close()
         del self._pipeline
 
@@ -89,7 +88,7 @@ class DaliDecoder:
         pipeline.build()
         return pipeline
 
-    def _decode(self, encoded: Sequence[np.ndarray], positions: list[int]) -> list[Part]:
+    def _decode(self, encoded: Sequence[np.ndarray], positions: list[int]) -> list[DecodedPart]:
         """Decode the images at these positions with DALI; those that it refuses even alone are left out."""
         if not positions:
             return []
@@ -157,7 +156,7 @@ def _for_dali(data: np.ndarray) -> bool:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The line of DALI's long message that says what happened."""
+    """The informative line of DALI's long message."""
     lines = [line.strip() for line in str(error).splitlines()]
     if "encountered:" in lines:
         lines = lines[lines.index("encountered:") + 1 :]
@@ -167,6 +166,5 @@ def _reason(error: RuntimeError) -> str:
 
 def _broken(reason: str) -> InputError:
     return InputError(
-        f"DALI fails on images that are in order ({reason}): free memory, check the GPU's driver, or run with "
-        "--decoder pillow."
+        f"DALI fails on valid images ({reason}): free memory, check the GPU's driver, or run with --decoder pillow."
     )

@@ -1,6 +1,6 @@
-"""Decoding with FFCV's library: libjpeg-turbo as FFCV links it, in threads, each image straight to its place.
+"""FFCV decoder: the libjpeg-turbo in FFCV's library, in threads, each image directly into the batch's buffer.
 
-FFCV's own function rounds in a faster, coarser way and keeps errors to itself, so what lies below it is called.
+FFCV's own decode function uses a faster, coarser transform and hides errors, so libjpeg-turbo is called directly.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pipelines.decode.pillow import UPRIGHT, PillowDecoder, orientation_of
 from pipelines.decode.sniff import Header, sniff
 
 _RGB = 0  # turbojpeg.h: TJPF_RGB
-_ACCURATE = 4096  # TJFLAG_ACCURATEDCT: the transform that libjpeg itself, and so Pillow, takes
+_ACCURATE = 4096  # TJFLAG_ACCURATEDCT: the transform of libjpeg, and so of Pillow
 _EXIF = b"Exif\0\0"
 
 
 class FfcvDecoder:
-    """Plain upright JPEGs go to libjpeg-turbo, the others and those that it complains of to Pillow."""
+    """Decodes plain upright JPEGs with libjpeg-turbo, and all others, and those it warns about, with Pillow."""
 
     name = "ffcv"
 
@@ -83,7 +83,7 @@ class FfcvDecoder:
             self._library.tjDestroy(self._handles.pop())
 
     def _decode(self, data: np.ndarray, place: int, height: int, width: int) -> bool:
-        """Decode one image to an address; False if the library complains, be it of a detail."""
+        """Decode one image to an address; False on any error or warning of the library."""
         code: int = self._library.tjDecompress2(
             self._handle(),
             ctypes.c_void_p(data.ctypes.data),
@@ -104,7 +104,7 @@ class FfcvDecoder:
 
 @functools.cache
 def load_ffcv() -> ctypes.CDLL:
-    """FFCV's library, without importing the package, which would take seconds.
+    """FFCV's library, without importing the package, which takes seconds.
 
     Raises:
         OSError: it is not installed, or does not load.
@@ -131,10 +131,10 @@ def missing_ffcv() -> str | None:
 
 
 def _for_ffcv(data: np.ndarray, header: Header | None) -> bool:
-    """Whether an image is a plain JPEG that lies upright."""
+    """Whether an image is a plain upright JPEG."""
     if header is None or not header.plain or header.height * header.width > MAX_PIXELS:
         return False
-    content = data.tobytes()  # other metadata of any length may stand before
+    content = data.tobytes()  # other metadata of any length may come first
     start = content.find(_EXIF)
     return start < 0 or orientation_of(content[start:]) not in UPRIGHT
 

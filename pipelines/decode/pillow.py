@@ -1,4 +1,4 @@
-"""Decoding with Pillow in threads: the fallback, and the reference for every odd encoding."""
+"""Pillow decoder, in threads: the fallback, and the reference for odd encodings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.decode.sniff import sniff
 Image.init()
 if importlib.util.find_spec("pillow_heif"):
     importlib.import_module("pillow_heif").register_heif_opener()
-# Named, because Pillow would otherwise try them all, among them EPS, which starts another program.
+# Listed, because Pillow would otherwise try all formats, including EPS, which starts another program.
 _FORMATS = tuple(
     name
     for name in ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "TGA", "HEIF")
@@ -36,7 +36,7 @@ UPRIGHT = {
 
 
 class PillowDecoder:
-    """Decodes on the CPU with a pool of threads (Pillow releases the interpreter lock while it decodes)."""
+    """Decodes on the CPU in a thread pool (Pillow releases the GIL while it decodes)."""
 
     name = "pillow"
 
@@ -60,7 +60,7 @@ class PillowDecoder:
 
 
 def decode_one(data: np.ndarray) -> np.ndarray | str:
-    """Decode one image, uint8 [bytes], to uint8 [H, W, 3], or say in a few words why it cannot be."""
+    """Decode one image, uint8 [bytes], to uint8 [H, W, 3], or to the reason why that fails."""
     if data.size == 0:
         return "the file is empty (0 bytes)"
     header = sniff(data)
@@ -75,7 +75,7 @@ def decode_one(data: np.ndarray) -> np.ndarray | str:
         return f"not an image file of a known format ({data.size} bytes)"
     except Image.DecompressionBombError:
         return f"it has more than the allowed {MAX_PIXELS} pixels"
-    except Exception as error:  # Pillow's readers raise any type on a broken file: OSError, SyntaxError, struct.error..
+    except Exception as error:  # Pillow raises many types on broken files: OSError, SyntaxError, struct.error, ...
         message = str(error) or type(error).__name__
         return f"the file is truncated ({data.size} bytes)" if "truncated" in message.lower() else message
 
@@ -91,23 +91,23 @@ def _rgb(image: Image.Image) -> np.ndarray:
     upright = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
     if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
         return _deep_gray(upright)
-    upright.info.pop("transparency", None)  # transparency is dropped like an alpha channel
+    upright.info.pop("transparency", None)  # dropped like an alpha channel
     return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """The EXIF orientation. Not the XMP one, which DALI does not read; TIFF's own is applied by Pillow."""
+    """The EXIF orientation (DALI does not read the XMP one; Pillow applies that of TIFF)."""
     raw = image.info.get("exif")
     return orientation_of(raw) if raw and image.format != "TIFF" else None
 
 
 def orientation_of(raw: bytes) -> int | None:
-    """The orientation in EXIF data that begins with "Exif" and two zero bytes; None if there is none to be read."""
+    """The orientation in EXIF data that begins with "Exif" and two zero bytes; None if there is none."""
     exif = Image.Exif()
     try:
         exif.load(raw)
         value = exif.get(_ORIENTATION_TAG)
-    except Exception:  # broken EXIF data (any exception type) is no reason to lose the image
+    except Exception:  # broken EXIF data must not lose the image
         return None
     return value if isinstance(value, int) else None
 

@@ -1,4 +1,4 @@
-"""A look at an image's header, microseconds long: who decodes it, and how large it is."""
+"""Reads an image header in microseconds: which decoder can handle it, and its size."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
-    """What the header tells.
+    """Header of an image.
 
     Attributes:
         height, width: in pixels, before any EXIF rotation.
-        plain: a complete 8-bit gray or YCbCr Huffman JPEG: the files every decoder treats alike.
+        plain: whether it is a complete 8-bit gray or YCbCr Huffman JPEG, which all decoders treat alike.
     """
 
     height: int
@@ -26,7 +26,7 @@ class Header:
 
 
 def sniff(data: np.ndarray) -> Header | None:
-    """Read the header of an encoded image, uint8 [bytes]; None unless it is a JPEG or a PNG in good order."""
+    """Read the header of an encoded image, uint8 [bytes]; None unless it is a valid JPEG or PNG."""
     view = data.data
     if len(view) >= 24 and bytes(view[:8]) == _PNG:
         return Header(height=_big(view, 20, 4), width=_big(view, 16, 4), plain=False)
@@ -51,8 +51,8 @@ def _jpeg(view: memoryview) -> Header | None:
             continue
         if marker in _FRAME:
             height, width, parts = _big(view, at + 5, 2), _big(view, at + 7, 2), view[at + 9]
-            ycbcr = parts == 3 and not stored_rgb and view[at + 10] != 0x52  # a first part named "R" is RGB
-            # A file that does not end with the end marker is truncated or has a tail: Pillow tells which.
+            ycbcr = parts == 3 and not stored_rgb and view[at + 10] != 0x52  # a first component named "R" means RGB
+            # A file without end marker is truncated or has trailing bytes: Pillow finds out which.
             complete = view[-2] == 0xFF and view[-1] == 0xD9
             plain = complete and view[at + 4] == 8 and height > 0 and width > 0 and (parts == 1 or ycbcr)
             return Header(height=height, width=width, plain=plain)

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.typing import ArrayLike, NDArray
 
-from pipelines.runtime import load_library
+from pipelines.c_library import load_library
 
 _PIECE = 1 << 20  # bytes, at most: longer pieces gain nothing
 _USUAL = 1 << 17  # bytes of Linux's read-ahead window

@@ -13,7 +13,7 @@ import pytest
 
 from mvssl.monitor import idle_sampler
 from mvssl.monitor.idle_sampler import IdleFractions, IdleSampler
-from pipelines.runtime import load_library
+from pipelines.c_library import load_library
 
 LIBRARY = load_library(Path(__file__).with_name("fake_device.c"))
 needs_compiler = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"no compiler: {LIBRARY}")

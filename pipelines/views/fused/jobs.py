@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import DecodedBatch
-from pipelines.runtime import load_library
+from pipelines.c_library import load_library
 from pipelines.views.params import ViewParams
 from pipelines.views.reference.blur import kernel_half
 from pipelines.views.reference.jitter import operations

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import DecodedBatch
-from pipelines.runtime import InputError, load_library
+from pipelines.c_library import load_library
+from pipelines.runtime import InputError
 from pipelines.views.params import ViewParams
 from pipelines.views.reference.blur import kernel_half
 from pipelines.views.reference.jitter import operations

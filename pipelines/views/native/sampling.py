@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.runtime import load_library
+from pipelines.c_library import load_library
 from pipelines.views import portable_math
 from pipelines.views.params import SHAPES, ViewParams
 from pipelines.views.spec import ViewSpec

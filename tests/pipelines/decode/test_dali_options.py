@@ -22,7 +22,7 @@ MEAN, MOST = 0.5, 4
     ("change", "message"),
     [
         ({"hw_decoder_load": -0.1}, r"hw_decoder_load is -0\.1 but must be in \[0, 1\]"),
-        ({"hw_decoder_load": 65}, r"hw_decoder_load is 65 but must be in \[0, 1\]: give a share"),
+        ({"hw_decoder_load": 65}, r"hw_decoder_load is 65 but must be in \[0, 1\]: give a fraction"),
         ({"hw_decoder_load": float("nan")}, r"hw_decoder_load is nan but must be in \[0, 1\]"),
         ({"preallocate_width_hint": -1}, "preallocate_width_hint is -1 but must be 0 or more pixels"),
         ({"preallocate_height_hint": 500}, "preallocate_height_hint is 500 but both or none must be 0"),
@@ -36,7 +36,7 @@ def test_what_dali_cannot_take_is_refused(change: dict[str, Any], message: str) 
 @pytest.mark.parametrize("kind", [pytest.param("dali", marks=needs_dali), "pillow"])
 def test_options_are_refused_where_no_gpu_decodes(kind: str) -> None:
     make_decoder(kind, device="cpu", batch_size=2, threads=1, dali=DaliOptions()).close()
-    with pytest.raises(InputError, match=rf"hw_decoder_load=0\.9.*{kind} on cpu decodes: leave these options out"):
+    with pytest.raises(InputError, match=rf"hw_decoder_load=0\.9.*the decoder is {kind} on cpu: leave them out"):
         make_decoder(kind, device="cpu", batch_size=2, threads=1, dali=DaliOptions(hw_decoder_load=0.9))
 
 

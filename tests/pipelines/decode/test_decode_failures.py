@@ -183,7 +183,7 @@ def test_where_dali_fails_on_every_image_it_is_not_the_images(monkeypatch: pytes
     dali = make_decoder("dali", device="cpu", batch_size=8, threads=1)
     monkeypatch.setattr(dali, "_pipeline", Failing())
     monkeypatch.setattr(dali, "_build", Failing)
-    with pytest.raises(InputError, match=r"images that are in order \(out of memory\).*--decoder pillow"):
+    with pytest.raises(InputError, match=r"valid images \(out of memory\).*--decoder pillow"):
         dali(jpegs(count))
     assert dali([refused_jpeg()]).failures  # whoever decodes it, it is bad
 
@@ -201,13 +201,13 @@ def test_without_dali_pillow_decodes_and_it_is_said_once(
 ) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.delitem(sys.modules, "pipelines.decode.dali", raising=False)
-    decode._announce_missing_dali.cache_clear()
+    decode._warn_if_dali_is_missing.cache_clear()
     with caplog.at_level(logging.WARNING, logger="mvssl.data"):
         for _ in range(3):
             made = make_decoder("auto", device="cpu", batch_size=4, threads=1)
             assert made.name == "pillow"
             made.close()
-    decode._announce_missing_dali.cache_clear()
+    decode._warn_if_dali_is_missing.cache_clear()
     assert [record.getMessage().startswith("DALI cannot be used") for record in caplog.records] == [True]
     with pytest.raises(InputError, match="install nvidia-dali-cuda120"):
         make_decoder("dali", device="cpu", batch_size=4, threads=1)

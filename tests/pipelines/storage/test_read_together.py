@@ -13,8 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 from benchmarks.measuring.page_cache import cached_share, drop
-from pipelines import runtime as c_library
-from pipelines.runtime import load_library
+from pipelines import c_library
+from pipelines.c_library import load_library
 from pipelines.storage import batch_read as together
 from pipelines.storage import open_source
 from pipelines.storage.batch_read import READERS, read_files, read_parts, will_read_files

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipelines import DecodedBatch, InputError, ViewSpec, draw, paper_views
-from pipelines import runtime as c_library
+from pipelines import DecodedBatch, InputError, ViewSpec, c_library, draw, paper_views
 from pipelines.views import presets
 from pipelines.views import sampling as checks
 from pipelines.views.fused import jobs

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
-from pipelines import runtime as c_library
+from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, c_library, draw, paper_views
 from pipelines.views import engine as backends
 from pipelines.views.native.engine import native_obstacle
 
