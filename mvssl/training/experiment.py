@@ -89,11 +89,7 @@ class Experiment:
         return self.recipe.evaluation.every_epochs > 0 and _labelled(self.source, self.val)
 
     def save(self, folder: RunFolder, position: Position) -> None:
-        """Write a checkpoint, then the exported backbone.
-
-        Raises:
-            InputError: one of them cannot be written; earlier checkpoints are untouched.
-        """
+        """Write a checkpoint, then the exported backbone. If that fails, earlier checkpoints are untouched."""
         checkpoint.save(
             folder.checkpoints,
             step=position.step,
@@ -112,9 +108,6 @@ class Experiment:
         """Load the last checkpoint, read by rank 0 and sent to any number of ranks; the run's position.
 
         Exports the backbone again: a kill may have come between checkpoint and export.
-
-        Raises:
-            InputError: the checkpoint is damaged, or the run was started with other images.
         """
         saved = self.world.run_on_rank0(lambda: checkpoint.load(folder.last))
         if saved.meta["data"] != self.source.fingerprint:
@@ -137,11 +130,7 @@ class Experiment:
 
 @contextmanager
 def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world: World) -> Iterator[Experiment]:
-    """Build the parts of a run on this rank, and close them at the end.
-
-    Raises:
-        InputError: a path, a size or a combination cannot be used.
-    """
+    """Build the parts of a run on this rank, and close them at the end."""
     if options.data is None:
         raise InputError("data is missing: give a folder of images, or a converted data set, with --data PATH.")
     device = resolve_device(options.device, local_rank=world.local_rank if world.size > 1 else None)
@@ -200,11 +189,7 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
 
 
 def _data_paths(data: Path, val: Path | None, world: World) -> tuple[Path, Path | None]:
-    """Paths of the training images and, if there are any, of the validation images.
-
-    Raises:
-        InputError: there is nothing, or validation images on some ranks only.
-    """
+    """Paths of the training images and, if there are any, of the validation images."""
     failure: Exception | None = None
     train = data
     try:
@@ -229,12 +214,7 @@ def _open_source(path: Path, console: Console, world: World) -> Source:
 
 
 def _check_same_images(source: Source, world: World) -> None:
-    """Check that all ranks see the same images.
-
-    Raises:
-        InputError: this rank's differ from rank 0's.
-        OtherRankFailed: another rank's do.
-    """
+    """Check that all ranks see the same images."""
     first = world.run_on_rank0(lambda: source.fingerprint)
 
     def compare() -> None:
@@ -253,11 +233,7 @@ def _labelled(*sources: Source | None) -> bool:
 
 
 def _make_order(recipe: Recipe, source: Source, val: Source | None, world: World) -> Order:
-    """The order of the images, once recipe, data and ranks are checked against each other.
-
-    Raises:
-        InputError: they do not fit.
-    """
+    """The order of the images; checks recipe, data and ranks against each other."""
     if recipe.evaluation.every_epochs and _labelled(source, val):
         check_knn_data(source, val, recipe.evaluation)
     order = Order(
@@ -302,9 +278,6 @@ def _cached(
 
     Neither `steps` bytes of GPU memory, reserved for training, nor `taken` bytes of host memory, promised to another
     cache, are visible to the system yet.
-
-    Raises:
-        InputError: the images do not fit.
     """
     if choice == "off":
         return source, ""

@@ -53,7 +53,7 @@ class Loop:
             while not stopped_by and (batch := world.run_on_all(partial(next, batches, None))) is not None:
                 with self.monitor.step():
                     output = experiment.step(batch.views, self.step)
-                self.monitor.add(output, batch.index)
+                self.monitor.buffer.add(output, batch.index)
                 del batch  # frees its views before the next batch is awaited
                 self.step += 1
                 epoch_ends = self.step % steps_per_epoch == 0

@@ -100,9 +100,6 @@ def with_largest_batch(
         processes: of the run, on GPUs of the same kind; each takes an equal part of the batch.
         images: of the data set, which a batch cannot exceed.
         cuda_graph: as for `TrainStep`.
-
-    Raises:
-        InputError: the device is no GPU, or nothing fits.
     """
     if device.type != "cuda":
         raise InputError(
@@ -131,11 +128,7 @@ def fits_on(recipe: Recipe, device: torch.device, *, cuda_graph: Literal["auto",
 
 
 def largest_batch(fits: Callable[[int], bool], *, most: int = _LARGEST) -> int:
-    """The largest multiple of `MULTIPLE` up to `most` that fits, by doubling, then bisection.
-
-    Raises:
-        InputError: not even the smallest fits.
-    """
+    """The largest multiple of `MULTIPLE` up to `most` that fits, by doubling, then bisection."""
     good, bad = 0, None
     size = MULTIPLE
     while size <= most and bad is None:

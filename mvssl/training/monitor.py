@@ -17,14 +17,16 @@ from torch import Tensor
 
 from mvssl.config.serialize import to_dict
 from mvssl.distributed import World
+from mvssl.monitor.bottleneck import describe_bottleneck
 from mvssl.monitor.collapse import collapse_warning, effective_rank, embedding_std
 from mvssl.monitor.console import Status, TrainingProgress
-from mvssl.monitor.idle_sampler import IdleFractions, IdleSampler
+from mvssl.monitor.idle_sampler import IdleSampler
 from mvssl.monitor.loggers import MetricLoggers
 from mvssl.monitor.pictures import plot_losses
 from mvssl.runs.environment import peak_memory_gib
 from mvssl.runs.folder import RunFolder, write_json
 from mvssl.runs.jsonl import JsonLines, complete_bytes
+from mvssl.runs.summary import Summary, write_summary
 from mvssl.training.experiment import Experiment, Position
 from mvssl.training.step import StepOutput
 from pipelines.runtime import InputError
@@ -37,6 +39,8 @@ logger = logging.getLogger("mvssl")
 
 class Diverged(InputError):
     """The loss, gradient or weights became NaN or infinite; earlier checkpoints are untouched."""
+
+    stopped_by = "divergence"
 
 
 class Monitor:
@@ -74,17 +78,10 @@ class Monitor:
         """Context of a training step, entered with its batch received."""
         return self._idle_sampler.step()
 
-    def add(self, output: StepOutput, index: Tensor) -> None:
-        """Buffer the metrics of a step and the dataset indices of its images, int64 [B]."""
-        self.buffer.add(output, index)
-
     def log_train(self, output: StepOutput, *, step: int) -> None:
         """Check and log the steps since the last log point, of which `output` is the last one's.
 
         Losses are of the whole batch, embeddings are rank 0's.
-
-        Raises:
-            Diverged: see `check_finite`.
         """
         self.check_finite(step)
         speed = self._speed(step)
@@ -192,25 +189,39 @@ class Monitor:
         if self._loggers is not None:
             plot_losses(self._folder.metrics, self._folder.losses)
 
-    def idle_fractions(self) -> IdleFractions | None:
-        """Idle fractions of the GPU since the first log point; None on the CPU, or if they were not measured."""
-        return self._idle_sampler.run_fractions()
-
-    def summary(self, *, step: int) -> dict[str, float]:
-        """Training seconds, images per second and fraction of the time waited for data, since the start or resumption.
+    def summarise(self, *, step: int, stopped_by: str | None = None) -> Summary:
+        """Summary of the run since its start or resumption. Rank 0 writes summary.json, unless no step was taken.
 
         The wait for the first batch is left out: nothing can be ready then.
         """
+        experiment, stats = self._experiment, self._experiment.loader.stats
         seconds = time.perf_counter() - self._clock.began - self._clock.paused
-        images = (step - self._first_step) * self._experiment.recipe.batch_size
-        stats = self._experiment.loader.stats
+        images_per_second = (step - self._first_step) * experiment.recipe.batch_size / max(seconds, 1e-9)
         first = stats.first_wait_seconds
-        waited = self._experiment.world.max(stats.wait_seconds - first)
-        return {
-            "seconds": seconds,
-            "images_per_second": images / max(seconds, 1e-9),
-            "data_wait": min(waited / max(seconds - first, 1e-9), 1.0),
-        }
+        waited = experiment.world.max(stats.wait_seconds - first)
+        data_wait = min(waited / max(seconds - first, 1e-9), 1.0)
+        summary = Summary(
+            step=step,
+            total_steps=experiment.total_steps,
+            stopped_by=stopped_by,
+            images_per_second=images_per_second,
+            data_wait=data_wait,
+            bottleneck=describe_bottleneck(
+                data_wait,
+                stats.stages,
+                stats.prepared,
+                device=experiment.device,
+                images_per_second=images_per_second,
+                idle=self._idle_sampler.run_fractions(),
+            ),
+            bad_images=dict(stats.bad),
+        )
+        if experiment.world.is_rank0 and step > self._first_step:
+            try:
+                write_summary(self._folder.summary, summary)
+            except (OSError, InputError) as error:  # everything that matters is saved
+                logger.warning("%s could not be written: %s", self._folder.summary, error)
+        return summary
 
     def _speed(self, step: int) -> dict[str, float]:
         """Throughput and memory since the last log point; the data wait is the longest of any rank."""
@@ -257,11 +268,7 @@ class Monitor:
 
 
 def check_weights(experiment: Experiment, step: int) -> None:
-    """Check the weights of the online network before a save. Waits for the device.
-
-    Raises:
-        Diverged: one is not finite, though no loss has shown it yet.
-    """
+    """Raise `Diverged` if a weight of the online network is not finite. Waits for the device."""
     norms = torch.stack(torch._foreach_norm([p.detach() for p in experiment.step.online.parameters()]))
     if not bool(norms.isfinite().all()):
         raise Diverged(

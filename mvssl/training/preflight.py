@@ -36,11 +36,7 @@ SHOWN, WRITTEN = 12, 200  # rows of the profile's table in the terminal and in t
 
 
 def dry_run(recipe: Recipe, options: RunOptions, console: Console) -> None:
-    """Build the whole run, take some steps, report memory, speed and the bottleneck; writes no file.
-
-    Raises:
-        InputError: as a real run would, and if the run is shorter than two steps.
-    """
+    """Build the whole run, take some steps, report memory, speed and the bottleneck; writes no file."""
 
     def check(console: Console) -> None:
         if options.out is None:
@@ -89,9 +85,6 @@ def profile_run(recipe: Recipe, options: RunOptions, console: Console, *, steps:
     """Build the run, warm it up, measure this many steps alone and fed by the loader.
 
     Writes ``trace.json.gz`` (for Perfetto), ``profile.txt`` and ``profile.json`` into the folder `options.out`.
-
-    Raises:
-        InputError: as a real run would; `out` is missing or exists.
     """
     if options.out is None:
         raise InputError("out is missing: name the folder for the trace and the table with --out PATH.")
@@ -213,11 +206,7 @@ class TrialRun:
 def open_trial(
     recipe: Recipe, options: RunOptions, console: Console, *, check: Callable[[Console], None]
 ) -> Iterator[TrialRun]:
-    """Build the whole run and take its first batch, after `check` has passed on rank 0.
-
-    Raises:
-        InputError: as a real run would, and if the run is shorter than two steps.
-    """
+    """Build the whole run and take its first batch, after `check` has passed on rank 0."""
     device = resolve_device(options.device, local_rank=process_local_rank())
     with ExitStack() as stack:
         world = stack.enter_context(join_world(cuda=device.type == "cuda"))

@@ -1,4 +1,4 @@
-"""Runs a training from its recipe and options: start or resume, announce, train, sum up."""
+"""Runs a training from its recipe and options: start or resume, announce, train, conclude."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from rich.console import Console
 from mvssl.config.options import RunOptions, parse_time, resolve_device
 from mvssl.config.recipe import Recipe
 from mvssl.distributed import join_world, process_local_rank
-from mvssl.monitor.bottleneck import describe_bottleneck
 from mvssl.monitor.pictures import write_view_sheet
 from mvssl.monitor.report import write_report
 from mvssl.optim.schedule import learning_rate
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import read_jsonl
 from mvssl.runs.run_log import run_log
-from mvssl.runs.summary import Summary, write_summary
 from mvssl.training.experiment import Experiment, Position, open_experiment
 from mvssl.training.loop import Loop
 from mvssl.training.memory import explain_out_of_memory
@@ -105,13 +103,10 @@ def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) 
                     loop = Loop(experiment, folder, position, monitor, stop)
                     try:
                         loop.run()
-                    except Interrupted as stopped:
-                        _summarise(experiment, folder, loop.step, monitor, stopped_by=stopped.stopped_by)
+                    except (Interrupted, Diverged) as error:
+                        monitor.summarise(step=loop.step, stopped_by=error.stopped_by)
                         raise
-                    except Diverged:
-                        _summarise(experiment, folder, loop.step, monitor, stopped_by="divergence")
-                        raise
-                    return _sum_up(experiment, folder, loop, monitor)
+                    return _conclude(loop)
 
 
 def _check_folder(folder: RunFolder, recipe: Recipe, options: RunOptions) -> None:
@@ -208,25 +203,19 @@ def _learning_rate(experiment: Experiment, step: int, epochs: int) -> float:
     return learning_rate(step, epochs * per_epoch, config.warmup_epochs * per_epoch, peak, config.final_lr_factor)
 
 
-def _sum_up(experiment: Experiment, folder: RunFolder, loop: Loop, monitor: Monitor) -> TrainResult:
+def _conclude(loop: Loop) -> TrainResult:
     """Log the result of a finished run and write its report."""
-    monitor.plot()
-    summary = _summarise(experiment, folder, loop.step, monitor)
-    result = TrainResult(
-        out=folder.path,
-        steps=loop.step,
-        knn=loop.knn,
-        images_per_second=summary.images_per_second,
-        data_wait=summary.data_wait,
-    )
-    if result.images_per_second == 0:
-        logger.info("the run was already finished, at step %d", result.steps)
+    experiment, folder = loop.experiment, loop.folder
+    loop.monitor.plot()
+    summary = loop.monitor.summarise(step=loop.step)
+    if summary.images_per_second == 0:
+        logger.info("the run was already finished, at step %d", loop.step)
     else:
         logger.info(
             "done: %d steps at %.0f source images/s (%.0f views/s); %s",
-            result.steps,
-            result.images_per_second,
-            result.images_per_second * len(experiment.recipe.views),
+            loop.step,
+            summary.images_per_second,
+            summary.images_per_second * len(experiment.recipe.views),
             summary.bottleneck,
         )
         bad = summary.bad_images
@@ -238,33 +227,10 @@ def _sum_up(experiment: Experiment, folder: RunFolder, loop: Loop, monitor: Moni
             write_report(folder.report, folder)
         except (OSError, InputError) as error:  # everything that matters is saved
             logger.warning("%s could not be written: %s", folder.report, error)
-    return result
-
-
-def _summarise(
-    experiment: Experiment, folder: RunFolder, step: int, monitor: Monitor, *, stopped_by: str | None = None
-) -> Summary:
-    """Summarise the run on all ranks; rank 0 writes summary.json, unless no step was taken."""
-    speed, stats = monitor.summary(step=step), experiment.loader.stats
-    summary = Summary(
-        step=step,
-        total_steps=experiment.total_steps,
-        stopped_by=stopped_by,
-        images_per_second=speed["images_per_second"],
-        data_wait=speed["data_wait"],
-        bottleneck=describe_bottleneck(
-            speed["data_wait"],
-            stats.stages,
-            stats.prepared,
-            device=experiment.device,
-            images_per_second=speed["images_per_second"],
-            idle=monitor.idle_fractions(),
-        ),
-        bad_images=dict(stats.bad),
+    return TrainResult(
+        out=folder.path,
+        steps=loop.step,
+        knn=loop.knn,
+        images_per_second=summary.images_per_second,
+        data_wait=summary.data_wait,
     )
-    if experiment.world.is_rank0 and summary.images_per_second > 0:
-        try:
-            write_summary(folder.summary, summary)
-        except (OSError, InputError) as error:  # everything that matters is saved
-            logger.warning("%s could not be written: %s", folder.summary, error)
-    return summary
