@@ -121,11 +121,11 @@ def test_a_cache_leaves_the_memory_of_steps_free(images: Path, monkeypatch: pyte
         free = Memory(host=needed, device=10 * needed, steps=int(steps * needed))
         return with_cache(source, choice, device=CUDA, memory=free)[1]
 
-    assert "the GPU's memory keeps" in choose("auto", 8.8)
+    assert "of pixels in GPU memory" in choose("auto", 8.8)
     told = choose("auto", 9.0)
     assert told.startswith("cache: off")
-    assert "of the GPU's are for training steps)" in told
-    assert "the GPU's memory keeps" in choose("device", 8.8)
+    assert "of GPU memory are for training steps)" in told
+    assert "of pixels in GPU memory" in choose("device", 8.8)
     with pytest.raises(Exception, match=r"cache is 'device' but .* are for training steps\) can be taken"):
         choose("device", 9.0)
     with pytest.raises(Exception, match=r"can be taken: take --cache off"):  # not device: it is full
