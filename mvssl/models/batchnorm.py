@@ -22,7 +22,7 @@ from mvssl.models.fused import batchnorm as batchnorm_function
 from mvssl.models.fused.batchnorm import batch_norm_kernels, batch_norm_training
 
 try:
-    from mvssl.models.fused.ops import fits
+    from mvssl.models.fused.ops import supports
 
     KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
 except ImportError:  # Triton has no wheel for this platform
@@ -127,7 +127,7 @@ class ViewBatchNorm(_BatchNorm):
 
     def _has_kernels(self, x: Tensor) -> bool:
         """Whether our Triton kernels can normalise this input."""
-        return x.device.type in KERNEL_DEVICES and fits(x, self.weight, self.bias, len(self.current.positions))
+        return x.device.type in KERNEL_DEVICES and supports(x, self.weight, self.bias, len(self.current.positions))
 
     @torch.no_grad()
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:

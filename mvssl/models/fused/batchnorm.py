@@ -1,9 +1,9 @@
-"""Training BatchNorm of V views, optionally with residual and ReLU, as one function with its gradient written out.
+"""Training BatchNorm per view with optional residual and ReLU, as one autograd function with an explicit gradient.
 
-A compiled step is limited by memory traffic. Derived from broadcasting, the gradient first sums per image and then over
-images, and ReLU's mask is read from its saved output. Written out, the sums go straight to [V, C], and the mask of a
-ReLU without residual is computed again from the input, which is read anyway. On a GPU Triton kernels do it, whose
-traffic and launches do not depend on what the compiler decides to fuse; elsewhere the compiler gets the formula.
+A compiled step is limited by memory traffic. Autograd of the broadcast formula would sum per image first and read
+ReLU's mask from its saved output. Here the sums go straight to [V, C], and without a residual the mask is recomputed
+from the input, which is read anyway. On a GPU this runs as Triton kernels, whose traffic does not depend on the
+compiler's fusion; elsewhere the compiler gets the formula.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch.autograd.function import once_differentiable
 
 
 def operations() -> Any:
-    """The operations of `mvssl.models.fused.ops`, which has to be imported before."""
+    """The operators of `mvssl.models.fused.ops`, which must be imported first."""
     return torch.ops.mvssl
 
 
 def _per_channel(rows: Tensor, dims: int) -> Tensor:
-    """[V, C] in the shape that broadcasts over [V, B, C, ...] of `dims` dimensions."""
+    """Reshape [V, C] to broadcast over [V, B, C, ...] of `dims` dimensions."""
     views, channels = rows.shape
     return rows.view(views, 1, channels, *[1] * (dims - 3))
 
 
 class _BatchNormTraining(torch.autograd.Function):
-    """relu(weight * (x - mean) * rstd + bias + shortcut), where the last three parts are optional."""
+    """relu(weight * (x - mean) * rstd + bias + shortcut); weight, bias, shortcut and ReLU are optional."""
 
     @staticmethod
     def forward(
@@ -40,7 +40,7 @@ class _BatchNormTraining(torch.autograd.Function):
         eps: float,
         relu: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = _apart(x, views)  # [V, B, C, ...]
+        wide = _by_view(x, views)  # [V, B, C, ...]
         dims = [d for d in range(wide.dim()) if d not in (0, 2)]
         var, mean = torch.var_mean(wide, dim=dims, correction=0)  # [V, C]
         rstd = torch.rsqrt(var + eps)  # [V, C]
@@ -49,14 +49,12 @@ class _BatchNormTraining(torch.autograd.Function):
         if bias is not None:
             y = y + bias.view(1, 1, -1, *[1] * (wide.dim() - 3))
         if shortcut is not None:
-            y = y + _apart(shortcut, views)
+            y = y + _by_view(shortcut, views)
         if relu:
             y = y.relu()
-        out = y.flatten(0, 1).to(
-            x.dtype, copy=True
-        )  # [V * B, C, ...]; no view, which in-place operations may not follow
+        out = y.flatten(0, 1).to(x.dtype, copy=True)  # [V * B, C, ...]; a copy, as in-place operations may follow
         count = wide[:, :, 0].numel() // views
-        # With a residual the mask needs two more inputs, or this output, which the next convolution keeps.
+        # With a residual the mask comes from the output, which the next convolution saves anyway.
         ctx.save_for_backward(x, weight, bias, mean, rstd, out if relu and shortcut is not None else None)
         ctx.views, ctx.relu, ctx.count = views, relu, count
         ctx.shortcut_dtype = None if shortcut is None else shortcut.dtype
@@ -68,7 +66,7 @@ class _BatchNormTraining(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd, out = ctx.saved_tensors
-        wide = _apart(x, ctx.views)  # [V, B, C, ...]
+        wide = _by_view(x, ctx.views)  # [V, B, C, ...]
         dims = [d for d in range(wide.dim()) if d not in (0, 2)]
         scale = rstd if weight is None else rstd * weight  # [V, C]
         centred = wide - _per_channel(mean, wide.dim())
@@ -80,7 +78,7 @@ class _BatchNormTraining(torch.autograd.Function):
             if bias is not None:
                 y = y + bias.view(1, 1, -1, *[1] * (wide.dim() - 3))
             gradient = torch.where(y.flatten(0, 1) > 0, gradient, 0.0)
-        dy = _apart(gradient, ctx.views)
+        dy = _by_view(gradient, ctx.views)
         sum_dy = dy.sum(dims)  # [V, C]
         sum_dy_xhat = (dy * centred).sum(dims) * rstd  # [V, C]
         # dx = scale * (dy - mean(dy) - xhat * mean(dy * xhat))
@@ -99,7 +97,7 @@ class _BatchNormTraining(torch.autograd.Function):
         )
 
 
-def _apart(x: Tensor, views: int) -> Tensor:
+def _by_view(x: Tensor, views: int) -> Tensor:
     """[V * B, C, ...] as [V, B, C, ...], in float32 or wider."""
     return torch.unflatten(x.to(torch.promote_types(x.dtype, torch.float32)), 0, (views, -1))
 
@@ -119,7 +117,7 @@ def batch_norm_training(
     Meant for the compiler, which fuses the formula with its surroundings; each operation runs alone without it.
 
     Args:
-        x: [V * B, C, ...], the views one after the other.
+        x: [V * B, C, ...], the views one after another.
         weight, bias: [C], or None.
         views: V.
         eps: added to the variance.
@@ -127,17 +125,19 @@ def batch_norm_training(
         shortcut: [V * B, C, ...], added before ReLU; None for no residual.
 
     Returns:
-        The result, of x's shape and dtype, and each view's mean and unbiased variance [V, C] in float32 or wider, both
-        without gradient.
+        The output, of x's shape and dtype; mean and unbiased variance of each view [V, C], float32 or float64, without
+        gradient.
     """
     apply: Any = _BatchNormTraining.apply
     result: tuple[Tensor, Tensor, Tensor] = apply(x, weight, bias, shortcut, views, eps, relu)
     return result
 
 
-class _KernelNorm(torch.autograd.Function):
-    """The same by Triton kernels, after the statistics. With `split` the result comes twice, for two users whose
-    gradients the backward then adds while it reads them."""
+class _BatchNormKernels(torch.autograd.Function):
+    """The same with Triton kernels, given the statistics.
+
+    With `split` the output is returned twice: the backward adds the gradients of its two users as it reads them.
+    """
 
     @staticmethod
     def forward(
@@ -165,8 +165,8 @@ class _KernelNorm(torch.autograd.Function):
             )
             mask = y if relu and other is not None else None
         ctx.relu, ctx.pool, ctx.shortcut, ctx.normed = relu, pool, other is not None, other_mean is not None
-        kept = (other, other_mean, other_rstd, other_weight) if ctx.normed else (None, None, None, None)
-        ctx.save_for_backward(x, mean, rstd, weight, bias, mask, *kept)
+        shortcut_norm = (other, other_mean, other_rstd, other_weight) if ctx.normed else (None, None, None, None)
+        ctx.save_for_backward(x, mean, rstd, weight, bias, mask, *shortcut_norm)
         return (y, y.view_as(y)) if split else (y,)
 
     @staticmethod
@@ -213,20 +213,20 @@ def batch_norm_kernels(
     """relu(norm(x) + shortcut) by Triton kernels.
 
     Args:
-        x: [V * B, C, H, W] or [V * B, C], the views one after the other.
+        x: [V * B, C, H, W] or [V * B, C], the views one after another.
         statistics: mean and 1 / standard deviation [V, C] of x.
         weight, bias: [C] float32, both or none.
         relu: whether ReLU follows.
-        pool: whether 3x3 max-pooling (stride 2, padding 1) follows ReLU; without a shortcut.
-        other: of x's shape, the shortcut.
-        other_statistics: of `other`, if the shortcut is a norm of it, with `other_weight` and `other_bias`.
-        split: whether to return the result twice, one for each of its two users.
+        pool: whether 3x3 max-pooling (stride 2, padding 1) follows ReLU; not with a shortcut.
+        other: of x's shape, the shortcut before its norm, if it has one.
+        other_statistics, other_weight, other_bias: of the shortcut's norm.
+        split: whether to return the output twice, once for each of its two users.
 
     Returns:
-        The result once or twice, of x's shape (pooled: [V * B, C, H', W']) and dtype.
+        The output once or twice, of x's shape (pooled: [V * B, C, H', W']) and dtype.
     """
     other_mean, other_rstd = (None, None) if other_statistics is None else other_statistics
-    apply: Any = _KernelNorm.apply
+    apply: Any = _BatchNormKernels.apply
     result: tuple[Tensor, ...] = apply(
         x, *statistics, weight, bias, other, other_mean, other_rstd, other_weight, other_bias, relu, pool, split
     )

@@ -1,7 +1,7 @@
-"""BatchNorm's Triton kernels as operations that the compiler looks into: `torch.ops.mvssl.batchnorm_*`.
+"""The BatchNorm kernels as custom operators that torch.compile can trace into: `torch.ops.mvssl.batchnorm_*`.
 
-Kernels are launched by `wrap_triton(name)` and nothing else: torch finds them so in the source, and its cache of
-compiled code then knows when a kernel has changed.
+Launch kernels only as `wrap_triton(name)[...]`: torch finds them in the source by this pattern, so that its compile
+cache notices a changed kernel.
 """
 
 from __future__ import annotations
@@ -24,20 +24,26 @@ from mvssl.models.fused.kernels import (
     sums_kernel,
 )
 
-_PROGRAMS = 1024
-"""Programs that sum at most, about eight per multiprocessor of an H100: more would only make more partial sums."""
-_MOST_VIEWS = 12
-"""Views whose places in the step's order fit into one int64 of 5 bits each."""
+_MAX_PROGRAMS = 1024
+"""Upper limit of programs in a reduction, about eight per multiprocessor of an H100; more only add partial sums."""
+_MAX_VIEWS = 12
+"""Number of views whose positions, 5 bits each, fit into one int64."""
 
 
 class _Shape(NamedTuple):
-    """How a BatchNorm's input is seen: V views of `rows` rows of C channels."""
+    """A BatchNorm input as V views of [rows, C], and how a reduction is divided among programs.
+
+    Attributes:
+        rows, channels: of each view.
+        block, blocks: channels per program, and number of such blocks.
+        chunks: number of chunks of rows.
+    """
 
     rows: int
     channels: int
     block: int
     blocks: int
-    parts: int
+    chunks: int
 
 
 def _shape(x: Tensor, views: int) -> _Shape:
@@ -45,31 +51,31 @@ def _shape(x: Tensor, views: int) -> _Shape:
     rows = x.numel() // channels // views
     block = max(16, min(64, triton.next_power_of_2(channels)))
     blocks = triton.cdiv(channels, block)
-    parts = max(1, min(triton.cdiv(rows, 4 * ROWS.value), _PROGRAMS // (blocks * views)))
-    return _Shape(rows, channels, block, blocks, parts)
+    chunks = max(1, min(triton.cdiv(rows, 4 * ROWS.value), _MAX_PROGRAMS // (blocks * views)))
+    return _Shape(rows, channels, block, blocks, chunks)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[N, C, H, W] or [N, C] as [rows, C]: a view of channels-last images, a copy of others."""
+    """[N, C, H, W] or [N, C] as [rows, C]; copies unless the images are channels-last."""
     return x.contiguous() if x.dim() == 2 else x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def _images(rows: Tensor, like: Tensor) -> Tensor:
-    """[rows, C] in the shape of `like`, as a view: channels-last images or vectors."""
+    """[rows, C] viewed in the shape of `like`: channels-last images or vectors."""
     if like.dim() == 2:
         return rows
     n, c, h, w = like.shape
     return rows.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
-def fits(x: Tensor, weight: Tensor | None, bias: Tensor | None, views: int) -> bool:
-    """Whether the kernels know this input, apart from its device."""
+def supports(x: Tensor, weight: Tensor | None, bias: Tensor | None, views: int) -> bool:
+    """Whether the kernels support this input, apart from its device."""
     return (
         x.dim() in (2, 4)
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and (weight is None) == (bias is None)
         and (weight is None or weight.dtype is torch.float32)
-        and views <= _MOST_VIEWS
+        and views <= _MAX_VIEWS
     )
 
 
@@ -79,24 +85,23 @@ def statistics(
     running_var: Tensor | None,
     tracked: Tensor | None,
     views: int,
-    places: list[int],
+    positions: list[int],
     step_views: int,
     first: bool,
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Each view's mean and 1 / standard deviation, float32 [V, C]; moves the running statistics in place.
+    """Mean and 1 / standard deviation of each view, float32 [V, C]; updates the running statistics in place.
 
-    n views one after the other leave (1 - m)^n r + sum over views of m (1 - m)^(n - 1 - place) statistic: a sum, so the
-    forwards of a step may come in any order, and the first one brings the decay.
+    The update does not depend on the order of a step's forwards (`ViewBatchNorm._track`).
 
     Args:
         x: [V * B, C, H, W] or [V * B, C].
         running_mean, running_var, tracked: float32 [C], [C] and int64 []; all None without running statistics.
         views: V.
-        places: place of each view among the views of the step.
-        step_views: views of the whole step.
-        first: whether this is the step's first forward of the layer.
+        positions: position of each view in the order of the step.
+        step_views: number of views in that order.
+        first: whether this is the layer's first forward of the step.
         momentum: of the running statistics.
         eps: added to the variance.
     """
@@ -104,12 +109,12 @@ def statistics(
     flat = _rows(x)
     mean = torch.empty(views, shape.channels, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    partial = torch.empty(2, views, shape.parts, shape.channels, dtype=torch.float32, device=x.device)
-    wrap_triton(sums_kernel)[(shape.blocks, shape.parts, views)](
-        flat, mean, partial, shape.rows, shape.channels, shape.parts, size=shape.block
+    partial = torch.empty(2, views, shape.chunks, shape.channels, dtype=torch.float32, device=x.device)
+    wrap_triton(sums_kernel)[(shape.blocks, shape.chunks, views)](
+        flat, mean, partial, shape.rows, shape.channels, shape.chunks, size=shape.block
     )
     track = running_mean is not None and running_var is not None and tracked is not None
-    packed = sum(place << (5 * view) for view, place in enumerate(places))
+    packed = sum(position << (5 * view) for view, position in enumerate(positions))
     wrap_triton(statistics_kernel)[(triton.cdiv(shape.channels, 16),)](
         partial,
         mean,
@@ -119,7 +124,7 @@ def statistics(
         tracked if track else rstd,
         shape.rows,
         shape.channels,
-        shape.parts,
+        shape.chunks,
         views,
         packed,
         step_views,
@@ -147,7 +152,7 @@ def forward(
 ) -> Tensor:
     """relu(norm(x) + shortcut), of x's shape and dtype.
 
-    The shortcut is `other`, or with statistics `other_mean` and `other_rstd` a norm of it; None is no shortcut.
+    The shortcut is `other`, or its norm if `other_mean` and `other_rstd` are given; None for no shortcut.
     """
     views = len(mean)
     shape = _shape(x, views)
@@ -179,9 +184,9 @@ def forward(
 def forward_pool(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """3x3 max-pooling (stride 2, padding 1) of relu(norm(x)), and the tap 0 to 8 that each value came from, int8.
+    """3x3 max-pooling (stride 2, padding 1) of relu(norm(x)), and the tap (0 to 8, int8) of each maximum.
 
-    Both are [V * B, C, H', W'], H' = (H + 1) // 2. Equal values: the first tap counts, as in torch.
+    Both are [V * B, C, H', W'] with H' = (H + 1) // 2. Of equal values the first tap wins, as in torch.
     """
     views = len(mean)
     shape = _shape(x, views)
@@ -219,36 +224,36 @@ def backward(
     """Gradients of `forward`, or with `pool` of `forward_pool`.
 
     Args:
-        first, second: gradients of the output from one or two of its users.
+        first, second: gradients from the one or two users of the output.
         x, mean, rstd, weight, bias: as in the forward.
-        y: its output, where a shortcut and ReLU are in it; with `pool` the taps.
-        other, other_mean, other_rstd, other_weight: as in the forward where the shortcut has a norm.
-        relu: whether ReLU is in it.
-        shortcut: whether a shortcut is in it.
-        pool: whether max-pooling follows ReLU.
+        y: the output, if the forward had a shortcut and ReLU; the taps, if it had pooling.
+        other, other_mean, other_rstd, other_weight: as in the forward, if the shortcut has a norm.
+        relu: whether the forward had ReLU.
+        shortcut: whether it had a shortcut.
+        pool: whether it had max-pooling.
 
     Returns:
-        dx, dweight, dbias, the shortcut's gradient (that of `other` before its norm), and other_dweight; other_dbias
-        is dbias. What does not apply is an empty tensor.
+        dx, dweight, dbias, the gradient of `other`, and other_dweight (other_dbias equals dbias). Gradients that do not
+        apply are empty tensors.
     """
     views = len(mean)
     shape = _shape(x, views)
     kind = 0 if not shortcut else 1 if other is None else 2
-    kinds = 3 if kind == 2 else 2
-    nothing = torch.empty(0, dtype=torch.float32, device=x.device)
+    num_sums = 3 if kind == 2 else 2
+    empty = torch.empty(0, dtype=torch.float32, device=x.device)
     affine = weight is not None
     flat, gradient = _rows(x), _rows(first)
-    # What kernels write are tensors of their own: the compiler would copy views of others.
-    masked = torch.empty_like(flat) if kind else nothing
+    # Outputs are separate tensors: the compiler would copy views of a larger one.
+    masked = torch.empty_like(flat) if kind else empty
     dx = torch.empty_like(flat)
-    other_dx = torch.empty_like(flat) if kind == 2 else nothing
-    partial = torch.empty(kinds, views, shape.parts, shape.channels, dtype=torch.float32, device=x.device)
-    slopes = torch.empty(kinds - 1, views, shape.channels, dtype=torch.float32, device=x.device)
+    other_dx = torch.empty_like(flat) if kind == 2 else empty
+    partial = torch.empty(num_sums, views, shape.chunks, shape.channels, dtype=torch.float32, device=x.device)
+    slopes = torch.empty(num_sums - 1, views, shape.channels, dtype=torch.float32, device=x.device)
     constants = torch.empty_like(slopes)
     dweight = torch.empty(shape.channels if affine else 0, dtype=torch.float32, device=x.device)
     dbias = torch.empty_like(dweight)
-    other_dweight = torch.empty_like(dweight) if kind == 2 else nothing
-    # Pointers that a kernel does not use are `mean`, so that nothing is kept alive for them.
+    other_dweight = torch.empty_like(dweight) if kind == 2 else empty
+    # `mean` stands in for unused pointers, so that they keep no other tensor alive.
     extra = mean if second is None else _rows(second)
     scale, shift = (mean, mean) if weight is None or bias is None else (weight, bias)
     output = mean if y is None else _rows(y)
@@ -256,14 +261,14 @@ def backward(
     centre, inverse = (mean, mean) if other_mean is None or other_rstd is None else (other_mean, other_rstd)
     factor = mean if other_weight is None else other_weight
     sizes = (*x.shape[2:], *first.shape[2:]) if pool else (1, 1, 1, 1)
-    wrap_triton(gradient_sums_kernel)[(shape.blocks, shape.parts, views)](
+    wrap_triton(gradient_sums_kernel)[(shape.blocks, shape.chunks, views)](
         gradient, extra, flat, mean, rstd, scale, shift, output, flat_other, centre,
-        masked if kind else dbias, partial, shape.rows, shape.channels, shape.parts, *sizes,
+        masked if kind else dbias, partial, shape.rows, shape.channels, shape.chunks, *sizes,
         affine=affine, relu=relu, kind=kind, two=second is not None, pool=pool, size=shape.block,
     )  # fmt: skip
     wrap_triton(coefficients_kernel)[(triton.cdiv(shape.channels, 16),)](
         partial, rstd, scale, inverse, factor, slopes, constants, dweight, dbias, other_dweight,
-        shape.rows, shape.channels, shape.parts, views,
+        shape.rows, shape.channels, shape.chunks, views,
         affine=affine, kind=kind, size=16,
     )  # fmt: skip
     wrap_triton(backward_kernel)[(triton.cdiv(shape.rows, ROWS.value), shape.blocks, views)](
@@ -272,7 +277,7 @@ def backward(
         dx, other_dx if kind == 2 else dx, shape.rows, shape.channels, *sizes,
         affine=affine, relu=relu, kind=kind, two=second is not None, pool=pool, size=shape.block,
     )  # fmt: skip
-    dshortcut = _images(other_dx if kind == 2 else masked, x) if kind else nothing
+    dshortcut = _images(other_dx if kind == 2 else masked, x) if kind else empty
     return _images(dx, x), dweight, dbias, dshortcut, other_dweight
 
 

@@ -1,4 +1,4 @@
-"""timm's ResNets with BatchNorm, residual, ReLU and max-pooling as one function in compiled training."""
+"""timm's ResNets with BatchNorm, residual, ReLU and max-pooling fused into one function in compiled training."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from mvssl.models.batchnorm import ViewBatchNorm
 from mvssl.models.small_resnets import SmallResNet
 
 
-class _Fused(nn.Module):
+class _FusedBlock(nn.Module):
     """Mixin for residual blocks that replaces their forward in compiled training.
 
     Attributes:
-        splits: whether the next block takes the result twice, for its first convolution and for its shortcut.
+        splits: whether to return the output twice: for the next block's first convolution and for its shortcut.
     """
 
     splits = False
 
     def forward(self, x: Any) -> Any:
-        """Map [N, C, H, W]; takes one tensor or two equal ones, returns two if it `splits`."""
+        """Map [N, C, H, W]; the input is one tensor or the pair of a block that `splits`."""
         if not (self.training and torch.compiler.is_compiling()):
             return super().forward(x)
         first, second = x if isinstance(x, tuple) else (x, x)
-        y, last = self._inside(first)
-        shortcut, norm = _shortcut(self.downsample, second)
-        parts = last.fused(y, relu=True, shortcut=shortcut, shortcut_norm=norm, split=self.splits)
-        return parts if self.splits else parts[0]
+        y, last_norm = self._before_last_norm(first)
+        shortcut, shortcut_norm = _shortcut(self.downsample, second)
+        outputs = last_norm.fused(y, relu=True, shortcut=shortcut, shortcut_norm=shortcut_norm, split=self.splits)
+        return outputs if self.splits else outputs[0]
 
-    def _inside(self, x: Tensor) -> tuple[Tensor, ViewBatchNorm]:
-        """The last norm's input, and that norm."""
+    def _before_last_norm(self, x: Tensor) -> tuple[Tensor, ViewBatchNorm]:
+        """The input of the block's last norm, and this norm."""
         raise NotImplementedError
 
 
 def _shortcut(downsample: Any, x: Tensor) -> tuple[Tensor, ViewBatchNorm | None]:
-    """The shortcut before its last norm, and that norm if it has one."""
+    """The shortcut before its final norm, and this norm, if it has one."""
     if downsample is None:
         return x, None
     layers: list[Any] = list(downsample) if isinstance(downsample, nn.Sequential) else [downsample]
@@ -48,17 +48,17 @@ def _shortcut(downsample: Any, x: Tensor) -> tuple[Tensor, ViewBatchNorm | None]
     return x, norm
 
 
-class FusedBasicBlock(_Fused, BasicBlock):
+class FusedBasicBlock(_FusedBlock, BasicBlock):
     """Two convolutions."""
 
-    def _inside(self: Any, x: Tensor) -> tuple[Tensor, ViewBatchNorm]:
+    def _before_last_norm(self: Any, x: Tensor) -> tuple[Tensor, ViewBatchNorm]:
         return self.conv2(self.aa(self.bn1.normalise(self.conv1(x), relu=True))), self.bn2
 
 
-class FusedBottleneck(_Fused, Bottleneck):
+class FusedBottleneck(_FusedBlock, Bottleneck):
     """Three convolutions."""
 
-    def _inside(self: Any, x: Tensor) -> tuple[Tensor, ViewBatchNorm]:
+    def _before_last_norm(self: Any, x: Tensor) -> tuple[Tensor, ViewBatchNorm]:
         x = self.bn1.normalise(self.conv1(x), relu=True)
         return self.conv3(self.aa(self.bn2.normalise(self.conv2(x), relu=True))), self.bn3
 
@@ -73,9 +73,9 @@ class _FusedStem(nn.Module):
             result: Tensor = original.forward_features(x)
             return result
         pool = _is_usual_pool(self.maxpool)
-        split = (pool or isinstance(self.maxpool, nn.Identity)) and isinstance(self.layer1[0], _Fused)
-        parts: Any = self.bn1.fused(self.conv1(x), relu=True, pool=pool, split=split)
-        y: Any = parts if split else parts[0] if pool else self.maxpool(parts[0])
+        split = (pool or isinstance(self.maxpool, nn.Identity)) and isinstance(self.layer1[0], _FusedBlock)
+        outputs: Any = self.bn1.fused(self.conv1(x), relu=True, pool=pool, split=split)
+        y: Any = outputs if split else outputs[0] if pool else self.maxpool(outputs[0])
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             y = stage(y)
         features: Tensor = y
@@ -101,7 +101,7 @@ class FusedSmallResNet(_FusedStem, SmallResNet):
     """ResNet with a stem for small images."""
 
 
-_BLOCKS: dict[type[nn.Module], type[_Fused]] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
+_BLOCKS: dict[type[nn.Module], type[_FusedBlock]] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
 _NETWORKS: dict[type[nn.Module], type[_FusedStem]] = {ResNet: FusedResNet, SmallResNet: FusedSmallResNet}
 
 
@@ -125,7 +125,7 @@ def fuse_resnets(encoder: nn.Module) -> None:
         stages = (network.layer1, network.layer2, network.layer3, network.layer4)
         blocks = [block for stage in stages for block in stage]
         for block, following in pairwise(blocks):
-            block.splits = isinstance(block, _Fused) and isinstance(following, _Fused)
+            block.splits = isinstance(block, _FusedBlock) and isinstance(following, _FusedBlock)
 
 
 def _is_plain(block: Any) -> bool:

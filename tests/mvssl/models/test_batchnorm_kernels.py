@@ -93,8 +93,8 @@ def test_a_norm_equals_torchs(
     gradients = [numbers(shape, 10 + user) for user in range(users)]
     y.backward(sum(gradients).double())
 
-    places = list(range(views))
-    take = partial(ops.statistics, running_mean=None, running_var=None, tracked=None, views=views, places=places)
+    positions = list(range(views))
+    take = partial(ops.statistics, running_mean=None, running_var=None, tracked=None, views=views, positions=positions)
     take = partial(take, step_views=views, first=True, momentum=0.1, eps=1e-5)
     mean, rstd = take(x)
     has, has_norm = shortcut != "none", shortcut == "normed"
@@ -161,7 +161,7 @@ def test_max_pooling_equals_torchs(shape: tuple[int, ...], views: int, users: in
 def test_statistics_hold_far_from_zero_and_in_many_parts() -> None:
     """Plain sums of squares in float32 would lose the variance here; 40,000 rows are summed by many programs."""
     x = torch.randn(40_000, 16, generator=torch.Generator().manual_seed(0)) * 0.01 + 100
-    assert ops._shape(x, 2).parts > 100
+    assert ops._shape(x, 2).chunks > 100
     mean, rstd = ops.statistics(x, None, None, None, 2, [0, 1], 2, True, 0.1, 0.0)
     exact = x.double().view(2, -1, 16)
     torch.testing.assert_close(mean.double(), exact.mean(1), rtol=1e-6, atol=0)
@@ -176,9 +176,9 @@ def test_running_statistics_follow_the_views_in_their_order() -> None:
     ours, current = copy.deepcopy(plain), batchnorm.ForwardViews()
     batchnorm.use_view_batchnorms(ours, current)
     views = [numbers((4, 5, 3, 2), v, shift=v) for v in range(5)]
-    for places, first in (((2, 3), True), ((0, 1, 4), False)):
-        current.set(places, 5, first=first)
-        ours(torch.cat([views[v] for v in places]))
+    for positions, first in (((2, 3), True), ((0, 1, 4), False)):
+        current.set(positions, 5, first=first)
+        ours(torch.cat([views[v] for v in positions]))
     for view in views:
         plain(view)
     for name, value in plain.named_buffers():
@@ -261,9 +261,9 @@ def test_the_compilers_cache_knows_the_kernels() -> None:
     }
 
 
-TYPES = {"tracked": "*i64", "taps": "*i8", "places": "i64"}
+TYPES = {"tracked": "*i64", "taps": "*i8", "positions": "i64"}
 ACTIVATIONS = ("x", "other", "first", "second", "y", "masked", "dx", "other_dx")
-COUNTS = ("rows", "channels", "parts", "views", "step_views", "height", "width", "out_height", "out_width")
+COUNTS = ("rows", "channels", "chunks", "views", "step_views", "height", "width", "out_height", "out_width")
 FLAGS = {"affine": True, "relu": True, "size": 64}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sums": ("sums_kernel", {"size": 64}),
