@@ -107,7 +107,7 @@ class TrainArguments:
         recipe: what decides the numbers.
         options: where to read and write, and how to report.
         print_config: print the resolved recipe as JSON and stop.
-        dry_run: build everything, run a few steps, report memory, images/s and on a GPU launches and what holds it;
+        dry_run: build everything, run a few steps, report memory, images/s and, on a GPU, launches and the bottleneck;
             leave nothing.
         profile: train nothing, but measure this many steps: what takes their time, as a table and a trace in the
             folder --out.

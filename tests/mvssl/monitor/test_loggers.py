@@ -27,6 +27,8 @@ def test_metrics_as_tables(images: Path, tiny_recipe: Recipe, tmp_path: Path) ->
     out = tmp_path / "run"
     train(tiny_recipe, images, out, log=("csv",), notes="first & best", tags=("a", "b"), run_name="mine")
     assert not (out / "tensorboard").exists()
+    options = RunFolder(out).options()
+    assert (options["notes"], options["tags"], options["run_name"]) == ("first & best", ["a", "b"], "mine")
     rows = [row for row in read_jsonl(out / "metrics.jsonl") if row["kind"] == "train"]
     head, *lines = table(out / "csv/train.csv")
     assert head[:2] == ["step", "loss"]
