@@ -100,6 +100,7 @@ def holding_the_gil(device: FakeDevice) -> None:
         device.host_works(0.012)
 
 
+@pytest.mark.timing
 @needs_compiler
 @pytest.mark.parametrize("pause", [0.0, 0.015])
 @pytest.mark.parametrize("step", [slowed, fast, holding_the_gil])
@@ -122,6 +123,7 @@ def test_the_sampler_agrees_with_the_devices_own_account(
         assert pause == 0 or truth.between > 0.1
 
 
+@pytest.mark.timing
 @needs_compiler
 def test_work_that_is_launched_but_has_not_begun_leaves_the_device_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many short kernels launched one by one: queries alone would count the latency of each as busy."""
@@ -136,6 +138,7 @@ def test_work_that_is_launched_but_has_not_begun_leaves_the_device_idle(monkeypa
     assert truth.total > 0.5
 
 
+@pytest.mark.timing
 @needs_compiler
 def test_interruptions_are_left_out(device: FakeDevice, sampler: IdleSampler) -> None:
     start(sampler)
