@@ -22,6 +22,7 @@ from mvssl.evaluate.features import extract_features
 from mvssl.evaluate.knn import knn_predictions
 from mvssl.evaluate.linear import FastLinear, fit_best
 from mvssl.evaluate.linear_fit import stratified
+from mvssl.evaluate.session import Session
 from mvssl.models.encoder import build_networks
 from mvssl.monitor.view_diagnostics import gradient_cosines, view_diagnostics
 from mvssl.runs import checkpoint
@@ -91,11 +92,11 @@ def measure(
     backbone: nn.Module, recipe: Recipe, setting: Setting, splits: Splits, *, device: torch.device, test: bool
 ) -> dict[str, Any]:
     """kNN accuracy on the tuning images; with `test` also kNN and linear accuracy on the test images, and which hit."""
-    autocast = autocast_dtype(recipe.precision, device)
+    session = Session(device=device, autocast=autocast_dtype(recipe.precision, device))
 
     def features(path: Path) -> tuple[Tensor, Tensor]:
         with closing(open_source(path)) as source:
-            found = extract_features(backbone, source, recipe.evaluation, device=device, autocast=autocast)
+            found = extract_features(session, backbone, source, recipe.evaluation)
         return found.values, found.labels
 
     bank, labels = features(splits.train)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mvssl.weights.export import export
-from mvssl.weights.load import Subject, load_subject
+from mvssl.weights.load import BackboneSource, load_backbone
 from pipelines.runtime import run_cli
 
 
@@ -20,14 +20,14 @@ class ExportArguments:
     """Write the backbone of a run or a file for other programs.
 
     Attributes:
-        subject: which backbone. --crop is the side of the images that onnx and program take.
+        source: which backbone. --crop is the side of the images that onnx and program take.
         out: the file to write: .safetensors (timm), .pth (torchvision), .pkl (detectron2), .onnx, .pt2 (program).
         format: timm's names; torchvision's; Detectron2's for Mask R-CNN; an ONNX program, checked with onnxruntime
             where it is installed; or a program of torch.export.
         overwrite: replace a file that is there.
     """
 
-    subject: Annotated[Subject, tyro.conf.arg(name="")]
+    source: Annotated[BackboneSource, tyro.conf.arg(name="")]
     out: Path
     format: Literal["timm", "torchvision", "detectron2", "onnx", "program"] = "timm"
     overwrite: bool = False
@@ -36,9 +36,9 @@ class ExportArguments:
 def body(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     asked = tyro.cli(ExportArguments, prog="mvssl-export", args=list(arguments))
-    measured = load_subject(asked.subject)
-    said = export(measured, asked.format, asked.out, overwrite=asked.overwrite)
-    print(f"{asked.out}: {measured.architecture} ({measured.about or measured.name}), {asked.format}\n  {said}")
+    loaded = load_backbone(asked.source)
+    said = export(loaded, asked.format, asked.out, overwrite=asked.overwrite)
+    print(f"{asked.out}: {loaded.architecture} ({loaded.about or loaded.name}), {asked.format}\n  {said}")
     return 0
 
 

@@ -14,10 +14,10 @@ import tyro
 from mvssl.cli.train import main_speaks
 from mvssl.evaluate.feature_store import Dtype, bytes_needed, check_ending, open_store, write_table
 from mvssl.evaluate.features import fill_store
-from mvssl.evaluate.session import Computing, Embedder, open_embedder, open_images
+from mvssl.evaluate.session import BackboneSession, ComputeOptions, open_backbone, open_images
 from mvssl.monitor.console import Progress
-from mvssl.runs.results import claimed
-from mvssl.weights.load import Subject
+from mvssl.runs.results import locked_folder
+from mvssl.weights.load import BackboneSource
 from pipelines.runtime import InputError, run_cli
 
 
@@ -31,16 +31,16 @@ class FeatureArguments:
     Attributes:
         images: a folder of images, a list of files, or converted data; labels are not needed.
         out: the file to write: .npy (and beside it a .csv of keys and labels) or .parquet.
-        subject: whose features.
-        computing: where and how they are computed.
+        source: which backbone.
+        compute: where and how features are computed.
         dtype: of the numbers.
         overwrite: replace OUT if it is there.
     """
 
     images: tyro.conf.Positional[Path]
     out: tyro.conf.Positional[Path]
-    subject: Annotated[Subject, tyro.conf.arg(name="")]
-    computing: Annotated[Computing, tyro.conf.arg(name="")] = field(default_factory=Computing)
+    source: Annotated[BackboneSource, tyro.conf.arg(name="")]
+    compute: Annotated[ComputeOptions, tyro.conf.arg(name="")] = field(default_factory=ComputeOptions)
     dtype: Dtype = "float32"
     overwrite: bool = False
 
@@ -56,53 +56,50 @@ def _write(asked: FeatureArguments) -> None:
     if asked.out.exists() and not asked.overwrite:
         raise InputError(f"OUT is {str(asked.out)!r}, which exists: add --overwrite to replace it, or name another.")
     partial = asked.out.with_name(f"{asked.out.name}.partial")
-    with open_embedder(asked.subject, asked.computing) as embedder:
-        if embedder.world.is_rank0:
-            with claimed(partial):
-                _compute(asked, embedder, partial)
+    with open_backbone(asked.source, asked.compute) as session:
+        if session.world.is_rank0:
+            with locked_folder(partial):
+                _compute(asked, session, partial)
         else:
-            _compute(asked, embedder, partial)
+            _compute(asked, session, partial)
 
 
-def _compute(asked: FeatureArguments, embedder: Embedder, partial: Path) -> None:
-    source = open_images(asked.images, embedder)
-    evaluation = embedder.measured.evaluation
-    size = bytes_needed(len(source), embedder.width, asked.dtype) / 2**20
-    embedder.say(f"{len(source):,} images, {embedder.width} features each: {size:,.0f} MiB in {partial}")
+def _compute(asked: FeatureArguments, session: BackboneSession, partial: Path) -> None:
+    source = open_images(asked.images, session)
+    evaluation = session.loaded.evaluation
+    size = bytes_needed(len(source), session.width, asked.dtype) / 2**20
+    session.say(f"{len(source):,} images, {session.width} features each: {size:,.0f} MiB in {partial}")
     identity = {
-        "weights": embedder.measured.digest,
+        "weights": session.loaded.digest,
         "data": source.fingerprint,
         "resize": evaluation.resize,
         "crop": evaluation.crop,
-        "precision": str(embedder.autocast),
+        "precision": str(session.autocast),
     }
     store = open_store(
         partial / "store",
         rows=len(source),
-        width=embedder.width,
+        width=session.width,
         dtype=asked.dtype,
         identity=identity,
-        world=embedder.world,
+        world=session.world,
         overwrite=asked.overwrite,
     )
-    missing = len(store.to_do(range(len(source))))
-    share = -(-missing // embedder.world.size)
+    missing = len(store.missing(range(len(source))))
+    share = -(-missing // session.world.size)
     fill_store(
+        session,
         store,
-        embedder.measured.backbone,
+        session.loaded.backbone,
         source,
         evaluation,
-        device=embedder.device,
-        autocast=embedder.autocast,
-        computing=embedder.computing,
-        world=embedder.world,
-        progress=Progress(embedder.console, "features", total=share).add,
+        progress=Progress(session.console, "features", total=share).add,
     )
-    written = embedder.world.run_on_rank0(lambda: write_table(asked.out, store, source))
-    if embedder.world.is_rank0:
+    written = session.world.run_on_rank0(lambda: write_table(asked.out, store, source))
+    if session.world.is_rank0:
         shutil.rmtree(partial, ignore_errors=True)
     left = f", {len(source) - written} left out" if written < len(source) else ""
-    embedder.say(f"{asked.out}: {written:,} images, {embedder.width} features each{left}")
+    session.say(f"{asked.out}: {written:,} images, {session.width} features each{left}")
     source.close()
 
 

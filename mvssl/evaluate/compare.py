@@ -1,4 +1,4 @@
-"""Several runs side by side: what was measured of each, and how it went."""
+"""Compares runs: evaluation results and training curves side by side."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import read_jsonl
 from mvssl.runs.results import read_result
+from pipelines.files import whole_file
 from pipelines.runtime import InputError
 
 CURVES = {
@@ -20,18 +21,18 @@ CURVES = {
     "effective_rank": "effective rank of the embeddings",
     "embedding_std": "standard deviation of the embeddings",
 }
-"""What the plot shows of training, besides kNN."""
+"""Metrics that are plotted in addition to kNN accuracy, with their titles."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """What is known of one network of a run, or of a folder of results.
+    """Results and curves of one network.
 
     Attributes:
-        name: of its folder, with the network behind it where the folder holds results of several.
+        name: of its folder, followed by the network if the folder holds results of several.
         about: recipe and backbone, or the backbone alone.
-        steps: training steps done; 0 for results without a run.
-        curves: step and value of each curve, by name.
+        steps: training steps done; 0 without a run.
+        curves: steps and values of each curve, by name.
         results: top-1 and its 95 % interval by evaluation, such as linear-fast.
     """
 
@@ -43,24 +44,24 @@ class RunSummary:
 
 
 def summarise(path: Path) -> list[RunSummary]:
-    """Read a run folder, or a folder of results of mvssl-eval: a summary of each network, the trained one first.
+    """Summarise each network of a run folder, or of mvssl-eval's result folder, the trained one first.
 
     Raises:
-        InputError: it is neither, or what lies there is damaged.
+        InputError: it is neither, or damaged.
     """
     if not path.is_dir():
-        raise InputError(f"{path} is no folder: give run folders, or folders of results (--out of mvssl-eval).")
+        raise InputError(f"{path} is not a folder: give run folders, or folders of results (--out of mvssl-eval).")
     folder = RunFolder(path)
     is_run = folder.config.exists()
-    held = [read_result(file) for file in sorted((folder.evaluations if is_run else path).glob("*.json"))]
-    if not is_run and not held:
+    stored = [read_result(file) for file in sorted((folder.evaluations if is_run else path).glob("*.json"))]
+    if not is_run and not stored:
         raise InputError(f"{path} holds neither a run nor results: give the --out of mvssl-train or mvssl-eval.")
     curves = _curves(folder.metrics) if folder.metrics.exists() else {}
     recipe = folder.recipe() if is_run else None
-    networks = list(dict.fromkeys([*(["online"] if is_run else []), *(result["network"] for result in held)]))
+    networks = list(dict.fromkeys([*(["online"] if is_run else []), *(result["network"] for result in stored)]))
     summaries = []
     for network in networks:
-        mine = [result for result in held if result["network"] == network]
+        mine = [result for result in stored if result["network"] == network]
         trained = is_run and network == "online"
         summaries.append(
             RunSummary(
@@ -75,7 +76,7 @@ def summarise(path: Path) -> list[RunSummary]:
 
 
 def plot(summaries: Sequence[RunSummary], path: Path) -> None:
-    """Draw the curves of the runs, one colour a run, and their results as points with intervals.
+    """Plot the curves of the runs, one colour per run, and their results as points with intervals.
 
     Raises:
         OSError: the file cannot be written.
@@ -109,7 +110,8 @@ def plot(summaries: Sequence[RunSummary], path: Path) -> None:
                     y = row + 0.6 * ((place + 0.5) / len(summaries) - 0.5)
                     axes.errorbar(top1, y, xerr=[[top1 - low], [high - top1]], color=f"C{place}", marker="o", capsize=3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, format="png")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _curves(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:

@@ -1,10 +1,4 @@
-"""Features of a data set on disk, computed once: any number of images, and a stopped computation goes on.
-
-A folder with features.npy (one row for each image and view), state.npy (whether the row is there) and identity.json
-(of what). Several ranks write rows of their own into the same files, which have to lie on a file system they share.
-
-Features of any images as a file that other programs read: .npy with a .csv of keys beside it, or Parquet.
-"""
+"""Features on disk, computed once and resumable, and their export as .npy or Parquet."""
 
 from __future__ import annotations
 
@@ -22,20 +16,25 @@ from numpy.typing import NDArray
 
 from mvssl.distributed import World
 from mvssl.runs.folder import write_json
+from pipelines.files import whole_file
 from pipelines.runtime import InputError
 from pipelines.storage.source import Source
 
-TO_DO, DONE, BAD = 0, 1, 2
+MISSING, DONE, BAD = 0, 1, 2
 Dtype = Literal["float16", "float32"]
-_FLUSH = 20_000  # rows between two moments at which rows that are marked as done are on the disk
+_FLUSH_ROWS = 20_000
+_CHUNK_ROWS = 65_536
+_ENDINGS = (".npy", ".parquet")
 
 
 class FeatureStore:
-    """Rows of features in a folder.
+    """Rows of features in a folder: features.npy, state.npy, and identity.json, which says what they are features of.
+
+    Several ranks write their own rows into the same files, which must be on a shared file system.
 
     Attributes:
         values: float16 or float32 [rows, D], mapped from the disk.
-        state: uint8 [rows]: TO_DO, DONE or BAD (the image cannot be decoded).
+        state: uint8 [rows]: MISSING, DONE or BAD (the image cannot be decoded).
     """
 
     def __init__(self, folder: Path, values: NDArray[Any], state: NDArray[np.uint8]) -> None:
@@ -44,15 +43,15 @@ class FeatureStore:
         self.state = state
         self._unsaved: list[NDArray[np.int64]] = []
 
-    def to_do(self, rows: range) -> NDArray[np.int64]:
-        """int64: those of the rows that are not there yet."""
-        return rows.start + np.flatnonzero(self.state[rows.start : rows.stop] == TO_DO)
+    def missing(self, rows: range) -> NDArray[np.int64]:
+        """int64: those of the rows that are missing."""
+        return rows.start + np.flatnonzero(self.state[rows.start : rows.stop] == MISSING)
 
     def write(self, rows: NDArray[np.int64], features: NDArray[np.float32], keys: Sequence[str]) -> None:
-        """Keep features [R, D] of the images `keys` as these rows.
+        """Store features [R, D] of the images `keys` as these rows.
 
         Raises:
-            InputError: they are not finite, or not in the store's type.
+            InputError: they are not finite, or overflow the store's dtype.
         """
         with np.errstate(over="ignore"):
             rounded = features.astype(self.values.dtype)
@@ -67,22 +66,30 @@ class FeatureStore:
             raise not_finite(keys[row])
         self.values[rows] = rounded
         self._unsaved.append(rows)
-        if sum(map(len, self._unsaved)) >= _FLUSH:
+        if sum(map(len, self._unsaved)) >= _FLUSH_ROWS:
             self.save()
 
     def mark_bad(self, rows: NDArray[np.int64]) -> None:
-        """These rows stay empty: their images cannot be decoded."""
+        """Leave these rows empty: their images cannot be decoded."""
         self.state[rows] = BAD
 
     def save(self) -> None:
-        """Put rows on the disk, then the word that they are there."""
-        for array in (self.values, self.state):
-            if isinstance(array, np.memmap):
-                array.flush()
-            if array is self.values:
-                for rows in self._unsaved:
-                    self.state[rows] = DONE
-                self._unsaved = []
+        """Flush rows to the disk, then mark them as done."""
+        if isinstance(self.values, np.memmap):
+            self.values.flush()
+        for rows in self._unsaved:
+            self.state[rows] = DONE
+        self._unsaved = []
+        if isinstance(self.state, np.memmap):
+            self.state.flush()
+
+
+def not_finite(key: str) -> InputError:
+    """The error for an image whose features are NaN or infinite."""
+    return InputError(
+        f"The features of {key} are not finite (NaN or infinite): the weights have diverged, or the number format is "
+        "too narrow for them; try --precision fp32, or another checkpoint."
+    )
 
 
 def open_store(
@@ -95,24 +102,25 @@ def open_store(
     world: World | None = None,
     overwrite: bool = False,
 ) -> FeatureStore:
-    """Make a store, or go on with the one that is there.
+    """Create a store, or open an existing one of the same identity.
 
     Args:
-        folder: where it lies.
+        folder: of the store.
         rows: images times views.
         width: D.
         dtype: of the features on disk.
-        identity: what the features are of: JSON values that tell these from any others.
+        identity: JSON values that determine the features.
         world: the ranks that write into it.
-        overwrite: delete a store of something else.
+        overwrite: delete a store of another identity.
 
     Raises:
-        InputError: it holds features of something else and `overwrite` is not set, or is no store.
-        OSError: there is no room, or it cannot be written; nothing that was there is lost.
+        InputError: the folder holds other features and `overwrite` is not set, or is not a store.
+        OSError: the disk is full or the folder cannot be written; existing files are untouched.
     """
-    whole = {"rows": rows, "width": width, "dtype": dtype, **identity}
     world = world or World()
-    world.run_on_rank0(lambda: _make(folder, whole, overwrite=overwrite))
+    world.run_on_rank0(
+        lambda: _create(folder, {"rows": rows, "width": width, "dtype": dtype, **identity}, overwrite=overwrite)
+    )
 
     def mapped(name: str) -> NDArray[Any]:
         try:
@@ -132,37 +140,38 @@ def bytes_needed(rows: int, width: int, dtype: Dtype) -> int:
     return rows * (width * np.dtype(dtype).itemsize + 1)
 
 
-def _make(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
-    described = folder / "identity.json"
-    if described.exists():
+def _create(folder: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
+    """Create a store, unless one of the same identity exists."""
+    path = folder / "identity.json"
+    if path.exists():
         try:
-            there = json.loads(described.read_text())
+            existing = json.loads(path.read_text())
         except ValueError:
-            there = None
-        if there == json.loads(json.dumps(identity)):
+            existing = None
+        if existing == json.loads(json.dumps(identity)):
             return
         if not overwrite:
-            differs = [name for name in identity if not isinstance(there, dict) or there.get(name) != identity[name]]
+            differ = [key for key in identity if not isinstance(existing, dict) or existing.get(key) != identity[key]]
             raise InputError(
-                f"{folder} holds features of something else ({', '.join(differs)} differ): add --overwrite to replace "
-                "them, or choose another place with --out."
+                f"{folder} holds other features ({', '.join(differ)} differ): add --overwrite to replace them, or "
+                "choose another place with --out."
             )
-        described.unlink()
-    elif folder.is_dir() and any(path.name not in ("features.npy", "state.npy") for path in folder.iterdir()):
+        path.unlink()
+    elif folder.is_dir() and any(file.name not in ("features.npy", "state.npy") for file in folder.iterdir()):
         raise InputError(
             f"{folder} exists and holds other files, so it is left alone: choose another place with --out."
         )
     folder.mkdir(parents=True, exist_ok=True)
     _allocate(folder / "features.npy", (identity["rows"], identity["width"]), identity["dtype"])
     _allocate(folder / "state.npy", (identity["rows"],), "uint8")
-    write_json(described, dict(identity))
+    write_json(path, identity)
 
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: str) -> None:
-    """Make an array of zeros whose room on the disk is its own: writing to a mapped file must not find the disk full.
+    """Create an array of zeros with its blocks allocated: a full disk would kill a process that writes a mapped file.
 
     Raises:
-        OSError: there is no room; no file is left then.
+        OSError: the disk is full; no file is left.
     """
     path.unlink(missing_ok=True)
     try:
@@ -176,45 +185,35 @@ def _allocate(path: Path, shape: tuple[int, ...], dtype: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-ENDINGS = (".npy", ".parquet")
-_ROWS = 65_536  # rows at a time, so that memory does not grow with the data
-
-
 def check_ending(out: Path) -> None:
-    """Check that features can be written so.
+    """Check that features can be exported to this file.
 
     Raises:
         InputError: the ending is unknown, or pyarrow is missing.
     """
-    if out.suffix not in ENDINGS:
-        raise InputError(f"OUT is {str(out)!r} but must end in {' or '.join(ENDINGS)}: choose one.")
+    if out.suffix not in _ENDINGS:
+        raise InputError(f"OUT is {str(out)!r} but must end in {' or '.join(_ENDINGS)}: choose one.")
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise InputError("OUT is a Parquet file, which needs pyarrow: pip install pyarrow, or write .npy.")
 
 
 def write_table(out: Path, store: FeatureStore, source: Source) -> int:
-    """Write the rows that are there, in the order of the images; gives their number.
+    """Export the rows that are done, in dataset order; returns their number.
 
     .npy: float [M, D], and OUT.csv with the columns row, key, label (-1: none) and class. Parquet: the columns key,
     label, class and feature (a list of D numbers).
 
     Raises:
-        OSError: it cannot be written; an earlier file of that name is untouched then.
+        OSError: the file cannot be written; an earlier one is untouched.
     """
     rows = np.flatnonzero(store.state == DONE)
-    aside = out.with_name(f".{out.name}")
-    try:
+    with whole_file(out) as table:
         if out.suffix == ".parquet":
-            _write_parquet(aside, store, source, rows)
+            _write_parquet(table, store, source, rows)
         else:
-            _write_npy(aside, store, rows)
-            table = out.with_suffix(".csv")
-            _write_keys(aside.with_suffix(".csv"), source, rows)
-            aside.with_suffix(".csv").replace(table)
-        aside.replace(out)
-    finally:
-        for leftover in (aside, aside.with_suffix(".csv")):
-            leftover.unlink(missing_ok=True)
+            _write_npy(table, store, rows)
+            with whole_file(out.with_suffix(".csv")) as keys:
+                _write_keys(keys, source, rows)
     return len(rows)
 
 
@@ -225,8 +224,8 @@ def _write_npy(path: Path, store: FeatureStore, rows: NDArray[np.int64]) -> None
     with path.open("wb") as file:
         header = {"descr": store.values.dtype.str, "fortran_order": False, "shape": (len(rows), store.values.shape[1])}
         np.lib.format.write_array_header_1_0(file, header)
-        for some in _parts(rows):
-            file.write(np.ascontiguousarray(store.values[some]).tobytes())
+        for chunk in _chunks(rows):
+            file.write(np.ascontiguousarray(store.values[chunk]).tobytes())
 
 
 def _write_keys(path: Path, source: Source, rows: NDArray[np.int64]) -> None:
@@ -247,11 +246,11 @@ def _write_parquet(path: Path, store: FeatureStore, source: Source, rows: NDArra
         [("key", pa.string()), ("label", pa.int64()), ("class", pa.string()), ("feature", pa.list_(kind, width))]
     )
     with pq.ParquetWriter(path, schema) as writer:
-        for some in _parts(rows):
-            features = pa.array(np.ascontiguousarray(store.values[some]).reshape(-1), type=kind)
-            labels = [_label(source, index) for index in some.tolist()]
+        for chunk in _chunks(rows):
+            features = pa.array(np.ascontiguousarray(store.values[chunk]).reshape(-1), type=kind)
+            labels = [_label(source, index) for index in chunk.tolist()]
             columns: list[Any] = [
-                pa.array([source.key(index) for index in some.tolist()]),
+                pa.array([source.key(index) for index in chunk.tolist()]),
                 pa.array([label for label, _ in labels], type=pa.int64()),
                 pa.array([name for _, name in labels], type=pa.string()),
                 pa.FixedSizeListArray.from_arrays(features, width),
@@ -264,14 +263,7 @@ def _label(source: Source, index: int) -> tuple[int, str]:
     return label, source.classes[label] if label >= 0 else ""
 
 
-def _parts(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    for at in range(0, len(rows), _ROWS):
-        yield rows[at : at + _ROWS]
-
-
-def not_finite(key: str) -> InputError:
-    """What to say of an image whose features are NaN or infinite."""
-    return InputError(
-        f"The features of {key} are not finite numbers (NaN or infinite): the weights have diverged, or the number "
-        "format is too narrow for them; try --precision fp32, or another checkpoint."
-    )
+def _chunks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Parts of the rows, so that memory does not grow with the data."""
+    for at in range(0, len(rows), _CHUNK_ROWS):
+        yield rows[at : at + _CHUNK_ROWS]

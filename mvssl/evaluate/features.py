@@ -1,18 +1,12 @@
-"""Features of a data set: the frozen backbone's output for the centre crop of every image.
-
-Fill a store with the features of a data set: the centre crop of every image, and views that are drawn.
-
-The features that evaluations share: computed once, kept on disk, and taken to where they are used.
-"""
+"""Features of a data set: extracted in memory, or cached on disk for all evaluations of a backbone."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -20,17 +14,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mvssl.config.recipe import Evaluation
-from mvssl.distributed import World
 from mvssl.evaluate.feature_store import BAD, DONE, Dtype, FeatureStore, bytes_needed, not_finite, open_store
-from mvssl.evaluate.session import Computing, Session
+from mvssl.evaluate.session import EvalSession, Session
 from mvssl.monitor.console import Progress
-from pipelines.decode import DecodeOptions
 from pipelines.loading.eval_loader import EvaluationBatch, iterate_augmented, iterate_center
 from pipelines.loading.fetch import too_many_bad
 from pipelines.loading.pixel_cache import free_memory
 from pipelines.runtime import InputError
 from pipelines.storage.source import Source
 from pipelines.views.spec import ViewSpec
+
+FLOAT32_BYTES = 2**30
+"""Size up to which features are cached in float32; larger ones are cached in float16."""
+_MEMORY_FRACTION = 0.5  # of free memory that features may take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +35,7 @@ class Features:
 
     Attributes:
         values: float32 [N, D] on the device.
-        labels: int64 [N] on the device, -1 where there is none.
+        labels: int64 [N] on the device, -1 for none.
         index: int64 [N] on the CPU, dataset indices.
     """
 
@@ -49,68 +45,46 @@ class Features:
 
 
 def extract_features(
+    session: Session,
     backbone: nn.Module,
     source: Source,
     evaluation: Evaluation,
     *,
-    device: torch.device,
-    autocast: torch.dtype | None = None,
-    decode: DecodeOptions | None = None,
-    batch_size: int = 256,
     max_images: int | None = None,
     progress: Callable[[int], None] | None = None,
-    world: World | None = None,
 ) -> Features:
     """Embed the centre crop of each image (PAPER.md section 6) with the backbone in eval mode.
 
-    The backbone's training mode is put back afterwards. Undecodable images are left out and named in the log, unless
-    they are so many that the data is mostly broken. Several ranks embed a share each; all get the features of all
-    images, in one order.
+    Restores the backbone's training mode. Leaves out undecodable images, which the log names. Each rank embeds a part
+    of the images; all ranks return the features of all images, in the same order.
 
     Args:
+        session: device, precision, decoder and ranks.
         backbone: maps [B, 3, S, S] to [B, D].
         source: the images.
         evaluation: resize and crop.
-        device: where the backbone is.
-        autocast: dtype to compute in; None computes in the weights' own.
-        decode: who decodes; None takes `DecodeOptions()`.
-        batch_size: images at a time.
         max_images: take at most this many, evenly spaced; None takes all.
-        progress: called with the number of images done (by this rank); what it raises ends the extraction.
-        world: the ranks that embed together; None is this process alone.
+        progress: called with the number of images done by this rank; an exception ends the extraction.
 
     Raises:
-        InputError: too many images cannot be decoded (see `too_many_bad`), the storage is damaged, or features are not
-            finite.
+        InputError: too many images cannot be decoded, the storage is damaged, or features are not finite.
         OtherRankFailed: another rank failed.
     """
-    world = world or World()
+    world = session.world
     indices = np.arange(len(source))
     if max_images is not None and max_images < len(source):
         indices = np.linspace(0, len(source) - 1, max_images).round().astype(np.int64)
-    share = indices[world.rank :: world.size]
-    mine = world.run_on_all(
-        lambda: _extract(
-            backbone,
-            source,
-            evaluation,
-            device=device,
-            autocast=autocast,
-            decode=decode,
-            batch_size=batch_size,
-            indices=share if len(share) else indices[:1],
-            progress=progress,
-        )
-    )
-    counts = world.gather_objects((max(1, len(share)), len(mine.index)))  # images of each rank, and those it embedded
+    part = indices[world.rank :: world.size]
+    part = part if len(part) else indices[:1]  # a rank without images embeds the first one too
+    mine = world.run_on_all(lambda: _extract(session, backbone, source, evaluation, part, progress))
+    counts = world.gather_objects((len(part), len(mine.index)))
     images = sum(count for count, _ in counts)
-    bad = images - sum(embedded for _, embedded in counts)
-    world.run_on_all(lambda: check_enough(images, bad=bad, source=source))
+    world.run_on_all(lambda: _check_decodable(source, images, bad=images - sum(embedded for _, embedded in counts)))
     if world.size == 1:
         return mine
-    index = world.gather_rows(mine.index.to(device))  # the order of the ranks, an image of a tiny set perhaps twice
+    index = world.gather_rows(mine.index.to(session.device))  # in the order of the ranks
     _, first = np.unique(index.cpu().numpy(), return_index=True)
-    order = torch.from_numpy(first).to(device)
+    order = torch.from_numpy(first).to(session.device)
     return Features(
         values=world.gather_rows(mine.values)[order],
         labels=world.gather_rows(mine.labels)[order],
@@ -118,72 +92,20 @@ def extract_features(
     )
 
 
-def check_enough(images: int, *, bad: int, source: Source) -> None:
-    """Check that no disk failed meanwhile: the accuracy of the few images left would be told as if it were of all.
-
-    Raises:
-        InputError: too many images are bad, of those of all ranks.
-    """
-    if too_many_bad(bad, images):
-        raise InputError(
-            f"{bad} of the {images} images of {source.location} cannot be decoded, too many to evaluate the others: "
-            "check the data (the log names them), or run mvssl-convert on it, which puts bad images into quarantine."
-        )
-
-
-def embed(
-    backbone: nn.Module,
-    batches: Generator[EvaluationBatch, None, None],
-    *,
-    device: torch.device,
-    autocast: torch.dtype | None = None,
-) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
-    """Features of batches of views, by the backbone in eval mode.
-
-    At the end, also an early one, the batches are closed and the backbone's training mode is put back.
-
-    Yields:
-        Features float32 [B, D] on the device; index and labels int64 [B] on the CPU.
-    """
-    was_training = backbone.training
-    backbone.eval()
-    try:
-        for view, index, labels in batches:
-            with torch.no_grad(), torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-                feature = backbone(view)  # [B, D]
-            yield feature.float(), index, labels
-    finally:
-        batches.close()
-        backbone.train(was_training)
-
-
 def _extract(
+    session: Session,
     backbone: nn.Module,
     source: Source,
     evaluation: Evaluation,
-    *,
-    device: torch.device,
-    autocast: torch.dtype | None,
-    decode: DecodeOptions | None,
-    batch_size: int,
     indices: NDArray[np.int64],
     progress: Callable[[int], None] | None,
 ) -> Features:
-    """The features of some images, in the order of `indices`."""
+    """Features in the order of `indices`."""
     values: list[Tensor] = []
     labels: list[Tensor] = []
     index: list[Tensor] = []
     done = 0
-    batches = iterate_center(
-        source,
-        resize=evaluation.resize,
-        crop=evaluation.crop,
-        batch_size=batch_size,
-        device=device,
-        decode=decode,
-        indices=indices,
-    )
-    with closing(embed(backbone, batches, device=device, autocast=autocast)) as embedded:
+    with closing(embed(session, backbone, center_crops(session, source, evaluation, indices))) as embedded:
         for feature, batch_index, batch_labels in embedded:
             values.append(feature)
             labels.append(batch_labels)
@@ -191,23 +113,157 @@ def _extract(
             done += len(batch_index)
             if progress is not None:
                 progress(done)
-    together = torch.cat(values)
-    if not bool(torch.isfinite(together).all()):
-        row = int((~torch.isfinite(together)).any(dim=1).nonzero()[0])
-        raise not_finite(source.key(int(torch.cat(index)[row])))
-    return Features(values=together, labels=torch.cat(labels).to(device), index=torch.cat(index))
+    found = Features(values=torch.cat(values), labels=torch.cat(labels).to(session.device), index=torch.cat(index))
+    finite = torch.isfinite(found.values).all(dim=1)
+    if not bool(finite.all()):
+        raise not_finite(source.key(int(found.index[int((~finite).nonzero()[0])])))
+    return found
 
 
-TRAIN_AREA = (0.08, 1.0)  # torchvision's RandomResizedCrop, which the linear protocols use
+def cached_features(session: EvalSession, source: Source, name: str, *, drawn: int = 0, seed: int = 0) -> FeatureStore:
+    """The features of a source on disk, in a folder named after their identity; missing ones are computed.
+
+    Raises:
+        InputError: too many images cannot be decoded, or features are not finite.
+        OSError: the disk is full.
+    """
+    evaluation = session.loaded.evaluation
+    identity = {
+        "weights": session.loaded.digest,
+        "data": source.fingerprint,
+        "resize": evaluation.resize,
+        "crop": evaluation.crop,
+        "drawn": drawn,
+        "seed": seed if drawn else 0,
+        "precision": str(session.autocast),
+    }
+    folder = session.out / "features" / f"{name}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
+    rows = len(source) * (1 + drawn)
+    dtype: Dtype = "float32" if bytes_needed(rows, session.width, "float32") <= FLOAT32_BYTES else "float16"
+    store = open_store(folder, rows=rows, width=session.width, dtype=dtype, identity=identity, world=session.world)
+    missing = len(store.missing(range(rows)))
+    if missing:
+        size = bytes_needed(rows, session.width, dtype) / 2**20
+        session.say(
+            f"Computing {missing:,} of {rows:,} features of {source.location}, cached in {folder}: {size:,.0f} MiB"
+        )
+    progress = Progress(session.console, f"features of {source.location}", total=-(-missing // session.world.size)).add
+    fill_store(session, store, session.loaded.backbone, source, evaluation, drawn=drawn, seed=seed, progress=progress)
+    return store
+
+
+def load_features(
+    session: EvalSession, store: FeatureStore, labels: NDArray[np.int64]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features [R, D], labels int64 [R] and dataset indices int64 [R] of the store's rows that are done.
+
+    Features are on the device if they fit, else in host memory, else mapped from the disk; the others are on the
+    device.
+    """
+    rows = np.flatnonzero(store.state == DONE)
+    device = session.device
+    memory = free_memory(device, processes=session.world.local_size)
+    whole = len(rows) == len(store.state)
+    values = torch.from_numpy(store.values if whole else store.values[rows])
+    if device.type == "cuda" and values.nbytes < _MEMORY_FRACTION * memory.device:
+        values = values.to(device)
+    elif values.nbytes < _MEMORY_FRACTION * memory.host:
+        values = values.clone()  # reads the mapped file
+    image = torch.from_numpy(rows % len(labels))
+    return values, torch.from_numpy(labels)[image].to(device), image.to(device)
+
+
+def fill_store(
+    session: Session,
+    store: FeatureStore,
+    backbone: nn.Module,
+    source: Source,
+    evaluation: Evaluation,
+    *,
+    drawn: int = 0,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Compute the store's missing rows; each rank takes every size-th one.
+
+    For N images the rows are N centre crops in dataset order, then N random views for each of `drawn`.
+
+    Args:
+        session: device, precision, decoder and ranks.
+        store: N * (1 + drawn) rows.
+        backbone: [B, 3, S, S] to [B, D], on the device.
+        source: the images.
+        evaluation: resize and crop.
+        drawn: random views per image, in addition to the centre crop.
+        seed: of the random views.
+        progress: called with the number of rows just added by this rank; an exception stops the work and keeps the
+            rows so far.
+
+    Raises:
+        InputError: too many images cannot be decoded, the storage is damaged, or features are not finite.
+        OtherRankFailed: another rank failed.
+    """
+    world, images = session.world, len(source)
+    missing = [store.missing(range(view * images, (view + 1) * images)) for view in range(1 + drawn)]
+
+    def fill(view: int, rows: NDArray[np.int64]) -> None:
+        indices = rows - view * images
+        if view == 0:
+            batches = center_crops(session, source, evaluation, indices)
+        else:
+            batches = iterate_augmented(
+                source,
+                train_view(evaluation.crop),
+                seed=seed,
+                epoch=view - 1,
+                batch_size=session.batch_size,
+                device=session.device,
+                decode=session.decode,
+                indices=indices,
+            )
+        written = [rows[:0]]
+        with closing(embed(session, backbone, batches)) as embedded:
+            for feature, index, _ in embedded:
+                written.append(view * images + index.numpy())
+                store.write(written[-1], feature.cpu().numpy(), [source.key(i) for i in index.tolist()])
+                if progress is not None:
+                    progress(len(index))
+        store.mark_bad(np.setdiff1d(rows, np.concatenate(written)))
+
+    def fill_all() -> None:
+        for view, rows in enumerate(missing):
+            if len(mine := rows[world.rank :: world.size]):
+                try:
+                    fill(view, mine)
+                finally:
+                    store.save()
+
+    world.run_on_all(fill_all)
+    world.run_on_all(lambda: _check_decodable(source, images, bad=int((store.state[:images] == BAD).sum())))
+
+
+def center_crops(
+    session: Session, source: Source, evaluation: Evaluation, indices: NDArray[np.int64]
+) -> Generator[EvaluationBatch, None, None]:
+    """Batches of the centre crops of some images, on the session's device."""
+    return iterate_center(
+        source,
+        resize=evaluation.resize,
+        crop=evaluation.crop,
+        batch_size=session.batch_size,
+        device=session.device,
+        decode=session.decode,
+        indices=indices,
+    )
 
 
 def train_view(size: int) -> ViewSpec:
-    """The view that evaluations train on: random resized crop and flip (PAPER.md section 6)."""
+    """The training view of evaluations: random resized crop and flip (PAPER.md section 6)."""
     return ViewSpec(
         name="train",
         task="classify",
         size=size,
-        area=TRAIN_AREA,
+        area=(0.08, 1.0),  # of torchvision's RandomResizedCrop
         flip=0.5,
         jitter_p=0.0,
         jitter=(0.0, 0.0, 0.0, 0.0),
@@ -217,151 +273,36 @@ def train_view(size: int) -> ViewSpec:
     )
 
 
-def fill_store(
-    store: FeatureStore,
-    backbone: nn.Module,
-    source: Source,
-    evaluation: Evaluation,
-    *,
-    drawn: int = 0,
-    seed: int = 0,
-    device: torch.device,
-    autocast: torch.dtype | None = None,
-    computing: Computing,
-    world: World | None = None,
-    indices: Sequence[int] | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    """Compute the rows that are not there yet.
+def embed(
+    session: Session, backbone: nn.Module, batches: Generator[EvaluationBatch, None, None]
+) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
+    """Embed batches with the backbone in eval mode.
 
-    With N images the rows are: N centre crops in the order of the images, then N for each of the `drawn` views.
+    At the end, also an early one, closes the batches and restores the backbone's training mode.
 
-    Args:
-        store: of N * (1 + drawn) rows.
-        backbone: [B, 3, S, S] to [B, D], on the device.
-        source: the images.
-        evaluation: resize and crop.
-        drawn: random views of each image besides the centre crop.
-        seed: of what is drawn.
-        device: of the backbone.
-        autocast: dtype to compute in; None computes in the weights' own.
-        computing: who decodes, and how many images the backbone takes at a time.
-        world: the ranks, which take every size-th row each.
-        indices: the images that the store is of; None for all.
-        progress: called with the number of rows that this rank has just added; what it raises stops the work, and the
-            rows so far are kept.
+    Yields:
+        Features float32 [B, D] on the device; index and labels int64 [B] on the CPU.
+    """
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        for view, index, labels in batches:
+            with torch.no_grad(), session.autocasting():
+                feature = backbone(view)  # [B, D]
+            yield feature.float(), index, labels
+    finally:
+        batches.close()
+        backbone.train(was_training)
+
+
+def _check_decodable(source: Source, images: int, *, bad: int) -> None:
+    """Refuse to measure the few images that a failing disk left, as if they were all.
 
     Raises:
-        InputError: too many images cannot be decoded, the storage is damaged, or features are not finite.
-        OtherRankFailed: another rank failed.
+        InputError: too many images, of those of all ranks, cannot be decoded.
     """
-    world = world or World()
-    images = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
-    place = np.full(len(source), -1, dtype=np.int64)
-    place[images] = np.arange(len(images))
-    spec = train_view(evaluation.crop)
-    todo = [store.to_do(range(view * len(images), (view + 1) * len(images))) for view in range(1 + drawn)]
-
-    def work() -> None:
-        for view, rows in enumerate(todo):
-            mine = rows[world.rank :: world.size]
-            if not len(mine):
-                continue
-            wanted = images[mine - view * len(images)]
-            make = (
-                partial(iterate_augmented, source, spec, seed=seed, epoch=view - 1)
-                if view
-                else partial(iterate_center, source, resize=evaluation.resize, crop=evaluation.crop)
-            )
-            batches = make(batch_size=computing.extract_batch, device=device, decode=computing.decode, indices=wanted)
-            try:
-                with closing(embed(backbone, batches, device=device, autocast=autocast)) as embedded:
-                    seen = []
-                    for feature, index, _ in embedded:
-                        found = view * len(images) + place[index.numpy()]
-                        store.write(found, feature.cpu().numpy(), [source.key(i) for i in index.tolist()])
-                        seen.append(found)
-                        if progress is not None:
-                            progress(len(found))
-                store.mark_bad(np.setdiff1d(mine, np.concatenate([*seen, mine[:0]])))
-            finally:
-                store.save()
-
-    world.run_on_all(work)
-    world.run_on_all(lambda: check_enough(len(images), bad=_bad(store, len(images)), source=source))
-
-
-def _bad(store: FeatureStore, images: int) -> int:
-    return int((store.state[:images] == BAD).sum())
-
-
-EXACT = 2**30
-"""Bytes up to which features are kept in float32; more are kept in float16."""
-
-_SHARE = 0.5  # of free memory that features may take
-
-
-def stored(session: Session, source: Source, what: str, *, drawn: int = 0, seed: int = 0) -> FeatureStore:
-    """The features of a source on disk, in a folder named by what they are of; computed where they are not there.
-
-    Raises:
-        InputError: images cannot be decoded, or features are not finite.
-        OSError: there is no room for them.
-    """
-    evaluation = session.measured.evaluation
-    identity = {
-        "weights": session.measured.digest,
-        "data": source.fingerprint,
-        "resize": evaluation.resize,
-        "crop": evaluation.crop,
-        "drawn": drawn,
-        "seed": seed if drawn else 0,
-        "precision": str(session.autocast),
-    }
-    folder = session.out / "features" / f"{what}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
-    rows = len(source) * (1 + drawn)
-    dtype: Dtype = "float32" if bytes_needed(rows, session.width, "float32") <= EXACT else "float16"
-    store = open_store(folder, rows=rows, width=session.width, dtype=dtype, identity=identity, world=session.world)
-    missing = len(store.to_do(range(rows)))
-    if missing:
-        size = bytes_needed(rows, session.width, dtype) / 2**20
-        session.say(
-            f"{missing:,} of {rows:,} features of {source.location} are computed and kept in {folder}: {size:,.0f} MiB"
+    if too_many_bad(bad, images):
+        raise InputError(
+            f"{bad} of the {images} images of {source.location} cannot be decoded, too many to evaluate the others: "
+            "check the data (the log names them), or run mvssl-convert on it, which quarantines bad images."
         )
-    fill_store(
-        store,
-        session.measured.backbone,
-        source,
-        evaluation,
-        drawn=drawn,
-        seed=seed,
-        device=session.device,
-        autocast=session.autocast,
-        computing=session.computing,
-        world=session.world,
-        progress=Progress(
-            session.console, f"features of {source.location}", total=-(-missing // session.world.size)
-        ).add,
-    )
-    return store
-
-
-def loaded(session: Session, store: FeatureStore, labels: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-    """Features [R, D], labels [R] and image numbers [R] of the rows that are there.
-
-    They lie on the device if there is room, else in the machine's memory, else they stay on the disk.
-    """
-    rows = np.flatnonzero(store.state == DONE)
-    device = session.device
-    memory = free_memory(device, processes=session.world.local_size)
-    whole = len(rows) == len(store.state)
-    values = torch.from_numpy(store.values)  # mapped: read when it is used
-    if not whole:
-        values = torch.from_numpy(store.values[rows])
-    if device.type == "cuda" and values.nbytes < _SHARE * memory.device:
-        values = values.to(device)
-    elif values.nbytes < _SHARE * memory.host:
-        values = values.clone()
-    image = torch.from_numpy(rows % len(labels))
-    truth = torch.from_numpy(labels)[image]
-    return values, truth.to(device), image.to(device)

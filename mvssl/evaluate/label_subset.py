@@ -1,7 +1,8 @@
-"""Which labelled images a classifier may learn from: all, a share of each class, or those of a list."""
+"""The labelled images that a classifier may learn from: all, a fraction of each class, or those of a list."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -11,10 +12,46 @@ from numpy.typing import NDArray
 from mvssl.evaluate.linear_fit import stratified
 from pipelines.runtime import InputError, invalid
 from pipelines.storage.source import Source
+from pipelines.storage.subset import SubsetSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSubset:
+    """Which labels are used.
+
+    Attributes:
+        labels: fraction of the images of each class, sampled at random.
+        label_list: a text file that names the images instead, one per line, such as SimCLR's lists of ImageNet.
+        label_seed: of the sample.
+    """
+
+    labels: float = 1.0
+    label_list: Path | None = None
+    label_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.label_list is not None and self.labels != 1.0:
+            raise InputError("labels and label_list exclude each other: give one of --labels and --label-list.")
+
+    def name(self) -> str:
+        """Part of the result's file name: the percentage, or the name of the list."""
+        return f"{100 * self.labels:g}pct" if self.label_list is None else self.label_list.stem
+
+    def of(self, source: Source) -> Source:
+        """The images of a source to learn from.
+
+        Raises:
+            InputError: the fraction is out of range, or the list does not fit the source.
+        """
+        if self.label_list is not None:
+            return SubsetSource(source, listed_images(source, self.label_list))
+        if self.labels == 1:
+            return source
+        return SubsetSource(source, labelled_share(source, self.labels, seed=self.label_seed))
 
 
 def labelled_share(source: Source, share: float, *, seed: int) -> NDArray[np.int64]:
-    """int64, rising: a share of the images of each class, drawn, at least one of each class.
+    """int64, ascending: a random fraction of the images of each class, at least one of each.
 
     Raises:
         InputError: `share` is not above 0 and at most 1.
@@ -31,19 +68,19 @@ def labelled_share(source: Source, share: float, *, seed: int) -> NDArray[np.int
 
 
 def listed_images(source: Source, path: Path) -> NDArray[np.int64]:
-    """int64: the images that a text file names, one a line, by their key or by their file name alone.
+    """int64: the images that a text file names, one per line, by key or by file name alone.
 
     SimCLR's lists of 1 and 10 % of ImageNet hold such file names (n01440764_10026.JPEG).
 
     Raises:
-        InputError: the file cannot be read, names nothing, an image that is not there, or one that is not unique.
+        InputError: the file cannot be read, is empty, or names an image that is missing or ambiguous.
     """
     try:
         names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"label_list is {str(path)!r} but cannot be read ({error}): give a text file.") from error
     if not names:
-        raise InputError(f"label_list is {str(path)!r}, which names no images: give one name a line.")
+        raise InputError(f"label_list is {str(path)!r}, which names no images: give one name per line.")
     places: dict[str, list[int]] = {}
     for index in range(len(source)):
         key = source.key(index)
@@ -54,10 +91,10 @@ def listed_images(source: Source, path: Path) -> NDArray[np.int64]:
     for name in dict.fromkeys(names):
         found = places.get(name) or places.get(str(PurePosixPath(name).with_suffix("")), [])
         if len(found) != 1:
-            what = "is not there" if not found else f"are {len(found)} images"
+            problem = "does not exist" if not found else f"matches {len(found)} images"
             raise InputError(
-                f"label_list names {name!r}, which {what} in {source.location}: give the names of its images, with "
-                "their folders if files of different folders share a name."
+                f"label_list names {name!r}, which {problem} in {source.location}: give the names of its images, with "
+                "their folders if files in different folders share a name."
             )
         indices.append(found[0])
     return np.array(indices, dtype=np.int64)

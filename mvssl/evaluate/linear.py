@@ -1,4 +1,4 @@
-"""The linear probe: the fast protocol on features that are computed once, and the release's (PAPER.md section 6)."""
+"""The linear probe: the fast protocol on cached features, and the reference implementation's (PAPER.md section 6)."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mvssl.evaluate.accuracy import Accuracy, accuracy_of
 from mvssl.evaluate.feature_store import DONE
-from mvssl.evaluate.features import loaded, stored
+from mvssl.evaluate.features import cached_features, load_features
 from mvssl.evaluate.linear_fit import Classifiers, Setting, fit, race, standardisation, stratified
-from mvssl.evaluate.session import Accuracy, Session, accuracy_of, check_labelled
-from mvssl.evaluate.supervised import Classifier, Supervision, classify, train_classifier
+from mvssl.evaluate.session import EvalSession, check_labelled
+from mvssl.evaluate.supervised import Classifier, Supervision, train_and_measure
 from pipelines.runtime import InputError, invalid
-from pipelines.storage.source import Source
 
-_STEPS = 32  # of an epoch, at least
 ROUNDS = ((0.05, 1.0), (0.2, 0.125))
-"""Rounds of the race: share of the epochs, and share of the settings of the round before that take part."""
+"""Rounds of the race: fraction of the epochs, and fraction of the previous round's settings that take part."""
+_MIN_STEPS = 32  # per epoch
 
 
 @dataclass(frozen=True, kw_only=True)
 class FastLinear:
-    """A linear classifier on features that are computed once, the best of a grid.
+    """A linear classifier on cached features, the best of a grid.
 
     Attributes:
-        lr: peak learning rates of the grid, for the batch as it is.
+        lr: peak learning rates of the grid, not scaled by the batch size.
         weight_decay: weight decays of the grid.
         epochs: passes over the features.
-        batch_size: images of a step; at most a 32nd of the training images, so that small data gets its steps too.
-        drawn: random resized crops of each training image, besides its centre crop.
-        held_out: share of the training images that the settings are compared on.
-        seed: of order, crops and the images held out.
+        batch_size: images per step; at most a 32nd of the training images, so that small data gets enough steps.
+        drawn: random resized crops of each training image, in addition to its centre crop.
+        held_out: fraction of the training images on which the settings are compared.
+        seed: of order, crops and held-out images.
     """
 
     lr: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
@@ -47,7 +48,7 @@ class FastLinear:
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay"):
             if not getattr(self, name):
-                raise invalid(name, getattr(self, name), "one or more numbers", "the grid needs some")
+                raise invalid(name, getattr(self, name), "one or more numbers", "give the values of the grid")
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise invalid(name, getattr(self, name), "at least 1", "give a positive number")
@@ -58,12 +59,51 @@ class FastLinear:
         self.grid()
 
     def batch_for(self, images: int) -> int:
-        """Images of a step where there are so many to train on."""
-        return min(self.batch_size, max(1, images // _STEPS))
+        """Batch size for this many training images."""
+        return min(self.batch_size, max(1, images // _MIN_STEPS))
 
     def grid(self) -> list[Setting]:
         """All settings."""
         return [Setting(lr=lr, weight_decay=decay) for lr in self.lr for decay in self.weight_decay]
+
+
+def fast_linear(session: EvalSession, config: FastLinear) -> dict[str, Any]:
+    """Select a linear classifier on held-out training images, train it on all of them and measure it on val.
+
+    Raises:
+        InputError: labels are missing or do not match, images cannot be decoded, or the classifier diverges.
+    """
+    check_labelled("linear", session.train, session.val)
+    train, classes = session.train, session.train.classes
+    val, val_labels = session.labelled_val()
+    train_store = cached_features(session, train, "train", drawn=config.drawn, seed=config.seed)
+    val_store = cached_features(session, val, "val")
+    features, labels, image = load_features(session, train_store, train.labels)
+    val_features, val_truth, _ = load_features(session, val_store, val_labels)
+
+    def fit_and_measure() -> tuple[BestFit, Accuracy]:
+        held_out = stratified(torch.from_numpy(train.labels), config.held_out, seed=config.seed)
+        best = fit_best(
+            features,
+            labels,
+            config,
+            classes=len(classes),
+            held_out=held_out.to(image.device)[image],
+            say=lambda line: session.say(f"linear: {line}"),
+        )
+        return best, accuracy_of(best.classifiers.ranked(val_features, 0), val_truth, classes)
+
+    best, accuracy = session.world.run_on_rank0(fit_and_measure)
+    return {
+        **accuracy.to_dict(),
+        "lr": best.setting.lr,
+        "weight_decay": best.setting.weight_decay,
+        "grid": [
+            {"lr": setting.lr, "weight_decay": setting.weight_decay, "held_out_top1": top1}
+            for setting, top1 in zip(config.grid(), best.held_out_top1, strict=True)
+        ],
+        "train_images": int((train_store.state[: len(train)] == DONE).sum()),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +111,9 @@ class BestFit:
     """The best classifier of a grid.
 
     Attributes:
-        classifiers: it alone, trained on all images.
+        classifiers: this one alone, trained on all images.
         setting: its learning rate and weight decay.
-        held_out_top1: of each setting of the grid, on images held out in the race.
+        held_out_top1: held-out accuracy of each setting of the grid.
     """
 
     classifiers: Classifiers
@@ -82,157 +122,65 @@ class BestFit:
 
 
 def fit_best(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    settings: FastLinear,
+    features: Tensor,
+    labels: Tensor,
+    config: FastLinear,
     *,
     classes: int,
-    held_out: torch.Tensor,
-    say: Callable[[str], None] = lambda said: None,
+    held_out: Tensor,
+    say: Callable[[str], None] = lambda line: None,
 ) -> BestFit:
-    """The fast protocol on features: the settings race on images that are held out, the best is trained on all.
+    """Race the settings on held-out images and train the best one on all images.
 
     Args:
-        features: float [N, D], of the images to learn from.
+        features: float [N, D].
         labels: int64 [N].
-        settings: the grid and how it is trained.
-        classes: how many there are.
-        held_out: bool [N], of images that the settings are compared on (`stratified`).
-        say: called with a sentence on what is done.
+        config: the grid and its training.
+        classes: number of classes.
+        held_out: bool [N], the images on which the settings are compared (`stratified`).
+        say: called with a line on what happens next.
 
     Raises:
         InputError: the best setting diverges.
     """
-    grid, batch_size = settings.grid(), settings.batch_for(len(features))
+    grid, batch_size = config.grid(), config.batch_for(len(features))
     raced = race(
         features,
         labels,
         grid,
         classes=classes,
         held_out=held_out,
-        rounds=[(max(1.0, share * settings.epochs), part) for share, part in ROUNDS],
+        rounds=[(max(1.0, epochs * config.epochs), settings) for epochs, settings in ROUNDS],
         batch_size=batch_size,
-        seed=settings.seed,
+        seed=config.seed,
         progress=say,
     )
-    chosen = grid[raced.order[0]]
-    say(f"learning rate {chosen.lr:g}, weight decay {chosen.weight_decay:g} for {settings.epochs} epochs on all images")
+    best = grid[raced.order[0]]
+    say(f"learning rate {best.lr:g}, weight decay {best.weight_decay:g} for {config.epochs} epochs on all images")
     final = fit(
-        features,
-        labels,
-        [chosen],
-        classes=classes,
-        epochs=settings.epochs,
-        batch_size=batch_size,
-        seed=settings.seed,
+        features, labels, [best], classes=classes, epochs=config.epochs, batch_size=batch_size, seed=config.seed
     )
-    _check_finite(final, chosen)
-    return BestFit(classifiers=final, setting=chosen, held_out_top1=raced.accuracy)
-
-
-def fast_linear(session: Session, settings: FastLinear) -> dict[str, Any]:
-    """Measure a grid of linear classifiers.
-
-    The settings race on images held out of the training images; the best one is trained on all of them and measured.
-
-    Raises:
-        InputError: labels are missing or do not agree, or images cannot be decoded.
-    """
-    check_labelled("linear", session.train, session.val)
-    val_labels = session.val_labels()
-    val = session.val
-    assert val is not None  # val_labels() says so
-    classes = len(session.train.classes)
-    train_store = stored(session, session.train, "train", drawn=settings.drawn, seed=settings.seed)
-    val_store = stored(session, val, "val")
-    features, labels, image = loaded(session, train_store, session.train.labels)
-    val_features, val_truth, _ = loaded(session, val_store, val_labels)
-
-    def best() -> tuple[BestFit, Accuracy]:
-        held_out = stratified(torch.from_numpy(session.train.labels), settings.held_out, seed=settings.seed)
-        found = fit_best(
-            features,
-            labels,
-            settings,
-            classes=classes,
-            held_out=held_out.to(image.device)[image],
-            say=lambda said: session.console.print(f"linear: {said}", highlight=False),
-        )
-        return found, accuracy_of(found.classifiers.ranked(val_features, 0), val_truth, session.train.classes)
-
-    found, measured = session.world.run_on_rank0(best)
-    return {
-        **measured.to_dict(),
-        "lr": found.setting.lr,
-        "weight_decay": found.setting.weight_decay,
-        "grid": [
-            {"lr": setting.lr, "weight_decay": setting.weight_decay, "held_out_top1": value}
-            for setting, value in zip(settings.grid(), found.held_out_top1, strict=True)
-        ],
-        "train_images": int((train_store.state[: len(session.train)] == DONE).sum()),
-    }
-
-
-def release_linear(session: Session, supervision: Supervision) -> dict[str, Any]:
-    """Measure a linear classifier as the release trains it, on new crops in every epoch.
-
-    Features are standardised by mean and deviation of the training images' centre crops.
-
-    Raises:
-        InputError: labels are missing or do not agree, images cannot be decoded, or training diverges.
-    """
-    check_labelled("linear", session.train, session.val)
-    session.val_labels()
-    store = stored(session, session.train, "train")
-    mean, scale = standardisation(torch.from_numpy(store.values[store.state == DONE]))
-    model = Classifier(
-        session.measured.backbone, session.width, len(session.train.classes), standardise=(mean, scale)
-    ).to(session.device)
-    identity = session.identity("linear-release", **dataclasses.asdict(supervision))
-    return trained(session, model, session.train, supervision, "linear-release", identity)
-
-
-def trained(
-    session: Session,
-    model: Classifier,
-    source: Source,
-    supervision: Supervision,
-    name: str,
-    identity: dict[str, Any],
-) -> dict[str, Any]:
-    """Train a classifier and measure it on val."""
-    val_labels = session.val_labels()
-    assert session.val is not None
-    evaluation = session.measured.evaluation
-    train_classifier(
-        model,
-        source,
-        supervision,
-        size=evaluation.crop,
-        folder=session.out / f"{name}-state",
-        identity=identity,
-        device=session.device,
-        autocast=session.autocast,
-        computing=session.computing,
-        world=session.world,
-        say=lambda line: session.console.print(line, highlight=False, markup=False, soft_wrap=True),
-    )
-    ranked, index = classify(
-        model,
-        session.val,
-        resize=evaluation.resize,
-        crop=evaluation.crop,
-        device=session.device,
-        autocast=session.autocast,
-        computing=session.computing,
-        world=session.world,
-    )
-    measured = accuracy_of(ranked, torch.from_numpy(val_labels[index]), session.train.classes)
-    return {**measured.to_dict(), "train_images": len(source)}
-
-
-def _check_finite(classifiers: Classifiers, setting: Setting) -> None:
-    if not bool(classifiers.weight.isfinite().all()):
+    if not bool(final.weight.isfinite().all()):
         raise InputError(
-            f"The linear classifier diverged with learning rate {setting.lr:g}: give smaller ones with --lr."
+            f"The linear classifier diverged with learning rate {best.lr:g}: give smaller ones with --fast.lr."
         )
+    return BestFit(classifiers=final, setting=best, held_out_top1=raced.accuracy)
+
+
+def release_linear(session: EvalSession, supervision: Supervision) -> dict[str, Any]:
+    """Measure a linear classifier trained as in the reference implementation, on new crops in every epoch.
+
+    Features are standardised by mean and standard deviation of the training images' centre crops.
+
+    Raises:
+        InputError: labels are missing or do not match, images cannot be decoded, or training diverges.
+    """
+    check_labelled("linear", session.train, session.val)
+    session.labelled_val()
+    store = cached_features(session, session.train, "train")
+    standardise = standardisation(torch.from_numpy(store.values[store.state == DONE]))
+    model = Classifier(session.loaded.backbone, session.width, len(session.train.classes), standardise=standardise).to(
+        session.device
+    )
+    identity = session.identity("linear-release", **dataclasses.asdict(supervision))
+    return train_and_measure(session, model, session.train, supervision, name="linear-release", identity=identity)

@@ -1,7 +1,7 @@
-"""Linear classifiers on frozen features: many settings of learning rate and weight decay trained as one problem.
+"""Linear classifiers on frozen features, many hyperparameter settings trained as one problem.
 
-All settings see the same batches. Their weights lie side by side, [D, G * C], so that a step of all of them is one
-matrix product forward and one for the gradient, which is written down instead of recorded.
+All settings see the same batches. Their weights are concatenated to [D, G * C], so that one step of all of them is one
+matrix product forward and one for the gradient, which is in closed form instead of autograd.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pipelines.runtime import InputError, invalid
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What one classifier is trained with.
+    """Hyperparameters of one classifier.
 
     Attributes:
-        lr: peak learning rate, for the batch as it is.
+        lr: peak learning rate, not scaled by the batch size.
         weight_decay: L2 penalty weight_decay / 2 * |W|^2 on weights, not on biases.
     """
 
@@ -30,9 +30,9 @@ class Setting:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lr) and self.lr > 0):
-            raise invalid("lr", self.lr, "a number above 0", "the release uses 0.005")
+            raise invalid("lr", self.lr, "a number above 0", "the reference implementation uses 0.005")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise invalid("weight_decay", self.weight_decay, "0 or more", "the release uses 0")
+            raise invalid("weight_decay", self.weight_decay, "0 or more", "the reference implementation uses 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,8 @@ class Classifiers:
     Attributes:
         weight: float [G, D, C], of standardised features.
         bias: float [G, C].
-        mean: float [D], subtracted from features first.
-        scale: float [D], what they are multiplied by then.
+        mean: float [D], subtracted from features.
+        scale: float [D], by which they are multiplied then.
     """
 
     weight: Tensor
@@ -52,12 +52,12 @@ class Classifiers:
     scale: Tensor
 
     def scores(self, features: Tensor, setting: int) -> Tensor:
-        """Logits [M, C] of features [M, D] by one of the classifiers."""
+        """Logits [M, C] of features [M, D] from one classifier."""
         x = (features.to(self.mean) - self.mean) * self.scale  # [M, D]
         return x @ self.weight[setting] + self.bias[setting]
 
     def ranked(self, features: Tensor, setting: int, *, chunk: int = 8192) -> Tensor:
-        """int64 [M, min(5, C)]: the classes of each image, the best first."""
+        """int64 [M, min(5, C)]: the classes of each image, best first."""
         count = min(5, self.bias.shape[1])
         parts = [
             self.scores(features[at : at + chunk], setting).topk(count, dim=1).indices
@@ -66,7 +66,7 @@ class Classifiers:
         return torch.cat(parts)
 
     def right(self, features: Tensor, labels: Tensor, *, chunk: int = 8192) -> Tensor:
-        """float64 [G]: share of the images that each classifies right; 0 for one that has diverged."""
+        """float64 [G]: accuracy of each classifier; 0 if it has diverged."""
         groups, width, classes = self.weight.shape
         flat = self.weight.transpose(0, 1).reshape(width, groups * classes)
         hits = torch.zeros(groups, dtype=torch.float64, device=labels.device)
@@ -74,15 +74,15 @@ class Classifiers:
             x = (features[at : at + chunk].to(self.mean) - self.mean) * self.scale
             scores = torch.addmm(self.bias.flatten(), x, flat).view(len(x), groups, classes)
             hits += (scores.argmax(dim=2) == labels[at : at + chunk, None]).sum(dim=0)
-        sound = self.weight.isfinite().flatten(1).all(dim=1) & self.bias.isfinite().all(dim=1)
-        return torch.where(sound, hits / len(features), 0.0)
+        finite = self.weight.isfinite().flatten(1).all(dim=1) & self.bias.isfinite().all(dim=1)
+        return torch.where(finite, hits / len(features), 0.0)
 
 
 def standardisation(features: Tensor, *, chunk: int = 8192) -> tuple[Tensor, Tensor]:
-    """Mean [D] and 1 / standard deviation [D] of features [N, D], float32; a feature that never varies gets 1.
+    """Mean [D] and 1 / standard deviation [D] of features [N, D], float32; a constant feature gets 1.
 
-    The reference implementation takes them from the validation split (PAPER.md section 6), we from the
-    features that the classifier is trained on.
+    The reference implementation computes them on the validation split (PAPER.md section 6), we on the features that
+    the classifier is trained on.
     """
     total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
     for at in range(0, len(features), chunk):
@@ -110,22 +110,22 @@ def fit(
     progress: Callable[[float], None] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Classifiers:
-    """Train one classifier for each setting: SGD with momentum on the mean cross-entropy, learning rate along a cosine.
+    """Train one classifier per setting: SGD with momentum on the mean cross-entropy, cosine learning-rate schedule.
 
-    Each equals torch.optim.SGD on its own linear layer, zero at first, with the same batches (the last one of an epoch
-    is left out if it is short, unless it is the only one).
+    Each equals torch.optim.SGD on its own zero-initialised linear layer with the same batches. A short last batch is
+    dropped unless it is the only one.
 
     Args:
-        features: float [N, D], here or on the CPU (then each batch is brought over).
-        labels: int64 [N], each 0 or more, on the device that computes.
+        features: float [N, D], on the device or on the CPU (then each batch is copied over).
+        labels: int64 [N], each 0 or more, on the device.
         settings: G of them.
         classes: C.
-        epochs: passes over the rows; a part of one is as many steps.
-        batch_size: images of a step.
+        epochs: passes over the rows, may be fractional.
+        batch_size: images per step.
         momentum: of SGD.
         seed: of the order.
-        rows: int64, which rows to train on; None takes all.
-        progress: called with the passes done, after each of them.
+        rows: int64, the rows to train on; None takes all.
+        progress: called with the number of epochs done, after each epoch.
         dtype: to compute in.
 
     Raises:
@@ -133,7 +133,7 @@ def fit(
     """
     rows = torch.arange(len(features), device=labels.device) if rows is None else rows
     if not settings:
-        raise InputError("There are no settings to train with: give at least one learning rate and weight decay.")
+        raise InputError("There are no settings to train: give at least one learning rate and weight decay.")
     if batch_size < 1 or not len(rows):
         raise InputError(f"batch_size is {batch_size} for {len(rows)} images but both must be at least 1.")
     batch_size = min(batch_size, len(rows))
@@ -157,7 +157,7 @@ def fit(
         batch = order[place * batch_size : (place + 1) * batch_size]
         x = (features[batch.to(features.device)].to(device, dtype) - mean) * scale  # [B, D]
         scores = torch.addmm(bias, x, weight).view(batch_size, groups, classes)
-        error = scores.softmax(dim=2)  # the gradient of cross-entropy: probabilities less the truth
+        error = scores.softmax(dim=2)  # gradient of cross-entropy: probabilities minus the one-hot labels
         error.scatter_add_(
             2,
             labels[batch].view(-1, 1, 1).expand(-1, groups, 1),
@@ -183,11 +183,11 @@ def fit(
 
 @dataclass(frozen=True, kw_only=True)
 class Race:
-    """How the best of many settings is found.
+    """Result of `race`.
 
     Attributes:
-        order: numbers of the settings, the best first.
-        accuracy: share of the held-out images each classified right in the last round it took part in.
+        order: numbers of the settings, best first.
+        accuracy: held-out accuracy of each setting in its last round.
         rounds: epochs and number of settings of each round.
     """
 
@@ -208,21 +208,21 @@ def race(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Race:
-    """Train all settings for a few epochs, the better ones for more, and so on: successive halving.
+    """Find the best setting by successive halving: all are trained for a few epochs, the better ones for more.
 
-    Source: Jamieson and Talwalkar, Non-stochastic best arm identification (AISTATS 2016). Every round is a whole
-    schedule of its own, so that settings are compared after their learning rate has come down.
+    Source: Jamieson and Talwalkar, Non-stochastic best arm identification (AISTATS 2016). Each round runs a complete
+    schedule, so that settings are compared after their learning rate has decayed.
 
     Args:
         features: float [N, D].
         labels: int64 [N].
         settings: G of them.
         classes: C.
-        held_out: bool [N], images to compare the settings on, which are not trained on.
-        rounds: epochs, and share of the settings (of those in the round before) that take part; at least one does.
-        batch_size: images of a step.
+        held_out: bool [N], the images on which settings are compared, excluded from training.
+        rounds: epochs, and fraction of the previous round's settings that take part (at least one).
+        batch_size: images per step.
         seed: of the order.
-        progress: called with a sentence before each round.
+        progress: called with a line before each round.
     """
     trained, tested = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
     alive, accuracy, done = list(range(len(settings))), [0.0] * len(settings), []
@@ -252,12 +252,12 @@ def race(
 
 
 def stratified(labels: Tensor, share: float, *, seed: int) -> Tensor:
-    """bool [N]: a share of the images of each class, drawn; at least one of each class that has two or more.
+    """bool [N]: a random fraction of the images of each class, at least one of each class that has two or more.
 
     Args:
         labels: int64 [N] on the CPU.
-        share: between 0 and 1.
-        seed: of the draw.
+        share: fraction between 0 and 1.
+        seed: of the sample.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.zeros(len(labels), dtype=torch.bool)

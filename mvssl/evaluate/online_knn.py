@@ -1,18 +1,16 @@
-"""kNN accuracy of a backbone on a data set, as the training run and mvssl-eval report it."""
+"""kNN accuracy of a backbone during training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
 
 from mvssl.config.recipe import Evaluation
-from mvssl.distributed import World
 from mvssl.evaluate.features import extract_features
 from mvssl.evaluate.knn import knn_accuracy
-from pipelines.decode import DecodeOptions
+from mvssl.evaluate.session import Session
 from pipelines.runtime import InputError, invalid
 from pipelines.storage import align_labels
 from pipelines.storage.source import Source
@@ -24,11 +22,11 @@ def check_knn_data(train: Source, val: Source | None, evaluation: Evaluation) ->
     Raises:
         InputError: images have no labels, val has a class that train lacks, or there are fewer images than neighbours.
     """
-    for what, source in (("training", train), ("validation", val)):
+    for split, source in (("training", train), ("validation", val)):
         if source is not None and bool((source.labels < 0).any()):
             raise InputError(
-                f"kNN needs labels but the {what} data ({source.location}) has images without one: put the "
-                "images into one folder per class, or leave the kNN out (--evaluation.every-epochs 0)."
+                f"kNN needs labels but the {split} data ({source.location}) has images without one: put the images "
+                "into one folder per class, or turn kNN off (--evaluation.every-epochs 0)."
             )
     if val is not None:
         align_labels(val, train.classes)
@@ -40,45 +38,31 @@ def check_knn_data(train: Source, val: Source | None, evaluation: Evaluation) ->
 
 
 def evaluate_knn(
+    session: Session,
     backbone: nn.Module,
     train: Source,
     val: Source | None,
     evaluation: Evaluation,
     *,
-    device: torch.device,
-    autocast: torch.dtype | None = None,
-    decode: DecodeOptions | None = None,
     progress: Callable[[int], None] | None = None,
-    world: World | None = None,
 ) -> dict[int, float]:
-    """Top-1 accuracy in [0, 1] for each k of the evaluation.
+    """Top-1 accuracy in [0, 1] for each k: val by train, or without val each training image by all others.
 
-    With `val`, its images are classified by the training images; without, each training image is by all the others
-    (leave one out). `progress` is called with the number of images of a split that are done; what it raises ends the
-    evaluation. The ranks of a `world` embed a share of the images each, with the BatchNorm statistics of rank 0.
+    The ranks share the work and use rank 0's BatchNorm statistics. `progress` is called with the number of images of a
+    split that are done; an exception in it ends the evaluation.
 
     Raises:
-        InputError: as `check_knn_data`.
+        InputError: as `check_knn_data` and `extract_features`.
         OtherRankFailed: another rank failed.
     """
     check_knn_data(train, val, evaluation)
-    if world is not None:
-        world.broadcast_from_rank0(backbone.buffers())
-    extract = partial(
-        extract_features,
-        backbone,
-        evaluation=evaluation,
-        device=device,
-        autocast=autocast,
-        decode=decode,
-        progress=progress,
-        world=world,
-    )
-    bank = extract(train, max_images=evaluation.max_train)
-    if val is None:
-        return knn_accuracy(bank.values, bank.labels, k=evaluation.k, temperature=evaluation.temperature)
-    queries = extract(val)
-    labels = torch.from_numpy(align_labels(val, train.classes))[queries.index].to(device)  # [M]
+    session.world.broadcast_from_rank0(backbone.buffers())
+    bank = extract_features(session, backbone, train, evaluation, max_images=evaluation.max_train, progress=progress)
+    test_features, test_labels = None, None
+    if val is not None:
+        queries = extract_features(session, backbone, val, evaluation, progress=progress)
+        test_features = queries.values
+        test_labels = torch.from_numpy(align_labels(val, train.classes))[queries.index].to(session.device)  # [M]
     return knn_accuracy(
-        bank.values, bank.labels, queries.values, labels, k=evaluation.k, temperature=evaluation.temperature
+        bank.values, bank.labels, test_features, test_labels, k=evaluation.k, temperature=evaluation.temperature
     )

@@ -1,16 +1,10 @@
-"""What every evaluation begins with: the backbone on its device, the images, and a folder of its own.
-
-Where and how an evaluation computes features.
-
-How many images are classified right, and how sure that number is.
-"""
+"""What an evaluation runs with: device, ranks and console, then a backbone, then images and a result folder."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,14 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor
 
 from mvssl.config.options import autocast_dtype, resolve_device
 from mvssl.distributed import World, join_world, process_local_rank, rank_count
 from mvssl.models.backbones import feature_width
 from mvssl.monitor.console import Progress
-from mvssl.runs.results import ResultFile, claimed
-from mvssl.weights.load import Measured, Subject, load_subject
+from mvssl.runs.results import ResultFile, locked_folder
+from mvssl.weights.load import BackboneSource, LoadedBackbone, load_backbone
 from pipelines.decode import DecodeOptions, DecoderName
 from pipelines.runtime import InputError, invalid
 from pipelines.storage import align_labels, open_source, split_paths
@@ -33,15 +26,15 @@ from pipelines.storage.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
-class Computing:
+class ComputeOptions:
     """Where and how features are computed.
 
     Attributes:
-        device: auto takes CUDA where there is one.
-        decoder: auto takes DALI where it is installed.
-        threads: threads that decode.
+        device: auto takes CUDA if available.
+        decoder: auto takes DALI if installed.
+        threads: decoder threads.
         precision: number format of the backbone; auto is bf16 on CUDA and fp32 on the CPU.
-        extract_batch: images the backbone takes at a time.
+        extract_batch: images per forward of the frozen backbone.
     """
 
     device: str = "auto"
@@ -51,95 +44,20 @@ class Computing:
     extract_batch: int = 256
 
     def __post_init__(self) -> None:
-        if self.extract_batch < 1:
-            raise invalid("extract_batch", self.extract_batch, "at least 1", "give a positive number")
-        if self.threads is not None and self.threads < 1:
-            raise invalid("threads", self.threads, "at least 1", "give a positive number")
-
-    @property
-    def decode(self) -> DecodeOptions:
-        """Who decodes."""
-        return DecodeOptions(decoder=self.decoder, threads=self.threads)
-
-
-_NORMAL_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
-
-
-@dataclass(frozen=True, kw_only=True)
-class Accuracy:
-    """Of a classification of labelled images.
-
-    Attributes:
-        top1: share of images whose class has the highest score, in [0, 1].
-        top5: share whose class is among the five highest; None where there are at most five classes or no scores.
-        low: lower end of the 95 % confidence interval of `top1`.
-        high: its upper end.
-        images: how many there are.
-        per_class: top-1 of the images of each class that has any, by its name.
-    """
-
-    top1: float
-    top5: float | None
-    low: float
-    high: float
-    images: int
-    per_class: dict[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return {
-            "top1": self.top1,
-            "top5": self.top5,
-            "top1_interval_95": [self.low, self.high],
-            "images": self.images,
-            "per_class": self.per_class,
-        }
-
-
-def accuracy_of(ranked: Tensor, labels: Tensor, classes: Sequence[str]) -> Accuracy:
-    """Compare predictions with labels.
-
-    Args:
-        ranked: int64 [M, R], the classes of each image, the best first; R is 1 or at least 5 for a top-5.
-        labels: int64 [M], each 0 or more, on the same device.
-        classes: names by label.
-    """
-    right = (ranked[:, 0] == labels).double()  # [M]
-    top5 = None
-    if ranked.shape[1] >= 5 and len(classes) > 5:
-        top5 = float((ranked[:, :5] == labels[:, None]).any(dim=1).double().mean())
-    count = torch.bincount(labels, minlength=len(classes))  # [C]
-    hits = torch.bincount(labels, weights=right, minlength=len(classes))  # [C]
-    low, high = wilson_interval(int(right.sum()), len(labels))
-    return Accuracy(
-        top1=float(right.mean()),
-        top5=top5,
-        low=low,
-        high=high,
-        images=len(labels),
-        per_class={
-            name: hit / of for name, hit, of in zip(classes, hits.tolist(), count.tolist(), strict=False) if of > 0
-        },
-    )
-
-
-def wilson_interval(right: int, images: int) -> tuple[float, float]:
-    """95 % confidence interval of a share, by Wilson's score (JASA 22, 1927): sound also near 0 and 1."""
-    share, z2 = right / images, _NORMAL_95**2
-    middle = (share + z2 / (2 * images)) / (1 + z2 / images)
-    half = _NORMAL_95 / (1 + z2 / images) * math.sqrt(share * (1 - share) / images + z2 / (4 * images**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+        for name in ("extract_batch", "threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise invalid(name, value, "at least 1", "give a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """Images and places of an evaluation.
+    """Images and result folder of an evaluation.
 
     Attributes:
-        data: labelled images; by default those the run was given. Its train/ and val/ are used where they exist.
+        data: labelled images; by default those of the run. Its train/ and val/ are used where they exist.
         val: images to measure on; by default DATA/val, or the run's --val.
-        out: folder for results and what they are made from; by default RUN/eval.
-        overwrite: replace results of other data or settings that are there.
+        out: folder for results and cached features; by default RUN/eval.
+        overwrite: replace existing results of other data or settings.
     """
 
     data: Path | None = None
@@ -149,40 +67,55 @@ class EvalOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embedder:
-    """A backbone that is ready, and what it needs to embed images.
+class Session:
+    """Where and how images are embedded.
 
     Attributes:
-        measured: the backbone, on the device, in eval mode.
-        width: D of its features.
         device: of the backbone.
-        autocast: dtype it computes in; None for float32.
-        computing: as given.
-        world: the ranks.
-        console: where to speak; other ranks than 0 are silent.
+        autocast: dtype of the forward; None uses the weights' own.
+        decode: decoder options; None for the defaults.
+        batch_size: images per forward of a frozen backbone.
+        world: the ranks, which share the work.
+        console: for messages; silent on ranks other than 0.
     """
 
-    measured: Measured
-    width: int
     device: torch.device
-    autocast: torch.dtype | None
-    computing: Computing
-    world: World
-    console: Console
+    autocast: torch.dtype | None = None
+    decode: DecodeOptions | None = None
+    batch_size: int = 256
+    world: World = field(default_factory=World)
+    console: Console = field(default_factory=lambda: Console(quiet=True))
+
+    def autocasting(self) -> torch.autocast:
+        """The context of a forward."""
+        return torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
 
     def say(self, line: str) -> None:
-        """Print a line."""
+        """Print a line without wrapping."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Session(Embedder):
-    """An evaluation that has begun.
+class BackboneSession(Session):
+    """A session with a loaded backbone on its device.
 
     Attributes:
-        train: the images that are learned from.
-        val: the images that are measured; None if there are none.
-        out: folder of results.
+        loaded: the backbone and what is known of it.
+        width: D of its features.
+    """
+
+    loaded: LoadedBackbone
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSession(BackboneSession):
+    """A session with images and a result folder.
+
+    Attributes:
+        train: images to learn from.
+        val: images to measure on; None if there are none.
+        out: result folder.
         overwrite: whether other results there may be replaced.
     """
 
@@ -192,46 +125,46 @@ class Session(Embedder):
     overwrite: bool
 
     def identity(self, protocol: str, **settings: Any) -> dict[str, Any]:
-        """What tells a result of this evaluation from others."""
+        """What a result depends on; two results with the same identity are equal."""
         return {
             "protocol": protocol,
-            "backbone": self.measured.architecture,
-            "weights": self.measured.digest,
+            "backbone": self.loaded.architecture,
+            "weights": self.loaded.digest,
             "train": self.train.fingerprint,
             "val": None if self.val is None else self.val.fingerprint,
-            "resize": self.measured.evaluation.resize,
-            "crop": self.measured.evaluation.crop,
+            "resize": self.loaded.evaluation.resize,
+            "crop": self.loaded.evaluation.crop,
             **settings,
         }
 
     def result_file(self, evaluation: str, identity: dict[str, Any]) -> ResultFile:
-        """Where the result of an evaluation of this network is kept."""
+        """The file for the result of an evaluation."""
         return ResultFile(
             folder=self.out,
             evaluation=evaluation,
-            network=self.measured.name,
+            network=self.loaded.name,
             identity=identity,
             overwrite=self.overwrite,
         )
 
-    def val_labels(self) -> NDArray[np.int64]:
-        """int64 [len(val)]: labels of val by the classes of train.
+    def labelled_val(self) -> tuple[Source, NDArray[np.int64]]:
+        """The validation images, and their labels int64 [len(val)] in the numbering of train's classes.
 
         Raises:
-            InputError: there is no val, or it has a class that train lacks.
+            InputError: there are no validation images, or they have a class that train lacks.
         """
         if self.val is None:
             raise InputError(
-                f"{self.train.location} has no validation part: give labelled images to measure on with --val PATH."
+                f"{self.train.location} has no validation split: give labelled images to measure on with --val PATH."
             )
-        return align_labels(self.val, self.train.classes)
+        return self.val, align_labels(self.val, self.train.classes)
 
 
-def check_labelled(what: str, *sources: Source | None) -> None:
-    """Check that every image has a label.
+def check_labelled(evaluation: str, *sources: Source | None) -> None:
+    """Check that all images have labels, and that there are at least as many images as classes.
 
     Raises:
-        InputError: one has none, or there are fewer images than classes.
+        InputError: they do not.
     """
     for source in sources:
         if source is None:
@@ -239,8 +172,8 @@ def check_labelled(what: str, *sources: Source | None) -> None:
         missing = int((source.labels < 0).sum())
         if missing:
             raise InputError(
-                f"{what} needs labels but {missing:,} of the {len(source):,} images of {source.location} have none: "
-                "put the images into one folder per class."
+                f"{evaluation} needs labels but {missing:,} of the {len(source):,} images of {source.location} have "
+                "none: put the images into one folder per class."
             )
         if len(source) < len(source.classes):
             raise InputError(
@@ -250,69 +183,67 @@ def check_labelled(what: str, *sources: Source | None) -> None:
 
 
 @contextmanager
-def open_embedder(subject: Subject, computing: Computing) -> Iterator[Embedder]:
-    """Load the backbone; all ranks that torchrun started take part.
+def open_backbone(source: BackboneSource, compute: ComputeOptions) -> Iterator[BackboneSession]:
+    """Load a backbone onto its device, on every rank that torchrun started.
 
     Raises:
-        InputError: something is missing, damaged or does not fit; the message says what to do.
+        InputError: something is missing, damaged or does not fit.
     """
-    several = rank_count() > 1
-    device = resolve_device(computing.device, local_rank=process_local_rank() if several else None)
+    device = resolve_device(compute.device, local_rank=process_local_rank() if rank_count() > 1 else None)
     with join_world(cuda=device.type == "cuda") as world:
-        measured = world.run_on_all(lambda: load_subject(subject))
-        crop = measured.evaluation.crop
-        width = feature_width(measured.backbone, [crop], name=measured.architecture)
-        measured.backbone.to(device)
-        precision = "auto" if measured.recipe is None else measured.recipe.precision
-        precision = precision if computing.precision == "auto" else computing.precision
-        yield Embedder(
-            measured=measured,
-            width=width,
+        loaded = world.run_on_all(lambda: load_backbone(source))
+        width = feature_width(loaded.backbone, [loaded.evaluation.crop], name=loaded.architecture)
+        loaded.backbone.to(device)
+        of_run = "auto" if loaded.recipe is None else loaded.recipe.precision
+        yield BackboneSession(
             device=device,
-            autocast=autocast_dtype(precision, device),
-            computing=computing,
+            autocast=autocast_dtype(of_run if compute.precision == "auto" else compute.precision, device),
+            decode=DecodeOptions(decoder=compute.decoder, threads=compute.threads),
+            batch_size=compute.extract_batch,
             world=world,
             console=Console(quiet=not world.is_rank0),
+            loaded=loaded,
+            width=width,
         )
 
 
 @contextmanager
-def open_session(subject: Subject, options: EvalOptions, computing: Computing) -> Iterator[Session]:
-    """Load the backbone, open the images and claim the folder.
+def open_session(source: BackboneSource, options: EvalOptions, compute: ComputeOptions) -> Iterator[EvalSession]:
+    """Load a backbone, open the images and lock the result folder.
 
     Raises:
-        InputError: something is missing, damaged or does not fit; the message says what to do.
+        InputError: something is missing, damaged or does not fit.
     """
-    with open_embedder(subject, computing) as embedder, ExitStack() as stack:
-        world, measured = embedder.world, embedder.measured
-        out = options.out or (None if measured.folder is None else measured.folder.evaluations)
+    with open_backbone(source, compute) as session, ExitStack() as stack:
+        folder = session.loaded.folder
+        out = options.out or (None if folder is None else folder.evaluations)
         if out is None:
             raise InputError("out is missing: name a folder for the results with --out PATH.")
-        if world.is_rank0:
-            stack.enter_context(claimed(out))
-        train_path, val_path = _paths(measured, options)
-        train = open_images(train_path, embedder)
+        if session.world.is_rank0:
+            stack.enter_context(locked_folder(out))
+        train_path, val_path = _data_paths(session.loaded, options)
+        train = open_images(train_path, session)
         stack.callback(train.close)
         val = None
         if val_path is not None:
-            val = open_images(val_path, embedder)
+            val = open_images(val_path, session)
             stack.callback(val.close)
-        yield Session(**vars(embedder), train=train, val=val, out=out, overwrite=options.overwrite)
+        yield EvalSession(**vars(session), train=train, val=val, out=out, overwrite=options.overwrite)
 
 
-def open_images(path: Path, embedder: Embedder) -> Source:
-    """Open images; rank 0 indexes a folder first."""
-    progress = Progress(embedder.console, f"indexing {path}").update
-    return embedder.world.run_on_rank0_first(lambda: open_source(path, progress=progress))
+def open_images(path: Path, session: Session) -> Source:
+    """Open images; rank 0 indexes the folder first."""
+    progress = Progress(session.console, f"indexing {path}").update
+    return session.world.run_on_rank0_first(lambda: open_source(path, progress=progress))
 
 
-def _paths(measured: Measured, options: EvalOptions) -> tuple[Path, Path | None]:
+def _data_paths(loaded: LoadedBackbone, options: EvalOptions) -> tuple[Path, Path | None]:
     """Training and validation images."""
-    path = options.data or (None if measured.folder is None else measured.folder.option("data"))
+    path = options.data or (None if loaded.folder is None else loaded.folder.option("data"))
     if path is None:
-        where = "" if measured.folder is None else f"{measured.folder.config} names no data set: "
+        where = "" if loaded.folder is None else f"{loaded.folder.config} names no data set: "
         raise InputError(f"{where}data is missing: give labelled images with --data PATH.")
     train, val = split_paths(path)
-    if options.data is None and measured.folder is not None:
-        val = measured.folder.option("val") or val
+    if options.data is None and loaded.folder is not None:
+        val = loaded.folder.option("val") or val
     return train, options.val or val

@@ -1,14 +1,11 @@
-"""Supervised training of a classifier: of its linear layer on frozen features, or of the whole network.
-
-A classifier, of a backbone and a linear layer, and what it says of the images of a source.
-"""
+"""Supervised training of a classifier: of a linear layer on a frozen backbone, or of the whole network."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -23,133 +20,36 @@ from timm.data.mixup import Mixup
 from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]  # public, but not marked so
 from torch import Tensor, nn
 
-from mvssl.distributed import World
-from mvssl.evaluate.features import train_view
-from mvssl.evaluate.session import Computing
+from mvssl.config.recipe import Evaluation
+from mvssl.evaluate.accuracy import accuracy_of
+from mvssl.evaluate.features import center_crops, train_view
+from mvssl.evaluate.session import EvalSession, Session
 from mvssl.models.backbones import is_convolutional, to_memory_format
 from mvssl.runs import checkpoint
 from pipelines.loader import Loader
-from pipelines.loading.eval_loader import iterate_center
 from pipelines.loading.pixel_cache import Cache, free_memory, with_cache
 from pipelines.order import Order
 from pipelines.runtime import InputError, invalid
 from pipelines.storage.source import Source
 
 
-class Classifier(nn.Module):
-    """A backbone and a linear layer, zero at first, on its features.
-
-    Attributes:
-        frozen: the backbone stays as it is, in eval mode, and its features are standardised.
-    """
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(
-        self, backbone: nn.Module, width: int, classes: int, *, standardise: tuple[Tensor, Tensor] | None = None
-    ) -> None:
-        """`standardise` is the mean [D] and 1 / standard deviation [D] for a frozen backbone; None trains it."""
-        super().__init__()
-        self.frozen = standardise is not None
-        mean, scale = standardise or (torch.zeros(width), torch.ones(width))
-        self.backbone = backbone
-        self.register_buffer("mean", mean.clone())
-        self.register_buffer("scale", scale.clone())
-        self.linear = nn.Linear(width, classes)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        for parameter in backbone.parameters():
-            parameter.requires_grad_(not self.frozen)
-        self.train(False)
-
-    def train(self, mode: bool = True) -> Classifier:
-        """As nn.Module, but a frozen backbone stays in eval mode."""
-        super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
-        return self
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] to logits [B, C]."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.backbone(images)  # [B, D]
-        if self.frozen:
-            features = (features.float() - self.mean) * self.scale
-        logits: Tensor = self.linear(features)
-        return logits
-
-    def learned(self) -> dict[str, Tensor]:
-        """What training changes, by name."""
-        return {k: v for k, v in self.state_dict().items() if not (self.frozen and k.startswith("backbone."))}
-
-
-def classify(
-    model: Classifier,
-    source: Source,
-    *,
-    resize: int,
-    crop: int,
-    device: torch.device,
-    autocast: torch.dtype | None,
-    computing: Computing,
-    world: World,
-) -> tuple[Tensor, NDArray[np.int64]]:
-    """The classes of the centre crops of all images, the best first.
-
-    Returns:
-        int64 [M, min(5, C)] on the CPU, and the images' indices, int64 [M], rising; undecodable images are left out.
-    """
-    share = np.arange(len(source))[world.rank :: world.size]
-    model.eval()
-
-    def mine() -> tuple[Tensor, Tensor]:
-        best = min(5, model.linear.out_features)
-        ranked, index = [torch.empty(0, best, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-        batches = iterate_center(
-            source,
-            resize=resize,
-            crop=crop,
-            batch_size=computing.extract_batch,
-            device=device,
-            decode=computing.decode,
-            indices=share,
-        )
-        with closing(batches):
-            for images, numbers, _ in batches:
-                with (
-                    torch.no_grad(),
-                    torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None),
-                ):
-                    logits = model(images)  # [B, C]
-                ranked.append(logits.float().topk(best, dim=1).indices.cpu())
-                index.append(numbers)
-        return torch.cat(ranked), torch.cat(index)
-
-    ranked, index = world.run_on_all(mine)
-    parts = world.gather_objects((ranked, index))
-    everyone, numbers = torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
-    order = numbers.argsort()
-    return everyone[order], numbers[order].numpy()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Supervision:
-    """How a classifier is trained: random resized crop and flip, cross-entropy, learning rate along a cosine.
+    """How a classifier is trained: random resized crop and flip, cross-entropy, cosine learning-rate schedule.
 
     Attributes:
         epochs: passes over the labelled images.
-        batch_size: images of a step, over all ranks.
+        batch_size: images per step, over all ranks.
         optimizer: sgd or adamw.
-        lr: peak learning rate, for the batch as it is.
+        lr: peak learning rate, not scaled by the batch size.
         momentum: of sgd.
-        weight_decay: not on parameters with one dimension.
-        layer_decay: each layer of the backbone learns this much slower than the one above it; 1 lets all learn alike.
+        weight_decay: of parameters with two or more dimensions.
+        layer_decay: factor on the learning rate from each layer of the backbone to the one below; 1 for equal rates.
         warmup_epochs: epochs of linear warm-up from 0.
-        mixup: parameter of mixup's Beta distribution; 0 leaves it out.
-        label_smoothing: share of the truth that is spread over all classes.
-        seed: of the order and the draws.
-        cache: where decoded images are kept, as in mvssl-train.
+        mixup: alpha of mixup's Beta distribution; 0 disables it.
+        label_smoothing: probability mass spread over all classes.
+        seed: of the order and the augmentation.
+        cache: where decoded images are cached, as in mvssl-train.
     """
 
     epochs: int = 100
@@ -173,7 +73,7 @@ class Supervision:
             raise invalid("lr", self.lr, "a number above 0", "give a positive learning rate")
         for name in ("weight_decay", "warmup_epochs", "mixup"):
             if not getattr(self, name) >= 0:
-                raise invalid(name, getattr(self, name), "0 or more", "give a value that is not negative")
+                raise invalid(name, getattr(self, name), "0 or more", "give a non-negative value")
         if not 0 < self.layer_decay <= 1:
             raise invalid("layer_decay", self.layer_decay, "above 0 and at most 1", "0.75 is usual for transformers")
         if not 0 <= self.label_smoothing < 1:
@@ -182,85 +82,134 @@ class Supervision:
             raise invalid("warmup_epochs", self.warmup_epochs, f"below the {self.epochs} epochs", "shorten it")
 
 
-def train_classifier(
+class Classifier(nn.Module):
+    """A backbone and a zero-initialised linear layer.
+
+    Attributes:
+        frozen: the backbone is not trained and stays in eval mode; its features are standardised.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, backbone: nn.Module, width: int, classes: int, *, standardise: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """`standardise` freezes the backbone: mean [D] and 1 / standard deviation [D] of its features."""
+        super().__init__()
+        self.frozen = standardise is not None
+        mean, scale = standardise or (torch.zeros(width), torch.ones(width))
+        self.backbone = backbone
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("scale", scale.clone())
+        self.linear = nn.Linear(width, classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        for parameter in backbone.parameters():
+            parameter.requires_grad_(not self.frozen)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Set the training mode; a frozen backbone stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [B, 3, S, S] to logits [B, C]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.backbone(images)  # [B, D]
+        if self.frozen:
+            features = (features.float() - self.mean) * self.scale
+        logits: Tensor = self.linear(features)
+        return logits
+
+    def learned(self) -> dict[str, Tensor]:
+        """Trained parameters and buffers by name."""
+        return {k: v for k, v in self.state_dict().items() if not (self.frozen and k.startswith("backbone."))}
+
+
+def train_and_measure(
+    session: EvalSession,
     model: Classifier,
     source: Source,
     supervision: Supervision,
     *,
-    size: int,
-    folder: Path,
+    name: str,
     identity: Mapping[str, Any],
-    device: torch.device,
-    autocast: torch.dtype | None,
-    computing: Computing,
-    world: World,
-    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Train a classifier on `source` and measure it on val; `name` and `identity` are those of the training state."""
+    val, val_labels = session.labelled_val()
+    evaluation = session.loaded.evaluation
+    state = TrainingState(session.out / f"{name}-state", identity)
+    train_classifier(session, model, source, supervision, size=evaluation.crop, state=state)
+    ranked, index = classify(session, model, val, evaluation)
+    accuracy = accuracy_of(ranked, torch.from_numpy(val_labels[index]), session.train.classes)
+    return {**accuracy.to_dict(), "train_images": len(source)}
+
+
+def train_classifier(
+    session: Session, model: Classifier, source: Source, supervision: Supervision, *, size: int, state: TrainingState
 ) -> None:
-    """Train a classifier in place; a run that was stopped goes on behind the last epoch that it finished.
+    """Train a classifier in place; a stopped training resumes after the last completed epoch.
 
     Args:
+        session: device, precision, decoder and ranks.
         model: on the device.
         source: labelled images.
-        supervision: how.
-        size: side of the views.
-        folder: where the state behind each epoch is kept.
-        identity: what the state is of; that of something else is not taken up.
-        device: of the model.
-        autocast: dtype of the forward; None for float32.
-        computing: who decodes.
-        world: the ranks.
-        say: prints a line.
+        supervision: how to train.
+        size: side of the views in pixels.
+        state: where the state after each epoch is saved.
 
     Raises:
         InputError: the images cannot be used, the state cannot be written, or the loss is not finite.
     """
-    if autocast == torch.float16 and not model.frozen:
-        raise InputError("precision is 'fp16' but fine-tuning needs bf16 or fp32, which need no scaling of gradients.")
-    views = (train_view(size),)
+    if session.autocast == torch.float16 and not model.frozen:
+        raise InputError("precision is 'fp16' but must be bf16 or fp32 for fine-tuning, which has no gradient scaler.")
+    device, world, epochs = session.device, session.world, supervision.epochs
     order = Order(num_images=len(source), batch_size=supervision.batch_size, seed=supervision.seed)
     memory = free_memory(device, processes=world.local_size)
-    kept, said = with_cache(source, supervision.cache, device=device, memory=memory)
-    if said:
-        say(said)
-    groups = _groups(model, supervision)
-    optimizer = _optimizer(groups, supervision)
+    cached, message = with_cache(source, supervision.cache, device=device, memory=memory)
+    if message:
+        session.say(message)
+    optimizer = _optimizer(_groups(model, supervision), supervision)
     if is_convolutional(model.backbone):
         to_memory_format(model, torch.channels_last)
-    done = _resume(folder, identity, model, optimizer)
+    epochs_done = state.load(model, optimizer)
     wrapped: nn.Module = model
     if world.size > 1:
         wrapped = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    mixup = None
+    mixup, smoothing = None, supervision.label_smoothing
     if supervision.mixup > 0:
-        classes = model.linear.out_features
         mixup = Mixup(  # type: ignore[no-untyped-call]
-            mixup_alpha=supervision.mixup, label_smoothing=supervision.label_smoothing, num_classes=classes
+            mixup_alpha=supervision.mixup, label_smoothing=smoothing, num_classes=model.linear.out_features
         )
+        smoothing = 0.0  # mixup's targets are smoothed
     loader = Loader(
-        kept,
-        views,
+        cached,
+        (train_view(size),),
         order,
         device=device,
         ranks=world.ranks,
-        decode=computing.decode,
+        decode=session.decode,
     )
     steps = order.steps_per_epoch
-    try:
-        for epoch in range(done, supervision.epochs):
+    with closing(loader):
+        for epoch in range(epochs_done, epochs):
             model.train()
             began = time.monotonic()
-            np.random.seed((supervision.seed * 1_000_003 + epoch) % 2**32)  # timm's mixup draws from it
+            np.random.seed((supervision.seed * 1_000_003 + epoch) % 2**32)  # timm's mixup samples from it
             losses = torch.zeros((), device=device)
-            for step, batch in enumerate(loader.epoch(epoch, until=supervision.epochs)):
+            for step, batch in enumerate(loader.epoch(epoch, until=epochs)):
                 rate = _rate(supervision, epoch * steps + step, steps)
                 for group in optimizer.param_groups:
                     group["lr"] = supervision.lr * group["lr_scale"] * rate
                 images, truth = batch.views[0], batch.labels.to(device)
                 if mixup is not None:
                     images, truth = mixup(images[: len(images) // 2 * 2], truth[: len(truth) // 2 * 2])
-                with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+                with session.autocasting():
                     logits = wrapped(images)  # [B, C]
-                smoothing = 0.0 if mixup is not None else supervision.label_smoothing
                 loss = F.cross_entropy(logits.float(), truth, label_smoothing=smoothing)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -271,15 +220,72 @@ def train_classifier(
                 raise InputError(
                     f"The loss is {mean} in epoch {epoch + 1}: lower the learning rate (--lr {supervision.lr / 10:g})."
                 )
-            world.run_on_rank0(partial(_save, folder, epoch + 1, identity, model, optimizer))
+            world.run_on_rank0(partial(state.save, epoch + 1, model, optimizer))
             speed = steps * supervision.batch_size / (time.monotonic() - began)
-            say(f"epoch {epoch + 1}/{supervision.epochs}  loss {mean:.4f}  {speed:,.0f} images/s")
-    finally:
-        loader.close()
+            session.say(f"epoch {epoch + 1}/{epochs}  loss {mean:.4f}  {speed:,.0f} images/s")
+
+
+def classify(
+    session: Session, model: Classifier, source: Source, evaluation: Evaluation
+) -> tuple[Tensor, NDArray[np.int64]]:
+    """Classify the centre crops of all images, a part of them on each rank.
+
+    Returns:
+        Classes int64 [M, min(5, C)] on the CPU, best first, and dataset indices int64 [M], ascending; undecodable
+        images are left out.
+    """
+    world = session.world
+    part = np.arange(len(source))[world.rank :: world.size]
+    best = min(5, model.linear.out_features)
+    model.eval()
+
+    def classify_part() -> tuple[Tensor, Tensor]:
+        ranked, index = [torch.empty(0, best, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+        with closing(center_crops(session, source, evaluation, part)) as batches:
+            for images, indices, _ in batches:
+                with torch.no_grad(), session.autocasting():
+                    logits = model(images)  # [B, C]
+                ranked.append(logits.float().topk(best, dim=1).indices.cpu())
+                index.append(indices)
+        return torch.cat(ranked), torch.cat(index)
+
+    parts = world.gather_objects(world.run_on_all(classify_part))
+    ranked, index = torch.cat([ranked for ranked, _ in parts]), torch.cat([index for _, index in parts])
+    order = index.argsort()
+    return ranked[order], index[order].numpy()
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Checkpoints of a classifier's training.
+
+    Attributes:
+        folder: of the checkpoints.
+        identity: what the training depends on; a state of another identity is ignored.
+    """
+
+    folder: Path
+    identity: Mapping[str, Any]
+
+    def save(self, epoch: int, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
+        """Replace the state by that after `epoch` epochs."""
+        state = {"model": model.learned(), "optimizer": optimizer.state_dict()}
+        checkpoint.save(self.folder, step=epoch, state=state, meta={"identity": dict(self.identity)}, keep=1)
+
+    def load(self, model: Classifier, optimizer: torch.optim.Optimizer) -> int:
+        """Load the state, if there is one; returns the number of epochs done."""
+        if not (self.folder / checkpoint.LAST).exists():
+            return 0
+        saved = checkpoint.load(self.folder / checkpoint.LAST)
+        if saved.meta.get("identity") != json.loads(json.dumps(dict(self.identity))):
+            return 0
+        model.load_state_dict(saved.state["model"], strict=False)  # lacks a frozen backbone
+        optimizer.load_state_dict(saved.state["optimizer"])
+        return int(saved.meta["step"])
 
 
 def _rate(supervision: Supervision, step: int, steps: int) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then a cosine to 0."""
+    """Fraction of the peak learning rate at a step: linear warm-up, then cosine decay to 0."""
     warmup = supervision.warmup_epochs * steps
     if step < warmup:
         return (step + 1) / warmup
@@ -287,7 +293,7 @@ def _rate(supervision: Supervision, step: int, steps: int) -> float:
 
 
 def _groups(model: Classifier, supervision: Supervision) -> list[dict[str, Any]]:
-    """Groups of parameters with `lr_scale` and `weight_decay`."""
+    """Parameter groups with `lr_scale` and `weight_decay`."""
     decay = supervision.weight_decay
     groups: list[dict[str, Any]] = [
         {"params": [model.linear.weight], "weight_decay": decay, "lr_scale": 1.0},
@@ -297,7 +303,9 @@ def _groups(model: Classifier, supervision: Supervision) -> list[dict[str, Any]]
         return groups
     if supervision.layer_decay < 1:
         if not hasattr(model.backbone, "group_matcher"):
-            raise invalid("layer_decay", supervision.layer_decay, "1 for this backbone", "timm knows no layers of it")
+            raise invalid(
+                "layer_decay", supervision.layer_decay, "1 for this backbone", "timm defines no layers for it"
+            )
         groups += param_groups_layer_decay(model.backbone, decay, layer_decay=supervision.layer_decay)
     else:
         parameters = list(model.backbone.parameters())
@@ -312,22 +320,3 @@ def _optimizer(groups: list[dict[str, Any]], supervision: Supervision) -> torch.
     if supervision.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=supervision.lr)
     return torch.optim.SGD(groups, lr=supervision.lr, momentum=supervision.momentum)
-
-
-def _save(
-    folder: Path, epoch: int, identity: Mapping[str, Any], model: Classifier, optimizer: torch.optim.Optimizer
-) -> None:
-    state = {"model": model.learned(), "optimizer": optimizer.state_dict()}
-    checkpoint.save(folder, step=epoch, state=state, meta={"identity": dict(identity)}, keep=1)
-
-
-def _resume(folder: Path, identity: Mapping[str, Any], model: Classifier, optimizer: torch.optim.Optimizer) -> int:
-    """Epochs that are done: those of a state of the same evaluation, which is loaded."""
-    if not (folder / checkpoint.LAST).exists():
-        return 0
-    saved = checkpoint.load(folder / checkpoint.LAST)
-    if saved.meta.get("identity") != json.loads(json.dumps(dict(identity))):
-        return 0
-    model.load_state_dict(saved.state["model"], strict=False)  # a frozen backbone is not in it
-    optimizer.load_state_dict(saved.state["optimizer"])
-    return int(saved.meta["step"])

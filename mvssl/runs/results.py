@@ -1,8 +1,7 @@
-"""Results of evaluations as JSON: of what each is, never overwritten by another, and found again."""
+"""Result files of evaluations: JSON with the identity of what was measured, which no other result overwrites."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,19 +11,20 @@ from typing import Any
 
 from mvssl.runs.environment import environment
 from mvssl.runs.folder import write_json
+from pipelines.files import locked
 from pipelines.runtime import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResultFile:
-    """Where one evaluation keeps its result.
+    """The file of one evaluation's result.
 
     Attributes:
         folder: of the results.
         evaluation: what is measured, such as knn or finetune-10pct.
-        network: of what, such as online or untrained.
-        identity: what was measured and how: JSON values. The same identity gives the same result.
-        overwrite: whether the result of another identity may be replaced, and one of the same be measured anew.
+        network: the network it is measured on, such as online or untrained.
+        identity: JSON values on which the result depends; the same identity gives the same result.
+        overwrite: whether to replace a result of another identity, and to measure again one of the same.
     """
 
     folder: Path
@@ -39,47 +39,51 @@ class ResultFile:
         return self.folder / f"{self.evaluation}-{self.network}.json"
 
     def earlier(self) -> dict[str, Any] | None:
-        """The result of the same evaluation, if it is there already.
+        """The earlier result of the same identity; None if there is none, or with `overwrite`.
 
         Raises:
-            InputError: there is that of another one, or something else, and `overwrite` is not set.
+            InputError: the file holds a result of another identity, or something else, and `overwrite` is not set.
         """
         if self.overwrite or not self.path.exists():
             return None
-        held = read_result(self.path)
-        ours = json.loads(json.dumps(self.identity))
-        if held["identity"] == ours:
-            results: dict[str, Any] = held["results"]
+        content = read_result(self.path)
+        identity = json.loads(json.dumps(self.identity))
+        if content["identity"] == identity:
+            results: dict[str, Any] = content["results"]
             return results
-        differs = [name for name in ours if held["identity"].get(name) != ours[name]]
+        differ = [key for key in identity if content["identity"].get(key) != identity[key]]
         raise InputError(
-            f"{self.path} holds the result of another evaluation ({', '.join(differs) or 'its fields'} differ): add "
+            f"{self.path} holds the result of another evaluation ({', '.join(differ) or 'its fields'} differ): add "
             "--overwrite to replace it, or choose another folder with --out."
         )
 
     def write(self, results: Mapping[str, Any]) -> None:
-        """Keep a result. Raises OSError if it cannot be written; what was there is kept then."""
+        """Write a result.
+
+        Raises:
+            OSError: the file cannot be written; an earlier one is untouched.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        held = {
+        content = {
             "evaluation": self.evaluation,
             "network": self.network,
             "identity": dict(self.identity),
             "results": dict(results),
             "environment": environment(),
         }
-        write_json(self.path, held)
+        write_json(self.path, content)
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result file's contents: evaluation, network, identity, results and environment.
+    """A result file's evaluation, network, identity, results and environment.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not a result file.
     """
     try:
-        held = json.loads(path.read_text())
-        if {"evaluation", "network", "identity", "results"} <= held.keys():
-            return dict(held)
+        content = json.loads(path.read_text())
+        if {"evaluation", "network", "identity", "results"} <= content.keys():
+            return dict(content)
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(
             f"{path} cannot be read as a result of mvssl-eval ({error}): delete it, or choose another --out."
@@ -88,18 +92,15 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Keep other evaluations out of a folder meanwhile.
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Create a folder and keep other evaluations out of it.
 
     Raises:
-        InputError: one is at work there.
+        InputError: another evaluation is writing there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(
-                f"Another evaluation is writing to {folder}: wait for it, or choose another folder with --out."
-            ) from error
+    with locked(
+        folder / ".lock",
+        f"Another evaluation is writing to {folder}: wait for it, or choose another folder with --out.",
+    ):
         yield

@@ -7,6 +7,7 @@ from functools import partial
 
 from mvssl.distributed import OtherRankFailed
 from mvssl.evaluate.online_knn import evaluate_knn
+from mvssl.evaluate.session import Session
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import last_knn
 from mvssl.training.experiment import Experiment, Position
@@ -87,15 +88,17 @@ class Loop:
         with self.monitor.pause():
             try:
                 self.knn = evaluate_knn(
+                    Session(
+                        device=experiment.device,
+                        autocast=experiment.step.autocast_dtype,
+                        decode=experiment.options.decode,
+                        world=experiment.world,
+                    ),
                     experiment.step.online.backbone,
                     experiment.source,
                     experiment.val,
                     experiment.recipe.evaluation,
-                    device=experiment.device,
-                    autocast=experiment.step.autocast_dtype,
-                    decode=experiment.options.decode,
                     progress=self.stop.check,
-                    world=experiment.world,
                 )
             except (StopRequest.Requested, OtherRankFailed):  # a rank that failed for another reason ends the run
                 return

@@ -11,7 +11,7 @@ import torch
 from benchmarks import bench_linear, evaluate_small
 from benchmarks.report.accuracy_tables import evaluation, linear
 from mvssl.models.encoder import build_networks
-from mvssl.weights.formats import find_networks
+from mvssl.weights.formats import find_network
 from mvssl.weights.load import read_weights
 from pipelines.runtime import InputError
 
@@ -45,9 +45,9 @@ def test_bench_linear_compares_equally_accurate_classifiers(tmp_path: Path) -> N
 
 def test_the_releases_layout_holds_all_networks(tmp_path: Path) -> None:
     evaluate_small.release_file(tmp_path / "release.pth")
-    found = find_networks(read_weights(tmp_path / "release.pth"), where="it")
+    found = find_network(read_weights(tmp_path / "release.pth"), where="it")
     online, _ = build_networks(evaluate_small.all_recipes()[evaluate_small.RECIPE]())
-    assert found.layout == "the paper's release"
+    assert found.format == "the reference implementation"
     assert all(torch.equal(found.backbone[name], value) for name, value in online.backbone.state_dict().items())
     assert {name.split(".")[0] for name in found.predictor} == {"global", "local", "cutout"}
 

@@ -15,9 +15,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from mvssl.evaluate.accuracy import accuracy_of, wilson_interval
 from mvssl.evaluate.knn import knn_predictions, nearest_images
 from mvssl.evaluate.linear_fit import Setting, fit, race, standardisation, stratified
-from mvssl.evaluate.session import accuracy_of, wilson_interval
 from pipelines.runtime import InputError
 
 CLASSES, WIDTH = 4, 6

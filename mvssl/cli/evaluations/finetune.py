@@ -11,10 +11,11 @@ from typing import Annotated
 import tyro
 
 from mvssl.cli.evaluations.report import accuracy_cells, print_accuracy_table
-from mvssl.evaluate.finetune import LabelledPart, finetune
-from mvssl.evaluate.session import Computing, EvalOptions, open_session
+from mvssl.evaluate.finetune import finetune
+from mvssl.evaluate.label_subset import LabelSubset
+from mvssl.evaluate.session import ComputeOptions, EvalOptions, open_session
 from mvssl.evaluate.supervised import Supervision
-from mvssl.weights.load import Subject
+from mvssl.weights.load import BackboneSource
 
 _DEFAULT = Supervision(epochs=30, batch_size=256, lr=0.05, weight_decay=1e-4)
 
@@ -24,18 +25,18 @@ class FinetuneArguments:
     """Fine-tune the whole network with all labels, a share of them or those of a list.
 
     Attributes:
-        subject: which backbone.
+        source: which backbone.
         options: which images, where the results go.
-        computing: where and how features are computed.
-        part: which labels.
+        compute: where and how features are computed.
+        subset: which labels.
         supervision: how it is trained.
         backbone_out: write the fine-tuned backbone to this .safetensors file.
     """
 
-    subject: Annotated[Subject, tyro.conf.arg(name="")]
+    source: Annotated[BackboneSource, tyro.conf.arg(name="")]
     options: Annotated[EvalOptions, tyro.conf.arg(name="")] = field(default_factory=EvalOptions)
-    computing: Annotated[Computing, tyro.conf.arg(name="")] = field(default_factory=Computing)
-    part: Annotated[LabelledPart, tyro.conf.arg(name="")] = field(default_factory=LabelledPart)
+    compute: Annotated[ComputeOptions, tyro.conf.arg(name="")] = field(default_factory=ComputeOptions)
+    subset: Annotated[LabelSubset, tyro.conf.arg(name="")] = field(default_factory=LabelSubset)
     supervision: Annotated[Supervision, tyro.conf.arg(name="")] = field(default_factory=lambda: _DEFAULT)
     backbone_out: Path | None = None
 
@@ -43,16 +44,15 @@ class FinetuneArguments:
 def run(arguments: Sequence[str]) -> None:
     """Train, measure, print a table and write OUT/finetune-LABELS-NAME.json."""
     asked = tyro.cli(FinetuneArguments, prog="mvssl-eval finetune", args=list(arguments))
-    with open_session(asked.subject, asked.options, asked.computing) as session:
-        name = f"finetune-{asked.part.name()}-{session.measured.name}"
-        settings = {**dataclasses.asdict(asked.supervision), **dataclasses.asdict(asked.part)}
-        settings["label_list"] = str(asked.part.label_list)
-        file = session.result_file(f"finetune-{asked.part.name()}", session.identity("finetune", **settings))
+    with open_session(asked.source, asked.options, asked.compute) as session:
+        settings = {**dataclasses.asdict(asked.supervision), **dataclasses.asdict(asked.subset)}
+        settings["label_list"] = str(asked.subset.label_list)
+        file = session.result_file(f"finetune-{asked.subset.name()}", session.identity("finetune", **settings))
         results = session.world.run_on_rank0(file.earlier)
         if results is None:
-            results = finetune(session, asked.supervision, asked.part, name=name, backbone_out=asked.backbone_out)
+            results = finetune(session, asked.supervision, asked.subset, backbone_out=asked.backbone_out)
             session.world.run_on_rank0(lambda: file.write(results or {}))
         row = [*accuracy_cells(results), f"{results['train_images']:,}", f"{results['images']:,}"]
         heads = ("top-1 %", "95 % interval", "top-5 %", "labels", "measured on")
-        title = f"Fine-tuned ({asked.part.name()}), {session.measured.architecture}, {session.measured.name}"
+        title = f"Fine-tuned ({asked.subset.name()}), {session.loaded.architecture}, {session.loaded.name}"
         print_accuracy_table(session.console, title, heads, [row], file.path)

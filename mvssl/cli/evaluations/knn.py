@@ -9,9 +9,9 @@ from typing import Annotated
 import tyro
 
 from mvssl.cli.evaluations.report import print_accuracy_table
-from mvssl.evaluate.knn import knn_grid, neighbour_sheet, plain_accuracy
-from mvssl.evaluate.session import Computing, EvalOptions, open_session
-from mvssl.weights.load import Subject
+from mvssl.evaluate.knn import grid_rows, knn_grid, neighbour_sheet
+from mvssl.evaluate.session import ComputeOptions, EvalOptions, open_session
+from mvssl.weights.load import BackboneSource
 from pipelines.runtime import invalid
 
 
@@ -20,18 +20,18 @@ class KnnArguments:
     """kNN accuracy of a backbone (PAPER.md section 6: cosine similarity, votes weighted exp(similarity / temperature)).
 
     Attributes:
-        subject: whose features.
+        source: which backbone.
         options: which images, where the results go.
-        computing: where and how features are computed.
+        compute: where and how features are computed.
         k: numbers of neighbours; by default those of the run's recipe, or 20 and 10.
         temperature: of the votes.
         sheet: images of a picture that shows them with their nearest neighbours, OUT/neighbours-NAME.png; 0 draws none.
             Without labels there is the picture only.
     """
 
-    subject: Annotated[Subject, tyro.conf.arg(name="")]
+    source: Annotated[BackboneSource, tyro.conf.arg(name="")]
     options: Annotated[EvalOptions, tyro.conf.arg(name="")] = field(default_factory=EvalOptions)
-    computing: Annotated[Computing, tyro.conf.arg(name="")] = field(default_factory=Computing)
+    compute: Annotated[ComputeOptions, tyro.conf.arg(name="")] = field(default_factory=ComputeOptions)
     k: tuple[int, ...] = ()
     temperature: tuple[float, ...] = (0.07,)
     sheet: int = 0
@@ -44,9 +44,9 @@ class KnnArguments:
 def run(arguments: Sequence[str]) -> None:
     """Measure, print a table and write OUT/knn-NAME.json."""
     asked = tyro.cli(KnnArguments, prog="mvssl-eval knn", args=list(arguments))
-    with open_session(asked.subject, asked.options, asked.computing) as session:
-        k = asked.k or session.measured.evaluation.k
-        name = session.measured.name
+    with open_session(asked.source, asked.options, asked.compute) as session:
+        k = asked.k or session.loaded.evaluation.k
+        name = session.loaded.name
         if asked.sheet:
             path = session.out / f"neighbours-{name}.png"
             neighbour_sheet(session, path, images=asked.sheet)
@@ -59,8 +59,8 @@ def run(arguments: Sequence[str]) -> None:
         if results is None:
             results = knn_grid(session, k=k, temperatures=asked.temperature)
             session.world.run_on_rank0(lambda: file.write(results or {}))
-        title = f"kNN top-1, {session.measured.architecture}, {name}"
+        title = f"kNN top-1, {session.loaded.architecture}, {name}"
         how = " (leave one out)" if results["leave_one_out"] else ""
-        rows = [[*row, f"{results['neighbours']:,}", f"{results['images']:,}{how}"] for row in plain_accuracy(results)]
+        rows = [[*row, f"{results['neighbours']:,}", f"{results['images']:,}{how}"] for row in grid_rows(results)]
         heads = ("k", "temperature", "top-1 %", "95 % interval", "neighbours", "classified")
         print_accuracy_table(session.console, title, heads, rows, file.path)

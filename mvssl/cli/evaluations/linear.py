@@ -11,9 +11,9 @@ import tyro
 
 from mvssl.cli.evaluations.report import accuracy_cells, print_accuracy_table
 from mvssl.evaluate.linear import FastLinear, fast_linear, release_linear
-from mvssl.evaluate.session import Computing, EvalOptions, open_session
+from mvssl.evaluate.session import ComputeOptions, EvalOptions, open_session
 from mvssl.evaluate.supervised import Supervision
-from mvssl.weights.load import Subject
+from mvssl.weights.load import BackboneSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,18 +21,18 @@ class LinearArguments:
     """Linear probe (PAPER.md section 6).
 
     Attributes:
-        subject: whose features.
+        source: which backbone.
         options: which images, where the results go.
-        computing: where and how features are computed.
+        compute: where and how features are computed.
         protocol: fast computes features once and trains a grid of settings at the same time; release trains as the
             paper's release does, on new crops in every epoch.
         fast: of the fast protocol.
         release: of the release's.
     """
 
-    subject: Annotated[Subject, tyro.conf.arg(name="")]
+    source: Annotated[BackboneSource, tyro.conf.arg(name="")]
     options: Annotated[EvalOptions, tyro.conf.arg(name="")] = field(default_factory=EvalOptions)
-    computing: Annotated[Computing, tyro.conf.arg(name="")] = field(default_factory=Computing)
+    compute: Annotated[ComputeOptions, tyro.conf.arg(name="")] = field(default_factory=ComputeOptions)
     protocol: Literal["fast", "release"] = "fast"
     fast: FastLinear = field(default_factory=FastLinear)
     release: Supervision = field(default_factory=Supervision)
@@ -41,7 +41,7 @@ class LinearArguments:
 def run(arguments: Sequence[str]) -> None:
     """Measure, print a table and write OUT/linear-PROTOCOL-NAME.json."""
     asked = tyro.cli(LinearArguments, prog="mvssl-eval linear", args=list(arguments))
-    with open_session(asked.subject, asked.options, asked.computing) as session:
+    with open_session(asked.source, asked.options, asked.compute) as session:
         settings = asked.fast if asked.protocol == "fast" else asked.release
         identity = session.identity(f"linear-{asked.protocol}", **dataclasses.asdict(settings))
         file = session.result_file(f"linear-{asked.protocol}", identity)
@@ -57,5 +57,5 @@ def run(arguments: Sequence[str]) -> None:
         row = [*accuracy_cells(results), f"{lr:g}", f"{decay:g}", f"{results['train_images']:,}"]
         row.append(f"{results['images']:,}")
         heads = ("top-1 %", "95 % interval", "top-5 %", "lr", "decay", "trained on", "measured")
-        title = f"Linear probe ({asked.protocol}), {session.measured.architecture}, {session.measured.name}"
+        title = f"Linear probe ({asked.protocol}), {session.loaded.architecture}, {session.loaded.name}"
         print_accuracy_table(session.console, title, heads, [row], file.path)

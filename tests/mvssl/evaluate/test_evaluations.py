@@ -1,4 +1,4 @@
-"""mvssl-eval and mvssl-features from their command lines: right results, kept once, gone on with after a stop."""
+"""mvssl-eval and mvssl-features from the command line: correct results, computed once, resumed after a stop."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from sklearn.preprocessing import StandardScaler
 from mvssl.cli import eval as eval_cli
 from mvssl.cli import features as features_cli
 from mvssl.evaluate import supervised
+from mvssl.evaluate.accuracy import wilson_interval
 from mvssl.evaluate.compare import summarise
 from mvssl.evaluate.features import extract_features
 from mvssl.evaluate.label_subset import labelled_share, listed_images
-from mvssl.evaluate.session import check_labelled, wilson_interval
+from mvssl.evaluate.session import Session, check_labelled
 from mvssl.evaluate.supervised import Classifier, Supervision
 from mvssl.runs import checkpoint
 from mvssl.runs.results import read_result
-from mvssl.weights.load import Subject, load_subject
+from mvssl.weights.load import BackboneSource, load_backbone
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from pipelines.storage.subset import SubsetSource
@@ -39,7 +40,7 @@ from tests.samples.ranks import run_ranks
 
 FEW = ("--fast.epochs", "20", "--fast.batch-size", "8", "--fast.held-out", "0.25", "--fast.lr", "0.01", "0.1")
 SHORT = ("--epochs", "3", "--batch-size", "8", "--lr", "0.01")
-CPU = torch.device("cpu")
+SESSION = Session(device=torch.device("cpu"))
 
 
 def evaluate(*arguments: object) -> int:
@@ -55,9 +56,9 @@ def test_the_fast_probe_is_a_logistic_regression(finished: Path, images: Path, t
     arguments = ("linear", "--run", finished, "--out", out, *FEW, "--fast.weight-decay", "0.05")
     assert evaluate(*arguments, "--fast.epochs", "400", "--fast.batch-size", "36") == 0
     results = read_result(out / "linear-fast-online.json")["results"]
-    measured = load_subject(Subject(run=finished))
+    loaded = load_backbone(BackboneSource(run=finished))
     train, val = (
-        extract_features(measured.backbone, open_source(images / split), measured.evaluation, device=CPU)
+        extract_features(SESSION, loaded.backbone, open_source(images / split), loaded.evaluation)
         for split in ("train", "val")
     )
     scaler = StandardScaler().fit(train.values.numpy())
@@ -65,12 +66,14 @@ def test_the_fast_probe_is_a_logistic_regression(finished: Path, images: Path, t
         scaler.transform(train.values.numpy()), train.labels.numpy()
     )
     expected = theirs.score(scaler.transform(val.values.numpy()), val.labels.numpy())
-    assert results["top1"] == pytest.approx(expected, abs=1 / 12)  # an image on the border may fall to either side
+    assert results["top1"] == pytest.approx(
+        expected, abs=1 / 12
+    )  # an image at the decision boundary may fall to either side
     assert (results["images"], results["train_images"], len(results["grid"])) == (12, 36, 2)
 
 
 @pytest.mark.parametrize("which", ["linear", "linear release", "finetune", "knn"])
-def test_every_evaluation_keeps_its_result(
+def test_every_result_is_computed_once(
     which: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "eval"
@@ -97,7 +100,7 @@ def test_every_evaluation_keeps_its_result(
     for module, name in (("linear", "fast_linear"), ("linear", "release_linear"), ("finetune", "finetune")):
         monkeypatch.setattr(f"mvssl.cli.evaluations.{module}.{name}", never)
     monkeypatch.setattr("mvssl.cli.evaluations.knn.knn_grid", never)
-    assert evaluate(*arguments, "--run", finished, "--out", out) == 0  # is shown, not computed
+    assert evaluate(*arguments, "--run", finished, "--out", out) == 0  # shows the result without computing it
     assert read_result(path) == first
     more = ["--resize", "40"]
     with pytest.raises(InputError, match=r"holds the result of another evaluation \(resize differ"):
@@ -106,7 +109,7 @@ def test_every_evaluation_keeps_its_result(
 
 
 def test_separable_images_are_learned(images: Path, finished: Path, tmp_path: Path) -> None:
-    """The classes differ in brightness: whoever learns anything finds them."""
+    """The classes differ in brightness."""
     few = ("--epochs", "12", "--batch-size", "12", "--lr", "0.05")
     assert evaluate("finetune", "--run", finished, "--out", tmp_path, *few) == 0
     assert read_result(tmp_path / "finetune-100pct-online.json")["results"]["top1"] >= 0.9
@@ -115,7 +118,7 @@ def test_separable_images_are_learned(images: Path, finished: Path, tmp_path: Pa
     assert read_result(tmp_path / "linear-release-online.json")["results"]["top1"] >= 0.75
 
 
-def test_finetuning_that_was_stopped_goes_on_to_the_same_network(
+def test_stopped_finetuning_resumes_to_the_same_network(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(out: Path) -> dict[str, torch.Tensor]:
@@ -152,16 +155,16 @@ def test_finetuning_that_was_stopped_goes_on_to_the_same_network(
     )
     assert whole == stopped
     assert whole["train_images"] == 18
-    exported = load_subject(Subject(weights=tmp_path / "whole/b.safetensors"))
+    exported = load_backbone(BackboneSource(weights=tmp_path / "whole/b.safetensors"))
     assert torch.equal(exported.backbone.state_dict()["conv1.0.weight"], expected["backbone.conv1.0.weight"])
 
 
 def on_ranks(arguments: list[str]) -> None:
-    """An evaluation; runs in a rank."""
+    """Run an evaluation in a rank."""
     assert eval_cli.body(arguments) == 0
 
 
-def test_two_ranks_measure_what_one_process_does(finished: Path, tmp_path: Path) -> None:
+def test_two_ranks_measure_the_same_as_one_process(finished: Path, tmp_path: Path) -> None:
     for name, arguments in {
         "knn-online": ["knn", "--k", "3", "1"],
         "linear-fast-online": ["linear", *FEW],
@@ -187,7 +190,7 @@ def test_two_ranks_finetune_one_network(finished: Path, tmp_path: Path) -> None:
     results_of(run_ranks(on_ranks, 2, whole))
     assert read_result(tmp_path / "finetune-100pct-online.json")["results"]["top1"] >= 0.75
     state = checkpoint.load(tmp_path / "finetune-100pct-online-state/last").state["model"]
-    exported = load_subject(Subject(weights=tmp_path / "b.safetensors")).backbone.state_dict()
+    exported = load_backbone(BackboneSource(weights=tmp_path / "b.safetensors")).backbone.state_dict()
     assert torch.equal(exported["conv1.0.weight"], state["backbone.conv1.0.weight"])
 
 
@@ -204,7 +207,7 @@ def test_neighbours_need_no_labels(finished: Path, images: Path, tmp_path: Path)
 
 
 def interval_of(top1: float) -> str:
-    """Of 12 images, as a table shows it."""
+    """The interval for 12 images, as tables show it."""
     low, high = wilson_interval(round(12 * top1), 12)
     return f"{100 * low:.1f} to {100 * high:.1f}"
 
@@ -247,9 +250,9 @@ def test_features_of_a_folder(ending: str, finished: Path, images: Path, tmp_pat
     (data / "class_1/003.jpg").write_bytes(b"no image")
     out = tmp_path / f"f.{ending}"
     assert features(data, out, "--run", finished) == 0
-    measured = load_subject(Subject(run=finished))
+    loaded = load_backbone(BackboneSource(run=finished))
     source = open_source(data)
-    expected = extract_features(measured.backbone, source, measured.evaluation, device=CPU)
+    expected = extract_features(SESSION, loaded.backbone, source, loaded.evaluation)
     keys = [source.key(i) for i in expected.index.tolist()]
     if ending == "npy":
         values = np.load(out)
@@ -271,9 +274,7 @@ def test_features_of_a_folder(ending: str, finished: Path, images: Path, tmp_pat
     assert out.read_bytes() != before
 
 
-def test_features_that_were_stopped_go_on(
-    finished: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_features_resume(finished: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mvssl.evaluate.feature_store import FeatureStore
 
     original, written = FeatureStore.write, []
@@ -294,10 +295,10 @@ def test_features_that_were_stopped_go_on(
     assert np.load(tmp_path / "f.npy").shape[0] == 36
 
 
-def test_the_releases_checkpoint_is_evaluated(images: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_reference_implementation_is_evaluated(images: Path, tmp_path: Path) -> None:
     backbone = random_backbone("resnet18", seed=1)
-    held = release(backbone.state_dict(), backbone.state_dict(), put("projector.", {}), module=True)
-    path = write(tmp_path / "release.pth", held)
+    content = release(backbone.state_dict(), backbone.state_dict(), put("projector.", {}), module=True)
+    path = write(tmp_path / "release.pth", content)
     arguments = ("knn", "--weights", path, "--data", images, "--resize", "64", "--crop", "64", "--k", "3")
     assert evaluate(*arguments, "--out", tmp_path / "eval") == 0
     assert read_result(tmp_path / "eval/knn-release.json")["identity"]["backbone"] == "resnet18"
@@ -307,12 +308,12 @@ def test_the_releases_checkpoint_is_evaluated(images: Path, tmp_path: Path) -> N
         evaluate("knn", "--weights", path, "--out", tmp_path / "eval")
 
 
-def test_data_that_cannot_be_evaluated(finished: Path, images: Path, tmp_path: Path) -> None:
+def test_unsuitable_data_is_an_input_error(finished: Path, images: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "eval")
     flat = images / "train/class_0"
     with pytest.raises(InputError, match=r"^linear needs labels but 12 of the 12 images"):
         evaluate("linear", "--run", finished, "--data", flat, *out)
-    with pytest.raises(InputError, match="has no validation part: give labelled images to measure on with --val"):
+    with pytest.raises(InputError, match="has no validation split: give labelled images to measure on with --val"):
         evaluate("finetune", "--run", finished, "--data", images / "train", *out)
     other = tmp_path / "other"
     shutil.copytree(images / "val", other)
@@ -332,7 +333,7 @@ def test_fewer_images_than_classes(images: Path) -> None:
         check_labelled("linear", source, SubsetSource(source, [0, 12]))
 
 
-def test_a_full_disk_keeps_what_was_there(
+def test_a_full_disk_keeps_the_earlier_file(
     finished: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "f.npy"
@@ -361,12 +362,12 @@ def test_a_folder_in_use_is_left_alone(finished: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "eval").iterdir()] == [".lock"]
 
 
-def test_a_loss_that_is_no_number_ends_it(finished: Path, tmp_path: Path) -> None:
+def test_a_nan_loss_ends_the_training(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^The loss is nan in epoch \d: lower the learning rate \(--lr 1e\+29\)"):
         evaluate("finetune", "--run", finished, "--out", tmp_path, *SHORT, "--lr", "1e30")
 
 
-def test_layers_learn_slower_the_deeper_they_are() -> None:
+def test_layer_decay_lowers_the_learning_rate_of_early_layers() -> None:
     backbone = random_backbone("resnet18", seed=1)
     model = Classifier(backbone, 512, 3)
     groups = supervised._groups(model, Supervision(layer_decay=0.5, weight_decay=0.1))
@@ -382,14 +383,14 @@ def test_layers_learn_slower_the_deeper_they_are() -> None:
     }
 
 
-def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
+def test_the_learning_rate_warms_up_and_decays_along_a_cosine() -> None:
     supervision = Supervision(epochs=10, warmup_epochs=2)
     rates = [supervised._rate(supervision, step, 5) for step in range(50)]
     assert rates[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
     assert rates[10:] == pytest.approx([0.5 * (1 + np.cos(np.pi * n / 40)) for n in range(40)])
 
 
-def test_labels_of_a_share_or_a_list(images: Path, tmp_path: Path) -> None:
+def test_labels_of_a_fraction_or_a_list(images: Path, tmp_path: Path) -> None:
     source = open_source(images / "train")
     some = labelled_share(source, 0.25, seed=0)
     assert np.bincount(source.labels[some]).tolist() == [3, 3, 3]
@@ -403,8 +404,8 @@ def test_labels_of_a_share_or_a_list(images: Path, tmp_path: Path) -> None:
     assert subset.read(1).tobytes() == source.read(11).tobytes()
     assert [None if d is None else d.tobytes() for d in subset.read_together([0])] == [source.read(27).tobytes()]
     for text, words in (
-        ("003.jpg", r"'003\.jpg', which are 3 images"),
-        ("nothing.jpg", "is not there"),
+        ("003.jpg", r"'003\.jpg', which matches 3 images"),
+        ("nothing.jpg", "does not exist"),
         ("", "names no images"),
     ):
         names.write_text(text)
@@ -434,6 +435,6 @@ def test_supervision_is_checked(options: dict[str, Any], words: str) -> None:
 
 def test_results_are_plain_json(finished: Path, tmp_path: Path) -> None:
     assert evaluate("knn", "--run", finished, "--out", tmp_path, "--k", "1") == 0
-    held = json.loads((tmp_path / "knn-online.json").read_text())
-    assert held["environment"]["packages"]["torch"]
-    assert held["identity"]["weights"] == load_subject(Subject(run=finished)).digest
+    content = json.loads((tmp_path / "knn-online.json").read_text())
+    assert content["environment"]["packages"]["torch"]
+    assert content["identity"]["weights"] == load_backbone(BackboneSource(run=finished)).digest

@@ -1,4 +1,4 @@
-"""Features on disk: those that evaluations compute at once, whatever happened in between."""
+"""Features on disk equal those computed in memory, also after stops."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from mvssl.config.recipe import Evaluation
 from mvssl.evaluate.feature_store import BAD, DONE, FeatureStore, open_store
 from mvssl.evaluate.features import extract_features, fill_store, train_view
-from mvssl.evaluate.session import Computing
+from mvssl.evaluate.session import Session
 from pipelines.decode import DecodeOptions
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from pipelines.storage.source import Source
 
 EVALUATION = Evaluation(resize=32, crop=32)
-CPU = torch.device("cpu")
-COMPUTING = Computing(decoder="pillow", threads=1, extract_batch=5)
 PILLOW = DecodeOptions(decoder="pillow", threads=1)
+SESSION = Session(device=torch.device("cpu"), decode=PILLOW, batch_size=5)
 
 
 def a_store(folder: Path, rows: int = 36, **options: Any) -> FeatureStore:
@@ -35,24 +34,24 @@ def a_store(folder: Path, rows: int = 36, **options: Any) -> FeatureStore:
 
 
 def fill(store: FeatureStore, source: Source, backbone: nn.Module, **options: Any) -> None:
-    fill_store(store, backbone, source, EVALUATION, device=CPU, computing=COMPUTING, **options)
+    fill_store(SESSION, store, backbone, source, EVALUATION, **options)
 
 
-def test_rows_are_what_is_extracted_at_once(images: Path, tmp_path: Path) -> None:
+def test_rows_equal_features_extracted_in_memory(images: Path, tmp_path: Path) -> None:
     source = open_source(images / "train")
     store = a_store(tmp_path / "s")
     fill(store, source, Brightness())
-    expected = extract_features(Brightness(), source, EVALUATION, device=CPU, decode=PILLOW).values
+    expected = extract_features(SESSION, Brightness(), source, EVALUATION).values
     assert np.array_equal(store.values, expected.numpy())
     assert (np.load(tmp_path / "s/state.npy") == DONE).all()
     assert np.array_equal(np.load(tmp_path / "s/features.npy"), expected.numpy())
 
 
-def test_a_stopped_computation_goes_on(images: Path, tmp_path: Path) -> None:
+def test_a_stopped_computation_resumes(images: Path, tmp_path: Path) -> None:
     source = open_source(images / "train")
     store = a_store(tmp_path / "s")
 
-    def stop_behind(rows: int) -> Any:
+    def stop_after(rows: int) -> Any:
         done = 0
 
         def progress(more: int) -> None:
@@ -64,9 +63,9 @@ def test_a_stopped_computation_goes_on(images: Path, tmp_path: Path) -> None:
         return progress
 
     with pytest.raises(KeyboardInterrupt):
-        fill(store, source, Brightness(), progress=stop_behind(15))
+        fill(store, source, Brightness(), progress=stop_after(15))
     again = a_store(tmp_path / "s")
-    assert again.to_do(range(36)).tolist() == list(range(15, 36))
+    assert again.missing(range(36)).tolist() == list(range(15, 36))
     counted: list[int] = []
     fill(again, source, Brightness(), progress=counted.append)
     assert sum(counted) == 21
@@ -75,7 +74,7 @@ def test_a_stopped_computation_goes_on(images: Path, tmp_path: Path) -> None:
     assert np.array_equal(again.values, whole.values)
 
 
-def test_drawn_views_are_those_of_the_engine(images: Path, tmp_path: Path) -> None:
+def test_random_views_are_those_of_the_engine(images: Path, tmp_path: Path) -> None:
     from pipelines.loading.eval_loader import iterate_augmented
 
     source = open_source(images / "train")
@@ -90,14 +89,6 @@ def test_drawn_views_are_those_of_the_engine(images: Path, tmp_path: Path) -> No
     assert np.abs(store.values[36:72] - store.values[72:]).max() > 0.01
 
 
-def test_parts_of_a_data_set(images: Path, tmp_path: Path) -> None:
-    source = open_source(images / "train")
-    store, whole = a_store(tmp_path / "s", rows=3), a_store(tmp_path / "whole")
-    fill(store, source, Brightness(), indices=[30, 2, 17])
-    fill(whole, source, Brightness())
-    assert np.array_equal(store.values, whole.values[[30, 2, 17]])
-
-
 def test_undecodable_images_are_marked(images: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -107,24 +98,24 @@ def test_undecodable_images_are_marked(images: Path, tmp_path: Path) -> None:
     store = a_store(tmp_path / "s")
     fill(store, source, Brightness())
     assert np.flatnonzero(store.state == BAD).tolist() == [15]
-    assert not len(store.to_do(range(36)))
+    assert not len(store.missing(range(36)))
 
 
-def test_a_store_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_store_of_another_identity_is_left_alone(tmp_path: Path) -> None:
     store = a_store(tmp_path / "s")
     store.write(np.array([1]), np.ones((1, 2), dtype=np.float32), ["a"])
     store.save()
-    with pytest.raises(InputError, match=r"holds features of something else \(rows, weights differ\)"):
+    with pytest.raises(InputError, match=r"holds other features \(rows, weights differ\)"):
         a_store(tmp_path / "s", rows=30, identity={"weights": "other"})
     assert a_store(tmp_path / "s").values[1].tolist() == [1, 1]
-    assert a_store(tmp_path / "s", identity={"weights": "other"}, overwrite=True).to_do(range(36)).size == 36
+    assert a_store(tmp_path / "s", identity={"weights": "other"}, overwrite=True).missing(range(36)).size == 36
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds other files"):
         a_store(tmp_path / "folder")
 
 
-def test_a_full_disk_is_told_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_noticed_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -134,11 +125,11 @@ def test_a_full_disk_is_told_before_anything_is_computed(tmp_path: Path, monkeyp
     assert str(caught.value.filename).endswith("features.npy")
     assert not list((tmp_path / "s").iterdir())
     monkeypatch.undo()
-    assert a_store(tmp_path / "s").to_do(range(36)).size == 36
+    assert a_store(tmp_path / "s").missing(range(36)).size == 36
 
 
 class Constant(nn.Module):
-    """[B, 3, S, S] -> [B, 2]: always the same."""
+    """[B, 3, S, S] -> [B, 2], constant."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -148,19 +139,19 @@ class Constant(nn.Module):
         return torch.full((len(view), 2), self.value)
 
 
-def test_features_that_are_no_numbers(images: Path, tmp_path: Path) -> None:
+def test_features_that_are_not_finite(images: Path, tmp_path: Path) -> None:
     source = open_source(images / "train")
     for value in (float("nan"), float("inf")):
         with pytest.raises(InputError, match=r"^The features of class_0/000\.jpg are not finite"):
             fill(a_store(tmp_path / str(value)), source, Constant(value))
         with pytest.raises(InputError, match=r"^The features of class_0/000\.jpg are not finite"):
-            extract_features(Constant(value), source, EVALUATION, device=CPU)
+            extract_features(SESSION, Constant(value), source, EVALUATION)
     with pytest.raises(InputError, match=r"reach 1e\+05, more than float16 holds: use --dtype float32"):
         fill(a_store(tmp_path / "half", dtype="float16"), source, Constant(1e5))
 
 
-def test_nothing_is_left_to_the_collector_by_an_early_end(images: Path, tmp_path: Path) -> None:
-    """A pool that is shut down by a collection within another thread's `submit` waits for that one's lock for ever."""
+def test_an_early_end_leaves_no_threads_to_the_garbage_collector(images: Path, tmp_path: Path) -> None:
+    """A thread pool collected inside another thread's `submit` deadlocks on that thread's lock."""
     import gc
     import threading
 
@@ -171,7 +162,7 @@ def test_nothing_is_left_to_the_collector_by_an_early_end(images: Path, tmp_path
         for number in range(3):
             with pytest.raises(InputError) as caught:
                 fill(a_store(tmp_path / str(number)), source, Constant(float("nan")))
-            assert set(threading.enumerate()) <= before, "its threads live on in the frames of an exception"
+            assert set(threading.enumerate()) <= before, "frames of an exception keep its threads alive"
             assert caught.value is not None
     finally:
         gc.enable()

@@ -1,4 +1,4 @@
-"""kNN of a data set, end to end: a backbone that reads mean brightness knows these classes by heart."""
+"""kNN of a data set, end to end, with a backbone that measures mean brightness, in which the classes differ."""
 
 from __future__ import annotations
 
@@ -12,47 +12,48 @@ from torch import Tensor, nn
 from mvssl.config.recipe import Evaluation
 from mvssl.evaluate.features import extract_features
 from mvssl.evaluate.online_knn import check_knn_data, evaluate_knn
+from mvssl.evaluate.session import Session
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
 
 EVALUATION = Evaluation(resize=32, crop=32, k=(3,))
-CPU = torch.device("cpu")
+SESSION = Session(device=torch.device("cpu"), batch_size=7)
 
 
 class Brightness(nn.Module):
-    """[B, 3, S, S] -> [B, 2]: the direction tells the mean brightness."""
+    """[B, 3, S, S] -> [B, 2], a direction that encodes the mean brightness."""
 
     def forward(self, view: Tensor) -> Tensor:
         angle = view.mean(dim=(1, 2, 3))  # [B]
         return torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
-def test_classes_told_by_brightness_are_all_found(images: Path) -> None:
+def test_classes_of_different_brightness_are_all_recognised(images: Path) -> None:
     train, val = open_source(images / "train"), open_source(images / "val")
-    assert evaluate_knn(Brightness(), train, val, EVALUATION, device=CPU) == {3: 1.0}
-    assert evaluate_knn(Brightness(), train, None, EVALUATION, device=CPU) == {3: 1.0}
+    assert evaluate_knn(SESSION, Brightness(), train, val, EVALUATION) == {3: 1.0}
+    assert evaluate_knn(SESSION, Brightness(), train, None, EVALUATION) == {3: 1.0}
 
 
 def test_a_val_split_that_lacks_a_class_is_compared_by_class_name(images: Path, tmp_path: Path) -> None:
     shutil.copytree(images / "val", tmp_path / "val")
     shutil.rmtree(tmp_path / "val" / "class_0")
     train, val = open_source(images / "train"), open_source(tmp_path / "val")
-    assert evaluate_knn(Brightness(), train, val, EVALUATION, device=CPU) == {3: 1.0}
+    assert evaluate_knn(SESSION, Brightness(), train, val, EVALUATION) == {3: 1.0}
 
 
-def test_features_are_in_order_and_leave_the_backbone_in_train_mode(images: Path) -> None:
+def test_features_are_in_dataset_order_and_the_training_mode_is_restored(images: Path) -> None:
     train = open_source(images / "train")
     backbone = Brightness().train()
-    whole = extract_features(backbone, train, EVALUATION, device=CPU, batch_size=7)
+    whole = extract_features(SESSION, backbone, train, EVALUATION)
     assert whole.index.tolist() == list(range(36))
     assert whole.labels.tolist() == [0] * 12 + [1] * 12 + [2] * 12
     assert backbone.training
-    some = extract_features(backbone, train, EVALUATION, device=CPU, max_images=4)
+    some = extract_features(SESSION, backbone, train, EVALUATION, max_images=4)
     assert some.index.tolist() == [0, 12, 23, 35]
     assert torch.equal(some.values, whole.values[some.index])
 
 
-def test_what_cannot_be_compared_is_a_sentence(images: Path, tmp_path: Path) -> None:
+def test_unsuitable_data_is_an_input_error(images: Path, tmp_path: Path) -> None:
     train, val = open_source(images / "train"), open_source(images / "val")
     with pytest.raises(InputError, match="at most 36"):
         check_knn_data(train, val, Evaluation(k=(37,)))

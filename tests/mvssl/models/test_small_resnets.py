@@ -17,7 +17,7 @@ from mvssl.models.backbones import build_backbone, is_convolutional
 from mvssl.models.small_resnets import NAMES
 from mvssl.weights.backbone_file import export_backbone, loading_code
 from mvssl.weights.export import export
-from mvssl.weights.load import Measured, Subject, load_subject
+from mvssl.weights.load import BackboneSource, LoadedBackbone, load_backbone
 from pipelines.runtime import InputError
 
 
@@ -75,7 +75,7 @@ def test_an_export_is_loaded_by_the_code_that_is_told(tmp_path: Path) -> None:
     backbone = build_backbone(Backbone(name="resnet10_tiny"))
     path = tmp_path / "b.safetensors"
     export_backbone(backbone, "resnet10_tiny", path)
-    measured = load_subject(Subject(weights=path))
+    measured = load_backbone(BackboneSource(weights=path))
     assert measured.architecture == "resnet10_tiny"
     torch.testing.assert_close(features(measured.backbone), features(backbone), rtol=0, atol=0)
 
@@ -93,8 +93,8 @@ def test_an_export_is_loaded_by_the_code_that_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "ending"), [("torchvision", ".pth"), ("detectron2", ".pkl")])
 @pytest.mark.parametrize("name", ["resnet18_small", "resnet10t"])
 def test_formats_without_such_a_stem_refuse_it(tmp_path: Path, kind: str, ending: str, name: str) -> None:
-    measured = load_subject(Subject(untrained=True, arch=name))
-    assert isinstance(measured, Measured)
-    with pytest.raises(InputError, match=f"format is '{kind}' but {name} does not begin with one 7x7 convolution"):
+    measured = load_backbone(BackboneSource(untrained=True, arch=name))
+    assert isinstance(measured, LoadedBackbone)
+    with pytest.raises(InputError, match=f"format is '{kind}' but {name} does not start with one 7x7 convolution"):
         export(measured, kind, tmp_path / f"b{ending}")
     assert list(tmp_path.iterdir()) == []

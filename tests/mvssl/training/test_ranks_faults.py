@@ -16,6 +16,7 @@ from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Evaluation, Recipe
 from mvssl.distributed import OtherRankFailed, join_world
 from mvssl.evaluate.features import extract_features
+from mvssl.evaluate.session import Session
 from mvssl.training.experiment import _data_paths
 from mvssl.training.run import run
 from pipelines.loading.fetch import too_many_bad
@@ -95,11 +96,10 @@ def embed(train: str) -> int:
     """Number of images embedded by all ranks."""
     with join_world(cuda=False) as world:
         features = extract_features(
+            Session(device=torch.device("cpu"), world=world),
             torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()),
             open_source(Path(train)),
             Evaluation(resize=32, crop=32, k=(1,)),
-            device=torch.device("cpu"),
-            world=world,
         )
         return len(features.index)
 

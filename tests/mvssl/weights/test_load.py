@@ -1,4 +1,4 @@
-"""Weights of other projects: the right network, the same features, and no code that is run."""
+"""Weights of other projects: the right network, the same features, no code from the file is run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mvssl.training.step import TrainStep
 from mvssl.weights.backbone_file import export_backbone
 from mvssl.weights.formats import guess_architecture
 from mvssl.weights.init_from import init_from
-from mvssl.weights.load import Subject, load_subject, read_weights
+from mvssl.weights.load import BackboneSource, load_backbone, read_weights
 from pipelines.runtime import InputError
 from tests.samples.checkpoint_samples import dino, moco_v2, moco_v3, put, random_backbone, release, simsiam, write
 
@@ -30,7 +30,7 @@ SIZE = 224
 
 
 def features(model: nn.Module, *, size: int = SIZE) -> torch.Tensor:
-    """Of two images, the same each time."""
+    """Features of the same two images each time."""
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         result: torch.Tensor = model.eval()(images)
@@ -56,19 +56,21 @@ TWO: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("layout", TWO)
-def test_either_network_of_a_checkpoint(layout: str, online: nn.Module, target: nn.Module, tmp_path: Path) -> None:
-    path = write(tmp_path / "checkpoint.pth.tar", TWO[layout](online.state_dict(), target.state_dict()))
+@pytest.mark.parametrize("project", TWO)
+def test_either_network_of_a_checkpoint(project: str, online: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+    path = write(tmp_path / "checkpoint.pth.tar", TWO[project](online.state_dict(), target.state_dict()))
     for network, model in (("online", online), ("target", target)):
-        measured = load_subject(Subject(weights=path, network=network))  # type: ignore[arg-type]
-        assert measured.architecture == "resnet18"
-        assert torch.equal(features(measured.backbone, size=64), features(model, size=64))
-    usual = target if layout == "dino" else online
-    assert torch.equal(features(load_subject(Subject(weights=path)).backbone, size=64), features(usual, size=64))
+        loaded = load_backbone(BackboneSource(weights=path, network=network))  # type: ignore[arg-type]
+        assert loaded.architecture == "resnet18"
+        assert torch.equal(features(loaded.backbone, size=64), features(model, size=64))
+    usual = target if project == "dino" else online
+    assert torch.equal(
+        features(load_backbone(BackboneSource(weights=path)).backbone, size=64), features(usual, size=64)
+    )
 
 
 @pytest.mark.parametrize(
-    "held",
+    "content",
     [
         lambda tensors: simsiam(tensors),
         lambda tensors: tensors,
@@ -78,24 +80,26 @@ def test_either_network_of_a_checkpoint(layout: str, online: nn.Module, target: 
         lambda tensors: put("_orig_mod.", tensors) | put("_orig_mod.", {"fc.weight": torch.ones(10, 512)}),
         lambda tensors: {name: value for name, value in tensors.items() if "num_batches" not in name},
     ],
-    ids=["simsiam", "bare", "wrapped", "model", "prefixed", "with a classifier", "of old"],
+    ids=["simsiam", "bare", "wrapped", "model", "prefixed", "with a classifier", "old, without batch counters"],
 )
-def test_one_network(held: Callable[[Any], Any], online: nn.Module, tmp_path: Path) -> None:
-    path = write(tmp_path / "weights.pth", held(dict(online.state_dict())))
-    assert torch.equal(features(load_subject(Subject(weights=path)).backbone, size=64), features(online, size=64))
+def test_one_network(content: Callable[[Any], Any], online: nn.Module, tmp_path: Path) -> None:
+    path = write(tmp_path / "weights.pth", content(dict(online.state_dict())))
+    assert torch.equal(
+        features(load_backbone(BackboneSource(weights=path)).backbone, size=64), features(online, size=64)
+    )
     with pytest.raises(InputError, match=r"^network is 'target' but .*weights\.pth"):
-        load_subject(Subject(weights=path, network="target"))
+        load_backbone(BackboneSource(weights=path, network="target"))
 
 
 def test_timms_own_file_with_its_classifier(tmp_path: Path) -> None:
     model = timm.create_model("resnet26d", num_classes=7).eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="does not tell its architecture"):
-        load_subject(Subject(weights=tmp_path / "model.safetensors"))
-    measured = load_subject(Subject(weights=tmp_path / "model.safetensors", arch="resnet26d"))
+        load_backbone(BackboneSource(weights=tmp_path / "model.safetensors"))
+    loaded = load_backbone(BackboneSource(weights=tmp_path / "model.safetensors", arch="resnet26d"))
     with torch.no_grad():
         expected = model.forward_head(model.forward_features(torch.ones(1, 3, 64, 64)), pre_logits=True)
-        assert torch.equal(measured.backbone(torch.ones(1, 3, 64, 64)), expected)
+        assert torch.equal(loaded.backbone(torch.ones(1, 3, 64, 64)), expected)
 
 
 def torchvision_vit(heads: int, width: int) -> nn.Module:
@@ -112,9 +116,9 @@ def torchvision_vit(heads: int, width: int) -> nn.Module:
 
 def test_torchvisions_transformer_gives_its_features(tmp_path: Path) -> None:
     model = torchvision_vit(3, 192)
-    measured = load_subject(Subject(weights=write(tmp_path / "vit.pth", model.state_dict())))
-    assert measured.architecture == "vit_tiny_patch16_224"
-    torch.testing.assert_close(features(measured.backbone), features(model), atol=1e-4, rtol=1e-4)
+    loaded = load_backbone(BackboneSource(weights=write(tmp_path / "vit.pth", model.state_dict())))
+    assert loaded.architecture == "vit_tiny_patch16_224"
+    torch.testing.assert_close(features(loaded.backbone), features(model), atol=1e-4, rtol=1e-4)
 
 
 def test_moco_v3s_small_transformer_has_twelve_heads(tmp_path: Path) -> None:
@@ -123,49 +127,49 @@ def test_moco_v3s_small_transformer_has_twelve_heads(tmp_path: Path) -> None:
     model = torchvision_vit(12, 384)
     tensors = from_torchvision(model.state_dict())
     path = write(tmp_path / "vit-s.pth.tar", moco_v3(tensors, tensors))
-    measured = load_subject(Subject(weights=path))
-    assert measured.architecture == "vit_small_patch16_224"
-    torch.testing.assert_close(features(measured.backbone), features(model), atol=1e-4, rtol=1e-4)
+    loaded = load_backbone(BackboneSource(weights=path))
+    assert loaded.architecture == "vit_small_patch16_224"
+    torch.testing.assert_close(features(loaded.backbone), features(model), atol=1e-4, rtol=1e-4)
 
 
-def test_images_are_normalised_as_the_weights_want(tmp_path: Path) -> None:
+def test_images_are_normalised_as_the_weights_expect(tmp_path: Path) -> None:
     model = random_backbone("vit_tiny_patch16_224", seed=4)
     path = write(tmp_path / "vit.pth", model.state_dict())
     name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-    measured = load_subject(Subject(weights=path, arch=name))
+    loaded = load_backbone(BackboneSource(weights=path, arch=name))
     pixels = torch.rand(2, 3, SIZE, SIZE)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     ours = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     with torch.no_grad():
-        torch.testing.assert_close(measured.backbone(ours), model(2 * pixels - 1), atol=1e-4, rtol=1e-4)
-    assert (measured.evaluation.resize, measured.evaluation.crop) == (248, 224)
+        torch.testing.assert_close(loaded.backbone(ours), model(2 * pixels - 1), atol=1e-4, rtol=1e-4)
+    assert (loaded.evaluation.resize, loaded.evaluation.crop) == (248, 224)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet101", "wide_resnet50_2", "vit_tiny_patch16_224"])
-def test_architectures_are_told_from_their_tensors(name: str) -> None:
+def test_architectures_are_guessed_from_their_tensors(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0)
     assert guess_architecture(model.state_dict()) == name
 
 
-def test_an_unknown_layout_is_described(tmp_path: Path) -> None:
-    held = {"net": {"trunk.conv1.weight": torch.ones(1), "trunk.bn1.weight": torch.ones(1)}, "step": 3}
-    path = write(tmp_path / "theirs.pt", held)
+def test_an_unknown_format_is_described(tmp_path: Path) -> None:
+    content = {"net": {"trunk.conv1.weight": torch.ones(1), "trunk.bn1.weight": torch.ones(1)}, "step": 3}
+    path = write(tmp_path / "theirs.pt", content)
     with pytest.raises(InputError) as caught:
-        load_subject(Subject(weights=path))
+        load_backbone(BackboneSource(weights=path))
     for words in (
         "net/trunk.bn1, net/trunk.conv1",
-        "a layout that is not known: the nearest is ",
-        "Known are the paper",
+        "which is no known checkpoint format. The nearest one, ",
+        "Known formats: the reference implementation",
     ):
         assert words in str(caught.value)
     nearly = write(tmp_path / "nearly.pt", {"state_dict": {"base_encoders.conv1.weight": torch.ones(1)}})
-    with pytest.raises(InputError, match=r"the nearest is MoCo v3, with names that begin with state_dict/base_encoder"):
-        load_subject(Subject(weights=nearly))
+    with pytest.raises(InputError, match=r"nearest one, MoCo v3, has names that start with state_dict/base_enc"):
+        load_backbone(BackboneSource(weights=nearly))
 
 
 class Evil:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -174,7 +178,7 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
-def test_files_that_are_no_weights(tmp_path: Path, online: nn.Module) -> None:
+def test_files_without_weights(tmp_path: Path, online: nn.Module) -> None:
     done = tmp_path / "done"
     with pytest.raises(InputError, match=r"evil\.pt holds .*mkdir, which is code and is not run here"):
         read_weights(write(tmp_path / "evil.pt", {"state_dict": Evil(done)}))
@@ -193,16 +197,16 @@ def test_files_that_are_no_weights(tmp_path: Path, online: nn.Module) -> None:
         read_weights(write(tmp_path / "list.pt", [torch.ones(2)]))
 
 
-def test_what_does_not_fit_is_named(online: nn.Module, tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_named(online: nn.Module, tmp_path: Path) -> None:
     path = write(tmp_path / "weights.pth", online.state_dict())
     with pytest.raises(InputError, match=r"does not fit resnet34: it lacks layer1\.2\.conv1\.weight.* and \d+ more"):
-        load_subject(Subject(weights=path, arch="resnet34"))
+        load_backbone(BackboneSource(weights=path, arch="resnet34"))
     more = write(tmp_path / "more.pth", dict(online.state_dict()) | {"layer9.x": torch.ones(1)})
-    with pytest.raises(InputError, match=r"it has, beyond it, layer9\.x\."):
-        load_subject(Subject(weights=more))
+    with pytest.raises(InputError, match=r"it has the unexpected layer9\.x\."):
+        load_backbone(BackboneSource(weights=more))
     wide = dict(online.state_dict()) | {"layer4.1.bn2.bias": torch.ones(3)}
     with pytest.raises(InputError, match=r"it has layer4\.1\.bn2\.bias \[3\] instead of \[512\]"):
-        load_subject(Subject(weights=write(tmp_path / "wide.pth", wide)))
+        load_backbone(BackboneSource(weights=write(tmp_path / "wide.pth", wide)))
 
 
 @pytest.mark.parametrize(
@@ -213,9 +217,9 @@ def test_what_does_not_fit_is_named(online: nn.Module, tmp_path: Path) -> None:
         ({"run": Path("x"), "arch": "resnet18"}, "leave --arch out"),
     ],
 )
-def test_subjects_that_contradict_themselves(options: dict[str, Any], words: str) -> None:
+def test_contradictory_options(options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        Subject(**options)
+        BackboneSource(**options)
 
 
 def test_both_networks_of_a_run(finished: Path, tiny_recipe: Recipe) -> None:
@@ -224,16 +228,16 @@ def test_both_networks_of_a_run(finished: Path, tiny_recipe: Recipe) -> None:
         expected = build_backbone(tiny_recipe.backbone)
         prefix = "backbone."
         expected.load_state_dict({k.removeprefix(prefix): v for k, v in state[network].items() if k.startswith(prefix)})
-        measured = load_subject(Subject(run=finished, network=network))
-        assert torch.equal(features(measured.backbone, size=32), features(expected, size=32))
-        assert (measured.evaluation.resize, measured.evaluation.k) == (32, (5, 1))
-    untrained = load_subject(Subject(run=finished, untrained=True))
+        loaded = load_backbone(BackboneSource(run=finished, network=network))
+        assert torch.equal(features(loaded.backbone, size=32), features(expected, size=32))
+        assert (loaded.evaluation.resize, loaded.evaluation.k) == (32, (5, 1))
+    untrained = load_backbone(BackboneSource(run=finished, untrained=True))
     assert torch.equal(
         features(untrained.backbone, size=32), features(build_networks(tiny_recipe)[0].backbone, size=32)
     )
-    exported = load_subject(Subject(weights=finished / "backbone.safetensors"))
+    exported = load_backbone(BackboneSource(weights=finished / "backbone.safetensors"))
     assert exported.architecture == "test_resnet"
-    assert exported.digest == load_subject(Subject(run=finished)).digest != untrained.digest
+    assert exported.digest == load_backbone(BackboneSource(run=finished)).digest != untrained.digest
 
 
 def step_of(recipe: Recipe) -> TrainStep:
@@ -246,15 +250,15 @@ def heads_of(recipe: Recipe, width: int) -> tuple[MLP, dict[str, MLP]]:
     return MLP(width, recipe.projector), {task: MLP(recipe.projector.out, recipe.predictor) for task in tasks}
 
 
-def test_training_goes_on_from_the_releases_networks(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_training_starts_from_a_checkpoint_of_the_reference_implementation(tiny_recipe: Recipe, tmp_path: Path) -> None:
     step = step_of(tiny_recipe)
     backbone = random_backbone("test_resnet", seed=6)
     projector, predictors = heads_of(tiny_recipe, step.online.feature_width)
     heads = put("projector.", projector.state_dict())
     for task, mlp in predictors.items():
         heads |= put(f"predictors.{task}.", mlp.state_dict())
-    held = release(put("", backbone.state_dict()), put("", backbone.state_dict()), heads, module=True)
-    init_from(step.online, step.target, tiny_recipe, write(tmp_path / "release.pth", held))
+    content = release(put("", backbone.state_dict()), put("", backbone.state_dict()), heads, module=True)
+    init_from(step.online, step.target, tiny_recipe, write(tmp_path / "release.pth", content))
     torch.testing.assert_close(features(step.online.backbone, size=32), features(backbone, size=32))
     z = torch.randn(4, tiny_recipe.projector.out)
     for slot, task in enumerate(step.online.predictors.tasks):
@@ -267,7 +271,7 @@ def test_training_goes_on_from_the_releases_networks(tiny_recipe: Recipe, tmp_pa
     torch.testing.assert_close(step.online.projector.eval()(x), projector.eval()(x))
 
 
-def test_heads_that_do_not_fit_begin_anew(
+def test_heads_that_do_not_fit_are_freshly_initialised(
     tiny_recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="mvssl")
@@ -275,13 +279,16 @@ def test_heads_that_do_not_fit_begin_anew(
     before = {name: value.clone() for name, value in step.online.predictors.state_dict().items()}
     backbone = random_backbone("test_resnet", seed=6)
     heads = put("projector.", MLP(step.online.feature_width, Head(hidden=(8,), out=4)).state_dict())
-    held = release(backbone.state_dict(), backbone.state_dict(), heads, module=False)
-    init_from(step.online, step.target, tiny_recipe, write(tmp_path / "release.pth", held))
-    assert "taken over are online backbone of the paper's release; projector and predictors begin anew." in caplog.text
+    content = release(backbone.state_dict(), backbone.state_dict(), heads, module=False)
+    init_from(step.online, step.target, tiny_recipe, write(tmp_path / "release.pth", content))
+    assert (
+        "loaded: online backbone of the reference implementation; freshly initialised: projector, predictors"
+        in caplog.text
+    )
     assert all(torch.equal(value, before[name]) for name, value in step.online.predictors.state_dict().items())
 
 
-def test_a_shared_predictor_without_bias_is_taken(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_a_shared_predictor_without_bias_is_loaded(tiny_recipe: Recipe, tmp_path: Path) -> None:
     import dataclasses
 
     recipe = dataclasses.replace(tiny_recipe, predictors="shared", backbone=Backbone(name="resnet18"))
@@ -290,10 +297,10 @@ def test_a_shared_predictor_without_bias_is_taken(tiny_recipe: Recipe, tmp_path:
     _, predictors = heads_of(recipe, 512)
     mlp = predictors["global"].eval()
     torch.nn.init.zeros_(mlp[-1].bias)  # type: ignore[arg-type]
-    held = simsiam(backbone.state_dict())
-    state = {name: tensor for name, tensor in held["state_dict"].items() if "predictor" not in name}
+    content = simsiam(backbone.state_dict())
+    state = {name: tensor for name, tensor in content["state_dict"].items() if "predictor" not in name}
     state |= put("module.predictor.", {k: v for k, v in mlp.state_dict().items() if k != "3.bias"})
-    init_from(step.online, step.target, recipe, write(tmp_path / "simsiam.pth.tar", held | {"state_dict": state}))
+    init_from(step.online, step.target, recipe, write(tmp_path / "simsiam.pth.tar", content | {"state_dict": state}))
     z = torch.randn(4, recipe.projector.out)
     torch.testing.assert_close(step.online.predictors.eval()(z[None], (0,))[0], mlp(z))
 
@@ -302,3 +309,8 @@ def test_exported_files_are_checked_for_their_architecture(tiny_recipe: Recipe, 
     export_backbone(random_backbone("resnet18", seed=1), "resnet18", tmp_path / "b.safetensors")
     with pytest.raises(InputError, match="holds a resnet18 but the recipe's backbone is test_resnet"):
         init_from(step_of(tiny_recipe).online, None, tiny_recipe, tmp_path / "b.safetensors")
+    fitting = random_backbone("test_resnet", seed=1)
+    export_backbone(fitting, "test_resnet", tmp_path / "c.safetensors")
+    online = step_of(tiny_recipe).online
+    init_from(online, None, tiny_recipe, tmp_path / "c.safetensors")
+    torch.testing.assert_close(features(online.backbone, size=32), features(fitting, size=32))
