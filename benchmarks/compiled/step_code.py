@@ -19,7 +19,7 @@ from benchmarks.compiled.eager_ops import Account, Work
 from benchmarks.compiled.gpu_code import Graph, foreach_as_on_gpu, gpu_graphs, uncounted
 from benchmarks.measuring.view_bytes import kernel_bytes
 from mvssl.config.recipe import Recipe
-from mvssl.models.foreach_ops import lerp_all_, subtract_all_
+from mvssl.models.foreach_ops import foreach_lerp_, foreach_subtract_
 from mvssl.models.view_batching import stack_views
 from mvssl.training.compile import Compiler
 from mvssl.training.compile_errors import describe, is_compile_error
@@ -133,8 +133,8 @@ def _as_on_gpu() -> Iterator[None]:
         mock.patch.object(step_module, "autocast_dtype", dtype_on_gpu),
         mock.patch.object(step_module, "check_bf16_on_cpu"),
         mock.patch.object(step_module, "stack_views", stack_into_graph_inputs),
-        mock.patch.object(target_module, "lerp_", torch.no_grad()(lerp_all_)),
-        mock.patch.object(lars_module, "subtract_", torch.no_grad()(subtract_all_)),
+        mock.patch.object(target_module, "lerp_", torch.no_grad()(foreach_lerp_)),
+        mock.patch.object(lars_module, "subtract_", torch.no_grad()(foreach_subtract_)),
         mock.patch.object(Compiler, "_give_up", give_up),
         mock.patch.object(F, "layer_norm", layer_norm_on_gpu),
     ):

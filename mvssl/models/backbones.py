@@ -18,30 +18,6 @@ from mvssl.config.recipe import Backbone
 from mvssl.models import small_resnets  # noqa: F401  (registers their names with timm)
 from pipelines.runtime import InputError
 
-
-@torch.no_grad()
-def init_as_reference(backbone: nn.Module) -> None:
-    """Initialise a new ResNet or plain vision transformer of timm as the reference implementation does, in place.
-
-    ResNet: residual branches start at full strength; timm zero-initialises the last norm of each, as torchvision's
-    `zero_init_residual` does. Vision transformer: Glorot-uniform patch embedding with zero bias, as in MoCo v3 (arXiv
-    2104.02057), and a class token of standard deviation 0.02; timm uses smaller values. Everything else, and any other
-    architecture, keeps timm's initialisation, which the reference implementation shares: He-normal over outputs for
-    convolutions, standard deviation 0.02 for linear layers.
-    """
-    for module in backbone.modules():
-        if isinstance(module, (BasicBlock, Bottleneck)):
-            nn.init.ones_(module.get_parameter("bn3.weight" if isinstance(module, Bottleneck) else "bn2.weight"))
-    if isinstance(backbone, VisionTransformer):
-        patches = backbone.patch_embed.proj
-        bound = math.sqrt(6 / (patches.weight[0].numel() + patches.out_channels))
-        nn.init.uniform_(patches.weight, -bound, bound)
-        if patches.bias is not None:
-            nn.init.zeros_(patches.bias)
-        if backbone.cls_token is not None:
-            nn.init.trunc_normal_(backbone.cls_token, std=0.02)
-
-
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -54,12 +30,11 @@ def build_backbone(config: Backbone, *, drop_path: bool = True) -> nn.Module:
 
     Returns:
         A module from images [B, 3, S, S] to pooled features [B, D], float32, on the CPU. Vision transformers accept any
-        view size that is a multiple of their patches: the learned position embedding is interpolated bicubically, by
-        timm with antialiasing where the grid shrinks (14 x 14 to 6 x 6 for 96 pixels), by the reference implementation
-        without.
+        multiple of their patch size: timm interpolates the learned position embedding bicubically with antialiasing
+        (14 x 14 to 6 x 6 for 96 pixels), the reference implementation without.
 
     Raises:
-        InputError: timm has no such model, or it lacks stochastic depth or a convolution that the recipe asks for.
+        InputError: timm has no such model, or it lacks stochastic depth or a convolution that the recipe requires.
     """
     if not timm.is_model(config.name.split(".")[0]):
         near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
@@ -74,7 +49,7 @@ def build_backbone(config: Backbone, *, drop_path: bool = True) -> nn.Module:
 
 
 def _create(config: Backbone, wanted: dict[str, float]) -> nn.Module:
-    """Build the model with these options, for any image size if it supports that."""
+    """Create the timm model with these options, and with support for any image size if it has that."""
     # timm raises TypeError for unsupported options, before it initialises any weight.
     for options in ({"dynamic_img_size": True} | wanted, wanted):
         try:
@@ -107,19 +82,42 @@ def _freeze_stem(model: nn.Module, name: str) -> None:
     stem.requires_grad_(False)
 
 
+@torch.no_grad()
+def init_as_reference(backbone: nn.Module) -> None:
+    """Initialise a new ResNet or plain vision transformer of timm as the reference implementation does, in place.
+
+    ResNet: residual branches start at full strength; timm zero-initialises the last norm of each, as torchvision's
+    `zero_init_residual` does. Vision transformer: Glorot-uniform patch embedding with zero bias, as in MoCo v3 (arXiv
+    2104.02057), and a class token of standard deviation 0.02; timm uses smaller values. Everything else, and any other
+    architecture, keeps timm's initialisation, which the reference implementation shares: He-normal over outputs for
+    convolutions, standard deviation 0.02 for linear layers.
+    """
+    for module in backbone.modules():
+        if isinstance(module, (BasicBlock, Bottleneck)):
+            nn.init.ones_(module.get_parameter("bn3.weight" if isinstance(module, Bottleneck) else "bn2.weight"))
+    if isinstance(backbone, VisionTransformer):
+        patches = backbone.patch_embed.proj
+        bound = math.sqrt(6 / (patches.weight[0].numel() + patches.out_channels))
+        nn.init.uniform_(patches.weight, -bound, bound)
+        if patches.bias is not None:
+            nn.init.zeros_(patches.bias)
+        if backbone.cls_token is not None:
+            nn.init.trunc_normal_(backbone.cls_token, std=0.02)
+
+
 def feature_width(backbone: nn.Module, sizes: Iterable[int], *, name: str) -> int:
-    """Width D of the features, after checking on the meta device that images of every size give [B, D].
+    """Width D of the features, computed on the meta device.
 
     Raises:
-        InputError: the model cannot take a size, does not give one vector per image, or widths differ between sizes.
+        InputError: the model rejects a size, does not return one vector per image, or D differs between sizes.
     """
-    shadow = copy.deepcopy(backbone).to("meta").eval()
-    dtype = next(shadow.parameters()).dtype
+    on_meta = copy.deepcopy(backbone).to("meta").eval()
+    dtype = next(on_meta.parameters()).dtype
     widths: dict[int, int] = {}
     for size in sorted(set(sizes)):
         try:
             with torch.no_grad():
-                shape = tuple(shadow(torch.zeros(2, 3, size, size, dtype=dtype, device="meta")).shape)
+                shape = tuple(on_meta(torch.zeros(2, 3, size, size, dtype=dtype, device="meta")).shape)
         except Exception as error:  # timm and torch raise many types for sizes that do not fit
             reason = " ".join(str(error).split())
             raise InputError(

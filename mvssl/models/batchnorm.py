@@ -31,12 +31,12 @@ except ImportError:  # Triton has no wheel for this platform
 
 
 class ForwardViews:
-    """The views in the current forward of a network; shared by all its norms.
+    """The views in the current forward of a network; one object, shared by all its norms.
 
     Attributes:
-        positions: of each view in the order of the step, (0,) for a single view.
-        total: number of views in that order; 1 for a single view.
-        first: whether this is the first forward of the step.
+        positions: of each view in its group, whose order the running statistics follow; (0,) for a single view.
+        total: number of views in the group; 1 for a single view.
+        first: whether this is the group's first forward.
     """
 
     def __init__(self) -> None:
@@ -219,13 +219,13 @@ _PER_VIEW: dict[type[nn.Module], type[ViewBatchNorm]] = {
 def find_unbatchable(network: nn.Module) -> str | None:
     """Name and type of the first layer whose batch statistics cannot be computed per view; None if there is none.
 
-    That is a layer with batch statistics (`running_var`) that is none of the known BatchNorms. LayerNorm, GroupNorm and
-    the like treat images one by one.
+    Such a layer is a BatchNorm of another type, or any other layer with running statistics. LayerNorm, GroupNorm and
+    the like normalise images independently.
     """
     for name, module in network.named_modules():
-        keeps = any(key.startswith("running_") for key, _ in module.named_buffers(recurse=False))
+        has_statistics = any(key.startswith("running_") for key, _ in module.named_buffers(recurse=False))
         known = type(module) in _PER_VIEW or isinstance(module, ViewBatchNorm)
-        if (keeps or isinstance(module, _BatchNorm)) and not (known and module.momentum is not None):
+        if (has_statistics or isinstance(module, _BatchNorm)) and not (known and module.momentum is not None):
             return f"{name or 'itself'} ({type(module).__name__})"
     return None
 

@@ -1,4 +1,7 @@
-"""Online and target network: an encoder (backbone and projector), plus one predictor per task in the online network."""
+"""The two networks: encoders (backbone and projector), of which the online one also has a predictor per task.
+
+Shapes: V views of B images, S pixels wide, D backbone features, `out` features after projector and predictor.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +40,14 @@ class Encoder(nn.Module):
         fuse_resnets(self)
 
     def embed(self, images: list[Tensor], group: ViewGroup) -> Tensor:
-        """Embed a group of views.
+        """Embed a group of views, with one forward per size batch.
 
         Args:
-            images: [V * B, 3, S, S] for each size batch of the group.
+            images: [V * B, 3, S, S] for each size batch of the group, V being the views of that size.
             group: the views.
 
         Returns:
-            [V, B, out], in the order of the group's views.
+            [V, B, out], all views in the order of the group.
         """
         by_position: dict[int, Tensor] = {}
         for number, (batch, views) in enumerate(zip(group.batches, images, strict=True)):
@@ -54,8 +57,8 @@ class Encoder(nn.Module):
                 z = self(views, batch.positions, group.norm_views, number == 0)  # [V * B, out]
             embedded = torch.unflatten(z, 0, (len(batch.positions), -1))  # [V, B, out]
             if batch.positions == tuple(range(len(group.views))):
-                return embedded
-            by_position |= dict(zip(batch.positions, embedded.unbind(), strict=True))
+                return embedded  # all views have one size and are in order
+            by_position |= dict(zip(batch.positions, embedded.unbind(), strict=True))  # [B, out] each
         return torch.stack([by_position[position] for position in range(len(group.views))])
 
     def forward(self, batch: Tensor, positions: tuple[int, ...] = (0,), total: int = 1, first: bool = True) -> Tensor:
@@ -63,15 +66,15 @@ class Encoder(nn.Module):
 
         Args:
             batch: the views one after another.
-            positions: of each view in the order that running statistics follow.
-            total: number of views in that order; 1 for a single view.
-            first: whether this is the first forward of that order.
+            positions: of each view in the group, whose order the running statistics follow.
+            total: number of views in the group; 1 for a single view.
+            first: whether this is the group's first forward.
 
         Returns:
             [V * B, out].
         """
-        self._forward_views.set(positions, total, first=first)
-        embedding: Tensor = self.projector(self.backbone(batch))
+        self._forward_views.set(positions, total, first=first)  # read by every BatchNorm
+        embedding: Tensor = self.projector(self.backbone(batch))  # [V * B, 3, S, S] -> [V * B, D] -> [V * B, out]
         self._forward_views.reset()
         return embedding
 
@@ -80,7 +83,7 @@ class OnlineNetwork(Encoder):
     """The trained network: an encoder and one predictor per task (or one shared by all).
 
     Attributes:
-        predictors: the predictor bank; its keys are the tasks, or "shared" alone.
+        predictors: the predictor bank, with a slot per task or a single one, "shared".
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -107,7 +110,7 @@ class TargetNetwork(Encoder):
 
 
 class TargetUpdate:
-    """Updates a target network from its online network."""
+    """Updates a target network from its online network, by EMA or copy, in a few launches for all tensors."""
 
     def __init__(self, target: nn.Module, online: nn.Module) -> None:
         parameters, buffers = dict(online.named_parameters()), dict(online.named_buffers())
@@ -117,10 +120,10 @@ class TargetUpdate:
         self._online_buffers = [buffers[name] for name, _ in target.named_buffers()]
 
     def average(self, one_minus_tau: Tensor) -> None:
-        """EMA of the parameters (PAPER.md section 5), to be called before the forward of a step.
+        """EMA of the parameters, before the forward of a step: target = tau * target + (1 - tau) * online.
 
-        target = tau * target + (1 - tau) * online. `one_minus_tau` is a scalar on the networks' device; near the end of
-        a run float32 could not hold tau itself.
+        `one_minus_tau` is a scalar on the networks' device. Near the end of a run float32 could not represent tau
+        (PAPER.md section 5).
         """
         lerp_(self._parameters, self._online_parameters, one_minus_tau)
 

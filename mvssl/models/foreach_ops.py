@@ -1,4 +1,4 @@
-"""In-place updates of lists of tensors with a factor that is a device tensor, which torch's foreach kernels lack.
+"""In-place updates of lists of tensors by a factor on the device, which torch's foreach functions do not offer.
 
 On CUDA a few launches for all tensors, with a temporary copy; on the CPU one pass over each tensor.
 """
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @torch.no_grad()
 def lerp_(tensors: list[Tensor], ends: list[Tensor], weight: Tensor) -> None:
-    """Move each tensor towards its end, in place: t = t + weight * (end - t).
+    """Interpolate each tensor towards its end, in place: t = t + weight * (end - t).
 
     Args:
         tensors, ends: of equal shapes, on one device.
-        weight: scalar on that device; never read by the host.
+        weight: scalar on that device; the host never reads it.
     """
     if tensors and tensors[0].is_cuda:
-        lerp_all_(tensors, ends, weight)
+        foreach_lerp_(tensors, ends, weight)
     else:
         for tensor, end in zip(tensors, ends, strict=True):
             tensor.lerp_(end, weight.to(tensor.dtype))
@@ -28,19 +28,19 @@ def lerp_(tensors: list[Tensor], ends: list[Tensor], weight: Tensor) -> None:
 def subtract_(tensors: list[Tensor], others: list[Tensor], factor: Tensor) -> None:
     """t = t - factor * other, in place; arguments as for `lerp_`."""
     if tensors and tensors[0].is_cuda:
-        subtract_all_(tensors, others, factor)
+        foreach_subtract_(tensors, others, factor)
     else:
         for tensor, other in zip(tensors, others, strict=True):
             tensor.addcmul_(other, factor, value=-1)
 
 
-def lerp_all_(tensors: list[Tensor], ends: list[Tensor], weight: Tensor) -> None:
-    """`lerp_` in a few launches. Not t * (1 - w) + end * w, whose factors do not sum to 1 in float32."""
-    way = torch._foreach_sub(ends, tensors)
-    torch._foreach_mul_(way, weight)
-    torch._foreach_add_(tensors, way)
+def foreach_lerp_(tensors: list[Tensor], ends: list[Tensor], weight: Tensor) -> None:
+    """`lerp_` in a few launches; t * (1 - w) + end * w would drift, as its factors do not sum to 1 in float32."""
+    step = torch._foreach_sub(ends, tensors)
+    torch._foreach_mul_(step, weight)
+    torch._foreach_add_(tensors, step)
 
 
-def subtract_all_(tensors: list[Tensor], others: list[Tensor], factor: Tensor) -> None:
+def foreach_subtract_(tensors: list[Tensor], others: list[Tensor], factor: Tensor) -> None:
     """`subtract_` in a few launches."""
     torch._foreach_sub_(tensors, torch._foreach_mul(others, factor))

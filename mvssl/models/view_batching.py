@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -27,12 +27,11 @@ class TaskPairs(NamedTuple):
 
 
 def task_pairs(specs: Sequence[ViewSpec], weights: Mapping[str, float]) -> tuple[TaskPairs, ...]:
-    """Pairs of every view of a task with every target of another view (PAPER.md section 4); tasks in order of
-    appearance.
+    """For each task, in order of appearance, the pairs of its views with every target of another view.
 
     Args:
         specs: the views, checked by `check_views`.
-        weights: by task; 1 where missing.
+        weights: by task; 1 where missing (PAPER.md section 4).
     """
     targets = target_views(specs)
     return tuple(
@@ -57,18 +56,18 @@ def target_views(specs: Sequence[ViewSpec]) -> tuple[int, ...]:
 
 
 def predictor_slots(specs: Sequence[ViewSpec], predictors: Literal["per-view", "shared"]) -> dict[int, int]:
-    """Predictor slot of each online view: that of its task, or 0 for all with a shared predictor."""
+    """Predictor slot of each online view: the index of its task, or 0 for all with a shared predictor."""
     keys = tasks(specs)
-    named = {v: task for v in online_views(specs) if (task := specs[v].task) is not None}
-    return {v: 0 if predictors == "shared" else keys.index(task) for v, task in named.items()}
+    online = {v: task for v in online_views(specs) if (task := specs[v].task) is not None}
+    return {v: 0 if predictors == "shared" else keys.index(task) for v, task in online.items()}
 
 
 class SizeBatch(NamedTuple):
     """Views of one size that pass through the backbone as one batch.
 
     Attributes:
-        stack: index of their tensor in `BatchingPlan.stacks`.
-        begin, end: their rows there.
+        stack: index of the stack that contains them, in `BatchingPlan.stacks`.
+        begin, end: their slots in the stack.
         positions: of each in the views of its `ViewGroup`.
     """
 
@@ -91,7 +90,7 @@ class ViewGroup(NamedTuple):
 
     @property
     def norm_views(self) -> int:
-        """Number of views that BatchNorms keep apart; 1 if each view passes alone."""
+        """Number of views that BatchNorms normalise separately; 1 if every view has a forward of its own."""
         return len(self.views) if any(len(batch.positions) > 1 for batch in self.batches) else 1
 
 
@@ -100,7 +99,7 @@ class BatchingPlan:
     """How the views of a step are batched.
 
     Attributes:
-        stacks: for each input tensor, the views (positions in the recipe) that it holds.
+        stacks: the views (positions in the recipe) concatenated in each input tensor of the step.
         targets: the group that the target network embeds, if there is one.
         online: the groups that the online network embeds, each with its own backward.
     """
@@ -121,16 +120,19 @@ def make_plan(specs: Sequence[ViewSpec], *, joint: bool, grouped: bool, targets_
 
     Args:
         specs: the views, checked by `check_views`.
-        joint: one forward and backward for all views, or one for each.
-        grouped: whether views of one size form one batch in a joint forward.
-        targets_first: with one backward per view, let the target views (online embeddings are targets) share the first.
+        joint: whether all views share one backward, or have one each.
+        grouped: whether views of one size form one batch in a joint step.
+        targets_first: whether, with one backward per view, the target views share the first: needed where online
+            embeddings are the targets.
     """
     online, targets = online_views(specs), target_views(specs)
     grouped = grouped and joint
-    # Target-only views, then targets that are online views too, then the others: so each network's views are
-    # contiguous.
+    # Target-only views, then targets that are online too, then the rest: each network's views are contiguous.
     order = sorted(range(len(specs)), key=lambda v: (not specs[v].is_target, v in online, v))
-    stacks = tuple(_by_size(specs, order)) if grouped else tuple((v,) for v in range(len(specs)))
+    stacks: tuple[tuple[int, ...], ...] = tuple((v,) for v in range(len(specs)))
+    if grouped:
+        sizes = dict.fromkeys(specs[v].size for v in order)  # in order of appearance
+        stacks = tuple(tuple(v for v in order if specs[v].size == size) for size in sizes)
     first = targets if targets_first else ()
     if joint:
         members: list[tuple[int, ...]] = [online]
@@ -143,16 +145,8 @@ def make_plan(specs: Sequence[ViewSpec], *, joint: bool, grouped: bool, targets_
     )
 
 
-def _by_size(specs: Sequence[ViewSpec], views: Iterable[int]) -> list[tuple[int, ...]]:
-    """Views by size, in order of appearance."""
-    sizes: dict[int, list[int]] = {}
-    for v in views:
-        sizes.setdefault(specs[v].size, []).append(v)
-    return [tuple(members) for members in sizes.values()]
-
-
 def _group(views: tuple[int, ...], stacks: Sequence[tuple[int, ...]]) -> ViewGroup:
-    """The group of these views: a size batch for each stack that holds some of them, in order of their first view."""
+    """The group of these views: a size batch per stack that contains some of them, in order of their first view."""
     batches = []
     for number, stack in enumerate(stacks):
         rows = [row for row, v in enumerate(stack) if v in views]
@@ -170,14 +164,14 @@ def stack_views(
     memory_format: torch.memory_format,
     out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Concatenate the views of each stack.
+    """Concatenate the views of each stack, micro-batch by micro-batch.
 
     Args:
-        plan: which views.
+        plan: the stacks.
         views: [B, 3, S, S] each.
         micro_batches: number of micro-batches, M.
         memory_format: of the images.
-        out: tensors of an earlier call to write to; None allocates.
+        out: tensors of an earlier call to overwrite; None allocates.
 
     Returns:
         [M, V * B / M, 3, S, S] for each stack. A stack of one view is not copied without `out`.

@@ -1,14 +1,19 @@
-"""Backbones: what is built, and what bad names and sizes get."""
+"""Backbones: architectures, initial weights, and errors for bad names and sizes."""
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import pytest
 import torch
+import torchvision
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from mvssl.config.recipe import Backbone
 from mvssl.models.backbones import build_backbone, feature_width, is_convolutional
+from mvssl.recipes import all_recipes
 from pipelines.runtime import InputError
 
 
@@ -51,7 +56,7 @@ def test_parameter_counts_are_the_published_ones(name: str, count: int) -> None:
 
 
 def bottleneck_resnet(depths: tuple[int, ...], factor: int) -> int:
-    """Parameters of a bottleneck ResNet without classifier: no convolution has a bias, a norm has two per channel."""
+    """Parameters of a bottleneck ResNet without classifier: convolutions have no bias, norms two vectors."""
 
     def conv_and_norm(inputs: int, outputs: int, side: int) -> int:
         return inputs * outputs * side**2 + 2 * outputs
@@ -66,7 +71,7 @@ def bottleneck_resnet(depths: tuple[int, ...], factor: int) -> int:
     return total
 
 
-# The first is published and vouches for the formula; the others are the formula's.
+# The first is published and validates the formula; the others follow from it.
 @pytest.mark.parametrize(
     ("name", "depths", "factor"),
     [
@@ -88,7 +93,7 @@ def test_parameter_counts_follow_the_architecture(name: str, depths: tuple[int, 
         ("vit_large_patch16_224", 1024, 24),
     ],
 )
-def test_transformers_are_the_papers(name: str, width: int, depth: int) -> None:
+def test_transformer_shapes_follow_the_papers(name: str, width: int, depth: int) -> None:
     backbone = on_meta(name)
     assert feature_width(backbone, (96, 224), name=name) == width
     assert backbone.pos_embed.shape == (1, 1 + 14 * 14, width)
@@ -98,7 +103,7 @@ def test_transformers_are_the_papers(name: str, width: int, depth: int) -> None:
     assert [norm.eps for norm in norms] == [1e-6] * (2 * depth + 1)
 
 
-def test_transformer_gives_the_class_token() -> None:
+def test_transformer_returns_the_class_token() -> None:
     backbone = build_backbone(Backbone(name="vit_tiny_patch16_224")).eval()
     tokens: list[Tensor] = []
     backbone.norm.register_forward_hook(lambda module, inputs, output: tokens.append(output))
@@ -109,7 +114,7 @@ def test_transformer_gives_the_class_token() -> None:
 
 
 def bicubic(source: int, target: int) -> Tensor:
-    """Weights [target, source] of antialiased bicubic shrinking (a = -0.5, pixel centres at halves), float64."""
+    """Weights [target, source] of antialiased bicubic downsampling (a = -0.5, pixel centres at halves), float64."""
     scale = source / target
     rows = torch.zeros(target, source, dtype=torch.float64)
     for i in range(target):
@@ -128,7 +133,7 @@ def test_position_embedding_is_interpolated_for_local_views() -> None:
     backbone.pos_drop.register_forward_hook(lambda module, inputs, output: tokens.append(output))
     with torch.no_grad():
         for p in (*backbone.patch_embed.parameters(), backbone.cls_token):
-            p.zero_()  # what is left is the embedding alone
+            p.zero_()  # leaves the position embedding only
         torch.nn.init.normal_(backbone.pos_embed)
         for size in (224, 96):
             backbone(torch.zeros(1, 3, size, size))
@@ -141,7 +146,7 @@ def test_position_embedding_is_interpolated_for_local_views() -> None:
 
 
 @pytest.mark.parametrize(("name", "width"), [("convnext_tiny", 768), ("convnext_atto", 320), ("pvt_v2_b0", 256)])
-def test_other_models_with_pooled_features_fit(name: str, width: int) -> None:
+def test_other_models_have_pooled_features(name: str, width: int) -> None:
     assert feature_width(on_meta(name), (96, 224), name=name) == width
 
 
@@ -153,8 +158,8 @@ def test_convnext_runs_on_local_views() -> None:
     assert all(p.grad is not None for p in backbone.parameters())
 
 
-def test_feature_width_is_the_real_one_where_timm_counts_otherwise() -> None:
-    name = "mobilenetv3_small_050"  # its num_features (288) is not the width of what it gives (1024)
+def test_feature_width_is_measured_and_not_taken_from_timm() -> None:
+    name = "mobilenetv3_small_050"  # num_features is 288, the output has 1024
     backbone = build_backbone(Backbone(name=name)).eval()
     with torch.no_grad():
         real = backbone(torch.zeros(1, 3, 32, 32)).shape[1]
@@ -171,7 +176,7 @@ def test_transformer_keeps_timm_shapes_and_drop_path() -> None:
     assert target.state_dict().keys() == backbone.state_dict().keys()
 
 
-def test_drop_path_rises_with_depth_and_only_where_asked() -> None:
+def test_drop_path_rate_rises_with_depth_and_is_off_by_default() -> None:
     with torch.device("meta"):
         asked = build_backbone(Backbone(name="vit_small_patch16_224", drop_path=0.1))
     rates = [block.drop_path1.drop_prob if isinstance(block.drop_path1, DropPath) else 0.0 for block in asked.blocks]
@@ -201,18 +206,18 @@ def test_frozen_stem_gets_no_gradient_and_the_rest_does() -> None:
     assert without == {"patch_embed.proj.weight", "patch_embed.proj.bias"}
 
 
-def test_stem_of_a_model_without_convolution_cannot_be_frozen() -> None:
-    name = "naflexvit_base_patch16_gap"  # embeds its patches by a linear layer
+def test_model_without_convolution_has_no_stem_to_freeze() -> None:
+    name = "naflexvit_base_patch16_gap"  # has a linear patch embedding
     with pytest.raises(InputError, match=rf"freeze_stem is True but {name} has no convolution to freeze: set it to"):
         on_meta(name, freeze_stem=True)
 
 
-def test_convolutional_networks_are_told_from_transformers() -> None:
+def test_is_convolutional() -> None:
     assert is_convolutional(build_backbone(Backbone(name="test_resnet")))
     assert not is_convolutional(build_backbone(Backbone(name="test_vit")))
 
 
-def test_unknown_name_gets_the_nearest() -> None:
+def test_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(InputError, match=r"'resnet51' .* did you mean .*resnet50"):
         build_backbone(Backbone(name="resnet51"))
     with pytest.raises(InputError, match="must be the name of a timm model"):
@@ -224,7 +229,7 @@ def test_backbone_without_drop_path_refuses_one() -> None:
         build_backbone(Backbone(name="vgg11", drop_path=0.1))
 
 
-def test_size_that_does_not_fit_is_named() -> None:
+def test_unsupported_view_size_is_refused() -> None:
     backbone = build_backbone(Backbone(name="vit_tiny_patch16_224"))
     with pytest.raises(InputError, match="vit_tiny_patch16_224 cannot take views of 40 pixels"):
         feature_width(backbone, (32, 40), name="vit_tiny_patch16_224")
@@ -236,9 +241,67 @@ def test_model_of_one_size_refuses_local_views() -> None:
         feature_width(on_meta(name), (96, 224), name=name)
 
 
-def test_maps_instead_of_vectors_are_refused() -> None:
+def test_feature_maps_are_refused() -> None:
     with pytest.raises(InputError, match=r"gives \[2, 4, 6, 6\] .* must give one vector per image"):
         feature_width(nn.Conv2d(3, 4, 3), (8,), name="a_map")
     flat = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Flatten())
     with pytest.raises(InputError, match=r"features of widths {8: 64, 16: 256}"):
         feature_width(flat, (8, 16), name="flat")
+
+
+def initial_state(name: str, init: Literal["timm", "release"]) -> dict[str, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_backbone(Backbone(name=name, init=init)).state_dict()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(("init", "zero"), [("release", False), ("timm", True)])
+def test_initial_resnets_match_torchvision(name: str, init: Literal["timm", "release"], zero: bool) -> None:
+    """The reference implementation uses torchvision's ResNet without `zero_init_residual`."""
+    reference = getattr(torchvision.models, name)(zero_init_residual=zero).state_dict()
+    compared = 0
+    for key, ours in initial_state(name, init).items():
+        wanted = reference[key]
+        assert ours.shape == wanted.shape
+        if ours.dim() < 2:
+            assert torch.equal(ours, wanted), key
+        else:
+            assert float(ours.std()) == pytest.approx(float(wanted.std()), rel=0.03), key
+            compared += 1
+    assert compared == len([m for m in getattr(torchvision.models, name)().modules() if isinstance(m, nn.Conv2d)])
+
+
+@pytest.mark.parametrize(("name", "width"), [("vit_small_patch16_224", 384), ("vit_base_patch16_224", 768)])
+def test_initial_transformers_match_the_reference_implementation(name: str, width: int) -> None:
+    ours = initial_state(name, "release")
+    patches = ours["patch_embed.proj.weight"]
+    bound = math.sqrt(6 / (3 * 16**2 + width))
+    assert bound * 0.999 < float(patches.abs().max()) <= bound
+    assert float(patches.std()) == pytest.approx(bound / math.sqrt(3), rel=0.01)
+    assert float(patches.mean()) == pytest.approx(0, abs=bound / 100)
+    assert float(ours["cls_token"].std()) == pytest.approx(0.02, rel=0.15)
+    assert float(ours["pos_embed"].std()) == pytest.approx(0.02, rel=0.03)
+    for key, value in ours.items():
+        if key.endswith("bias"):
+            assert not value.any(), key
+        elif "norm" in key:
+            assert bool((value == 1).all()), key
+        elif key.startswith("blocks"):
+            assert float(value.std()) == pytest.approx(0.02, rel=0.03), key
+
+
+def test_other_architectures_keep_timms_initialisation() -> None:
+    for key, value in initial_state("convnext_atto", "release").items():
+        assert torch.equal(value, initial_state("convnext_atto", "timm")[key]), key
+
+
+def test_published_recipes_initialise_as_the_reference_implementation() -> None:
+    for name, make in all_recipes().items():
+        ours = make.__module__ == "mvssl.recipes.ours"
+        assert make().backbone.init == ("timm" if ours else "release"), name
+
+
+def test_unknown_initialisation_is_refused() -> None:
+    with pytest.raises(InputError, match=r"Backbone.init is 'torch' but must be timm or release: choose one"):
+        Backbone(init="torch")  # type: ignore[arg-type]

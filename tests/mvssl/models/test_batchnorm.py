@@ -1,4 +1,4 @@
-"""Several views in one batch, each normalised on its own: against one untouched forward after the other, in float64."""
+"""Batches of several views normalised per view, against sequential forwards of the original layers, in float64."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def layer(name: str) -> tuple[nn.Module, tuple[int, ...]]:
-    """A layer in float64 away from ones and zeros, and the shape of its images."""
+    """A float64 layer with non-trivial parameters, and the spatial shape of its inputs."""
     made = LAYERS[name]().double()
     generator = torch.Generator().manual_seed(1)
     for tensor in [*made.parameters(), *(b for b in made.buffers() if b.is_floating_point())]:
@@ -45,10 +45,10 @@ def layer(name: str) -> tuple[nn.Module, tuple[int, ...]]:
 @pytest.mark.parametrize("formula", [False, True])
 @pytest.mark.parametrize("views", [1, 2, 5])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_equals_one_forward_after_the_other(
+def test_a_layer_equals_sequential_forwards(
     name: str, views: int, formula: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Outputs, gradients and statistics; torch's kernel for each view, and the formula that compilers fuse."""
+    """Outputs, gradients and running statistics; eager (torch's kernel per view) and compiled (our formula)."""
     if formula:
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     plain, size = layer(name)
@@ -57,7 +57,7 @@ def test_a_layer_equals_one_forward_after_the_other(
     assert type(ours) is not type(plain)
     assert ours.state_dict().keys() == plain.state_dict().keys()
     generator = torch.Generator().manual_seed(2)
-    scale = torch.arange(1.0, views + 1).repeat_interleave(IMAGES).view(-1, 1, *[1] * len(size))  # no view like another
+    scale = torch.arange(1.0, views + 1).repeat_interleave(IMAGES).view(-1, 1, *[1] * len(size))
     x = scale * torch.randn(views * IMAGES, CHANNELS, *size, generator=generator, dtype=torch.float64)
     weights = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     x_ours, x_plain = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -75,22 +75,22 @@ def test_a_layer_equals_one_forward_after_the_other(
         torch.testing.assert_close(value, other, rtol=1e-12, atol=1e-12, msg=key)
 
 
-def test_statistics_follow_the_views_in_their_order_whatever_the_order_of_the_passes() -> None:
-    """Views 0, 1 and 4 are of one size, 2 and 3 of another, which passes first here."""
+def test_running_statistics_do_not_depend_on_the_order_of_the_forwards() -> None:
+    """Views 0, 1 and 4 have one size, views 2 and 3 another one, whose forward comes first here."""
     plain, _ = layer("vectors")
     ours, current = copy.deepcopy(plain), ForwardViews()
     use_view_batchnorms(ours, current)
     views = [torch.randn(IMAGES, CHANNELS, dtype=torch.float64) * (v + 1) for v in range(5)]
-    for places, first in (((2, 3), True), ((0, 1, 4), False)):
-        current.set(places, 5, first=first)
-        ours(torch.cat([views[v] for v in places]))
+    for positions, first in (((2, 3), True), ((0, 1, 4), False)):
+        current.set(positions, 5, first=first)
+        ours(torch.cat([views[v] for v in positions]))
     for view in views:
         plain(view)
     for name, value in plain.named_buffers():
         torch.testing.assert_close(dict(ours.named_buffers())[name], value, rtol=1e-12, atol=0)
 
 
-def test_evaluation_and_a_forward_of_its_own_are_the_original() -> None:
+def test_eval_mode_and_single_views_use_the_original_forward() -> None:
     plain, _ = layer("maps")
     ours, current = copy.deepcopy(plain), ForwardViews()
     use_view_batchnorms(ours, current)
@@ -101,7 +101,7 @@ def test_evaluation_and_a_forward_of_its_own_are_the_original() -> None:
 
 
 class Whitening(nn.Module):
-    """Keeps statistics of the batch without being a BatchNorm."""
+    """A layer with running statistics that is no BatchNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,10 +115,10 @@ class Whitening(nn.Module):
         (nn.Sequential(nn.BatchNorm2d(8), OwnNorm(8)), "1 (OwnNorm)"),
         (nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)), "1 (SyncBatchNorm)"),
         (nn.Sequential(Whitening()), "0 (Whitening)"),
-        (nn.BatchNorm1d(2, momentum=None), "itself (BatchNorm1d)"),  # its average weighs by how many came before
+        (nn.BatchNorm1d(2, momentum=None), "itself (BatchNorm1d)"),  # a cumulative average
     ],
 )
-def test_what_cannot_be_grouped_is_named(module: nn.Module, found: str | None) -> None:
+def test_unbatchable_layers_are_found(module: nn.Module, found: str | None) -> None:
     assert find_unbatchable(module) == found
 
 
@@ -137,7 +137,7 @@ RECIPE = Recipe(
 
 
 def steps(recipe: Recipe, *, group_views: bool) -> tuple[TrainStep, list[Tensor]]:
-    """Two updates in float64: the step and the losses."""
+    """Two updates in float64: the step and its losses."""
     torch.set_default_dtype(torch.float64)
     try:
         step = TrainStep(recipe, device="cpu", total_steps=9, steps_per_epoch=2, group_views=group_views)
@@ -152,6 +152,12 @@ def steps(recipe: Recipe, *, group_views: bool) -> tuple[TrainStep, list[Tensor]
     return step, losses
 
 
+def assert_same_networks(ours: TrainStep, expected: TrainStep) -> None:
+    for network, other in ((ours.online, expected.online), (ours.target, expected.target)):
+        for key, value in other.state_dict().items():
+            torch.testing.assert_close(network.state_dict()[key], value, rtol=1e-8, atol=1e-11, msg=key)
+
+
 MANY_SIZES = tuple(replace(spec, size=size) for spec, size in zip(RECIPE.views, (32, 24, 16, 32, 24), strict=True))
 NETWORKS: dict[str, dict[str, Any]] = {
     "BatchNormAct2d": {"backbone": Backbone(name="test_efficientnet")},
@@ -160,10 +166,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "views": paper_views(size=64, local_size=32, blur_kernel=5),
     },
     "many sizes": {"views": MANY_SIZES},
-    "each view a size of its own": {
-        "views": tuple(replace(spec, size=16 + 8 * v) for v, spec in enumerate(RECIPE.views))
-    },
-    "one view that is trained": {
+    "a size per view": {"views": tuple(replace(spec, size=16 + 8 * v) for v, spec in enumerate(RECIPE.views))},
+    "one online view": {
         "views": (
             ViewSpec(name="only", task="global", size=32, blur_kernel=5),
             ViewSpec(name="teacher", task=None, size=32, blur_kernel=5, is_target=True),
@@ -173,15 +177,12 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_step_equals_the_step_view_by_view(name: str) -> None:
+def test_batched_views_equal_sequential_views(name: str) -> None:
     recipe = replace(RECIPE, **NETWORKS[name])
-    (ours, losses), (apart, expected) = steps(recipe, group_views=True), steps(recipe, group_views=False)
-    assert ours.view_by_view is None
-    for loss, other in zip(losses, expected, strict=True):
-        torch.testing.assert_close(loss, other, rtol=1e-10, atol=1e-12)
-    for network, other_network in ((ours.online, apart.online), (ours.target, apart.target)):
-        for key, value in other_network.state_dict().items():
-            torch.testing.assert_close(network.state_dict()[key], value, rtol=1e-8, atol=1e-11, msg=key)
+    (batched, losses), (sequential, expected) = steps(recipe, group_views=True), steps(recipe, group_views=False)
+    assert batched.view_by_view is None
+    torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-12)
+    assert_same_networks(batched, sequential)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_a_step_equals_the_step_view_by_view(name: str) -> None:
     ],
 )
 def test_a_compiled_step_equals_the_plain_one(name: str, step_mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fused formula in whole networks: residual blocks, stems, norms with activations, heads; in float64."""
+    """The fused formula in whole networks (residual blocks, stems, norms with activation, heads), in float64."""
     recipe = replace(RECIPE, backbone=Backbone(name=name, init="release"), step_mode=step_mode)
     plain, expected = steps(recipe, group_views=True)
     real = torch.compile
@@ -202,15 +203,12 @@ def test_a_compiled_step_equals_the_plain_one(name: str, step_mode: Any, monkeyp
     torch._dynamo.reset()
     ours, losses = steps(replace(recipe, compile="on"), group_views=True)
     assert ours.compiled
-    for loss, other in zip(losses, expected, strict=True):
-        torch.testing.assert_close(loss, other, rtol=1e-10, atol=1e-12)
-    for network, other_network in ((ours.online, plain.online), (ours.target, plain.target)):
-        for key, value in other_network.state_dict().items():
-            torch.testing.assert_close(network.state_dict()[key], value, rtol=1e-8, atol=1e-11, msg=key)
+    torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-12)
+    assert_same_networks(ours, plain)
 
 
 def calls(recipe: Recipe) -> list[tuple[str, int]]:
-    """The forwards of a step: whose backbone, and how many images in it."""
+    """The forwards of a step: the network and the number of images."""
     step = TrainStep(recipe, device="cpu", total_steps=9, steps_per_epoch=2)
     seen: list[tuple[str, int]] = []
     for name, network in (("online", step.online), ("target", step.target)):
@@ -219,13 +217,13 @@ def calls(recipe: Recipe) -> list[tuple[str, int]]:
     return seen
 
 
-def test_one_forward_for_each_size() -> None:
+def test_one_forward_per_size() -> None:
     assert calls(RECIPE) == [("target", 12), ("online", 18), ("online", 12)]
     per_view = calls(replace(RECIPE, step_mode="per-view"))
     assert per_view == [("target", 6)] * 2 + [("online", 6)] * 5
 
 
-def test_a_network_that_cannot_be_grouped_passes_view_by_view() -> None:
+def test_an_unbatchable_network_embeds_views_one_by_one() -> None:
     recipe = replace(RECIPE, backbone=Backbone(name="mvssl_test_own_norm"))
     assert calls(recipe) == [("target", 6)] * 2 + [("online", 6)] * 5
     step = TrainStep(recipe, device="cpu", total_steps=9, steps_per_epoch=2)
@@ -233,7 +231,7 @@ def test_a_network_that_cannot_be_grouped_passes_view_by_view() -> None:
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
-def test_names_and_export_stay_timms(name: str, tmp_path: Any) -> None:
+def test_state_dict_and_export_match_timm(name: str, tmp_path: Any) -> None:
     encoder = Encoder(replace(RECIPE, backbone=Backbone(name=name)), drop_path=False)
     plain = timm.create_model(name, num_classes=0)
     assert encoder.backbone.state_dict().keys() == plain.state_dict().keys()

@@ -1,4 +1,4 @@
-"""BatchNorm's Triton kernels: interpreted, against torch in float64; and compiled ahead of time for GPUs."""
+"""The BatchNorm kernels: interpreted, against torch in float64, and compiled ahead of time for GPUs."""
 
 from __future__ import annotations
 
@@ -38,30 +38,30 @@ OPERATIONS = {"statistics": "batchnorm_statistics", "forward": "batchnorm_forwar
 
 
 @pytest.fixture(autouse=True)
-def _as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are launched as they are: what wraps them for the compiler refuses interpreted ones."""
+def _unwrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launch interpreted kernels directly, as `wrap_triton` refuses them."""
     if triton.knobs.runtime.interpret:
         monkeypatch.setattr(ops, "wrap_triton", lambda kernel: kernel)
 
 
 @pytest.fixture
-def _by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms take the compiled path and its kernels, without a compiler and on the CPU."""
+def _use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms take the compiled path with its kernels, without a compiler and on the CPU."""
     taken = {op: getattr(ops, name) for name, op in OPERATIONS.items()}
     forward = taken["batchnorm_forward"]
-    taken["batchnorm_forward"] = lambda *arguments: forward(*arguments).clone()  # an operation's result is no view
+    taken["batchnorm_forward"] = lambda *arguments: forward(*arguments).clone()  # operators return no views
     monkeypatch.setattr(batchnorm_function, "operations", lambda: SimpleNamespace(**taken))
     monkeypatch.setattr(batchnorm, "KERNEL_DEVICES", ("cpu",))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 
 def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, views: int) -> Tensor:
-    """torch's own norm, view by view."""
+    """torch's BatchNorm, view by view."""
     return torch.cat([F.batch_norm(each, None, None, weight, bias, True, 0.1, 1e-5) for each in x.chunk(views)])
 
 
 def numbers(shape: tuple[int, ...], seed: int, *, shift: float = 0.0) -> Tensor:
-    """Random numbers [V * B, C, ...], whose channels and views differ in size."""
+    """Random numbers [V * B, C, ...] with a different scale per channel and view."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.linspace(0.5, 2, shape[0] * shape[1]).view(*shape[:2], *[1] * (len(shape) - 2))
     return torch.randn(shape, generator=generator) * scale + shift
@@ -79,7 +79,7 @@ SHAPES = [((6, 5, 4, 3), 3), ((4, 70, 3, 3), 2), ((6, 24), 3), ((8, 3, 9, 11), 1
 def test_a_norm_equals_torchs(
     shape: tuple[int, ...], views: int, relu: bool, shortcut: str, users: int, affine: bool
 ) -> None:
-    """Result and all gradients, also where the gradients of two users are added on the way."""
+    """Output and all gradients, also when the output has two users."""
     x, other = numbers(shape, 0, shift=3.0), numbers(shape, 1)
     weight, bias, other_weight, other_bias = (numbers((1, shape[1]), seed)[0] if affine else None for seed in range(4))
     exact = [None if t is None else t.double().requires_grad_() for t in (x, other, weight, bias)]
@@ -140,7 +140,7 @@ def test_a_norm_equals_torchs(
 @pytest.mark.parametrize("users", [1, 2])
 @pytest.mark.parametrize(("shape", "views"), [((6, 5, 8, 6), 3), ((3, 70, 7, 9), 1), ((4, 16, 1, 5), 2)], ids=str)
 def test_max_pooling_equals_torchs(shape: tuple[int, ...], views: int, users: int) -> None:
-    """Equal values count once, at the same place: many are exactly 0 behind ReLU, and some maxima are made equal."""
+    """Ties go to torch's choice: many values are 0 after ReLU, and rounding creates equal maxima."""
     x = numbers(shape, 0).round(decimals=0)
     weight, bias = torch.full((shape[1],), 1.5), torch.full((shape[1],), -0.3)
     exact = [t.double().requires_grad_() for t in (x, weight, bias)]
@@ -158,8 +158,8 @@ def test_max_pooling_equals_torchs(shape: tuple[int, ...], views: int, users: in
 
 
 @interpreted
-def test_statistics_hold_far_from_zero_and_in_many_parts() -> None:
-    """Plain sums of squares in float32 would lose the variance here; 40,000 rows are summed by many programs."""
+def test_statistics_are_accurate_far_from_zero_and_over_many_chunks() -> None:
+    """Plain sums of squares would lose the variance in float32; many programs sum the 40,000 rows."""
     x = torch.randn(40_000, 16, generator=torch.Generator().manual_seed(0)) * 0.01 + 100
     assert ops._shape(x, 2).chunks > 100
     mean, rstd = ops.statistics(x, None, None, None, 2, [0, 1], 2, True, 0.1, 0.0)
@@ -169,9 +169,9 @@ def test_statistics_hold_far_from_zero_and_in_many_parts() -> None:
 
 
 @interpreted
-@pytest.mark.usefixtures("_by_kernels")
-def test_running_statistics_follow_the_views_in_their_order() -> None:
-    """Views 2 and 3 of five pass first, then 0, 1 and 4: as one layer called view by view."""
+@pytest.mark.usefixtures("_use_kernels")
+def test_running_statistics_do_not_depend_on_the_order_of_the_forwards() -> None:
+    """Views 2 and 3 come first, then 0, 1 and 4; the result is that of one layer called view by view."""
     plain = nn.BatchNorm2d(5, momentum=0.3)
     ours, current = copy.deepcopy(plain), batchnorm.ForwardViews()
     batchnorm.use_view_batchnorms(ours, current)
@@ -187,8 +187,8 @@ def test_running_statistics_follow_the_views_in_their_order() -> None:
 
 @interpreted
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_diverged_activation_stays_visible(value: float) -> None:
-    """ReLU and max-pooling would make 0 of NaN if nobody cared."""
+def test_nan_and_inf_propagate(value: float) -> None:
+    """A plain maximum in ReLU and max-pooling would turn NaN into 0."""
     x = numbers((2, 3, 4, 4), 0)
     x[0, 0, 0, 0] = value
     mean, rstd = ops.statistics(x, None, None, None, 1, [0], 1, True, 0.1, 1e-5)
@@ -210,12 +210,12 @@ RECIPE = Recipe(
 
 
 def embedded(backbone: str) -> tuple[Tensor, Encoder]:
-    """Embeddings of all views by a new encoder, after their backward."""
+    """Embeddings of all views by a new encoder, after the backward."""
     torch.manual_seed(0)
     encoder = Encoder(replace(RECIPE, backbone=Backbone(name=backbone)), drop_path=False)
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 1.5)  # timm lets the last norm of a block begin at 0
+            module.weight.data.uniform_(0.5, 1.5)  # timm initialises the last norm of a block with 0
     plan = make_plan(RECIPE.views, joint=True, grouped=True, targets_first=False)
     group = plan.online[0]
     generator = torch.Generator().manual_seed(1)
@@ -233,9 +233,9 @@ def embedded(backbone: str) -> tuple[Tensor, Encoder]:
 @interpreted
 @pytest.mark.parametrize("backbone", ["resnet10_tiny", "test_resnet"])
 def test_a_network_equals_its_plain_modules(backbone: str, request: pytest.FixtureRequest) -> None:
-    """Residual blocks with and without a projected shortcut, the pooled stem, and the head, forward and backward."""
+    """Residual blocks with and without projected shortcut, the pooled stem and the head, forward and backward."""
     expected, plain = embedded(backbone)
-    request.getfixturevalue("_by_kernels")
+    request.getfixturevalue("_use_kernels")
     z, ours = embedded(backbone)
     torch.testing.assert_close(z, expected, rtol=1e-3, atol=1e-4)
     for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
@@ -248,8 +248,8 @@ def test_a_network_equals_its_plain_modules(backbone: str, request: pytest.Fixtu
 
 
 @built
-def test_the_compilers_cache_knows_the_kernels() -> None:
-    """Or code of an earlier version of a kernel would come back from the cache."""
+def test_compile_cache_depends_on_the_kernels() -> None:
+    """Otherwise the cache would return code with an earlier version of a kernel."""
     from torch._library.triton import get_triton_kernels_for_op
 
     found = {op: {k.__name__ for k in get_triton_kernels_for_op(f"mvssl::{op}")} for op in OPERATIONS.values()}
@@ -317,7 +317,7 @@ def test_kernels_build_without_spilling_and_load_16_bytes(variant: str, capabili
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     assert usage["LOCAL"] == 0
     assert usage["STACK"] == 0
-    # 128 threads of 128 registers: four programs fit on a multiprocessor. The pooled backward, once a step, needs more.
+    # With 128 threads of 128 registers four programs fit on a multiprocessor; the pooled backward needs more.
     assert 0 < usage["REG"] <= (224 if "pool" in variant else 128)
     assert re.search(r"ld\.global\S*\.v4", binary.asm["ptx"])
 
@@ -325,7 +325,7 @@ def test_kernels_build_without_spilling_and_load_16_bytes(variant: str, capabili
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_compiled_networks_on_a_gpu_equal_plain_ones(dtype: torch.dtype) -> None:
-    """The kernels as they are launched there, in a whole network, forward and backward, against float64."""
+    """The kernels in a whole compiled network, forward and backward, against float64."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     torch.manual_seed(0)
@@ -352,6 +352,6 @@ def test_compiled_networks_on_a_gpu_equal_plain_ones(dtype: torch.dtype) -> None
     for (name, p), q, r in zip(ours.named_parameters(), plain.parameters(), exact.parameters(), strict=True):
         scale = float(r.grad.norm())
         ours_error, plain_error = (float((each.grad.double() - r.grad).norm()) for each in (p, q))
-        assert ours_error <= 1.5 * plain_error + 1e-3 * scale, name  # rounding in the low precision is all that differs
+        assert ours_error <= 1.5 * plain_error + 1e-3 * scale, name  # only the rounding differs
     for (name, value), other in zip(ours.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(value, other, rtol=2e-2, atol=2e-2, msg=name)

@@ -1,4 +1,4 @@
-"""ResNets for small images are torchvision's with another stem, and travel as all backbones do."""
+"""ResNets for small images: torchvision's with another stem, and exported like all backbones."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ def theirs(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
-def test_features_are_those_of_torchvisions_with_another_stem(name: str) -> None:
+def test_features_match_torchvision_with_another_stem(name: str) -> None:
     torch.manual_seed(0)
     reference = theirs(name)
     ours = build_backbone(Backbone(name=f"{name}_small"))
     ours.load_state_dict(reference.state_dict())
     x = torch.randn(4, 3, 24, 24)
     for model in (reference, ours):
-        model.train()(x)  # so that running statistics are not those of the beginning
+        model.train()(x)  # changes the running statistics
         model.eval()
     with torch.no_grad():
         torch.testing.assert_close(ours(x), reference(x), rtol=1e-4, atol=1e-5)
     assert is_convolutional(ours)
 
 
-def test_the_tiny_one_is_narrow_and_shallow() -> None:
+def test_resnet10_tiny_is_narrow_and_shallow() -> None:
     model = build_backbone(Backbone(name="resnet10_tiny")).eval()
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    assert len(convolutions) == 1 + 4 * 2 + 3  # stem, two a block, projections: ten with weights on the longest way
+    assert len(convolutions) == 1 + 4 * 2 + 3  # stem, two per block, projections: depth 10 with the classifier
     assert convolutions[0].out_channels == 16
     with torch.no_grad():
         assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 128)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_timm_knows_them_as_its_own(name: str) -> None:
+def test_registered_with_timm(name: str) -> None:
     assert timm.is_model(name)
     model = timm.create_model(name, num_classes=7, in_chans=1, drop_path_rate=0.1).eval()
     with torch.no_grad():
@@ -70,7 +70,7 @@ def features(backbone: nn.Module) -> Tensor:
     return result
 
 
-def test_an_export_is_loaded_by_the_code_that_is_told(tmp_path: Path) -> None:
+def test_printed_loading_code_loads_an_export(tmp_path: Path) -> None:
     torch.manual_seed(0)
     backbone = build_backbone(Backbone(name="resnet10_tiny"))
     path = tmp_path / "b.safetensors"

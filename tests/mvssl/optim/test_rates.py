@@ -1,4 +1,4 @@
-"""Rates of every parameter group against tables worked out by hand: 10 epochs of 4 steps, a batch of 512."""
+"""Rates of every parameter group against tables computed by hand: 10 epochs of 4 steps, batch size 512."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def config_of(kind: str, **changes: Any) -> Optimizer:
 
 
 def rates_at(net: nn.Module, config: Optimizer, step: int) -> tuple[float, dict[str, tuple[float, float]]]:
-    """The returned rate, and each named parameter's (learning rate, weight decay) at a step."""
+    """The returned rate, and (learning rate, weight decay) of each parameter at a step, by name."""
     optimizer = build_optimizer(net, config)
     main = apply_rates(optimizer, config, batch_size=512, step=step, steps=40, steps_per_epoch=4)
     found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
@@ -48,12 +48,12 @@ PREDICTOR_MATRICES = ("predictors.layers.0.weight", "predictors.layers.3.weight"
 PREDICTOR_VECTORS = ("predictors.layers.1.weight", "predictors.layers.1.bias", "predictors.layers.3.bias")
 
 
-def test_names_above_are_all() -> None:
+def test_the_lists_of_names_are_complete() -> None:
     names = {name for name, _ in Net().named_parameters()}
     assert names == {*MATRICES, *VECTORS, *PREDICTOR_MATRICES, *PREDICTOR_VECTORS}
 
 
-# The peak is 0.5 * 512 / 256 = 1; warm-up is 8 steps, the cosine has 32, of which 4 are an eighth of it.
+# The peak is 0.5 * 512 / 256 = 1; the warm-up has 8 steps, the cosine 32, so that 4 steps are an eighth of it.
 TABLE = [(0, 0.0), (1, 0.125), (5, 0.625), (8, 1.0), *((8 + 4 * k, COSINE[k]) for k in range(7))]
 
 
@@ -70,7 +70,7 @@ def test_every_group_follows_the_main_rate(kind: str, step: int, expected: float
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("step", "expected"), TABLE)
-def test_vectors_have_a_peak_of_their_own(kind: str, step: int, expected: float) -> None:
+def test_vectors_follow_bias_lr(kind: str, step: int, expected: float) -> None:
     main, rates = rates_at(Net(), config_of(kind, bias_lr=0.03), step)
     assert main == pytest.approx(expected, rel=1e-12)
     for name, (lr, _) in rates.items():
@@ -81,7 +81,7 @@ def test_vectors_have_a_peak_of_their_own(kind: str, step: int, expected: float)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bias_lr", [None, 0.03])
 @pytest.mark.parametrize("step", [0, 3, 8, 39])
-def test_predictors_keep_the_peak(kind: str, bias_lr: float | None, step: int) -> None:
+def test_constant_predictor_lr_is_the_peak(kind: str, bias_lr: float | None, step: int) -> None:
     moving = rates_at(Net(), config_of(kind, bias_lr=bias_lr), step)[1]
     main, rates = rates_at(Net(), config_of(kind, bias_lr=bias_lr, constant_predictor_lr=True), step)
     assert main == moving["stem.weight"][0]
@@ -90,11 +90,11 @@ def test_predictors_keep_the_peak(kind: str, bias_lr: float | None, step: int) -
         assert decay == moving[name][1]
 
 
-# An epoch holds 4 steps: 6 is in the epoch that begins at 4 (half of the warm-up), 23 in that of 20 (3 eighths).
+# An epoch has 4 steps: step 6 belongs to the epoch from 4 (half of the warm-up), 23 to that from 20 (3 eighths).
 @pytest.mark.parametrize(
     ("step", "expected"), [(0, 0.0), (3, 0.0), (4, 0.5), (6, 0.5), (7, 0.5), (8, 1.0), (20, COSINE[3]), (23, COSINE[3])]
 )
-def test_rates_held_through_an_epoch(step: int, expected: float) -> None:
+def test_rates_are_constant_within_an_epoch(step: int, expected: float) -> None:
     main, rates = rates_at(Net(), config_of("sgd", lr_schedule="epoch"), step)
     assert main == pytest.approx(expected, rel=1e-12)
     assert {lr for lr, _ in rates.values()} == {main}
@@ -129,7 +129,7 @@ def test_weight_decay_reaches_its_end_and_may_fall_or_be_constant() -> None:
     assert weight_decay(13, 40, 1.5e-6, 1.5e-6) == 1.5e-6
 
 
-def test_predictors_are_apart_and_frozen_parameters_are_out() -> None:
+def test_predictors_have_their_own_groups_and_frozen_parameters_none() -> None:
     net = Net()
     net.stem.requires_grad_(False)
     groups = parameter_groups(net)
@@ -147,7 +147,7 @@ def test_predictors_are_apart_and_frozen_parameters_are_out() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_separate_predictors_get_the_rates_of_a_bank(kind: str) -> None:
+def test_separate_predictors_have_the_rates_of_a_bank(kind: str) -> None:
     config = config_of(kind, bias_lr=0.03, constant_predictor_lr=True)
     apart = nn.Module()
     apart.predictors = nn.ModuleDict(Net().predictors.to_mlps())

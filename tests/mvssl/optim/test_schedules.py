@@ -1,4 +1,4 @@
-"""Schedules against numbers worked out by hand, and updates by a factor on the device."""
+"""Schedules against numbers computed by hand, and in-place updates by a factor on the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mvssl.models.foreach_ops import lerp_, lerp_all_, subtract_, subtract_all_
+from mvssl.models.foreach_ops import foreach_lerp_, foreach_subtract_, lerp_, subtract_
 from mvssl.optim import ema_momentum, learning_rate
 
 
@@ -31,7 +31,7 @@ def test_learning_rate(step: int, expected: float) -> None:
 def test_learning_rate_without_and_with_only_warmup() -> None:
     assert learning_rate(0, 10, 0, 2.0, 0.0) == 2.0
     assert learning_rate(9, 10, 10, 2.0, 0.0) == pytest.approx(1.8)
-    assert learning_rate(1, 10, 2.5, 1.0, 0.0) == pytest.approx(0.4)  # a warm-up of two and a half steps
+    assert learning_rate(1, 10, 2.5, 1.0, 0.0) == pytest.approx(0.4)  # warm-up of 2.5 steps
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,8 @@ def test_ema_momentum(step: int, expected: float) -> None:
     assert ema_momentum(step, 100, 0.996) == pytest.approx(expected, rel=1e-14)
 
 
-@pytest.mark.parametrize("move", [lerp_, lerp_all_])
-def test_the_average_moves_by_its_pace(move: Callable[..., None]) -> None:
+@pytest.mark.parametrize("move", [lerp_, foreach_lerp_])
+def test_lerp(move: Callable[..., None]) -> None:
     target, online = [torch.tensor([1.0, 2.0]), torch.tensor(4.0)], [torch.tensor([3.0, 2.0]), torch.tensor(0.0)]
     move(target, online, torch.tensor(0.25))
     assert target[0].tolist() == [1.5, 2.0]
@@ -51,19 +51,19 @@ def test_the_average_moves_by_its_pace(move: Callable[..., None]) -> None:
     assert target[0].tolist() == [1.5, 2.0]
 
 
-@pytest.mark.parametrize("move", [lerp_, lerp_all_])
-def test_a_small_pace_is_not_lost(move: Callable[..., None]) -> None:
-    """1 - decay near the end of a run: with float32 factors decay and 1 - decay, equal weights would drift apart."""
-    end, pace = torch.randn(1000, generator=torch.Generator().manual_seed(0)), 3e-8
+@pytest.mark.parametrize("move", [lerp_, foreach_lerp_])
+def test_lerp_is_accurate_for_a_small_weight(move: Callable[..., None]) -> None:
+    """1 - tau near the end of a run; float32 factors tau and 1 - tau would make equal weights drift apart."""
+    end, weight = torch.randn(1000, generator=torch.Generator().manual_seed(0)), 3e-8
     at_rest, moved = end.clone(), torch.zeros(1000)
     for _ in range(100):
-        move([at_rest, moved], [end, end], torch.tensor(pace))
+        move([at_rest, moved], [end, end], torch.tensor(weight))
     assert torch.equal(at_rest, end)
-    torch.testing.assert_close(moved.double(), end.double() * (1 - (1 - pace) ** 100), rtol=1e-5, atol=0)
+    torch.testing.assert_close(moved.double(), end.double() * (1 - (1 - weight) ** 100), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("move", [subtract_, subtract_all_])
-def test_an_update_is_scaled_by_the_rate(move: Callable[..., None]) -> None:
+@pytest.mark.parametrize("move", [subtract_, foreach_subtract_])
+def test_subtract(move: Callable[..., None]) -> None:
     weights, updates = [torch.tensor([1.0, 2.0]), torch.tensor(4.0)], [torch.tensor([3.0, -2.0]), torch.tensor(0.5)]
     move(weights, updates, torch.tensor(0.25))
     assert weights[0].tolist() == [0.25, 2.5]
