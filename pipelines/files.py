@@ -1,4 +1,4 @@
-"""Writes files that are always whole, and locks what only one process may write."""
+"""Writes files atomically and locks folders that only one process may write."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from pathlib import Path
 from pipelines.runtime import InputError
 
 
+def temporary_path(path: Path) -> Path:
+    """Where `whole_file` writes the file before it is complete."""
+    return path.with_name(f".{path.stem}.tmp{path.suffix}")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Write a file so that readers, kills and power cuts find the old one or the new one, never a part.
+    """Write a file atomically: readers, kills and power cuts find the old file or the new one, never a part of it.
 
     Yields a temporary path in the same folder, with the same suffix, for the body to write to. It is then synced and
     renamed. If the body or the disk fails, it is removed and `path` is untouched.
@@ -22,17 +27,23 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written; `filename` is set.
     """
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    temporary = temporary_path(path)
     try:
         with naming(temporary):
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
+        publish(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Sync a complete file and rename it to `path`, durably."""
+    with naming(temporary):
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
     sync_folder(path.parent)
 
 
@@ -66,25 +77,37 @@ def naming(path: Path) -> Iterator[None]:
 def locked(path: Path, otherwise: str) -> Iterator[None]:
     """Hold an exclusive lock on an existing folder, or on a file that is created if need be.
 
-    The lock ends with the process, however that ends. File systems without locks admit everybody.
+    The system releases the lock when the process ends, even by a kill. File systems without locks admit every process.
 
     Args:
-        path: what is locked.
+        path: the folder or file.
         otherwise: message of the error if another process holds the lock.
 
     Raises:
         InputError: another process holds the lock.
     """
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
-    descriptor = os.open(path, flags, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    while True:
+        descriptor = os.open(path, flags, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise InputError(otherwise) from error
+        except OSError:  # some network file systems have no locks
+            break
+        if _is_same_file(descriptor, path):
+            break
         os.close(descriptor)
-        raise InputError(otherwise) from error
-    except OSError:  # some network file systems have no locks
-        pass
     try:
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    """False if the previous holder of the lock removed the file between our opening and locking it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False

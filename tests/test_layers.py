@@ -27,7 +27,7 @@ ORDER = {
         {"cli"},
     ],
     "pipelines": [
-        {"runtime"},
+        {"runtime", "progress"},
         {"files", "c_library"},
         {"batch"},
         {"decode", "storage"},

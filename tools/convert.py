@@ -1,4 +1,4 @@
-"""`mvssl-convert`: turn a folder of images, a list or ImageNet's archives into tar shards or an FFCV file."""
+"""`mvssl-convert`: converts a folder of images, a list or ImageNet's archives to tar shards or an FFCV file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from rich.console import Console
 
 from pipelines.conversion.conversion import Conversion, Options
-from pipelines.conversion.progress import IndexProgress
 from pipelines.conversion.sources import find_jobs
+from pipelines.progress import Progress
 from pipelines.runtime import InputError, invalid, run_cli
 from pipelines.storage.beton_format import BETON, is_beton_name
 
@@ -21,46 +22,46 @@ _MEGABYTE = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Convert images to tar shards with an index: any image at any time, few large files, readable by tar.
+    """Convert images to tar shards with an index: few large files, random access, readable by tar and WebDataset.
     Or to a .beton file, which FFCV reads.
 
-    Every image is decoded once; those that cannot be are left out and listed with the reason in quarantine.jsonl.
-    A conversion that was stopped goes on where it was when the same command is run again.
+    Every image is decoded once; images that cannot be decoded are left out and listed in quarantine.jsonl with the
+    reason. After an interruption the same command resumes the conversion.
     """
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """A folder of images (labels are its first level of folders), a folder with train/ and val/, a text list of files,
-    ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, a folder with these two archives, or data in the other format."""
+    ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, a folder with these two archives, or converted data."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """New or empty folder to write to; DST/train and DST/val if SRC has both."""
     format: Literal["shards", "beton"] = "shards"
-    """What to write: tar shards and their index, or one images.beton, which FFCV reads too."""
+    """Tar shards and their index, or one images.beton, which FFCV also reads."""
     max_size: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
     """Longest side in pixels: larger images are scaled down and encoded again (JPEG, quality 95 or --quality). Without
-    it every file's bytes pass through unchanged (in .beton: every gray or RGB JPEG's; others are stored as pixels)."""
+    it, bytes pass through unchanged (in .beton only of gray and RGB JPEGs; other images are stored as pixels)."""
     quality: Annotated[int | None, tyro.conf.arg(metavar="Q", help_behavior_hint="(default: bytes pass through)")] = (
         None
     )
     """Encode every image again as JPEG of this quality, 1 to 100."""
     shard_size: Annotated[float, tyro.conf.arg(metavar="MB")] = 512.0
-    """Images in one shard, in MB; a kill loses at most one shard's work. (Of .beton: the work between two saves.)"""
+    """MB of images per shard; a kill loses at most one shard's work. (In .beton: the work between two saves.)"""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one per core)")] = None
     """Threads that read and check images."""
     val_labels: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """For ILSVRC2012_img_val.tar: one wnid a line in the order of the file names, or lines of NAME WNID (also
-    LOC_val_solution.csv); whole numbers in place of wnids need --classes."""
+    """For ILSVRC2012_img_val.tar: one wnid per line in the order of the file names, or lines of NAME WNID (also
+    LOC_val_solution.csv); integers in place of wnids need --classes."""
     classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """All classes, one a line: labels are numbered by their sorted order, and whole numbers in --val-labels count by
-    their order in this file."""
+    """All classes, one per line: labels are numbered by their sorted order, and integers in --val-labels count by their
+    order in this file."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Remove converted data that is in DST and start afresh."""
+    """Remove converted data from DST and start again."""
 
 
 def convert(config: Convert) -> None:
-    """Do what the command line asks; prints one summary line per split.
+    """Convert every split and print one summary line for each.
 
     Raises:
-        InputError: a value, SRC or DST cannot be used.
+        InputError: an option, SRC or DST cannot be used.
         OSError: reading or writing failed; finished shards are kept.
     """
     if config.max_size is not None and config.max_size < 1:
@@ -79,23 +80,24 @@ def convert(config: Convert) -> None:
         max_size=config.max_size,
         quality=config.quality,
         shard_bytes=max(1, round(config.shard_size * _MEGABYTE)),
-        form=config.format,
+        format=config.format,
     )
-    jobs = find_jobs(config.src, val_labels=config.val_labels, classes_file=config.classes, progress=IndexProgress())
+    progress = Progress(Console(stderr=True), f"indexing {config.src}").update
+    jobs = find_jobs(config.src, val_labels=config.val_labels, classes_file=config.classes, progress=progress)
     conversions = [Conversion(job, config.dst / job.name, options) for job in jobs]
-    for conversion in conversions:  # all before the first runs: no surprise after hours, and DST/val is seen as begun
+    for conversion in conversions:  # all before the first runs, so that no error comes after hours
         conversion.prepare(overwrite=config.overwrite)
     for conversion in conversions:
         print(conversion.run(workers=config.workers or _cores()), flush=True)
 
 
 def _cores() -> int:
-    # Cores this process may use, where the system tells (Linux): a container often has fewer than the machine.
+    # Cores of this process: a container often has fewer than the machine.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `mvssl-convert`; leaves the process with its exit code."""
+    """Entry point of `mvssl-convert`; exits the process."""
     config = tyro.cli(Convert, args=arguments, prog="mvssl-convert")
     run_cli(lambda: convert(config))
 

@@ -15,9 +15,9 @@ from mvssl.cli.train import main_speaks
 from mvssl.evaluate.feature_store import Dtype, bytes_needed, check_ending, open_store, write_table
 from mvssl.evaluate.features import fill_store
 from mvssl.evaluate.session import BackboneSession, ComputeOptions, open_backbone, open_images
-from mvssl.monitor.console import Progress
 from mvssl.runs.results import locked_folder
 from mvssl.weights.load import BackboneSource
+from pipelines.progress import Progress
 from pipelines.runtime import InputError, run_cli
 
 

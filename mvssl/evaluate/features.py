@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from mvssl.config.recipe import Evaluation
 from mvssl.evaluate.feature_store import BAD, DONE, Dtype, FeatureStore, bytes_needed, not_finite, open_store
 from mvssl.evaluate.session import EvalSession, Session
-from mvssl.monitor.console import Progress
 from pipelines.loading.eval_loader import EvaluationBatch, iterate_augmented, iterate_center
 from pipelines.loading.fetch import too_many_bad
 from pipelines.loading.pixel_cache import free_memory
+from pipelines.progress import Progress
 from pipelines.runtime import InputError
 from pipelines.storage.source import Source
 from pipelines.views.spec import ViewSpec

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from mvssl.evaluate.linear_fit import stratified
 from pipelines.runtime import InputError, invalid
-from pipelines.storage.source import Source
-from pipelines.storage.subset import SubsetSource
+from pipelines.storage.source import Source, SubsetSource
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ from rich.console import Console
 from mvssl.config.options import autocast_dtype, resolve_device
 from mvssl.distributed import World, join_world, process_local_rank, rank_count
 from mvssl.models.backbones import feature_width
-from mvssl.monitor.console import Progress
 from mvssl.runs.results import ResultFile, locked_folder
 from mvssl.weights.load import BackboneSource, LoadedBackbone, load_backbone
 from pipelines.decode import DecodeOptions, DecoderName
+from pipelines.progress import Progress
 from pipelines.runtime import InputError, invalid
 from pipelines.storage import align_labels, open_source, split_paths
 from pipelines.storage.source import Source

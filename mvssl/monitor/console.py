@@ -1,8 +1,7 @@
-"""Progress on the console: of a training run, and of other work that is counted in images."""
+"""Progress of a training run on the console."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 from rich.console import Console, Group
@@ -10,6 +9,8 @@ from rich.live import Live
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+
+from pipelines.progress import duration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,45 +106,3 @@ class TrainingProgress:
         """End the live display; its last state stays on the terminal."""
         if self.live:
             self._panel.stop()
-
-
-class Progress:
-    """Prints how many images some work has done: a line every few seconds, and one when the total is reached.
-
-    Without a total it prints nothing for work that ends within those seconds.
-    """
-
-    def __init__(self, console: Console, work: str, *, total: int | None = None) -> None:
-        """`work` names it, such as "features of data/train"."""
-        self._console = console
-        self._work = work
-        self._total = total
-        self._done = 0
-        self._began = self._printed = time.monotonic()
-        self._every = 2.0 if total is None else 5.0  # seconds
-
-    def add(self, more: int) -> None:
-        """Count `more` images."""
-        self.update(self._done + more)
-
-    def update(self, done: int) -> None:
-        """Set the number of images done so far."""
-        self._done = done
-        now = time.monotonic()
-        if now - self._printed < self._every and (self._total is None or done < self._total):
-            return
-        self._printed = now
-        if self._total is None:
-            state = f"{done:,} images so far"
-        else:
-            rate = done / max(now - self._began, 1e-9)
-            left = f", {duration((self._total - done) / rate)} left" if done < self._total else ""
-            state = f"{done:,} of {self._total:,}, {rate:,.0f} images/s{left}"
-        self._console.print(f"{self._work}: {state}", highlight=False, markup=False, soft_wrap=True)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
-    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

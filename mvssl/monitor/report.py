@@ -16,13 +16,13 @@ from matplotlib.ticker import MaxNLocator
 
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
-from mvssl.monitor.console import duration
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import read_jsonl
 from mvssl.runs.results import read_result
 from mvssl.runs.summary import read_summary
 from mvssl.weights.backbone_file import loading_code
 from pipelines.files import write_whole
+from pipelines.progress import duration
 from pipelines.runtime import InputError
 
 Row = Mapping[str, Any]

@@ -17,7 +17,6 @@ from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
 from mvssl.distributed import World
 from mvssl.evaluate.online_knn import check_knn_data
-from mvssl.monitor.console import Progress
 from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
 from mvssl.training.compile import keep_compiled_code
@@ -28,6 +27,7 @@ from mvssl.weights.backbone_file import export_backbone
 from pipelines.loader import Loader
 from pipelines.loading.pixel_cache import Cache, CachedSource, free_memory, with_cache
 from pipelines.order import Order
+from pipelines.progress import Progress
 from pipelines.runtime import InputError
 from pipelines.storage import open_source, split_paths
 from pipelines.storage.source import Source

@@ -1,55 +1,62 @@
-"""Convert a source, whatever the form: parallel, resumable, the same bytes every time."""
+"""Converts one source to one folder: parallel, resumable, with the same bytes every time."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import platform
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
 
-from pipelines.conversion.beton_writer import BetonForm
+from pipelines.conversion.beton_writer import BetonFormat
 from pipelines.conversion.destination import Destination
-from pipelines.conversion.progress import ConversionProgress
-from pipelines.conversion.shard_state import Form, Origin, Part, save_part
-from pipelines.conversion.sources import Job, member_keys
-from pipelines.conversion.tar_writer import TarForm
-from pipelines.conversion.verify import Checked, SourceGoneError, UnreadableRow, WarningLog, check, read
+from pipelines.conversion.image_check import CheckedImage, WarningLog, check_image
+from pipelines.conversion.shard_state import Format, Merged, ShardState
+from pipelines.conversion.sources import Job, ReadErrors, SourceGoneError, read
+from pipelines.conversion.tar_writer import TarFormat, member_keys
+from pipelines.files import write_whole
+from pipelines.progress import Progress
 from pipelines.runtime import InputError
 from pipelines.storage.beton_format import page_bytes
-from pipelines.storage.manifest import FORMATS, INDEX_DTYPE, QUARANTINE, Manifest
+from pipelines.storage.manifest import FORMATS, INDEX_DTYPE, QUARANTINE, VERSION, WARNINGS, Manifest
 from pipelines.storage.source import KeyTable, fingerprint
 
-_AHEAD = 4  # images in flight per worker: enough that a slow one does not stop the others
-_MEMBER_BYTES = 2048  # at most, around one image: two headers, padding and the label
+_AHEAD = 4  # images in flight per worker: a slow image does not stall the others
+_MEMBER_BYTES = 2048  # upper bound of a tar file's overhead per image: two headers, padding and the label
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What decides the converted bytes.
+    """Options that determine the converted bytes.
 
     Attributes:
-        max_size: longest side in pixels; None: as they are.
-        quality: of the JPEGs that all images become; None: bytes pass through where they can.
-        shard_bytes: bytes of images in one part.
-        form: "shards" or "beton".
+        max_size: longest side in pixels; None: unchanged.
+        quality: encode every image as JPEG of this quality; None: bytes pass through.
+        shard_bytes: bytes of images per shard.
+        format: "shards" or "beton".
     """
 
     max_size: int | None
     quality: int | None
     shard_bytes: int
-    form: str
+    format: str
 
 
 class Conversion:
-    """One source on its way into one folder.
+    """Conversion of one source to one folder.
 
-    Threads, not processes: Pillow releases the interpreter lock while it decodes (on 2 cores, 2 threads and 2 processes
-    convert equally fast), and threads need no copies, no start-up and leave nothing behind after a kill.
+    Runs threads instead of processes: Pillow releases the GIL while it decodes (on 2 cores, 2 threads are as fast as 2
+    processes), and threads need no copies, start at once and leave nothing behind after a kill.
     """
 
     def __init__(self, job: Job, folder: Path, options: Options) -> None:
@@ -66,83 +73,85 @@ class Conversion:
             "max_size": options.max_size,
             "shard_bytes": options.shard_bytes,
             **({} if options.quality is None else {"quality": options.quality}),
-            **({} if options.form == "shards" else {"form": options.form}),
+            **({} if options.format == "shards" else {"form": options.format}),
         }
-        origin = Origin(classes=job.classes, plan=self._plan, source=str(job.source.location))
-        self._form: Form = TarForm(self._destination, origin)
-        if options.form == "beton":
-            self._form = BetonForm(
+        self._format: Format = TarFormat(self._destination)
+        if options.format == "beton":
+            self._format = BetonFormat(
                 self._destination,
-                origin,
+                classes=job.classes,
                 capacity=len(job.source),
                 page=page_bytes(int(np.max(job.source.nbytes, initial=0))),
                 quality=options.quality,
             )
         self._log = WarningLog()
+        self._bad = 0  # images of this run
         self._finished = False
 
     def prepare(self, *, overwrite: bool) -> None:
-        """Claim the folder; raises before any work is done if it cannot be used (see `Destination.prepare`)."""
+        """Lock the folder; raises before any work if it cannot be used (see `Destination.prepare`)."""
         self._finished = self._destination.prepare(self._plan, overwrite=overwrite)
 
     def run(self, *, workers: int) -> str:
-        """Convert what is not converted yet and return the summary for the user.
+        """Convert the images that are not yet converted, and return a summary for the user.
 
         Raises:
-            InputError: every image is bad, the disk is too small, or the source has gone; finished shards are kept.
-            OSError: the source cannot be read or the destination not written; finished shards are kept.
+            InputError: every image is bad, the disk is too small, or the source is gone; finished shards are kept.
+            OSError: the source cannot be read or the folder not written; finished shards are kept.
         """
         folder = self._destination.folder
         if self._finished:
             count = Manifest.load(folder, formats=FORMATS).count
             return f"{folder} holds all {count} images of this conversion already."
         try:
-            found = self._form.load(len(self._bounds) - 1)
+            found = self._format.load(len(self._bounds) - 1)
             self._check_space(found)
-            done = sum(int(self._bounds[n + 1] - self._bounds[n]) for n, part in enumerate(found) if part is not None)
-            title = f"converting {self.job.name}".rstrip()
+            done = sum(int(self._bounds[n + 1] - self._bounds[n]) for n, state in enumerate(found) if state is not None)
+            work = f"converting {self.job.name}".rstrip()
             with (
                 self._log.collecting(),
-                ConversionProgress(title, total=len(self._keys), finished=done) as progress,
+                Progress(Console(stderr=True), work, total=len(self._keys), done=done) as progress,
                 ThreadPoolExecutor(workers, thread_name_prefix="mvssl-convert") as pool,
             ):
-                parts = self._convert(found, pool, workers * _AHEAD, progress)
-            manifest = self._form.join(parts)
+                states = self._convert(found, pool, workers * _AHEAD, progress)
+            self._write_lists(states)
+            merged = self._format.merge(states)
+            manifest = self._manifest(states, merged)
+            self._destination.finish(manifest)
         finally:
             self._destination.release()
-        quarantined = f", {manifest['quarantined']} quarantined" + (
-            f" (see {folder / QUARANTINE})" if manifest["quarantined"] else ""
-        )
+        bad, seconds = manifest["quarantined"], progress.seconds
+        listed = f" (see {folder / QUARANTINE})" if bad else ""
         return (
-            f"{folder}: {manifest['count']} images ({manifest['image_bytes'] / 1e6:.1f} MB) "
-            f"{self._form.describe(manifest)}{quarantined}, {manifest['warnings']} with warnings; "
-            f"{progress.this_run} images in {progress.seconds:.1f} s, {progress.rate:.0f} images/s"
+            f"{folder}: {manifest['count']} images ({manifest['image_bytes'] / 1e6:.1f} MB) {merged.summary}, "
+            f"{bad} quarantined{listed}, {manifest['warnings']} with warnings; "
+            f"{progress.done_now} images in {seconds:.1f} s, {progress.done_now / seconds:.0f} images/s"
         )
 
     def _convert(
-        self, found: list[Part | None], pool: ThreadPoolExecutor, ahead: int, progress: ConversionProgress
-    ) -> list[Part]:
-        todo = [number for number, part in enumerate(found) if part is None]
+        self, found: list[ShardState | None], pool: ThreadPoolExecutor, ahead: int, progress: Progress
+    ) -> list[ShardState]:
+        """States of all shards, of which `found` are finished."""
+        todo = [number for number, state in enumerate(found) if state is None]
         indices = (i for number in todo for i in range(int(self._bounds[number]), int(self._bounds[number + 1])))
-        outcomes = self._in_order(indices, pool, ahead)
-        unreadable = UnreadableRow(str(self.job.source.location))
+        images = self._checked(indices, pool, ahead)
+        errors = ReadErrors(self.job.source)
         try:
             for number in todo:
-                found[number] = self._write_part(number, outcomes, unreadable, found, progress)
-                unreadable.end_shard(number)
-        except SourceGoneError:
-            for number in unreadable.shards:  # their images may well be good: to be converted again
-                self._destination.part(number).unlink()
+                found[number] = self._write_shard(number, images, errors, found[:number], progress)
+        except BaseException as error:
+            if isinstance(error, SourceGoneError):  # images that could not be read may be good: convert them again
+                for number in errors.shards:
+                    self._destination.state(number).unlink(missing_ok=True)
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        return [part for part in found if part is not None]
+        return [state for state in found if state is not None]
 
-    def _in_order(self, indices: Iterable[int], pool: ThreadPoolExecutor, ahead: int) -> Iterator[tuple[int, Checked]]:
-        """Results in the order of `indices`, with at most `ahead` of them in memory."""
-        pending: deque[tuple[int, Future[Checked]]] = deque()
+    def _checked(
+        self, indices: Iterable[int], pool: ThreadPoolExecutor, ahead: int
+    ) -> Iterator[tuple[int, CheckedImage]]:
+        """Checked images in the order of `indices`, at most `ahead` of them in memory."""
+        pending: deque[tuple[int, Future[CheckedImage]]] = deque()
         for index in indices:
             pending.append((index, pool.submit(self._check, index)))
             if len(pending) >= ahead:
@@ -152,56 +161,57 @@ class Conversion:
             first, future = pending.popleft()
             yield first, future.result()
 
-    def _check(self, index: int) -> Checked:
+    def _check(self, index: int) -> CheckedImage:
         data = read(self.job.source, index)
         if isinstance(data, str):
-            return Checked(bad=data, unread=True)
+            return CheckedImage(bad=data, unread=True)
         options = self._options
-        return self._form.suit(check(data, max_size=options.max_size, quality=options.quality, log=self._log))
+        return self._format.adapt(check_image(data, max_size=options.max_size, quality=options.quality, log=self._log))
 
-    def _write_part(
+    def _write_shard(
         self,
         number: int,
-        outcomes: Iterator[tuple[int, Checked]],
-        unreadable: UnreadableRow,
-        found: Sequence[Part | None],
-        progress: ConversionProgress,
-    ) -> Part:
+        images: Iterator[tuple[int, CheckedImage]],
+        errors: ReadErrors,
+        before: Sequence[ShardState | None],
+        progress: Progress,
+    ) -> ShardState:
         start, stop = int(self._bounds[number]), int(self._bounds[number + 1])
         rows = np.zeros(stop - start, dtype=INDEX_DTYPE)
         keys: list[str] = []
         bad: list[tuple[str, str]] = []
         warned: list[tuple[str, str]] = []
-        writer = self._form.writer(number, found[:number])
+        writer = self._format.writer(number, before)
         try:
             for _ in range(start, stop):
-                index, outcome = next(outcomes)
-                progress.advance(bad=bool(outcome.bad))
-                unreadable.add(outcome.bad if outcome.unread else "")
-                if outcome.bad:
-                    bad.append((self.job.source.key(index), outcome.bad))
-                    continue
-                if outcome.warned:
-                    warned.append((self.job.source.key(index), outcome.warned))
-                label = int(self.job.labels[index])
-                offset = writer.add(self._keys[index], outcome, label=label)
-                row = rows[len(keys)]
-                row["offset"], row["size"], row["label"] = offset, len(outcome.data), label
-                row["height"], row["width"] = outcome.height, outcome.width
-                keys.append(self._keys[index])
+                index, image = next(images)
+                errors.add(image.bad if image.unread else "", shard=number)
+                if image.bad:
+                    self._bad += 1
+                    bad.append((self.job.source.key(index), image.bad))
+                else:
+                    if image.warned:
+                        warned.append((self.job.source.key(index), image.warned))
+                    label = int(self.job.labels[index])
+                    row = rows[len(keys)]
+                    row["offset"] = writer.add(self._keys[index], image, label=label)
+                    row["size"], row["label"] = len(image.data), label
+                    row["height"], row["width"] = image.height, image.width
+                    keys.append(self._keys[index])
+                progress.add(note=f"{self._bad} bad")
             shard = writer.finish() if keys else None
         finally:
-            writer.discard()  # nothing is left to discard once it is finished
-        part = Part(shard=shard, rows=rows[: len(keys)], keys=keys, bad=bad, warned=warned)
-        save_part(self._destination.part(number), part)
-        return part
+            writer.discard()  # has no effect on a finished shard
+        state = ShardState(shard=shard, rows=rows[: len(keys)], keys=keys, bad=bad, warned=warned)
+        state.save(self._destination.state(number))
+        return state
 
-    def _check_space(self, found: list[Part | None]) -> None:
+    def _check_space(self, found: list[ShardState | None]) -> None:
         if self._options.max_size is not None or self._options.quality is not None:
-            return  # sizes are not known before
+            return  # the sizes are not yet known
         needed = 0
-        for number, part in enumerate(found):
-            if part is None:
+        for number, state in enumerate(found):
+            if state is None:
                 sizes = self.job.source.nbytes[self._bounds[number] : self._bounds[number + 1]]
                 needed += int(sizes.sum()) + _MEMBER_BYTES * len(sizes)
         usage = shutil.disk_usage(self._destination.folder)
@@ -212,12 +222,50 @@ class Conversion:
                 "--max-size."
             )
 
+    def _write_lists(self, states: Sequence[ShardState]) -> None:
+        """Write quarantine.jsonl and warnings.jsonl; raises InputError if every image is bad."""
+        folder = self._destination.folder
+        bad = [item for state in states for item in state.bad]
+        warned = [item for state in states for item in state.warned]
+        write_whole(folder / QUARANTINE, _json_lines(bad, "reason"))
+        write_whole(folder / WARNINGS, _json_lines(warned, "warning"))
+        if not any(len(state.rows) for state in states):
+            raise InputError(
+                f"none of the {len(bad)} images of {self.job.source.location} can be used, the first because of: "
+                f"{bad[0][1]} ({bad[0][0]}); see {folder / QUARANTINE} and give images that can be decoded."
+            )
+
+    def _manifest(self, states: Sequence[ShardState], merged: Merged) -> dict[str, Any]:
+        rows = np.concatenate([state.rows for state in states])
+        keys = KeyTable.of(key for state in states for key in state.keys)
+        labels = rows["label"].astype(np.int64)
+        classes = self.job.classes
+        return {
+            "format": merged.format,
+            "version": VERSION,
+            "count": len(rows),
+            "quarantined": sum(len(state.bad) for state in states),
+            "warnings": sum(len(state.warned) for state in states),
+            "image_bytes": int(rows["size"].sum()),
+            "fingerprint": fingerprint(keys, labels=labels, nbytes=rows["size"], classes=classes),
+            "source": str(self.job.source.location),
+            "plan": self._plan,
+            "versions": {
+                "python": platform.python_version(),
+                **{name: _version(name) for name in ("mvssl", "numpy", "pillow")},
+            },
+            "sha256": dict(merged.sha256),
+            "shards": [dataclasses.asdict(shard) for shard in merged.shards],
+            "classes": list(classes),
+            "class_counts": np.bincount(labels[labels >= 0], minlength=len(classes)).tolist(),
+        }
+
 
 def shard_bounds(nbytes: npt.NDArray[np.int64], shard_bytes: int) -> npt.NDArray[np.int64]:
-    """Which images go into which shard: int64 [shards + 1], shard s holds images bounds[s] to bounds[s + 1] - 1.
+    """Bounds of the shards, int64 [shards + 1]: shard s holds images bounds[s] to bounds[s + 1] - 1.
 
-    A shard is closed before the image (int64 [N] sizes in bytes) that would take it above `shard_bytes`; one image
-    larger than that gets a shard of its own.
+    A shard ends before the image (int64 [N] sizes in bytes) that would take it above `shard_bytes`; a larger image gets
+    a shard of its own.
     """
     bounds = [0]
     filled = 0
@@ -227,3 +275,14 @@ def shard_bounds(nbytes: npt.NDArray[np.int64], shard_bytes: int) -> npt.NDArray
             filled = 0
         filled += size
     return np.array([*bounds, len(nbytes)], dtype=np.int64)
+
+
+def _json_lines(items: Iterable[tuple[str, str]], name: str) -> str:
+    return "".join(json.dumps({"key": key, name: text}) + "\n" for key, text in items)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -20,7 +20,7 @@ from pipelines.loading.pixel_cache import CachedSource, PixelCache
 from pipelines.order import replacement
 from pipelines.runtime import InputError
 from pipelines.storage.batch_read import READERS
-from pipelines.storage.source import ReadsTogether, Source
+from pipelines.storage.source import ReadsBatches, Source
 
 Encoded = np.ndarray | str
 """An image's bytes, uint8 [bytes], or in a few words why they cannot be read."""
@@ -252,7 +252,7 @@ class Fetcher:
         return np.asarray(self._source.labels, dtype=np.int64)[np.asarray(indices, dtype=np.int64)]
 
     def _read(self, indices: Sequence[int]) -> dict[int, Encoded]:
-        together = self._source.read_together(indices) if isinstance(self._source, ReadsTogether) else ()
+        together = self._source.read_batch(indices) if isinstance(self._source, ReadsBatches) else ()
         read: dict[int, Encoded] = {i: data for i, data in zip(indices, together, strict=False) if data is not None}
         rest = [index for index in indices if index not in read]
         share = -(-len(rest) // READERS) or 1

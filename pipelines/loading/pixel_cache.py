@@ -20,7 +20,7 @@ from pipelines.batch import DecodedBatch
 from pipelines.decode.base import MAX_PIXELS
 from pipelines.decode.sniff import sniff
 from pipelines.runtime import InputError, invalid
-from pipelines.storage.source import ReadsAhead, ReadsTogether, Source
+from pipelines.storage.source import ReadsAhead, ReadsBatches, Source
 
 _log = logging.getLogger("mvssl.data")
 _REPORTS = 4  # progress messages while the cache fills
@@ -139,10 +139,10 @@ class CachedSource:
         """As the source."""
         return self._source.read(index)
 
-    def read_together(self, indices: Sequence[int]) -> list[NDArray[np.uint8] | None]:
+    def read_batch(self, indices: Sequence[int]) -> list[NDArray[np.uint8] | None]:
         """As the source."""
         source = self._source
-        return source.read_together(indices) if isinstance(source, ReadsTogether) else [None] * len(indices)
+        return source.read_batch(indices) if isinstance(source, ReadsBatches) else [None] * len(indices)
 
     def key(self, index: int) -> str:
         """As the source."""

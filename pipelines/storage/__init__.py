@@ -1,4 +1,4 @@
-"""Encoded images by index; a new kind of storage is one new module here with `claims` and `open`."""
+"""Encoded images by index; a new storage is one new module here with `can_open` and `open_path`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from typing import cast
 
 from pipelines.runtime import InputError
 from pipelines.storage.source import Source
-from pipelines.storage.splits import split_paths
-from pipelines.storage.subset import align_labels
+from pipelines.storage.splits import align_labels, split_paths
 
 __all__ = ["Source", "align_labels", "open_source", "split_paths"]
 
@@ -23,11 +22,11 @@ def open_source(path: str | os.PathLike[str], *, progress: Callable[[int], None]
     """Open the data at `path`: a folder of images, a text list of image files, or converted data.
 
     Args:
-        path: where the data lies.
+        path: the data.
         progress: called with the number of images found so far while a folder or list is indexed.
 
     Raises:
-        InputError: nothing there, no images, or damaged or unfinished converted data; the message has the remedy.
+        InputError: the path does not exist, holds no images, or is damaged or unfinished converted data.
         OSError: the path cannot be read.
     """
     where = Path(path).expanduser()
@@ -37,13 +36,13 @@ def open_source(path: str | os.PathLike[str], *, progress: Callable[[int], None]
             "mvssl-convert."
         )
     for storage in _storages():
-        if storage.claims(where):
-            return cast(Source, storage.open(where, progress=progress))
+        if storage.can_open(where):
+            return cast(Source, storage.open_path(where, progress=progress))
     raise InputError(f"{where} is neither a folder nor a file: give a folder of images, a list, or converted data.")
 
 
 @cache
 def _storages() -> tuple[ModuleType, ...]:
     modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
-    storages = [module for module in modules if hasattr(module, "claims") and hasattr(module, "open")]
-    return tuple(sorted(storages, key=lambda module: bool(getattr(module, "ASKED_LAST", False))))
+    storages = [module for module in modules if hasattr(module, "can_open")]
+    return tuple(sorted(storages, key=lambda module: bool(getattr(module, "FALLBACK", False))))

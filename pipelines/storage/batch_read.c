@@ -1,4 +1,4 @@
-/* Pieces of many files read at once, by threads that end with the call. */
+/* Reads ranges of many files on threads that end with the call. */
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -9,22 +9,22 @@
 #include <stdint.h>
 #include <unistd.h>
 
-enum { MOST_THREADS = 64 };
+enum { MAX_THREADS = 64 };
 
-/* What is read; the layout is that of `Piece` in together.py. */
+/* Same layout as _REQUEST in batch_read.py. */
 typedef struct {
-    const char *path; /* NULL: of the open file `descriptor` */
+    const char *path; /* NULL: read the open file `descriptor` */
     int64_t descriptor;
     int64_t offset, size;
-    uint8_t *into;
-    int64_t got; /* bytes that there were of `size`; -1 if the file could not be opened or read */
-} Piece;
+    uint8_t *buffer;
+    int64_t count; /* bytes read, fewer than `size` at the end of the file; -1 if opening or reading failed */
+} Request;
 
 typedef struct {
-    Piece *pieces;
+    Request *requests;
     int64_t count;
     atomic_llong next;
-} Work;
+} Queue;
 
 static int open_path(const char *path) {
     int file;
@@ -33,10 +33,10 @@ static int open_path(const char *path) {
     return file;
 }
 
-static int64_t read_from(int file, const Piece *piece) {
+static int64_t read_range(int file, const Request *request) {
     int64_t done = 0;
-    while (done < piece->size) { /* one call gives at most 2 GiB */
-        ssize_t got = pread(file, piece->into + done, (size_t)(piece->size - done), piece->offset + done);
+    while (done < request->size) { /* one call reads at most 2 GiB */
+        ssize_t got = pread(file, request->buffer + done, (size_t)(request->size - done), request->offset + done);
         if (got == 0) break;
         if (got < 0 && errno != EINTR) return -1;
         if (got > 0) done += got;
@@ -44,43 +44,45 @@ static int64_t read_from(int file, const Piece *piece) {
     return done;
 }
 
-static void *read_some(void *argument) {
-    Work *work = argument;
-    for (long long n; (n = atomic_fetch_add(&work->next, 1)) < work->count;) {
-        Piece *piece = work->pieces + n;
-        int file = piece->path ? open_path(piece->path) : (int)piece->descriptor;
-        piece->got = file < 0 ? -1 : read_from(file, piece);
-        if (piece->path && file >= 0) close(file);
+static void *work(void *argument) {
+    Queue *queue = argument;
+    for (long long n; (n = atomic_fetch_add(&queue->next, 1)) < queue->count;) {
+        Request *request = queue->requests + n;
+        int file = request->path ? open_path(request->path) : (int)request->descriptor;
+        request->count = file < 0 ? -1 : read_range(file, request);
+        if (request->path && file >= 0) close(file);
     }
     return NULL;
 }
 
-/* Read all pieces; the calling thread is one of `threads`. */
-void read_pieces(Piece *pieces, int64_t count, int64_t threads) {
-    Work work = {.pieces = pieces, .count = count};
-    pthread_t others[MOST_THREADS];
+/* Serve all requests; the calling thread is one of `threads`. */
+void read_requests(Request *requests, int64_t count, int64_t threads) {
+    Queue queue = {.requests = requests, .count = count};
+    pthread_t others[MAX_THREADS];
     int64_t started = 0;
     sigset_t all, before;
-    sigfillset(&all); /* signals are for Python's own threads */
+    sigfillset(&all); /* Python's threads handle signals */
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (started < threads - 1 && started < count - 1 && started < MOST_THREADS)
-        if (pthread_create(others + started, NULL, read_some, &work) == 0)
+    while (started < threads - 1 && started < count - 1 && started < MAX_THREADS)
+        if (pthread_create(others + started, NULL, work, &queue) == 0)
             started++;
         else
-            break; /* fewer do it too */
+            break; /* fewer threads also work */
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    read_some(&work);
+    work(&queue);
     for (int64_t n = 0; n < started; n++) pthread_join(others[n], NULL);
 }
 
-/* Let the system begin to read files into memory, at most `most` bytes a time; what cannot be opened is left out. */
-void will_read(const Piece *pieces, int64_t count, int64_t most) {
+/* Start reading whole files into the page cache, at most `limit` bytes per call; files that cannot be opened are skipped. */
+void advise(const Request *requests, int64_t count, int64_t limit) {
 #ifdef POSIX_FADV_WILLNEED
     for (int64_t n = 0; n < count; n++) {
-        int file = open_path(pieces[n].path);
+        int file = open_path(requests[n].path);
         if (file < 0) continue;
-        for (int64_t at = 0; at < pieces[n].size; at += most)
-            posix_fadvise(file, at, pieces[n].size - at < most ? pieces[n].size - at : most, POSIX_FADV_WILLNEED);
+        for (int64_t at = 0; at < requests[n].size; at += limit) {
+            int64_t left = requests[n].size - at;
+            posix_fadvise(file, at, left < limit ? left : limit, POSIX_FADV_WILLNEED);
+        }
         close(file);
     }
 #endif

@@ -1,15 +1,10 @@
-"""Many images read in one call without Python's lock.
+"""Reads single images or whole batches from files, without the GIL and without mapping them.
 
-Read one by one, each file hands the lock over several times, and each time the training thread waits to get it back:
-a tenth of a millisecond and more. Python's part in a batch is then the names of its files.
+Files are read instead of mapped: a truncated file or a failing disk then raises an error in the read. In mapped memory
+it would be a SIGBUS in whatever library touches the bytes. The copy takes hundredths of a millisecond per image.
 
-An open file that is read at any place, from many threads at once.
-
-Its bytes are read, not mapped: a file that is cut short, or a disk that fails, is an error of the read then. Mapped, it
-would be a signal (SIGBUS) in whatever library touches the bytes, which kills the process without a word. The copy takes
-hundredths of a millisecond an image, in the threads that read, and a slow disk's time is seen where it is spent.
-
-The limit on open files (``ulimit -n``): a shard stays open, and often only 1024 may be.
+Reading files one by one hands the GIL over several times per file, and each time the training thread waits a tenth of a
+millisecond or more to get it back. The batch functions therefore make one C call per batch.
 """
 
 from __future__ import annotations
@@ -23,20 +18,114 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from numpy.typing import ArrayLike, NDArray
 
 from pipelines.c_library import load_library
 
-_PIECE = 1 << 20  # bytes, at most: longer pieces gain nothing
-_USUAL = 1 << 17  # bytes of Linux's read-ahead window
-_GAP = 1 << 16  # bytes of other things that are read along rather than begin a new piece
+READERS = 8
+"""Reader threads: they wait for disks and networks, not for cores."""
+_SOURCE = Path(__file__).with_name("batch_read.c")
+_REQUEST = np.dtype(
+    [
+        ("path", np.uint64),
+        ("descriptor", np.int64),
+        ("offset", np.int64),
+        ("size", np.int64),
+        ("buffer", np.uint64),
+        ("count", np.int64),
+    ],
+    align=True,
+)  # same layout as Request in batch_read.c
+
+
+def read_files(paths: Sequence[str], nbytes: NDArray[np.int64]) -> list[NDArray[np.uint8] | None]:
+    """Read whole files.
+
+    Args:
+        paths: N file names.
+        nbytes: int64 [N], expected sizes.
+
+    Returns:
+        uint8 [bytes] for each; None if it is longer than expected, cannot be opened or read, or there is no C compiler.
+        Reading such a file by itself names the error.
+    """
+    requests, names = _requests_of(paths)
+    requests["size"] = nbytes + 1  # one byte more shows that a file has grown
+    data = _read(requests)
+    del names
+    return [None if one is None or len(one) > size else one for one, size in zip(data, nbytes.tolist(), strict=True)]
+
+
+def read_ranges(
+    descriptors: Sequence[int], offset: ArrayLike, size: NDArray[np.int64], *, heads: Sequence[bytes] = ()
+) -> list[NDArray[np.uint8] | None]:
+    """Read ranges of open files.
+
+    Args:
+        descriptors: N open files.
+        offset: int [N], in bytes.
+        size: int64 [N], in bytes.
+        heads: N byte strings to put in front of the data; () for none.
+
+    Returns:
+        Read-only uint8 [head + size] for each; None where `RandomAccessFile.read` has to name the error.
+    """
+    requests = np.zeros(len(descriptors), dtype=_REQUEST)
+    requests["descriptor"], requests["offset"], requests["size"] = descriptors, offset, size
+    data = _read(requests, heads)
+    for one in data:
+        if one is not None:
+            one.flags.writeable = False
+    expected = zip(data, size.tolist(), heads or (b"",) * len(data), strict=True)
+    return [None if one is None or len(one) < len(head) + count else one for one, count, head in expected]
+
+
+def advise_files(paths: Sequence[str], nbytes: NDArray[np.int64], *, limit: int) -> bool:
+    """Start reading files into the page cache, `limit` bytes per request; False without a C compiler."""
+    library = load_library(_SOURCE)
+    if isinstance(library, str):
+        return False
+    requests, names = _requests_of(paths)
+    requests["size"] = nbytes
+    library.advise(ctypes.c_void_p(requests.ctypes.data), ctypes.c_int64(len(requests)), ctypes.c_int64(limit))
+    del names
+    return True
+
+
+def _requests_of(paths: Sequence[str]) -> tuple[NDArray[np.void], object]:
+    """Requests [N] with addresses of the file names, valid while the second object lives."""
+    names = np.frombuffer(os.fsencode("\0".join((*paths, ""))), dtype=np.uint8)
+    ends = np.flatnonzero(names == 0).astype(np.uint64)  # [N]
+    requests = np.zeros(len(paths), dtype=_REQUEST)
+    requests["path"] = names.ctypes.data + np.concatenate(([0], ends + 1))[:-1].astype(np.uint64)
+    return requests, names
+
+
+def _read(requests: NDArray[np.void], heads: Sequence[bytes] = ()) -> list[NDArray[np.uint8] | None]:
+    """Head and available bytes of each request; None if it failed."""
+    library = load_library(_SOURCE)
+    if isinstance(library, str):
+        return [None] * len(requests)
+    head_size = np.array([len(head) for head in heads] or 0, dtype=np.int64)  # [N] or []
+    room = requests["size"] + head_size
+    starts = np.cumsum(room) - room
+    buffer = np.empty(int(room.sum()), dtype=np.uint8)  # one allocation: numpy uses huge pages for it
+    for start, head in zip(starts.tolist(), heads, strict=False):
+        buffer[start : start + len(head)] = np.frombuffer(head, dtype=np.uint8)
+    requests["buffer"] = buffer.ctypes.data + starts + head_size
+    address = ctypes.c_void_p(requests.ctypes.data)
+    library.read_requests(address, ctypes.c_int64(len(requests)), ctypes.c_int64(READERS))
+    ends = starts + head_size + requests["count"]
+    return [
+        buffer[start:end] if count >= 0 else None
+        for start, end, count in zip(starts.tolist(), ends.tolist(), requests["count"].tolist(), strict=True)
+    ]
 
 
 class RandomAccessFile:
-    """A file open for reading until nobody refers to it, so that a thread that reads can end with it.
+    """A file that many threads read at any offset; it is closed with the last reference to it.
 
-    Works after a fork: the file's own position is not used.
+    Works after a fork: the file position is not used.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -44,16 +133,16 @@ class RandomAccessFile:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):  # it could be opened
+        if hasattr(self, "descriptor"):  # else opening failed
             os.close(self.descriptor)
 
     @property
     def nbytes(self) -> int:
-        """How long the file is now."""
+        """Current size of the file."""
         return os.fstat(self.descriptor).st_size
 
-    def read(self, *, offset: int, size: int, head: bytes = b"") -> npt.NDArray[np.uint8] | None:
-        """`head` and the bytes at `offset`: read-only uint8 [len(head) + size]; None if the file ends before.
+    def read(self, *, offset: int, size: int, head: bytes = b"") -> NDArray[np.uint8] | None:
+        """`head` and the bytes at `offset`: read-only uint8 [len(head) + size]; None if the file is too short.
 
         Raises:
             OSError: the disk or network fails.
@@ -61,7 +150,7 @@ class RandomAccessFile:
         data = np.empty(len(head) + size, dtype=np.uint8)
         data[: len(head)] = np.frombuffer(head, dtype=np.uint8)
         rest, at = data.data[len(head) :], offset
-        while rest:  # one call gives at most 2 GiB
+        while rest:  # one call reads at most 2 GiB
             count = os.preadv(self.descriptor, [rest], at)
             if count == 0:
                 return None
@@ -69,188 +158,86 @@ class RandomAccessFile:
         data.flags.writeable = False
         return data
 
-    def will_read(self, offset: npt.ArrayLike, size: npt.ArrayLike) -> None:
-        """Let the system begin to read these parts into memory, each place where it lies; not every system can.
+    def will_need(self, offset: ArrayLike, size: ArrayLike) -> None:
+        """Start reading ranges into the page cache, if the system supports that.
 
         Args:
-            offset, size: of each part, in bytes: int [N].
+            offset, size: of each range, in bytes: int [N].
         """
         if not hasattr(os, "posix_fadvise"):
             return
-        most = most_at_once(os.fstat(self.descriptor).st_dev)
-        for start, end in pieces(np.asarray(offset, dtype=np.int64), np.asarray(size, dtype=np.int64), most=most):
+        limit = max_read_ahead(os.fstat(self.descriptor).st_dev)
+        ranges = merge_ranges(np.asarray(offset, dtype=np.int64), np.asarray(size, dtype=np.int64), limit=limit)
+        for start, end in ranges:
             os.posix_fadvise(self.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
 
-def pieces(
-    offset: npt.NDArray[np.int64], size: npt.NDArray[np.int64], *, most: int = _PIECE
-) -> Iterator[tuple[int, int]]:
-    """(start, end) of few pieces of a file that hold these parts, from its beginning on.
+_MAX_READ_AHEAD = 1 << 20  # bytes; longer requests gain nothing
+_DEFAULT_READ_AHEAD = 1 << 17  # bytes, Linux's default window
+_MAX_GAP = 1 << 16  # bytes read along rather than starting a new range
 
-    Parts that lie side by side (with gaps of up to `_GAP` bytes) are one piece, of at most `most` bytes.
+
+def merge_ranges(
+    offset: NDArray[np.int64], size: NDArray[np.int64], *, limit: int = _MAX_READ_AHEAD
+) -> Iterator[tuple[int, int]]:
+    """Sorted (start, end) of at most `limit` bytes that cover ranges of a file, merged over gaps of up to 64 KiB.
 
     Args:
-        offset, size: of each part, in bytes: int64 [N].
+        offset, size: of each range, in bytes: int64 [N].
     """
     order = np.argsort(offset, kind="stable")
     start = end = 0
-    for begin, stop in zip(offset[order].tolist(), (offset + size)[order].tolist(), strict=True):
-        if end > start and begin - end <= _GAP:
-            end = max(end, stop)
+    for next_start, next_end in zip(offset[order].tolist(), (offset + size)[order].tolist(), strict=True):
+        if end > start and next_start - end <= _MAX_GAP:
+            end = max(end, next_end)
         else:
-            yield from _split(start, end, most)
-            start, end = begin, stop
-    yield from _split(start, end, most)
+            yield from _split(start, end, limit)
+            start, end = next_start, next_end
+    yield from _split(start, end, limit)
 
 
-def _split(start: int, end: int, most: int) -> Iterator[tuple[int, int]]:
-    for at in range(start, end, most):
-        yield at, min(at + most, end)
+def _split(start: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
+    for at in range(start, end, limit):
+        yield at, min(at + limit, end)
 
 
 @functools.lru_cache(maxsize=64)
-def most_at_once(device: int) -> int:
-    """Bytes that Linux reads ahead at one call, the rest of which it drops without a word.
+def max_read_ahead(device: int) -> int:
+    """Bytes that Linux reads ahead per call; it silently drops the rest of a longer request.
 
-    The larger of the device's read-ahead window and its largest request; the usual window where neither is told.
+    The larger of the device's read-ahead window and its largest request; Linux's default window if neither is known.
     """
     number = f"{os.major(device)}:{os.minor(device)}"
     found = []  # KiB
     for name in (
         f"/sys/class/bdi/{number}/read_ahead_kb",
         f"/sys/dev/block/{number}/queue/max_sectors_kb",
-        f"/sys/dev/block/{number}/../queue/max_sectors_kb",  # of a partition's disk
+        f"/sys/dev/block/{number}/../queue/max_sectors_kb",  # the disk of a partition
     ):
         with contextlib.suppress(OSError, ValueError):
             found.append(int(Path(name).read_text()))
-    return min(max(4, *found) << 10 if found else _USUAL, _PIECE)
+    return min(max(4, *found) << 10 if found else _DEFAULT_READ_AHEAD, _MAX_READ_AHEAD)
 
 
-_SPARE = 256  # for everything else in the process: libraries, logs, sockets, image files
+_SPARE_FILES = 256  # for the rest of the process: libraries, logs, sockets, image files
 
 
-def make_room(descriptor: int) -> None:
-    """Raise this process's soft limit, up to the hard one, if few descriptors are left above the one just opened.
+def max_open_files() -> int | None:
+    """How many shards may stay open, with some descriptors to spare; None if there is no limit."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return None if hard == resource.RLIM_INFINITY else max(1, hard - _SPARE_FILES)
 
-    The system gives out the lowest free descriptor, so that `descriptor` tells how many are in use. Does nothing where
-    the limit cannot be raised: then opening fails in the end, with the system's own error.
+
+def raise_file_limit(descriptor: int) -> None:
+    """Raise the soft limit on open files (often 1024) if few are left above `descriptor`, which was just opened.
+
+    The system hands out the lowest free descriptor, so its number tells how many are in use. If the limit cannot be
+    raised, opening a later file fails with the system's own error.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or descriptor + _SPARE < soft:
+    if soft == resource.RLIM_INFINITY or descriptor + _SPARE_FILES < soft:
         return
-    wanted = 2 * (descriptor + _SPARE)
-    try:
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
-        )
-    except (ValueError, OSError):  # a system with a limit of its own below the hard one (macOS)
-        return
-
-
-def most_open_files() -> int | None:
-    """How many files may be kept open with some left to spare; None if there is no limit."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    return None if hard == resource.RLIM_INFINITY else max(1, hard - _SPARE)
-
-
-READERS = 8
-"""Threads that read: they wait for disks and networks, not for cores."""
-
-_SOURCE = Path(__file__).with_name("batch_read.c")
-_PIECE_DTYPE = np.dtype(
-    [
-        ("path", np.uint64),
-        ("descriptor", np.int64),
-        ("offset", np.int64),
-        ("size", np.int64),
-        ("into", np.uint64),
-        ("got", np.int64),
-    ],
-    align=True,
-)
-"""What is read, as batch_read.c takes it."""
-
-
-def read_files(paths: Sequence[str], nbytes: NDArray[np.int64]) -> list[NDArray[np.uint8] | None]:
-    """Read whole files.
-
-    Args:
-        paths: of the files.
-        nbytes: int64 [N], how long each is thought to be.
-
-    Returns:
-        uint8 [bytes] each; None for one that cannot be read so and has to be read by itself, which says why: it is
-        longer than thought, cannot be opened or read, or there is no C compiler here.
-    """
-    pieces = np.zeros(len(paths), dtype=_PIECE_DTYPE)
-    pieces["path"], keep = _names(paths)
-    pieces["size"] = nbytes + 1  # one more would be there of a file that has grown
-    data = _read(pieces)
-    del keep
-    return [None if one is None or len(one) > size else one for one, size in zip(data, nbytes.tolist(), strict=True)]
-
-
-def read_parts(
-    descriptors: Sequence[int], offset: ArrayLike, size: NDArray[np.int64], *, heads: Sequence[bytes] = ()
-) -> list[NDArray[np.uint8] | None]:
-    """Read parts of files that are open.
-
-    Args:
-        descriptors: of the files, which must stay open meanwhile.
-        offset: int [N], in bytes.
-        size: int64 [N], in bytes.
-        heads: N, what to put in front of each; () puts nothing there.
-
-    Returns:
-        read-only uint8 [head + size] each; None for one that has to be read by itself, which says why.
-    """
-    pieces = np.zeros(len(descriptors), dtype=_PIECE_DTYPE)
-    pieces["descriptor"], pieces["offset"], pieces["size"] = descriptors, offset, size
-    data = _read(pieces, heads)
-    whole = zip(data, size.tolist(), heads or (b"",) * len(data), strict=True)
-    return [None if one is None or len(one) < len(head) + count else _frozen(one) for one, count, head in whole]
-
-
-def will_read_files(paths: Sequence[str], nbytes: NDArray[np.int64], *, most: int) -> bool:
-    """Let the system begin to read files into memory, `most` bytes a time; False if that cannot be done in C."""
-    library = load_library(_SOURCE)
-    if isinstance(library, str):
-        return False
-    pieces = np.zeros(len(paths), dtype=_PIECE_DTYPE)
-    pieces["path"], keep = _names(paths)
-    pieces["size"] = nbytes
-    library.will_read(ctypes.c_void_p(pieces.ctypes.data), ctypes.c_int64(len(pieces)), ctypes.c_int64(most))
-    del keep
-    return True
-
-
-def _names(paths: Sequence[str]) -> tuple[NDArray[np.uint64], object]:
-    """Addresses of the names, [N], valid as long as the second lives."""
-    names = np.frombuffer(os.fsencode("\0".join((*paths, ""))), dtype=np.uint8)  # one name behind the other
-    ends = np.flatnonzero(names == 0).astype(np.uint64)  # [N]
-    return names.ctypes.data + np.concatenate(([0], ends + 1))[:-1].astype(np.uint64), names
-
-
-def _read(pieces: NDArray[np.void], heads: Sequence[bytes] = ()) -> list[NDArray[np.uint8] | None]:
-    """What there is of each piece, behind its head; None for one that cannot be read."""
-    library = load_library(_SOURCE)
-    if isinstance(library, str):
-        return [None] * len(pieces)
-    front = np.array([len(head) for head in heads] or 0, dtype=np.int64)  # [N] or []
-    room = pieces["size"] + front
-    begins = np.cumsum(room) - room
-    buffer = np.empty(int(room.sum()), dtype=np.uint8)  # one piece of memory: numpy takes huge pages for it
-    for begin, head in zip(begins.tolist(), heads, strict=False):
-        buffer[begin : begin + len(head)] = np.frombuffer(head, dtype=np.uint8)
-    pieces["into"] = buffer.ctypes.data + begins + front
-    library.read_pieces(ctypes.c_void_p(pieces.ctypes.data), ctypes.c_int64(len(pieces)), ctypes.c_int64(READERS))
-    ends = begins + front + pieces["got"]
-    return [
-        buffer[begin:end] if got >= 0 else None
-        for begin, end, got in zip(begins.tolist(), ends.tolist(), pieces["got"].tolist(), strict=True)
-    ]
-
-
-def _frozen(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    data.flags.writeable = False
-    return data
+    wanted = 2 * (descriptor + _SPARE_FILES)
+    with contextlib.suppress(ValueError, OSError):  # macOS has a limit of its own below the hard one
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -1,14 +1,12 @@
-"""FFCV's file format, version 2: what lies where in a .beton file, and how to tell a whole file from a damaged one.
+"""FFCV's .beton file format, version 2, and the index that mvssl-convert adds to it.
 
-A file is a header, one descriptor for each field, one record for each sample, pages of data that begin at multiples of
-the page size, and to its end the table of allocations. All numbers are little-endian. FFCV writes the header's pointer
-to that table last, but nothing in the file says how long it must be: a file cut short opens in FFCV and gives wrong
-images. Here every image's pointer must be found in the table, and the table in the file.
+A file is a header, one descriptor per field, one record per sample, pages of data that begin at multiples of the page
+size, and the allocation table at its end. All numbers are little-endian. FFCV writes the header's pointer to the table
+last, but nothing in the file gives the table's length: FFCV opens a truncated file and returns wrong images. We require
+that the table contains every image's pointer and lies in the file.
 
-What mvssl-convert adds to a .beton file so that one file is all: keys, class names and upright sizes.
-
-The index lies between the last page and the table of allocations, where FFCV does not look; the bytes of the image
-field's descriptor that FFCV leaves unused say where. Stock FFCV reads such a file like any other.
+Our index (keys, class names, upright sizes) lies between the last page and the allocation table, where FFCV does not
+look. The image field's descriptor says where, in bytes that FFCV leaves unused. FFCV reads such a file like any other.
 """
 
 from __future__ import annotations
@@ -28,9 +26,10 @@ import numpy.typing as npt
 from pipelines.runtime import InputError
 from pipelines.storage.source import KeyTable
 
+BETON = "images.beton"  # in a folder written by mvssl-convert
 VERSION = 2
-PAGE_BYTES = 1 << 23  # FFCV's default, and a power of two as it must be
-JPEG, RAW = 0, 1  # modes of an image: a whole JPEG file, or RGB rows one behind the other
+PAGE_BYTES = 1 << 23  # FFCV's default; must be a power of two
+JPEG, RAW = 0, 1  # modes of an image: a JPEG file, or RGB rows
 
 HEADER = np.dtype(
     [("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("samples", "<u8"), ("allocations", "<u8")]
@@ -50,19 +49,19 @@ _KINDS: dict[int, np.dtype[Any]] = {
     6: np.dtype("<u8"),  # a tensor
 }
 _LABEL_NAMES = ("label", "labels", "target", "class")
-_OTHER_LABELS = "write the file with one IntField named label"
+_MAX_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
-    """What a whole .beton file says of its samples.
+    """Metadata of a complete .beton file.
 
     Attributes:
-        file_bytes: of the file.
-        head: header and descriptors, as they lie in the file.
+        file_bytes: size of the file.
+        head: header and descriptors as in the file.
         images: IMAGE [N].
         nbytes: int64 [N], size of each image's data.
-        numbers: int64 [N], the integer field that holds labels; None if there is none.
+        labels: int64 [N]; None without an IntField.
         arguments: of the image field's descriptor, 1024 bytes; FFCV leaves them zero.
     """
 
@@ -70,23 +69,33 @@ class Layout:
     head: bytes
     images: npt.NDArray[np.void]
     nbytes: npt.NDArray[np.int64]
-    numbers: npt.NDArray[np.int64] | None
+    labels: npt.NDArray[np.int64] | None
     arguments: bytes
 
 
+def is_beton_name(path: str | os.PathLike[str]) -> bool:
+    """Whether the name ends in .beton."""
+    return os.fspath(path).lower().endswith(".beton")
+
+
 def record_dtype(kinds: Sequence[int]) -> np.dtype[Any]:
-    """Type of one sample's record, for fields of these kinds: "f0", "f1", ..., aligned as in C."""
+    """Type of one sample's record for fields of these kinds: "f0", "f1", ..., aligned as in C."""
     return np.dtype([("", _KINDS[kind]) for kind in kinds], align=True)
+
+
+def page_bytes(largest: int, *, limit: int = 1 << 27) -> int:
+    """Page size for images of up to `largest` bytes: FFCV's default or the next power of two, at most `limit`."""
+    wanted = max(PAGE_BYTES, 1 << max(0, largest - 1).bit_length())
+    return min(wanted, limit)
 
 
 def read_layout(path: Path) -> Layout:
     """Read and check everything but the pages.
 
-    The images are the first RGBImageField; the labels the IntField named label, labels, target or class, else the
-    first.
+    Images are the first RGBImageField; labels the IntField named label, labels, target or class, else the first one.
 
     Raises:
-        InputError: not a .beton file, another version, half-written, cut short, damaged, or without images.
+        InputError: not a .beton file, of another version, incomplete, damaged, or without images.
         OSError: the file cannot be read.
     """
     size = path.stat().st_size
@@ -110,11 +119,11 @@ def read_layout(path: Path) -> Layout:
     kinds = fields["kind"].tolist()
     unknown = [kind for kind in kinds if kind not in _KINDS]
     if unknown or IMAGE_KIND not in kinds:
-        what = f"a field of the unknown kind {unknown[0]}" if unknown else "no RGBImageField"
-        raise InputError(f"{path} has {what}: write the file with FFCV's own fields, an RGBImageField among them.")
+        problem = f"a field of the unknown kind {unknown[0]}" if unknown else "no RGBImageField"
+        raise InputError(f"{path} has {problem}: write the file with FFCV's own fields, one of them an RGBImageField.")
     dtype, count = record_dtype(kinds), int(header["samples"])
     if len(head) + count * dtype.itemsize > table:
-        raise damaged(path, f"has no room for the {count} samples that its header promises")
+        raise damaged(path, f"has no room for the {count} samples in its header")
     if count == 0:
         raise InputError(f"{path} holds no images: write it again from data with images.")
     records = np.fromfile(path, dtype, count=count, offset=len(head))
@@ -127,40 +136,29 @@ def read_layout(path: Path) -> Layout:
         head=head,
         images=images,
         nbytes=_sizes(path, images, allocations, table),
-        numbers=None if label is None else records[f"f{label}"].astype(np.int64),
+        labels=None if label is None else records[f"f{label}"].astype(np.int64),
         arguments=fields["arguments"][image].tobytes(),
     )
 
 
-def class_labels(path: Path, numbers: npt.NDArray[np.int64], *, most: int = 1_000_000) -> tuple[str, ...]:
-    """Class names of labels that are numbers: the numbers themselves.
+def class_labels(path: Path, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
+    """Class names where the file has none: the labels as text.
 
     Raises:
-        InputError: one is below -1, or so large that it can be no class.
+        InputError: a label is below -1, or too large for a class.
     """
-    wrong = np.flatnonzero((numbers < -1) | (numbers >= most))
+    wrong = np.flatnonzero((labels < -1) | (labels >= _MAX_CLASSES))
     if len(wrong):
         raise InputError(
-            f"{path}, sample {wrong[0]}: the label {numbers[wrong[0]]} is not between -1 (none) and {most - 1}: "
-            f"{_OTHER_LABELS} that counts classes from 0."
+            f"{path}, sample {wrong[0]}: the label {labels[wrong[0]]} is not between -1 (none) and {_MAX_CLASSES - 1}: "
+            "write the file with one IntField named label that counts classes from 0."
         )
-    return tuple(str(label) for label in range(int(np.max(numbers, initial=-1)) + 1))
+    return tuple(str(label) for label in range(int(np.max(labels, initial=-1)) + 1))
 
 
-def damaged(path: Path, what: str) -> InputError:
-    """The error for a file that cannot be relied on."""
-    return InputError(f"{path} {what}: restore it from where it was copied, or write it again.")
-
-
-def page_bytes(largest: int, *, most: int = 1 << 27) -> int:
-    """Page size for data whose largest image has `largest` bytes: FFCV's own or the next power of two, up to `most`."""
-    wanted = max(PAGE_BYTES, 1 << max(0, largest - 1).bit_length())
-    return min(wanted, most)
-
-
-def is_beton_name(path: str | os.PathLike[str]) -> bool:
-    """Whether a file of this name counts as FFCV's."""
-    return os.fspath(path).lower().endswith(".beton")
+def damaged(path: Path, problem: str) -> InputError:
+    """The error for a file that cannot be used."""
+    return InputError(f"{path} {problem}: restore it from where it was copied, or write it again.")
 
 
 def _label_field(kinds: Sequence[int], names: Sequence[str]) -> int | None:
@@ -172,7 +170,7 @@ def _label_field(kinds: Sequence[int], names: Sequence[str]) -> int | None:
 def _sizes(
     path: Path, images: npt.NDArray[np.void], allocations: npt.NDArray[np.void], table: int
 ) -> npt.NDArray[np.int64]:
-    """Size of each image's data, int64 [N], from the allocation that its pointer names."""
+    """Size of each image's data, int64 [N], from the allocation at its pointer."""
     order = np.argsort(allocations["pointer"], kind="stable")
     pointers = allocations["pointer"][order]
     at = np.searchsorted(pointers, images["pointer"])
@@ -189,13 +187,12 @@ def _sizes(
     pixels = 3 * images["width"].astype(np.int64) * images["height"].astype(np.int64)
     wrong = outside | (images["mode"] > RAW) | ((images["mode"] == RAW) & (sizes != pixels))
     if wrong.any():
-        raise damaged(path, f"is damaged: what it says of sample {np.flatnonzero(wrong)[0]} cannot be true")
+        raise damaged(path, f"is damaged: the record of sample {np.flatnonzero(wrong)[0]} is impossible")
     return sizes
 
 
-BETON = "images.beton"  # in a folder that mvssl-convert wrote
 _MAGIC = b"mvssl\0ix"
-_VERSION = 1
+_INDEX_VERSION = 1
 _POINTER = np.dtype(
     [("magic", "V8"), ("version", "<u8"), ("offset", "<u8"), ("size", "<u8"), ("bytes", "<u8"), ("sha256", "V32")]
 )
@@ -203,10 +200,10 @@ _POINTER = np.dtype(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BetonIndex:
-    """What FFCV's own format has no place for.
+    """Metadata that FFCV's format has no place for.
 
     Attributes:
-        keys: of each image.
+        keys: key of each image.
         classes: class names by label, () if unlabelled.
         sizes: int64 [N, 2], (height, width) of each image in pixels, EXIF orientation applied.
     """
@@ -217,7 +214,7 @@ class BetonIndex:
 
 
 def pack_index(index: BetonIndex) -> bytes:
-    """The index as bytes, the same ones for the same index."""
+    """The index as bytes, always the same for the same index."""
     classes = KeyTable.of(index.classes)
     file = io.BytesIO()
     np.savez(
@@ -232,27 +229,27 @@ def pack_index(index: BetonIndex) -> bytes:
 
 
 def pack_pointer(packed: bytes, *, offset: int, file_bytes: int) -> bytes:
-    """Descriptor arguments (1024 bytes) that say where the packed index lies, and how large the whole file is."""
+    """Descriptor arguments (1024 bytes) with position and checksum of the packed index and the size of the file."""
     pointer = np.zeros(1, _POINTER)
-    pointer["magic"], pointer["version"] = np.void(_MAGIC), _VERSION
+    pointer["magic"], pointer["version"] = np.void(_MAGIC), _INDEX_VERSION
     pointer["offset"], pointer["size"], pointer["bytes"] = offset, len(packed), file_bytes
     pointer["sha256"] = np.void(hashlib.sha256(packed).digest())
     return pointer.tobytes().ljust(FIELD["arguments"].itemsize, b"\0")
 
 
 def load_index(path: Path, layout: Layout) -> BetonIndex | None:
-    """The index in a file that mvssl-convert wrote; None in any other.
+    """The index in a file written by mvssl-convert; None in any other.
 
     Raises:
-        InputError: cut short, damaged, or written by a later release.
+        InputError: truncated, damaged, or of another version.
     """
     pointer = np.frombuffer(layout.arguments, _POINTER, count=1)[0]
     if pointer["magic"].tobytes() != _MAGIC:
         return None
-    if int(pointer["version"]) != _VERSION:
+    if int(pointer["version"]) != _INDEX_VERSION:
         raise InputError(
-            f"{path} has an index of version {pointer['version']} but this release reads version {_VERSION}: convert "
-            "the data again with this release's mvssl-convert, or use the release that made it."
+            f"{path} has an index of version {pointer['version']} but this release reads version {_INDEX_VERSION}: "
+            "convert the data again with this release's mvssl-convert, or use the release that wrote it."
         )
     if int(pointer["bytes"]) != layout.file_bytes:
         raise damaged(path, f"has {layout.file_bytes} bytes but must have {pointer['bytes']}")
@@ -260,7 +257,7 @@ def load_index(path: Path, layout: Layout) -> BetonIndex | None:
         file.seek(int(pointer["offset"]))
         packed = file.read(int(pointer["size"]))
     if hashlib.sha256(packed).digest() != pointer["sha256"].tobytes():
-        raise damaged(path, "has an index without its checksum")
+        raise damaged(path, "has an index with a wrong checksum")
     try:
         with np.load(io.BytesIO(packed), allow_pickle=False) as data:
             return BetonIndex(
@@ -273,7 +270,7 @@ def load_index(path: Path, layout: Layout) -> BetonIndex | None:
 
 
 def is_our_beton(path: Path) -> bool:
-    """Whether mvssl-convert wrote this file, whole or not."""
+    """Whether mvssl-convert wrote this file, complete or not."""
     try:
         with path.open("rb") as file:
             return _MAGIC in file.read(HEADER.itemsize + FIELD.itemsize)

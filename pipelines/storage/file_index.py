@@ -1,26 +1,10 @@
-"""The index of a folder or list: what `scan` and `listing` make, `cache` keeps and `folder` reads from.
-
-Index a text list of images: one path a line, with or without a label.
-
-Keep the index of a folder or list between runs, and notice when it is stale.
-
-The cache lies in the user's cache folder and not beside the data: data sets are often shared or read-only, and a file
-beside the images would change the very folder that is watched.
-
-An index is stale when the modification time of any folder in it (or of the list) has changed: that is every image
-added, removed or renamed. A file overwritten in place is not noticed, and need not be: only its size is out of date.
-"""
+"""Index of plain image files: scans a folder, or reads a text list of paths."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.util
 import os
-import tempfile
-import time
-import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,18 +13,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.runtime import InputError, cache_folder
+from pipelines.runtime import InputError
 from pipelines.storage.source import KeyTable
 
-_ALWAYS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".jp2", ".j2k", ".avif")
+_BUILT_IN = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".jp2", ".j2k", ".avif")
 _WITH_PLUGIN = (".heic", ".heif")
-IMAGE_EXTENSIONS = _ALWAYS + (_WITH_PLUGIN if importlib.util.find_spec("pillow_heif") else ())
-"""Endings of files that are images, in any case. Those of HEIC need the package pillow_heif."""
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file of this name counts as an image: a known extension in any case, and not hidden."""
-    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
+IMAGE_EXTENSIONS = _BUILT_IN + (_WITH_PLUGIN if importlib.util.find_spec("pillow_heif") else ())
+"""Extensions of image files, in any case. HEIC needs the package pillow_heif."""
+_SYSTEM_FOLDERS = ("lost+found", "@eaDir")  # unreadable for users; thumbnails made by NAS devices
+_THREADS = 8  # concurrent stat or scandir calls: hides the latency of network file systems
+_MAX_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,13 +31,13 @@ class FileIndex:
 
     Attributes:
         root: the folder that relative keys start from.
-        keys: path of each image, relative to `root` (or absolute, where a list says so), sorted or in the list's order.
-        nbytes: int64 [len], file sizes; 0 for files that could not be looked at (the decoder names them).
-        labels: int64 [len], -1 where there is none.
+        keys: path of each image, relative to `root` (absolute if a list says so); sorted, or in the list's order.
+        nbytes: int64 [len], file sizes; 0 if stat failed (reading the file then names the error).
+        labels: int64 [len], -1 for none.
         classes: class names by label, () if unlabelled.
-        watched: absolute paths whose change makes this index stale (every folder seen, and the list).
+        watched: absolute paths whose change makes this index stale: every folder scanned, and the list.
         watched_mtime: int64 [len(watched)], their modification times in nanoseconds, taken before they were read.
-        left_out: number of other files by ending, where the folder was just read; {} for an index from the cache.
+        ignored: number of other files by extension; {} for a list and for a cached index.
     """
 
     root: Path
@@ -65,44 +47,140 @@ class FileIndex:
     classes: tuple[str, ...]
     watched: KeyTable
     watched_mtime: npt.NDArray[np.int64]
-    left_out: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
 
 
-_THREADS = 8  # sizes asked for at once: hides the latency of network file systems
-_MAX_CLASSES = 1_000_000
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name counts as an image: a known extension in any case, and not hidden."""
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
-def index_list(path: Path, *, progress: Callable[[int], None] | None = None) -> FileIndex:
+def is_data_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether `entry` is a folder (or a link to one) that may hold images: neither hidden nor ``lost+found``."""
+    if entry.name.startswith(".") or entry.name in _SYSTEM_FOLDERS:
+        return False
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def scan_folder(root: Path, *, progress: Callable[[int], None] | None = None) -> FileIndex:
+    """Index every image below `root`, sorted by relative path.
+
+    Links are followed; hidden names and folders of the file system are ignored. Labels are the first folder level: the
+    sorted names of the folders that hold images. Images directly in `root` have no label (-1).
+
+    Args:
+        root: the folder.
+        progress: called with the number of images found so far.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    found: list[tuple[str, int]] = []
+    watched: list[tuple[str, int]] = []
+    ignored: Counter[str] = Counter()
+    level = [_Folder(os.path.abspath(root), "", frozenset())]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while level:
+            below: list[_Folder] = []
+            for listing in pool.map(_list_folder, level):
+                watched.append((listing.folder.path, listing.mtime))
+                found.extend(listing.images)
+                ignored.update(listing.ignored)
+                below.extend(listing.folders)
+                if progress is not None and listing.images:
+                    progress(len(found))
+            level = below
+    found.sort()
+    firsts = [key.partition("/")[0] if "/" in key else None for key, _ in found]
+    classes = tuple(sorted({first for first in firsts if first is not None}))
+    label_of: dict[str | None, int] = {None: -1, **{name: label for label, name in enumerate(classes)}}
+    return FileIndex(
+        root=Path(os.path.abspath(root)),
+        keys=KeyTable.of(key for key, _ in found),
+        nbytes=np.array([size for _, size in found], dtype=np.int64),
+        labels=np.array([label_of[first] for first in firsts], dtype=np.int64),
+        classes=classes,
+        watched=KeyTable.of(path for path, _ in watched),
+        watched_mtime=np.array([mtime for _, mtime in watched], dtype=np.int64),
+        ignored=dict(ignored.most_common()),
+    )
+
+
+@dataclass(frozen=True)
+class _Folder:
+    path: str  # absolute
+    prefix: str  # relative to the root, "" or ending in "/"
+    ancestors: frozenset[tuple[int, int]]  # (device, inode) of the folders above, to detect links in a cycle
+
+
+@dataclass
+class _Listing:
+    folder: _Folder
+    mtime: int = 0
+    images: list[tuple[str, int]] = field(default_factory=list)
+    folders: list[_Folder] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+
+def _list_folder(folder: _Folder) -> _Listing:
+    status = os.stat(folder.path)  # before scandir: a change while we read makes the index stale
+    identity = (status.st_dev, status.st_ino)
+    listing = _Listing(folder, status.st_mtime_ns)
+    if identity in folder.ancestors:
+        return listing
+    ancestors = folder.ancestors | {identity}
+    with os.scandir(folder.path) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if is_data_folder(entry):
+                listing.folders.append(_Folder(entry.path, f"{folder.prefix}{entry.name}/", ancestors))
+            elif is_image_name(entry.name):
+                listing.images.append((folder.prefix + entry.name, _entry_size(entry)))
+            else:
+                listing.ignored.append(os.path.splitext(entry.name)[1].lower())
+    return listing
+
+
+def _entry_size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:  # a broken link stays in the index, so that reading it names it
+        return 0
+
+
+def read_list(path: Path, *, progress: Callable[[int], None] | None = None) -> FileIndex:
     """Index the images named in a text file, in its order.
 
-    A line is ``PATH``, ``PATH<tab>LABEL`` or ``PATH LABEL``; relative paths start at the list's own folder; a label is
-    a whole number (-1 for none; the class names are then the numbers) or a class name (numbered in sorted order). All
-    lines have a label or none has. Empty lines are skipped.
+    A line is ``PATH``, ``PATH<tab>LABEL`` or ``PATH LABEL``; relative paths start at the list's own folder. A label is
+    an integer (-1 for none; the class names are then the numbers) or a class name (numbered in sorted order). Either
+    all lines have a label or none. Empty lines are skipped.
 
     Args:
         path: the list.
-        progress: called with the number of images looked at so far.
+        progress: called with the number of images looked up so far.
 
     Raises:
         InputError: not a text file, a label missing or out of range, or a file that does not exist.
         OSError: the list cannot be read.
     """
     list_mtime = path.stat().st_mtime_ns
-    names, labels_text, lines = _parse(path)
-    labels, classes = _labels(path, labels_text, lines)
+    names, label_texts, lines = _parse(path)
+    labels, classes = _labels(path, label_texts, lines)
     root = Path(os.path.abspath(path.parent))
-    sizes: list[int] = []
     absolute = [os.path.join(root, name) for name in names]
     folders = sorted({os.path.dirname(name) for name in absolute})
-    watched = [(folder, _mtime(folder)) for folder in folders]  # before the files: a change meanwhile makes it stale
+    watched = [(folder, _mtime(folder)) for folder in folders]  # before the files, as in `_list_folder`
     watched.append((os.path.abspath(path), list_mtime))
+    sizes: list[int] = []
     with ThreadPoolExecutor(_THREADS) as pool:
-        for number, size in enumerate(pool.map(_size, absolute, chunksize=256), start=1):
+        for number, size in enumerate(pool.map(_file_size, absolute, chunksize=256), start=1):
             sizes.append(size)
-            if progress is not None and number % 10_000 == 0:
+            if progress is not None and (number % 10_000 == 0 or number == len(absolute)):
                 progress(number)
-    if progress is not None:
-        progress(len(sizes))
     missing = [position for position, size in enumerate(sizes) if size < 0]
     if missing:
         raise InputError(
@@ -121,23 +199,23 @@ def index_list(path: Path, *, progress: Callable[[int], None] | None = None) -> 
 
 
 def _parse(path: Path) -> tuple[list[str], list[str | None], list[int]]:
-    names: list[str] = []
-    labels: list[str | None] = []
-    lines: list[int] = []
+    """Names, labels and line numbers of the lines that are not empty."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(
-            f"{path} is neither a folder of images, nor converted data, nor a text list of image files (one path a "
+            f"{path} is neither a folder of images, nor converted data, nor a text list of image files (one path per "
             "line): check the path."
         ) from None
+    names: list[str] = []
+    labels: list[str | None] = []
+    lines: list[int] = []
     for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        name, label = _split_line(line.strip())
-        names.append(name)
-        labels.append(label)
-        lines.append(number)
+        if line.strip():
+            name, label = _split_line(line.strip())
+            names.append(name)
+            labels.append(label)
+            lines.append(number)
     return names, labels, lines
 
 
@@ -146,7 +224,7 @@ def _split_line(line: str) -> tuple[str, str | None]:
         name, _, label = line.rpartition("\t")
         return name.strip(), label.strip()
     name, _, label = line.rpartition(" ")
-    # A path may hold spaces: the last word is a label only behind something that is a whole image path itself.
+    # Paths may contain spaces: the last word is a label only if what precedes it is an image path by itself.
     if is_image_name(os.path.basename(name.strip())) and not is_image_name(label):
         return name.strip(), label
     return line, None
@@ -155,6 +233,7 @@ def _split_line(line: str) -> tuple[str, str | None]:
 def _labels(
     path: Path, texts: Sequence[str | None], lines: Sequence[int]
 ) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+    """Labels, int64 [N], and class names."""
     given = [text for text in texts if text is not None]
     if not given:
         return np.full(len(texts), -1, dtype=np.int64), ()
@@ -178,7 +257,7 @@ def _labels(
     return numbers, tuple(str(label) for label in range(int(np.max(numbers, initial=-1)) + 1))
 
 
-def _size(path: str) -> int:
+def _file_size(path: str) -> int:
     try:
         return os.stat(path).st_size
     except (FileNotFoundError, NotADirectoryError):
@@ -190,75 +269,3 @@ def _mtime(folder: str) -> int:
         return os.stat(folder).st_mtime_ns
     except (FileNotFoundError, NotADirectoryError):
         return -1  # its files are reported as missing
-
-
-_VERSION = zlib.crc32(repr((2, IMAGE_EXTENSIONS)).encode())  # other endings, other files
-_SETTLED_NS = 2_000_000_000  # coarsest modification times of common file systems (FAT, some NFS servers): 2 s
-
-
-def cache_file(path: Path) -> Path:
-    """The cache file for the folder or list at `path`."""
-    name = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:32]
-    return cache_folder() / f"index-{name}.npz"
-
-
-def load_index(path: Path) -> FileIndex | None:
-    """The cached index of the folder or list at `path`, or None where there is none, or a stale or damaged one."""
-    try:
-        with np.load(cache_file(path), allow_pickle=False) as data:
-            if int(data["version"]) != _VERSION:
-                return None
-            index = FileIndex(
-                root=Path(KeyTable(blob=data["root"], ends=np.array([len(data["root"])]))[0]),
-                keys=KeyTable(blob=data["key_blob"], ends=data["key_ends"]),
-                nbytes=data["nbytes"],
-                labels=data["labels"],
-                classes=tuple(KeyTable(blob=data["class_blob"], ends=data["class_ends"])),
-                watched=KeyTable(blob=data["watched_blob"], ends=data["watched_ends"]),
-                watched_mtime=data["watched_mtime"],
-            )
-        fresh = all(
-            os.stat(watched).st_mtime_ns == mtime
-            for watched, mtime in zip(index.watched, index.watched_mtime.tolist(), strict=True)
-        )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # absent or damaged: the caller indexes again
-    return index if fresh else None
-
-
-def save_index(path: Path, index: FileIndex) -> bool:
-    """Cache `index`; says whether it did. A cache that cannot be written is no error: the next run indexes again.
-
-    Data changed within the last two seconds is not cached: a change right after could leave the modification time as
-    it is, and would never be noticed.
-    """
-    if time.time_ns() - int(np.max(index.watched_mtime, initial=0)) < _SETTLED_NS:
-        return False
-    classes = KeyTable.of(index.classes)
-    target = cache_file(path)
-    temporary = None
-    try:
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-            np.savez(
-                file,
-                version=np.int64(_VERSION),
-                root=KeyTable.of([str(index.root)]).blob,
-                key_blob=index.keys.blob,
-                key_ends=index.keys.ends,
-                nbytes=index.nbytes,
-                labels=index.labels,
-                class_blob=classes.blob,
-                class_ends=classes.ends,
-                watched_blob=index.watched.blob,
-                watched_ends=index.watched.ends,
-                watched_mtime=index.watched_mtime,
-            )
-        temporary.replace(target)
-    except OSError:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        return False
-    return True

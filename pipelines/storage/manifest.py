@@ -1,10 +1,10 @@
-"""The on-disk form of converted data: names, versions, the index's layout and manifest.json.
+"""Files of converted data on disk: names, versions, the index's layout and manifest.json.
 
-A converted folder of shards holds ``shard-NNNNNN.tar`` (standard tar files: ``<key>.jpg`` and, where there are labels,
-``<key>.cls``), ``index.npy`` (one `INDEX_DTYPE` row per image), ``keys.npy`` (uint8, the UTF-8 of all keys),
-``quarantine.jsonl``, ``warnings.jsonl`` and ``manifest.json``, which is written last: without it the conversion is not
-finished. While it runs, ``.convert`` holds its plan and the finished shards' parts of the index. In the folder of a
-``.beton`` conversion one ``images.beton`` stands in place of shards and index.
+A folder of shards holds ``shard-NNNNNN.tar`` (standard tar files of ``<key>.jpg`` and, for labelled images,
+``<key>.cls``), ``index.npy`` (one `INDEX_DTYPE` row per image), ``keys.npy`` (uint8, all keys in UTF-8),
+``quarantine.jsonl``, ``warnings.jsonl`` and ``manifest.json``. The manifest is written last: without it the conversion
+is unfinished. During a conversion, ``.convert`` holds its plan and the state of the finished shards. With ``--format
+beton`` one ``images.beton`` replaces shards and index.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ QUARANTINE = "quarantine.jsonl"
 WARNINGS = "warnings.jsonl"
 WORK = ".convert"
 PLAN = "plan.json"  # in WORK
-HEAD_BYTES = 4096  # of each shard, hashed on its own: tells two shards of the same size apart at open, at one read each
+HEAD_BYTES = 4096  # of each shard, hashed separately: one read at open tells apart two shards of the same size
 
 INDEX_DTYPE = np.dtype(
     [
         ("offset", "<i8"),  # first byte of the image in its shard
         ("size", "<i8"),  # bytes
-        ("key_end", "<i8"),  # end of this image's key in keys.npy; it starts where the one before ends
+        ("key_end", "<i8"),  # end of the image's key in keys.npy; it starts at the end of the previous one
         ("shard", "<i4"),  # position in the manifest's list of shards
         ("height", "<i4"),  # pixels, EXIF orientation applied
         ("width", "<i4"),
@@ -59,9 +59,9 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What manifest.json says; the file has more for the human reader (counts, versions, options).
+    """Contents of manifest.json that are read back; the file has more for human readers (counts, versions, source).
 
-    Data in a .beton file has neither shards nor checksums here: that file has its own.
+    For a .beton file, `shards` and `sha256` are empty: that file has its own checksum.
     """
 
     count: int
@@ -69,11 +69,11 @@ class Manifest:
     fingerprint: str
     shards: tuple[Shard, ...]
     sha256: Mapping[str, str]  # of index.npy and keys.npy
-    plan: Mapping[str, Any]  # source and options that made this data
+    plan: Mapping[str, Any]  # source and options of the conversion
 
     @classmethod
     def load(cls, folder: Path, *, formats: Collection[str] = (FORMAT,)) -> Manifest:
-        """Read manifest.json, which must be of one of these formats.
+        """Read manifest.json, which must have one of these formats.
 
         Raises:
             InputError: it is missing (unfinished conversion), damaged, or of another format version.
@@ -87,7 +87,7 @@ class Manifest:
             if content["version"] != VERSION:
                 raise InputError(
                     f"{path} is of format version {content['version']} but this release reads version {VERSION}: "
-                    "convert the data again with this release's mvssl-convert, or use the release that made it."
+                    "convert the data again with this release's mvssl-convert, or use the release that wrote it."
                 )
             return cls(
                 count=int(content["count"]),
@@ -111,21 +111,24 @@ class Manifest:
             ) from error
 
 
-def is_ours(folder: Path) -> bool:
+def is_converted(folder: Path) -> bool:
     """Whether `folder` holds converted data or an unfinished conversion, and not just files of the same names.
 
-    A manifest with our format says so; else (damaged, missing or of another program) our index or a plan.
+    Without a manifest of ours (damaged, missing or another program's), our index, .beton file or plan decides.
 
     Raises:
-        OSError: the folder or a file that decides it cannot be read.
+        OSError: the folder or one of these files cannot be read.
     """
-    if format_of(folder) is not None:
-        return True
-    return (folder / WORK / PLAN).is_file() or _is_our_index(folder / INDEX) or is_our_beton(folder / BETON)
+    return (
+        format_of(folder) is not None
+        or (folder / WORK / PLAN).is_file()
+        or _is_our_index(folder / INDEX)
+        or is_our_beton(folder / BETON)
+    )
 
 
 def format_of(folder: Path) -> str | None:
-    """Which of our formats the manifest in `folder` names; None without one.
+    """The format (one of `FORMATS`) that the manifest in `folder` names; None if there is no such manifest.
 
     Raises:
         OSError: the manifest cannot be read.

@@ -1,4 +1,4 @@
-"""Tar shards with an index as a source: any image at any time."""
+"""Tar shards with an index as a source."""
 
 from __future__ import annotations
 
@@ -12,27 +12,37 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.runtime import InputError
-from pipelines.storage.batch_read import RandomAccessFile, make_room, most_open_files, read_parts
-from pipelines.storage.manifest import HEAD_BYTES, INDEX, INDEX_DTYPE, KEYS, MANIFEST, Manifest, Shard, is_ours
+from pipelines.storage.batch_read import RandomAccessFile, max_open_files, raise_file_limit, read_ranges
+from pipelines.storage.manifest import HEAD_BYTES, INDEX, INDEX_DTYPE, KEYS, MANIFEST, Manifest, Shard, is_converted
 from pipelines.storage.source import KeyTable
 
 _CHUNK = 1 << 22  # bytes hashed at a time
 
 
-class ShardSource:
-    """Images in tar shards. Meets the `Source` contract.
+def can_open(path: Path) -> bool:
+    """A folder with converted data or an unfinished conversion."""
+    return path.is_dir() and is_converted(path)
 
-    What is checked: at open, the format version, the checksums of the index, and of every shard that it is there, its
-    size and its first 4 KiB (the shard's once more when it is opened for its first image); at `read`, that the shard
-    has not become shorter. `verify` reads everything. Replacing or deleting an open shard is safe: the old file is
-    still read. One cut short in place is named by the next `read`.
+
+def open_path(path: Path, *, progress: Callable[[int], None] | None = None) -> ShardSource:
+    """Open converted data; `progress` is not used."""
+    del progress
+    return ShardSource(path)
+
+
+class ShardSource:
+    """Images in tar shards. Implements `Source`.
+
+    Opening checks the format version, the checksums of the index, and size and first 4 KiB of every shard. Opening a
+    shard for its first image checks these again. `read` checks that the shard was not truncated. `verify` reads
+    everything. An open shard may be replaced or deleted: the old file is still read.
     """
 
     def __init__(self, folder: Path) -> None:
         """Open the converted data in `folder`.
 
         Raises:
-            InputError: unfinished, another version, a file missing, cut short, swapped or damaged, or more shards
+            InputError: unfinished, of another version, a file missing, truncated, swapped or damaged, or more shards
                 than files may be open.
             OSError: a file cannot be read.
         """
@@ -44,10 +54,10 @@ class ShardSource:
         blob: npt.NDArray[np.uint8] = self._load_checked(KEYS)
         if rows.dtype != INDEX_DTYPE or rows.shape != (self.manifest.count,):
             raise _damaged(folder / INDEX, f"has {rows.dtype} {rows.shape} for {self.manifest.count} images")
-        most = most_open_files()
-        if most is not None and len(self.manifest.shards) > most:
+        limit = max_open_files()
+        if limit is not None and len(self.manifest.shards) > limit:
             raise InputError(
-                f"{folder} has {len(self.manifest.shards)} shards but this process may keep only {most} of them open: "
+                f"{folder} has {len(self.manifest.shards)} shards but this process may keep only {limit} of them open: "
                 "raise the hard limit on open files (ulimit -Hn), or convert again with a larger --shard-size."
             )
         for shard in self.manifest.shards:
@@ -68,40 +78,37 @@ class ShardSource:
         """Encoded image: read-only uint8 [bytes].
 
         Raises:
-            InputError: the shard has become shorter since it was opened, or is not there or another one when it is
-                needed first.
+            InputError: the shard was truncated since it was opened, or is missing or replaced when first needed.
             OSError: it cannot be opened or read.
         """
         number = int(self._shard[index])
-        # No lock: two threads that open the same shard at once do no harm, and a lock would not survive a fork.
-        file = self._files[number] or self._open(number)
+        file = self._file(number)
         data = file.read(offset=int(self._offset[index]), size=int(self.nbytes[index]))
         if data is None:
-            shard, left = self.manifest.shards[number], file.nbytes
-            raise _damaged(self.location / shard.name, f"was cut short to {left} of {shard.bytes} bytes")
+            shard = self.manifest.shards[number]
+            raise _damaged(self.location / shard.name, f"was cut short to {file.nbytes} of {shard.bytes} bytes")
         return data
 
-    def read_together(self, indices: Sequence[int]) -> list[npt.NDArray[np.uint8] | None]:
-        """Encoded images; None for those that `read` has to be asked for. Raises as `read`."""
+    def read_batch(self, indices: Sequence[int]) -> list[npt.NDArray[np.uint8] | None]:
+        """Encoded images; see `ReadsBatches`. Raises as `read`."""
         index = np.asarray(indices, dtype=np.int64)
         numbers = self._shard[index].tolist()
-        files = {number: self._files[number] or self._open(number) for number in dict.fromkeys(numbers)}
-        return read_parts([files[number].descriptor for number in numbers], self._offset[index], self.nbytes[index])
+        files = {number: self._file(number) for number in dict.fromkeys(numbers)}
+        return read_ranges([files[number].descriptor for number in numbers], self._offset[index], self.nbytes[index])
 
     def will_need(self, indices: Sequence[int]) -> None:
-        """Let the operating system begin to read images into memory: what lies side by side in one piece."""
+        """See `ReadsAhead`; neighbouring images are one request."""
         index = np.asarray(indices, dtype=np.int64)
         for number in dict.fromkeys(self._shard[index].tolist()):
             here = index[self._shard[index] == number]
-            file = self._files[number] or self._open(number)
-            file.will_read(self._offset[here], self.nbytes[here])
+            self._file(number).will_need(self._offset[here], self.nbytes[here])
 
     def key(self, index: int) -> str:
         """Stem of the tar member, e.g. ``n01440764/n01440764_10026``."""
         return self._keys[index]
 
     def close(self) -> None:
-        """Let go of the open shards, which threads that read may still end with. Reading opens them again."""
+        """Release the open shards; threads that are reading may finish. Reading opens them again."""
         self._files = [None] * len(self._files)
 
     def verify(self, *, progress: Callable[[int], None] | None = None) -> None:
@@ -111,7 +118,7 @@ class ShardSource:
             progress: called with the number of bytes read so far.
 
         Raises:
-            InputError: a shard's bytes are not those that were converted; it is named.
+            InputError: a shard has changed since the conversion.
         """
         done = 0
         for shard in self.manifest.shards:
@@ -125,17 +132,20 @@ class ShardSource:
             if digest.hexdigest() != shard.sha256:
                 raise _damaged(self.location / shard.name, "does not have the checksum in the manifest")
 
-    def _open(self, number: int) -> RandomAccessFile:
-        shard = self.manifest.shards[number]
-        file = _open_checked(self.location / shard.name, shard)
-        make_room(file.descriptor)
-        self._files[number] = file
+    def _file(self, number: int) -> RandomAccessFile:
+        # No lock: it is harmless if two threads open the same shard, and a lock would not survive a fork.
+        file = self._files[number]
+        if file is None:
+            shard = self.manifest.shards[number]
+            file = _open_checked(self.location / shard.name, shard)
+            raise_file_limit(file.descriptor)
+            self._files[number] = file
         return file
 
     def _load_checked(self, name: str) -> npt.NDArray[Any]:
         path = self.location / name
         try:
-            content = path.read_bytes()  # not mapped, for the same reason as the images
+            content = path.read_bytes()  # not mapped, see `batch_read`
             array = np.asarray(np.load(io.BytesIO(content), allow_pickle=False))
         except FileNotFoundError:
             raise _damaged(path, "is missing") from None
@@ -147,7 +157,7 @@ class ShardSource:
 
 
 def _open_checked(path: Path, shard: Shard) -> RandomAccessFile:
-    """Open a shard whose size and first bytes are those that were converted."""
+    """Open a shard if it has the size and the first bytes in the manifest."""
     try:
         file = RandomAccessFile(path)
     except FileNotFoundError:
@@ -160,16 +170,5 @@ def _open_checked(path: Path, shard: Shard) -> RandomAccessFile:
     return file
 
 
-def _damaged(path: Path, what: str) -> InputError:
-    return InputError(f"{path} {what}: restore it from where it was copied, or convert again with --overwrite.")
-
-
-def claims(path: Path) -> bool:
-    """A folder with converted data, or with a conversion in progress."""
-    return path.is_dir() and is_ours(path)
-
-
-def open(path: Path, *, progress: Callable[[int], None] | None = None) -> ShardSource:
-    """Open converted data; see `ShardSource`. `progress` is not used: opening reads the index only."""
-    del progress
-    return ShardSource(path)
+def _damaged(path: Path, problem: str) -> InputError:
+    return InputError(f"{path} {problem}: restore it from where it was copied, or convert again with --overwrite.")

@@ -1,7 +1,4 @@
-"""The contract of a storage: encoded images by index.
-
-Many short strings in two arrays: 1.3 million paths cost their bytes, not 1.3 million Python objects.
-"""
+"""The contract of a storage: encoded images by index."""
 
 from __future__ import annotations
 
@@ -14,15 +11,126 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.runtime import InputError
+
+
+class Source(Protocol):
+    """Encoded images (JPEG, PNG, ...) by index, always in the same order for the same data.
+
+    Reading is thread-safe and works after a fork.
+    """
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """int64 [len]: class of each image, -1 if it has none."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by label; () if the data set is unlabelled."""
+
+    @property
+    def nbytes(self) -> npt.NDArray[np.int64]:
+        """int64 [len]: size of each encoded image in bytes when the data was indexed."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of keys, labels, sizes and class names; it does not depend on the location."""
+
+    @property
+    def location(self) -> Path:
+        """Path of the data, for messages."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> npt.NDArray[np.uint8]:
+        """Encoded bytes of one image: uint8 [bytes]; do not write to them.
+
+        Raises:
+            OSError: this image cannot be read (missing, disk error); others may be readable.
+            InputError: the storage is damaged; the message names the file.
+        """
+
+    def key(self, index: int) -> str:
+        """Name of one image for messages: the path relative to the folder, or the stem of the tar member."""
+
+    def close(self) -> None:
+        """Release open files. Arrays returned by `read` stay valid."""
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A source with read-ahead."""
+
+    def will_need(self, indices: Sequence[int]) -> None:
+        """Ask the operating system to start reading images into the page cache; callable from any thread.
+
+        Raises:
+            OSError, InputError: as `read`, which will raise them again.
+        """
+
+
+@runtime_checkable
+class ReadsBatches(Protocol):
+    """A source that reads a batch in one call, acquiring the GIL once per batch instead of once per image."""
+
+    def read_batch(self, indices: Sequence[int]) -> list[npt.NDArray[np.uint8] | None]:
+        """Encoded bytes of these images, as `read`; None where it failed, so that `read` has to name the error."""
+
+
+class SubsetSource:
+    """Some images of another source, in a given order; labels and class names do not change."""
+
+    def __init__(self, source: Source, indices: Sequence[int] | npt.NDArray[np.int64]) -> None:
+        self.indices = np.asarray(indices, dtype=np.int64)
+        if not len(self.indices) or np.min(self.indices) < 0 or np.max(self.indices) >= len(source):
+            raise InputError(
+                f"The subset of {source.location} has {len(self.indices)} images but must name one or more of its "
+                f"{len(source)} images by index from 0: correct the indices."
+            )
+        self._source = source
+        self.location = source.location
+        self.labels = source.labels[self.indices]
+        self.classes = source.classes
+        self.nbytes = source.nbytes[self.indices]
+        self.fingerprint = hashlib.sha256(source.fingerprint.encode() + self.indices.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> npt.NDArray[np.uint8]:
+        """See `Source`."""
+        return self._source.read(int(self.indices[index]))
+
+    def read_batch(self, indices: Sequence[int]) -> list[npt.NDArray[np.uint8] | None]:
+        """See `ReadsBatches`."""
+        source = self._source
+        return source.read_batch(self._original(indices)) if isinstance(source, ReadsBatches) else [None] * len(indices)
+
+    def will_need(self, indices: Sequence[int]) -> None:
+        """See `ReadsAhead`."""
+        if isinstance(self._source, ReadsAhead):
+            self._source.will_need(self._original(indices))
+
+    def key(self, index: int) -> str:
+        """See `Source`."""
+        return self._source.key(int(self.indices[index]))
+
+    def close(self) -> None:
+        """See `Source`."""
+        self._source.close()
+
+    def _original(self, indices: Sequence[int]) -> list[int]:
+        original: list[int] = self.indices[np.asarray(indices, dtype=np.int64)].tolist()
+        return original
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KeyTable:
-    """An immutable sequence of strings.
+    """An immutable sequence of strings in two arrays, without a Python object per string.
 
     Attributes:
-        blob: uint8 [bytes], the UTF-8 of all strings one behind the other (file names that are not UTF-8 survive
-            through ``surrogateescape``).
-        ends: int64 [len], where each string ends in `blob`.
+        blob: uint8 [bytes], all strings concatenated, in UTF-8 with ``surrogateescape`` (file names may not be UTF-8).
+        ends: int64 [len], end of each string in `blob`.
     """
 
     blob: npt.NDArray[np.uint8]
@@ -46,73 +154,10 @@ class KeyTable:
         return (self[index] for index in range(len(self)))
 
 
-class Source(Protocol):
-    """Encoded images (JPEG, PNG, ... as they lie on disk) by index, in an order that never changes for the same data.
-
-    Reading is safe from several threads at once and after a fork.
-    """
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        """int64 [len]: class of each image, -1 where there is none."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names by label; () if the data set is unlabelled."""
-
-    @property
-    def nbytes(self) -> npt.NDArray[np.int64]:
-        """int64 [len]: size of each encoded image in bytes, as it was when the data was indexed."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Identity of the data set: a hash of keys, labels and sizes. The same wherever the data lies."""
-
-    @property
-    def location(self) -> Path:
-        """Where the data lies, for messages."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> npt.NDArray[np.uint8]:
-        """Encoded bytes of one image: uint8 [bytes], to be read only.
-
-        Raises:
-            OSError: this image cannot be read (gone, disk error); the others may well be.
-            InputError: the storage is damaged; the message names the file.
-        """
-
-    def key(self, index: int) -> str:
-        """Name of one image for messages: the path relative to the folder, or the stem of the tar member."""
-
-    def close(self) -> None:
-        """Let go of open files. Arrays given by `read` stay valid."""
-
-
-@runtime_checkable
-class ReadsAhead(Protocol):
-    """A source that can be told what is read soon."""
-
-    def will_need(self, indices: Sequence[int]) -> None:
-        """Let the operating system begin to read images into memory; may be called from any thread.
-
-        Raises:
-            OSError, InputError: as `read`, which will say so again.
-        """
-
-
-@runtime_checkable
-class ReadsTogether(Protocol):
-    """A source that can read many images in one call, which takes Python's lock once and not once an image."""
-
-    def read_together(self, indices: Sequence[int]) -> list[npt.NDArray[np.uint8] | None]:
-        """Encoded bytes of these images, as `read`; None for each that `read` has to be asked for, which says why."""
-
-
 def fingerprint(
     keys: KeyTable, *, labels: npt.NDArray[np.int64], nbytes: npt.NDArray[np.int64], classes: tuple[str, ...]
 ) -> str:
-    """SHA-256 (64 hex digits) over keys, labels, sizes and class names."""
+    """SHA-256 (64 hex digits) of keys, labels, sizes and class names."""
     digest = hashlib.sha256(f"{len(keys)}\0{len(classes)}\0".encode())
     digest.update("\0".join(classes).encode("utf-8", "surrogateescape"))
     for array in (keys.ends, labels, nbytes):

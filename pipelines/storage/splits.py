@@ -1,21 +1,27 @@
-"""Find the train and the val part of a data set."""
+"""Finds the train and val splits of a data set and gives both the same labels."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from pipelines.storage.folder import is_data_folder
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.runtime import InputError
+from pipelines.storage.file_index import is_data_folder
+from pipelines.storage.source import Source
 
 _SPLITS = {"train", "val", "test"}
 
 
 def split_paths(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
-    """(train, val) paths of a data set.
+    """Paths (train, val) of the splits of a data set.
 
-    PATH/train.beton and PATH/val.beton (or None) where there is the first; PATH/train and PATH/val where both exist;
-    (PATH/train, None) where PATH holds a ``train`` folder and no class folders beside it (COCO has a class called
-    "train"); otherwise (PATH, None).
+    - PATH/train.beton and PATH/val.beton (or None), if the first exists;
+    - PATH/train and PATH/val, if both exist;
+    - (PATH/train, None), if PATH has a ``train`` folder and no class folders beside it (COCO has a class "train");
+    - (PATH, None) otherwise.
     """
     root = Path(path)
     train, val = root / "train.beton", root / "val.beton"
@@ -29,3 +35,24 @@ def split_paths(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
     with os.scandir(root) as entries:
         others = {entry.name for entry in entries if is_data_folder(entry)} - _SPLITS
     return (root, None) if others else (train, None)
+
+
+def align_labels(source: Source, classes: tuple[str, ...]) -> npt.NDArray[np.int64]:
+    """Labels of `source` (int64 [len], -1 stays -1) renumbered to `classes`, by class name.
+
+    A val folder that lacks a class of the train folder numbers its classes differently: compare labels only after this.
+
+    Raises:
+        InputError: `source` has a class that is not in `classes`.
+    """
+    if source.classes == classes:
+        return source.labels
+    label_of = {name: label for label, name in enumerate(classes)}
+    unknown = [name for name in source.classes if name not in label_of]
+    if unknown:
+        raise InputError(
+            f"{source.location} has the class {unknown[0]!r} ({len(unknown)} such), which is not among the "
+            f"{len(classes)} classes of the train split: give both splits the same classes."
+        )
+    renumbered = np.array([label_of[name] for name in source.classes] + [-1], dtype=np.int64)
+    return renumbered[source.labels]  # label -1 picks the last entry: -1

@@ -22,8 +22,7 @@ from mvssl.config.recipe import Recipe
 from mvssl.runs import checkpoint
 from mvssl.training import loop
 from pipelines.order import Order
-from pipelines.storage import batch_read as together
-from pipelines.storage import open_source
+from pipelines.storage import batch_read, open_source
 from tools.convert import Convert, convert
 
 CONVERTED = ("shards", "beton")
@@ -140,7 +139,7 @@ def before_second_evaluation(damage: Callable[[], object]) -> Iterator[None]:
 def disk(fault: Callable[[Path, int], object]) -> Iterator[None]:
     """Call `fault` with file and offset before each read of an image: it sleeps, or raises as the disk would."""
     fromfile, preadv = np.fromfile, os.preadv
-    read_files, read_parts = together.read_files, together.read_parts
+    read_files, read_ranges = batch_read.read_files, batch_read.read_ranges
 
     def reading_files(file: Any, *arguments: Any, **options: Any) -> Any:
         fault(Path(file), 0)
@@ -164,15 +163,15 @@ def disk(fault: Callable[[Path, int], object]) -> Iterator[None]:
     def many_places(descriptors: Any, offset: Any, size: Any, **options: Any) -> Any:
         paths = [Path(os.readlink(f"/proc/self/fd/{descriptor}")) for descriptor in descriptors]
         bad = [fails(path, at) for path, at in zip(paths, offset.tolist(), strict=True)]
-        data = read_parts(descriptors, offset, size, **options)
+        data = read_ranges(descriptors, offset, size, **options)
         return [None if failed else one for failed, one in zip(bad, data, strict=True)]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np, "fromfile", reading_files)  # a folder's images, one by one
         patch.setattr(os, "preadv", reading_places)
         patch.setattr(pipelines.storage.folder, "read_files", many_files)
-        patch.setattr(pipelines.storage.shards, "read_parts", many_places)
-        patch.setattr(pipelines.storage.beton, "read_parts", many_places)
+        patch.setattr(pipelines.storage.shards, "read_ranges", many_places)
+        patch.setattr(pipelines.storage.beton, "read_ranges", many_places)
         yield
 
 

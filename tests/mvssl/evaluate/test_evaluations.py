@@ -33,7 +33,7 @@ from mvssl.runs.results import read_result
 from mvssl.weights.load import BackboneSource, load_backbone
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
-from pipelines.storage.subset import SubsetSource
+from pipelines.storage.source import SubsetSource
 from tests.samples.checkpoint_samples import put, random_backbone, release, write
 from tests.samples.ranks import results as results_of
 from tests.samples.ranks import run_ranks
@@ -402,7 +402,7 @@ def test_labels_of_a_fraction_or_a_list(images: Path, tmp_path: Path) -> None:
     subset = SubsetSource(source, [27, 11])
     assert (subset.key(0), subset.labels.tolist(), subset.classes) == ("class_2/003.jpg", [2, 0], source.classes)
     assert subset.read(1).tobytes() == source.read(11).tobytes()
-    assert [None if d is None else d.tobytes() for d in subset.read_together([0])] == [source.read(27).tobytes()]
+    assert [None if d is None else d.tobytes() for d in subset.read_batch([0])] == [source.read(27).tobytes()]
     for text, words in (
         ("003.jpg", r"'003\.jpg', which matches 3 images"),
         ("nothing.jpg", "does not exist"),

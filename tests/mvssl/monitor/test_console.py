@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
-import time
 from dataclasses import replace
 
-import pytest
 from rich.console import Console
 
-from mvssl.monitor.console import Progress, Status, TrainingProgress, duration
+from mvssl.monitor.console import Status, TrainingProgress
 
 STATUS = Status(
     step=30,
@@ -58,32 +56,6 @@ def test_live_panel_shows_the_same() -> None:
     display.close()
     for words in (*SHOWN, "lr 0.4", "tau 0.99600"):
         assert words in text.getvalue()
-
-
-def test_indexing_prints_only_if_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 1.0, 2.5, 3.0, 5.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    text = io.StringIO()
-    progress = Progress(Console(file=text), "indexing photos")
-    for found in (10, 2000, 3000, 4000):
-        progress.update(found)
-    assert text.getvalue() == "indexing photos: 2,000 images so far\nindexing photos: 4,000 images so far\n"
-
-
-def test_counted_work_prints_its_rate_and_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 1.0, 6.0, 8.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    text = io.StringIO()
-    progress = Progress(Console(file=text), "features", total=2000)
-    for more in (200, 1000, 800):
-        progress.add(more)
-    assert (
-        text.getvalue() == "features: 1,200 of 2,000, 200 images/s, 0:04 left\nfeatures: 2,000 of 2,000, 250 images/s\n"
-    )
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (0, 59.6, 61, 3600, -5)] == ["0:00", "1:00", "1:01", "1:00:00", "0:00"]
 
 
 def test_the_line_shows_the_idle_fraction_of_a_gpu() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.conversion.class_files import read_classes
+from pipelines.conversion.imagenet import read_classes
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from tools.convert import Convert, convert
@@ -157,7 +157,7 @@ def test_classes_file_numbers_a_val_archive_alone(archives: Path, tmp_path: Path
         ("n02105855\n" * 3, None, "has 3 lines but the archive has 4 images"),
         ("n02105855\nx n02105855\n" * 2, None, "lines with one word and lines with two"),
         ("".join(f"x{n}.JPEG n02105855\n" for n in range(4)), None, "no line for the image ILSVRC2012_val_00000001"),
-        ("3\n1\n3\n2\n", None, r"holds whole numbers, .* one wnid a line, with --classes FILE"),
+        ("3\n1\n3\n2\n", None, r"holds integers, .* one wnid per line, with --classes FILE"),
         ("4\n1\n3\n2\n", "\n".join(WNIDS), "holds the number 4 but --classes .* has 3 lines|--classes has 3 lines"),
         ("0\n1\n3\n2\n", "\n".join(WNIDS), "holds the number 3 but --classes has 3 lines"),
         ("1\n1\n2\n2\n", "\n".join(WNIDS), "may count from 0 or from 1: write wnids"),
@@ -234,7 +234,7 @@ def test_header_of_zeros_is_no_end_if_more_comes_behind(archives: Path, tmp_path
     with path.open("r+b") as file:
         file.seek(at)
         file.write(bytes(512))
-    with pytest.raises(InputError, match=f"at byte {at} there is neither a file nor the mark of the end"):
+    with pytest.raises(InputError, match=f"at byte {at} there is neither a file nor the end marker"):
         convert(Convert(src=path, dst=tmp_path / "d"))
 
 

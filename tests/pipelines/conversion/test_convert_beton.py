@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.conversion import beton_writer as beton_form
-from pipelines.conversion import conversion
-from pipelines.conversion.beton_writer import BetonWriter, suit_ffcv
-from pipelines.conversion.verify import WarningLog, check
+from pipelines.conversion import beton_writer, conversion
+from pipelines.conversion.beton_writer import BetonWriter, adapt_to_ffcv
+from pipelines.conversion.image_check import WarningLog, check_image
 from pipelines.decode.pillow import decode_one
 from pipelines.storage import open_source
 from pipelines.storage.beton import BetonSource
@@ -117,15 +116,15 @@ def test_image_larger_than_a_page() -> None:
     log = WarningLog()
     png = io.BytesIO()
     Image.fromarray(noise(64, 64)).save(png, "PNG")
-    pixels = check(np.frombuffer(png.getvalue(), np.uint8), max_size=None, log=log)
-    assert suit_ffcv(pixels, page=64 * 64 * 3, quality=None).extension == "rgb"
-    smaller = suit_ffcv(pixels, page=64 * 64 * 3 - 1, quality=None)
+    pixels = check_image(np.frombuffer(png.getvalue(), np.uint8), max_size=None, log=log)
+    assert adapt_to_ffcv(pixels, page=64 * 64 * 3, quality=None).extension == "rgb"
+    smaller = adapt_to_ffcv(pixels, page=64 * 64 * 3 - 1, quality=None)
     assert (smaller.extension, smaller.height, smaller.width) == ("jpg", 64, 64)
     assert "stored as JPEG of quality 95" in smaller.warned
-    assert "make it smaller with --max-size" in suit_ffcv(pixels, page=100, quality=None).bad
-    photo = check(jpeg(Image.fromarray(noise(64, 64))), max_size=None, log=log)
-    assert suit_ffcv(photo, page=photo.data.nbytes, quality=None) is photo
-    assert "are more than the 100 of a page" in suit_ffcv(photo, page=100, quality=None).bad
+    assert "make it smaller with --max-size" in adapt_to_ffcv(pixels, page=100, quality=None).bad
+    photo = check_image(jpeg(Image.fromarray(noise(64, 64))), max_size=None, log=log)
+    assert adapt_to_ffcv(photo, page=photo.data.nbytes, quality=None) is photo
+    assert "are more than the 100 of a page" in adapt_to_ffcv(photo, page=100, quality=None).bad
 
 
 def test_pages_are_not_crossed(run: Run, tmp_path: Path) -> None:
@@ -168,8 +167,8 @@ def test_killed_and_run_again_gives_the_same_bytes(
     assert "the conversion is not finished" in unfinished.err
     monkeypatch.undo()
     checked: list[int] = []
-    real = conversion.check
-    monkeypatch.setattr(conversion, "check", lambda *a, **k: (checked.append(1), real(*a, **k))[1])
+    real = conversion.check_image
+    monkeypatch.setattr(conversion, "check_image", lambda *a, **k: (checked.append(1), real(*a, **k))[1])
     again = run(folder, tmp_path / "d", *arguments)
     assert again.code == 0, again.err
     assert len(checked) < COUNT or after < 11, "finished parts are kept"
@@ -179,7 +178,7 @@ def test_killed_and_run_again_gives_the_same_bytes(
 def test_what_the_disk_does_not_give_back_is_an_error(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = beton_form.check_written
+    original = beton_writer.reads_back
 
     def flipped(path: Path, rows: np.ndarray, expected: Any) -> bool:
         with path.open("r+b") as file:
@@ -187,10 +186,10 @@ def test_what_the_disk_does_not_give_back_is_an_error(
             file.write(b"\x00\x01\x02")
         return original(path, rows, expected)
 
-    monkeypatch.setattr(beton_form, "check_written", flipped)
+    monkeypatch.setattr(beton_writer, "reads_back", flipped)
     outcome = run(folder, tmp_path / "d", *ARGUMENTS)
     assert outcome.code == 1
-    assert "does not give back what was written to it" in outcome.err
+    assert "does not contain what was written to it" in outcome.err
     assert not (tmp_path / "d" / "images.beton").exists()
     monkeypatch.undo()
     assert run(folder, tmp_path / "d", *ARGUMENTS, "--overwrite").code == 0

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipelines.conversion.conversion import shard_bounds
-from pipelines.conversion.sources import member_keys
-from pipelines.conversion.verify import has_end_marker
+from pipelines.conversion.image_check import has_end_marker
+from pipelines.conversion.tar_writer import member_keys
 from pipelines.decode.pillow import decode_one
 from pipelines.storage import open_source
 from pipelines.storage.shards import ShardSource

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.conversion import verify as reading
+from pipelines.conversion import sources
 from pipelines.storage import open_source
 from pipelines.storage.folder import FolderSource
 from tests.samples.convert_runs import COUNT, Run, digests
@@ -68,13 +68,13 @@ def test_source_that_has_gone(
     number: int,
 ) -> None:
     """An unmounted disk leaves an empty folder: nothing of what it took away ends up as bad."""
-    monkeypatch.setattr(reading, "_GONE", 15)
+    monkeypatch.setattr(sources, "_MAX_CONSECUTIVE", 15)
     dst = tmp_path / "d"
     command = (folder, dst, "--shard-size", 0.1)  # some shards in the row of fifteen
     failing(lambda index: index == 2 or index >= 21, number)
     outcome = run(*command)
     assert outcome.code == 1
-    assert f"the source {folder} has gone: the last 15 images could not be read" in outcome.err
+    assert f"the source {folder} is gone: the last 15 images could not be read" in outcome.err
     assert outcome.err.count("\n") == 1
     kept = {path: path.stat().st_mtime_ns for path in dst.glob("*.tar")}
     failing(lambda index: index == 2, number)
@@ -88,7 +88,7 @@ def test_source_that_has_gone(
 def test_row_ends_with_an_image_that_can_be_read(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Callable[[Failing, int], None]
 ) -> None:
-    monkeypatch.setattr(reading, "_GONE", 4)
+    monkeypatch.setattr(sources, "_MAX_CONSECUTIVE", 4)
     failing(lambda index: index % 4 != 0, errno.EIO)
     assert run(folder, tmp_path / "d", "--shard-size", 0.1).code == 0
     assert len(open_source(tmp_path / "d")) == COUNT // 4

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.storage import batch_read as random_access
-from pipelines.storage.batch_read import RandomAccessFile, pieces
+from pipelines.storage import batch_read
+from pipelines.storage.batch_read import RandomAccessFile, merge_ranges
 
 MIB = 1 << 20
 
@@ -52,7 +52,7 @@ def test_the_file_is_closed_when_nobody_refers_to_it(path: Path) -> None:
 def test_neighbours_are_read_ahead_in_one_piece_of_at_most_a_mebibyte() -> None:
     def found(*parts: tuple[int, int]) -> list[tuple[int, int]]:
         offset, size = np.array(parts, dtype=np.int64).reshape(-1, 2).T
-        return list(pieces(offset, size))
+        return list(merge_ranges(offset, size))
 
     assert found() == []
     assert found((5000, 1000), (0, 4000)) == [(0, 6000)]  # over a gap of 1000
@@ -80,21 +80,21 @@ def test_pieces_are_no_longer_than_the_device_reads_at_once(monkeypatch: pytest.
         return told[str(self)]
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    random_access.most_at_once.cache_clear()
+    batch_read.max_read_ahead.cache_clear()
     expected = {(8, 1): 256 << 10, (8, 16): MIB, (0, 45): 64 << 10, (0, 46): 4096, (0, 47): 128 << 10}
-    assert {pair: random_access.most_at_once(os.makedev(*pair)) for pair in expected} == expected
-    random_access.most_at_once.cache_clear()
+    assert {pair: batch_read.max_read_ahead(os.makedev(*pair)) for pair in expected} == expected
+    batch_read.max_read_ahead.cache_clear()
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda _file, start, size, _what: asked.append((start, size)))
-    monkeypatch.setattr(random_access, "most_at_once", lambda _device: 4096)
-    RandomAccessFile(path).will_read([0, 6000], [5000, 3000])
+    monkeypatch.setattr(batch_read, "max_read_ahead", lambda _device: 4096)
+    RandomAccessFile(path).will_need([0, 6000], [5000, 3000])
     assert asked == [(0, 4096), (4096, 4096), (8192, 808)]
 
 
 @given(parts=st.lists(st.tuples(st.integers(0, 10**7), st.integers(1, 10**6)), max_size=30))
 def test_pieces_hold_every_part_and_little_else(parts: list[tuple[int, int]]) -> None:
     offset, size = np.array(parts, dtype=np.int64).reshape(-1, 2).T
-    found = list(pieces(offset, size))
+    found = list(merge_ranges(offset, size))
     assert all(0 < end - start <= MIB for start, end in found)
     assert all(a[1] <= b[0] for a, b in pairwise(found))
     wanted, given_ = np.zeros(12 * 10**6, bool), np.zeros(12 * 10**6, bool)

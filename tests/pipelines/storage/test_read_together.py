@@ -15,15 +15,14 @@ from numpy.typing import NDArray
 from benchmarks.measuring.page_cache import cached_share, drop
 from pipelines import c_library
 from pipelines.c_library import load_library
-from pipelines.storage import batch_read as together
-from pipelines.storage import open_source
-from pipelines.storage.batch_read import READERS, read_files, read_parts, will_read_files
-from pipelines.storage.source import ReadsTogether, Source
+from pipelines.storage import batch_read, open_source
+from pipelines.storage.batch_read import READERS, advise_files, read_files, read_ranges
+from pipelines.storage.source import ReadsBatches, Source
 from tests.samples.beton_samples import make_beton, with_pixels
 from tools.convert import Convert, convert
 
 needs_compiler = pytest.mark.skipif(
-    isinstance(load_library(together._SOURCE), str), reason="no C compiler: images are read one by one"
+    isinstance(load_library(batch_read._SOURCE), str), reason="no C compiler: images are read one by one"
 )
 
 
@@ -89,7 +88,7 @@ def test_parts_of_open_files(headed: bool, tmp_path: Path) -> None:
     offset = [rng.randrange(len(contents[n]) + 1) for n in which]
     size = [rng.randrange(0, 4000) for _ in which]
     heads = [rng.choice([b"", b"P6\n12 9\n255\n"]) for _ in which] if headed else []
-    read = read_parts([descriptors[n] for n in which], offset, np.array(size), heads=heads)
+    read = read_ranges([descriptors[n] for n in which], offset, np.array(size), heads=heads)
     seen = {"whole": 0, "short": 0}
     for n, at, count, head, data in zip(which, offset, size, heads or [b""] * 300, read, strict=True):
         whole = at + count <= len(contents[n])
@@ -101,7 +100,7 @@ def test_parts_of_open_files(headed: bool, tmp_path: Path) -> None:
     assert min(seen.values()) > 10
     for descriptor in descriptors:
         os.close(descriptor)
-    assert read_parts(descriptors[:1], [0], np.array([10])) == [None]  # closed: an error, which reading it alone names
+    assert read_ranges(descriptors[:1], [0], np.array([10])) == [None]  # closed: an error, which reading it alone names
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +118,9 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
 @pytest.mark.parametrize("store", ["folder", "shards", "beton", "pixels"])
 def test_every_storage_gives_what_it_reads_one_by_one(store: str, stores: dict[str, Source]) -> None:
     source = stores[store]
-    assert isinstance(source, ReadsTogether)
+    assert isinstance(source, ReadsBatches)
     indices = [*reversed(range(len(source))), 0, 0]
-    read = source.read_together(indices)
+    read = source.read_batch(indices)
     assert len(read) == len(indices)
     for index, data in zip(indices, read, strict=True):
         assert data is not None
@@ -136,7 +135,7 @@ def test_files_are_in_memory_before_they_are_read(tmp_path: Path) -> None:
     drop(files)
     if cached_share(files) > 0.1:
         pytest.skip("files here lie in memory whatever one does")
-    assert will_read_files(paths, nbytes, most=8192)
+    assert advise_files(paths, nbytes, limit=8192)
     for _ in range(100):
         if cached_share(files) == 1:
             return
@@ -148,8 +147,8 @@ def test_files_are_in_memory_before_they_are_read(tmp_path: Path) -> None:
 def test_without_a_compiler_each_is_read_by_itself(stores: dict[str, Source], tmp_path: Path) -> None:
     paths, _, nbytes = files_in(tmp_path / "files", count=3)
     assert read_files(paths, nbytes) == [None] * 3
-    assert not will_read_files(paths, nbytes, most=1000)
+    assert not advise_files(paths, nbytes, limit=1000)
     for source in stores.values():
-        assert isinstance(source, ReadsTogether)
-        assert source.read_together(range(len(source))) == [None] * len(source)
+        assert isinstance(source, ReadsBatches)
+        assert source.read_batch(range(len(source))) == [None] * len(source)
         source.will_need(range(len(source)))  # type: ignore[attr-defined]

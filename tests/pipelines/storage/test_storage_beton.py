@@ -106,10 +106,10 @@ def fill_index(path: Path) -> None:
         (lambda path: path.write_bytes(b""), "has 0 bytes, fewer than"),
         (lambda path: path.write_text("not a beton file, by any means"), "is of .beton version"),
         (lambda path: change_first_record(path, "pointer", 12345), "have no data"),
-        (lambda path: change_first_record(path, "mode", 7), "what it says of sample 0 cannot be true"),
-        (lambda path: change_first_record(path, "mode", 1), "what it says of sample 0 cannot be true"),
+        (lambda path: change_first_record(path, "mode", 7), "the record of sample 0 is impossible"),
+        (lambda path: change_first_record(path, "mode", 1), "the record of sample 0 is impossible"),
         (lambda path: change_first_record(path, "label", 2), "labels that are not among its 2 classes"),
-        (fill_index, "has an index without its checksum"),
+        (fill_index, "has an index with a wrong checksum"),
     ],
 )
 def test_damaged_files_are_refused(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipelines.runtime import InputError
 from pipelines.storage import align_labels, folder, open_source, split_paths
-from pipelines.storage.file_index import cache_file
+from pipelines.storage.folder import cache_file
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +152,7 @@ def test_cache_is_used_and_stale_one_noticed(
     assert cached.read(4).tobytes() == first.read(4).tobytes()
     change(tree)
     fresh = open_source(tree)
-    assert fresh.fingerprint == folder.open(tree, use_cache=False).fingerprint != first.fingerprint
+    assert fresh.fingerprint == folder.open_path(tree, use_cache=False).fingerprint != first.fingerprint
 
 
 def test_data_in_the_making_is_not_cached(tree: Path) -> None:
@@ -286,7 +286,7 @@ def test_other_files_are_counted_by_their_ending(tree: Path, caplog: pytest.LogC
     (tree / "dog" / "more.TXT").write_text("")
     (tree / "dog" / "README").write_text("")
     open_source(tree)
-    assert f"{tree}: files that are no images by their ending are left out: 2 .txt, 1 without an ending" in caplog.text
+    assert f"{tree}: ignoring files without an image extension: 2 .txt, 1 without extension" in caplog.text
 
 
 @pytest.mark.parametrize(

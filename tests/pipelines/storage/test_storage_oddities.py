@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from pipelines.runtime import InputError, cache_folder
-from pipelines.storage import file_index as listing
-from pipelines.storage import open_source, split_paths
-from pipelines.storage.file_index import cache_file
+from pipelines.storage import file_index, open_source, split_paths
+from pipelines.storage.folder import cache_file
 
 
 @pytest.fixture(autouse=True)
@@ -75,15 +74,15 @@ def test_image_removed_while_a_list_is_indexed_makes_the_index_stale(
 ) -> None:
     (tree / "list.txt").write_text("cat/a.jpg\ndog/b.jpg\n")
     os.utime(tree / "cat", (1e9, 1e9))
-    size = listing._size
+    size = file_index._file_size
 
     def meanwhile(path: str) -> int:
         found = size(path)
         os.utime(tree / "cat", (2e9, 2e9))  # as by a file added or removed
         return found
 
-    monkeypatch.setattr(listing, "_size", meanwhile)
-    index = listing.index_list(tree / "list.txt")
+    monkeypatch.setattr(file_index, "_file_size", meanwhile)
+    index = file_index.read_list(tree / "list.txt")
     assert dict(zip(index.watched, index.watched_mtime.tolist(), strict=True))[str(tree / "cat")] == 10**18
 
 

@@ -1,0 +1,139 @@
+"""Checks an image by decoding it completely, and encodes it again if that is asked for."""
+
+from __future__ import annotations
+
+import io
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from pipelines.decode.pillow import decode_one
+
+QUALITY = 95  # of re-encoded JPEGs: the loss is below that of the views' resize
+_MAGIC = (
+    (b"\xff\xd8", "jpg"),
+    (b"\x89PNG", "png"),
+    (b"BM", "bmp"),
+    (b"II", "tif"),
+    (b"MM", "tif"),
+    (b"P", "ppm"),
+    (b"GIF8", "gif"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedImage:
+    """Result for one image.
+
+    Attributes:
+        data: uint8 [bytes] to store; empty if the image is bad.
+        height, width: pixels, EXIF orientation applied.
+        extension: by content, not by name (ImageNet has a PNG called .JPEG).
+        bad: why the image cannot be used, or "".
+        unread: whether it is bad because its bytes could not be read.
+        warned: the decoder's warnings about an image that it decoded completely, or "".
+    """
+
+    data: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
+    height: int = 0
+    width: int = 0
+    extension: str = ""
+    bad: str = ""
+    unread: bool = False
+    warned: str = ""
+
+
+def check_image(
+    data: npt.NDArray[np.uint8], *, max_size: int | None, quality: int | None = None, log: WarningLog
+) -> CheckedImage:
+    """Decode an encoded image completely, as training would, and return the bytes to store.
+
+    Args:
+        data: uint8 [bytes].
+        max_size: longest side in pixels; a larger image is turned upright, scaled down (Lanczos) and encoded as JPEG of
+            `quality` or `QUALITY`. None: no limit.
+        quality: JPEG quality at which every image is encoded again, upright. None: bytes pass through.
+        log: collects this thread's warnings.
+    """
+    log.take()
+    pixels = decode_one(data)  # [H, W, 3]
+    warned = log.take()
+    if isinstance(pixels, str):
+        return CheckedImage(bad=pixels)
+    content = data.tobytes()
+    if content.startswith(b"\xff\xd8") and not has_end_marker(content):
+        return CheckedImage(bad="truncated JPEG: the end-of-image marker is missing")
+    height, width = pixels.shape[:2]
+    scale = 1.0 if max_size is None else min(1.0, max_size / max(height, width))
+    if scale == 1.0 and quality is None:
+        return CheckedImage(data=data, height=height, width=width, extension=_extension(content), warned=warned)
+    if scale < 1.0:
+        small = (max(1, round(width * scale)), max(1, round(height * scale)))
+        pixels = np.asarray(Image.fromarray(pixels).resize(small, Image.Resampling.LANCZOS))
+    return as_jpeg(pixels, quality=quality or QUALITY, warned=warned)
+
+
+def as_jpeg(pixels: npt.NDArray[np.uint8], *, quality: int, warned: str = "") -> CheckedImage:
+    """Encode uint8 [H, W, 3]; an image with a side above 65,535, JPEG's limit, is bad."""
+    encoded = io.BytesIO()
+    try:
+        Image.fromarray(pixels).save(encoded, "JPEG", quality=quality)
+    except OSError as error:
+        return CheckedImage(bad=f"it cannot be encoded as JPEG: {error}")
+    stored = np.frombuffer(encoded.getvalue(), dtype=np.uint8)
+    height, width = pixels.shape[:2]
+    return CheckedImage(data=stored, height=height, width=width, extension="jpg", warned=warned)
+
+
+def has_end_marker(jpeg: bytes) -> bool:
+    """Whether an end-of-image marker follows the first scan of a JPEG (one in an EXIF thumbnail does not count)."""
+    at = 2
+    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF:
+        marker = jpeg[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if marker == 0xDA:
+            break
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return jpeg.rfind(b"\xff\xd9", at) > 0
+
+
+def _extension(content: bytes) -> str:
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "webp"
+    return next((extension for magic, extension in _MAGIC if content.startswith(magic)), "img")
+
+
+class WarningLog:
+    """Collects Python warnings per thread; ``warnings.catch_warnings`` is not thread-safe."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Collect the warnings of all threads."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = lambda message, *_, **__: self._messages().append(str(message))
+            yield
+
+    def take(self) -> str:
+        """This thread's warnings since the last call."""
+        messages = self._messages()
+        text = "; ".join(dict.fromkeys(messages))
+        messages.clear()
+        return text
+
+    def _messages(self) -> list[str]:
+        if not hasattr(self._local, "messages"):
+            self._local.messages = []
+        messages: list[str] = self._local.messages
+        return messages

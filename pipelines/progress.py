@@ -1,0 +1,89 @@
+"""Progress of work that is counted in images, on the console."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """Prints how many images some work has done: a line every few seconds, and one when the total is reached.
+
+    Without a total it prints nothing for work that takes less than those seconds. As a context manager it shows a bar
+    on a terminal, and prints no last line: the caller prints a summary.
+
+    Attributes:
+        done: images done, including those of an earlier run.
+    """
+
+    def __init__(self, console: Console, work: str, *, total: int | None = None, done: int = 0) -> None:
+        """`work` names it, such as "features of data/train"; `done` images were done by an earlier run."""
+        self.done = done
+        self._console = console
+        self._work = work
+        self._total = total
+        self._before = done
+        self._began = self._printed = time.monotonic()
+        self._every = 2.0 if total is None else 5.0  # seconds
+        self._bar: Bar | None = None
+        self._last_line = total is not None
+
+    @property
+    def done_now(self) -> int:
+        """Images done by this run."""
+        return self.done - self._before
+
+    @property
+    def seconds(self) -> float:
+        """Duration of this run so far."""
+        return max(time.monotonic() - self._began, 1e-9)
+
+    def add(self, more: int = 1, *, note: str = "") -> None:
+        """Count `more` images; `note` is shown after the speed."""
+        self.update(self.done + more, note=note)
+
+    def update(self, done: int, *, note: str = "") -> None:
+        """Set the number of images done so far; `note` is shown after the speed."""
+        self.done = done
+        now = time.monotonic()
+        rate = self.done_now / max(now - self._began, 1e-9)
+        speed = f"{rate:,.0f} images/s" + (f", {note}" if note else "")
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, speed=speed)
+            return
+        finished = self._total is not None and done >= self._total
+        if now - self._printed < self._every and not (finished and self._last_line):
+            return
+        self._printed = now
+        if self._total is None:
+            state = f"{done:,} images so far"
+        else:
+            left = f", {duration((self._total - done) / rate)} left" if rate and not finished else ""
+            state = f"{done:,} of {self._total:,}, {speed}{left}"
+        self._console.print(f"{self._work}: {state}", highlight=False, markup=False, soft_wrap=True)
+
+    def __enter__(self) -> Progress:
+        self._last_line = False
+        if self._console.is_terminal and self._total is not None:
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+            self._bar = Bar(*columns, TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), console=self._console)
+            self._bar.add_task(self._work, total=self._total, completed=self.done, speed="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
