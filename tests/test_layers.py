@@ -28,7 +28,7 @@ ORDER = {
     ],
     "pipelines": [
         {"runtime", "progress"},
-        {"files", "c_library"},
+        {"files", "c_library", "checks"},
         {"batch"},
         {"decode", "storage"},
         {"views", "conversion"},

@@ -1,9 +1,4 @@
-"""What a run does besides computing its numbers: folders, devices, logging, saving. May change on resumption.
-
-Which number format the forward runs in.
-
-How long a run may take, as people write it.
-"""
+"""Options of a run that do not determine its numbers: folders, devices, logging, saving. They may change on resume."""
 
 from __future__ import annotations
 
@@ -18,116 +13,51 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from pipelines.checks import at_least, at_least_zero, check_fields
 from pipelines.decode import DaliOptions, DecodeOptions, DecoderName
-from pipelines.loading.pixel_cache import CHOICES, Cache
+from pipelines.loading.pixel_cache import Cache
 from pipelines.runtime import InputError, invalid
-
-
-def autocast_dtype(precision: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast on a device, None for plain float32. auto is bf16 on CUDA and fp32 elsewhere.
-
-    Raises:
-        InputError: fp16 without a CUDA device.
-    """
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else None
-    if precision == "fp16" and device.type != "cuda":
-        raise InputError(
-            f"Recipe.precision is 'fp16' but must be fp32 or bf16 on a {device.type} device, where fp16 is slow and "
-            "has no gradient scaler: set precision to fp32, or train on a GPU."
-        )
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def check_bf16_on_cpu(backbone: nn.Module, sizes: Iterable[int]) -> None:
-    """Refuse bf16 training on the CPU where a strided convolution (kernel above 1) meets a map of a single pixel.
-
-    The weight gradient of such a convolution is uninitialised memory there (seen with torch 2.15 and oneDNN on AMX;
-    float32, stride 1 and larger maps are right), so training would fail at random.
-
-    Raises:
-        InputError: a view size leads to such a map.
-    """
-    shadow = copy.deepcopy(backbone).to("meta").eval()
-    met: list[str] = []
-
-    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if not isinstance(module, nn.Conv2d) or tuple(inputs[0].shape[2:]) != (1, 1):
-            return
-        if max(module.kernel_size) > 1 and max(module.stride) > 1:
-            met.append(f"{module.kernel_size[0]} x {module.kernel_size[1]}")
-
-    for module in shadow.modules():
-        module.register_forward_pre_hook(look)
-    for size in sorted(set(sizes)):
-        with torch.no_grad():
-            shadow(torch.zeros(2, 3, size, size, device="meta"))
-        if met:
-            raise InputError(
-                f"Recipe.precision is 'bf16' but must be fp32 on the CPU for views of {size} pixels, which shrink to "
-                f"one pixel before a strided {met[0]} convolution, where torch's bf16 gradients are wrong: set "
-                "precision to fp32 or enlarge the view."
-            )
-
 
 _FORM = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 _CLOCK = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")  # as SLURM writes it
 _SECONDS = (86_400, 3_600, 60, 1)
-
-
-def parse_time(text: str) -> int:
-    """Seconds of a duration such as 7h30m, 90m, 1d12h, 45s, 12:00:00 or 1-12:00:00.
-
-    Raises:
-        InputError: it is none, or zero.
-    """
-    found = _CLOCK.fullmatch(text) or _FORM.fullmatch(text)
-    seconds = (
-        0 if found is None else sum(int(part or 0) * of for part, of in zip(found.groups(), _SECONDS, strict=True))
-    )
-    if not seconds:
-        raise invalid("RunOptions.time", text, "a duration such as 7h30m or 12:00:00", "write hours, minutes, seconds")
-    return seconds
-
 
 LogTarget = Literal["tensorboard", "csv", "wandb", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where a run reads and writes, and how it reports.
+    """What a run reads, where it writes, how it logs and saves.
 
     Attributes:
-        data: folder of images, list of files, or converted data set; its train/ and val/ are used where they exist.
-        out: run folder; made, and refused if it exists without resume or overwrite.
-        val: labelled images for the online kNN; by default DATA/val where it exists.
-        device: auto takes CUDA where there is one.
-        decoder: auto takes DALI where it is installed.
-        threads: threads that decode; by default chosen from the machine's cores.
-        dali: of DALI where it decodes on a GPU.
-        cache: where decoded images are kept, so that later epochs neither read nor decode them: in the memory of the
-            machine (host) or of the GPU (device), or nowhere (off); auto: the GPU's if the pixels of all images take at
-            most 40 % of what is free there and steps fit beside them, else the machine's if at most 50 %. Every process
-            keeps all images.
-        cuda_graph: whether a step is recorded once and replayed by a single launch; auto: on CUDA, in a run of one
-            process. Its memory (the activations of a step) stays reserved.
-        prefetch: finished batches kept ready.
-        log: where numbers go besides metrics.jsonl and throughput.jsonl: tensorboard (where it is installed), csv (a
-            table of each kind in the folder csv/), wandb (Weights & Biases; without an account into the folder wandb/,
-            to be uploaded by wandb sync); none alone for nowhere.
-        run_name: what wandb calls the run; by default the name of `out`.
-        notes: a remark that config.json and wandb keep.
-        tags: words that config.json and wandb keep.
-        log_every: steps between two log points; the only moments the host waits for the device.
+        data: folder of images, list of files, or converted data; its train/ and val/ are used if they exist.
+        out: run folder; created, and refused if it exists, without resume or overwrite.
+        val: labelled images for the online kNN; by default DATA/val if it exists.
+        device: auto takes CUDA if available.
+        decoder: auto takes DALI if it is installed.
+        threads: CPU threads for decoding; by default chosen by the number of cores.
+        dali: options of DALI on a GPU.
+        cache: pixel cache, so that later epochs neither read nor decode images: in host or device (GPU) memory, or off;
+            auto: device if the pixels of all images take at most 40 % of its free memory and steps fit next to them,
+            else host if at most 50 %. Every process caches all images.
+        cuda_graph: record a step once and replay it with a single launch; auto: on CUDA, in a run of one process. Its
+            memory (the activations of a step) stays reserved.
+        prefetch: finished batches that wait for the step.
+        log: loggers besides metrics.jsonl and throughput.jsonl: tensorboard (if installed), csv (tables in csv/), wandb
+            (Weights & Biases; without an account into wandb/, for wandb sync), or none.
+        run_name: name of the run in wandb; by default that of `out`.
+        notes: a remark, saved in config.json and wandb.
+        tags: words, saved in config.json and wandb.
+        log_every: steps between two log points, the only host syncs.
         save_every_epochs: epochs between two checkpoints; 0 saves only at the end of the run and on a signal.
-        save_every_steps: steps between two checkpoints, besides those by epoch.
-        keep_checkpoints: how many checkpoints stay on disk, the last one included.
-        time: stop, with everything saved, before this much time is over, such as 7h30m or 12:00:00.
-        resume: go on with the run in `out` from its last checkpoint.
-        extend: with resume: train for more epochs than the run was begun with. Learning rate, weight decay and target
-            decay go on along the schedule of the longer run, so that the learning rate rises again at first.
+        save_every_steps: steps between two checkpoints, in addition to those by epoch.
+        keep_checkpoints: checkpoints kept on disk, including the last one.
+        time: save and stop before this much time is over, such as 7h30m or 12:00:00.
+        resume: resume the run in `out` from its last checkpoint.
+        extend: with resume: train for more epochs than planned. Learning rate, weight decay and EMA momentum follow the
+            schedule of the longer run, so the learning rate rises again at first.
         overwrite: delete the run in `out` first.
-        init_from: checkpoint or exported backbone whose weights the run starts from (weights only).
+        init_from: checkpoint or exported backbone to initialise from (weights only).
     """
 
     data: Path | None = None
@@ -135,19 +65,19 @@ class RunOptions:
     val: Path | None = None
     device: str = "auto"
     decoder: DecoderName = "auto"
-    threads: int | None = None
+    threads: int | None = at_least(1, None, "give a positive number")
     dali: DaliOptions = field(default_factory=DaliOptions)
     cache: Cache = "off"
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    prefetch: int = 2
+    prefetch: int = at_least(1, 2, "give a positive number")
     log: tuple[LogTarget, ...] = ("tensorboard",)
     run_name: str | None = None
     notes: str | None = None
     tags: tuple[str, ...] = ()
-    log_every: int = 10
-    save_every_epochs: int = 1
-    save_every_steps: int | None = None
-    keep_checkpoints: int = 2
+    log_every: int = at_least(1, 10, "give a positive number")
+    save_every_epochs: int = at_least_zero(1)
+    save_every_steps: int | None = at_least(1, None, "give a positive number")
+    keep_checkpoints: int = at_least(1, 2, "give a positive number")
     time: str | None = None
     resume: bool = False
     extend: bool = False
@@ -155,21 +85,10 @@ class RunOptions:
     init_from: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prefetch", "log_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise invalid(f"RunOptions.{name}", getattr(self, name), "at least 1", "give a positive number")
-        for name in ("threads", "save_every_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise invalid(f"RunOptions.{name}", getattr(self, name), "at least 1", "give a positive number")
-        if self.cache not in CHOICES:
-            raise invalid("RunOptions.cache", self.cache, f"one of {', '.join(CHOICES)}", "choose one of these")
-        if self.cuda_graph not in ("auto", "on", "off"):
-            raise invalid("RunOptions.cuda_graph", self.cuda_graph, "auto, on or off", "choose one of these")
-        if self.save_every_epochs < 0:
-            raise invalid("RunOptions.save_every_epochs", self.save_every_epochs, "0 or more", "give 0 or more epochs")
+        check_fields(self)
         unknown = [name for name in self.log if name not in get_args(LogTarget)]
         if unknown or not self.log or ("none" in self.log and len(self.log) > 1):
-            raise invalid("RunOptions.log", self.log, "tensorboard, csv and wandb, or none alone", "choose of these")
+            raise invalid("RunOptions.log", self.log, "`none`, or any of tensorboard, csv, wandb", "choose from these")
         if "wandb" in self.log and importlib.util.find_spec("wandb") is None:
             raise InputError("log names wandb, which is not installed: pip install wandb, or leave it out.")
         if self.time is not None:
@@ -183,7 +102,7 @@ class RunOptions:
 
     @property
     def decode(self) -> DecodeOptions:
-        """Who decodes."""
+        """Decoder options."""
         return DecodeOptions(decoder=self.decoder, threads=self.threads, dali=self.dali)
 
 
@@ -228,3 +147,65 @@ def _named_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise invalid("device", name, f"one of the {torch.cuda.device_count()} CUDA devices", "they count from cuda:0")
     return device
+
+
+def autocast_dtype(precision: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> torch.dtype | None:
+    """The autocast dtype on a device, None for float32; auto is bf16 on CUDA and fp32 elsewhere.
+
+    Raises:
+        InputError: fp16 without a CUDA device.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else None
+    if precision == "fp16" and device.type != "cuda":
+        raise InputError(
+            f"Recipe.precision is 'fp16' but must be fp32 or bf16 on a {device.type} device, where fp16 is slow and "
+            "has no gradient scaler: set precision to fp32, or train on a GPU."
+        )
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def check_bf16_on_cpu(backbone: nn.Module, sizes: Iterable[int]) -> None:
+    """Refuse bf16 training on the CPU if a strided convolution (kernel above 1) is applied to a 1x1 feature map.
+
+    Its weight gradient is uninitialised memory (seen with torch 2.15 and oneDNN on AMX; float32, stride 1 and larger
+    maps are correct), so training would fail at random.
+
+    Raises:
+        InputError: a view size leads to such a map.
+    """
+    shadow = copy.deepcopy(backbone).to("meta").eval()
+    met: list[str] = []
+
+    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if not isinstance(module, nn.Conv2d) or tuple(inputs[0].shape[2:]) != (1, 1):
+            return
+        if max(module.kernel_size) > 1 and max(module.stride) > 1:
+            met.append(f"{module.kernel_size[0]} x {module.kernel_size[1]}")
+
+    for module in shadow.modules():
+        module.register_forward_pre_hook(look)
+    for size in sorted(set(sizes)):
+        with torch.no_grad():
+            shadow(torch.zeros(2, 3, size, size, device="meta"))
+        if met:
+            raise InputError(
+                f"Recipe.precision is 'bf16' but must be fp32 on the CPU for views of {size} pixels, which shrink to "
+                f"one pixel before a strided {met[0]} convolution, where torch's bf16 gradients are wrong: set "
+                "precision to fp32 or enlarge the view."
+            )
+
+
+def parse_time(text: str) -> int:
+    """Seconds of a duration such as 7h30m, 90m, 1d12h, 45s, 12:00:00 or 1-12:00:00.
+
+    Raises:
+        InputError: it is none, or zero.
+    """
+    found = _CLOCK.fullmatch(text) or _FORM.fullmatch(text)
+    seconds = (
+        0 if found is None else sum(int(part or 0) * of for part, of in zip(found.groups(), _SECONDS, strict=True))
+    )
+    if not seconds:
+        raise invalid("RunOptions.time", text, "a duration such as 7h30m or 12:00:00", "write hours, minutes, seconds")
+    return seconds
