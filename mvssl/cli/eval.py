@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from mvssl.cli.train import main_speaks
+from mvssl.cli.train import run_ranks
 from pipelines.runtime import InputError, run_cli
 
 EVALUATIONS = ("knn", "linear", "finetune", "compare")
@@ -33,7 +33,7 @@ def body(arguments: Sequence[str]) -> int:
     if name not in EVALUATIONS:
         raise InputError(f"evaluation is {name!r} but must be one of {', '.join(EVALUATIONS)}: run mvssl-eval --help.")
     evaluation = importlib.import_module(f"mvssl.cli.evaluations.{name}")
-    return main_speaks(lambda: evaluation.run(arguments[1:]))
+    return run_ranks(lambda: evaluation.run(arguments[1:]))
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from mvssl.cli.train import main_speaks
+from mvssl.cli.train import run_ranks
 from mvssl.evaluate.feature_store import Dtype, bytes_needed, check_ending, open_store, write_table
 from mvssl.evaluate.features import fill_store
 from mvssl.evaluate.session import BackboneSession, ComputeOptions, open_backbone, open_images
@@ -48,7 +48,7 @@ class FeatureArguments:
 def body(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     asked = tyro.cli(FeatureArguments, prog="mvssl-features", args=list(arguments))
-    return main_speaks(lambda: _write(asked))
+    return run_ranks(lambda: _write(asked))
 
 
 def _write(asked: FeatureArguments) -> None:

@@ -1,17 +1,13 @@
-"""mvssl-train: pre-train a backbone.
-
-mvssl-train report: one page about a run.
-
-Commands that torchrun may start several times: what goes wrong is said once.
-"""
+"""mvssl-train: pre-train a backbone, check the machine, or write a report."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +16,7 @@ import tyro
 from rich.console import Console
 
 from mvssl.cli.doctor import doctor
-from mvssl.cli.help import fit_warmup, print_recipes, print_short_help, with_option, without_auto_batch
+from mvssl.cli.help import print_recipes, print_short_help, with_option
 from mvssl.config.options import RunOptions, resolve_device
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
@@ -37,66 +33,18 @@ from mvssl.training.shutdown import EXIT_INTERRUPTED, Interrupted, requeue
 from pipelines.runtime import EXIT_ERROR, InputError, invalid, run_cli
 from pipelines.storage import open_source, split_paths
 
-
-@dataclass(frozen=True, kw_only=True)
-class ReportArguments:
-    """Write one self-contained HTML page about a run, finished or not.
-
-    Attributes:
-        run: the run folder.
-        out: the page; by default RUN/report.html, which is written anew.
-    """
-
-    run: tyro.conf.Positional[Path]
-    out: Path | None = None
-
-
-def report(arguments: Sequence[str], console: Console) -> int:
-    """Run the command; returns the exit code."""
-    asked = tyro.cli(ReportArguments, prog="mvssl-train report", args=list(arguments))
-    folder = RunFolder(asked.run)
-    out = asked.out or folder.report
-    if asked.out is not None and asked.out.suffix != ".html":
-        raise InputError(f"out is {str(asked.out)!r} but must end in .html: the page is of that kind.")
-    write_report(out, folder)
-    console.print(f"Report: {out}", highlight=False, markup=False, soft_wrap=True)
-    return 0
-
-
-def main_speaks(work: Callable[[], None]) -> int:
-    """Do the work of a command on this rank; returns the exit code.
-
-    Raises:
-        InputError: it failed; ranks other than 0 say which they are.
-    """
-    try:
-        work()
-    except OtherRankFailed as failure:
-        if process_rank() == 0:
-            print(f"error: {failure}", file=sys.stderr)
-        return EXIT_ERROR
-    except InputError as error:
-        if process_rank() == 0:
-            raise
-        raise InputError(f"on rank {process_rank()}: {error}") from error
-    return 0
-
-
 USAGE = """usage: mvssl-train RECIPE --data PATH --out RUN [overrides]
 
   mvssl-train --list             the recipes
-  mvssl-train doctor             what of this machine a run can use
+  mvssl-train doctor             checks GPU, decoders, compiler and disk, with fixes
   mvssl-train report RUN         one page about a run
-  mvssl-train RECIPE --help      the options that people use, with their values in this recipe
+  mvssl-train RECIPE --help      the common options, with their values in this recipe
   mvssl-train RECIPE --help-all  every field that can be overridden
 
-RECIPE is the name of a recipe, or a .toml or .json file with one.
+RECIPE is the name of a recipe, or a .toml or .json recipe file.
 
 exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 75 stopped by SIGINT or SIGTERM after saving
 (run the same command with --resume), 130 stopped by Ctrl-C before training or by a second Ctrl-C."""
-
-
-COMMANDS = {"doctor": doctor, "report": report}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +52,11 @@ class TrainArguments:
     """Pre-train a backbone.
 
     Attributes:
-        recipe: what decides the numbers.
-        options: where to read and write, and how to report.
+        recipe: what determines the numbers.
+        options: data, output, logging and saving.
         print_config: print the resolved recipe as JSON and stop.
-        dry_run: build everything, run a few steps, report memory, images/s and, on a GPU, launches and the bottleneck;
-            leave nothing.
-        profile: train nothing, but measure this many steps: what takes their time, as a table and a trace in the
-            folder --out.
+        dry_run: build everything, run a few steps, report memory, images/s, launches and the bottleneck; write nothing.
+        profile: measure this many steps without training: a table of times, and a trace in the folder --out.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
@@ -127,40 +73,107 @@ class TrainArguments:
 
 
 def parse(arguments: Sequence[str]) -> TrainArguments:
-    """Parse ``RECIPE [overrides]``, where RECIPE is a name or a recipe file.
+    """Parse `RECIPE [overrides]`, where RECIPE is a name or a recipe file.
 
     Raises:
-        InputError: there is no such recipe, its file cannot be used, or a value cannot.
+        InputError: the recipe does not exist, its file cannot be read, or a value is not allowed.
         SystemExit: with code 2 for wrong usage, 0 after printing help.
     """
-    recipe, said = fit_warmup(resolve_recipe(arguments[0]), arguments[1:])
-    arguments, automatic = without_auto_batch(arguments)
+    recipe, ahead = resolve_recipe(arguments[0]), _look_ahead(arguments[1:])
+    recipe, note = fit_warmup(recipe, ahead)
     from_file = is_recipe_file(arguments[0])
-    words = ["--help" if word == "--help-all" else word for word in arguments[1:]]
     try:
         parsed = tyro.cli(
             TrainArguments,
             prog=f"mvssl-train {arguments[0]}",
             description=f"The recipe in {arguments[0]}." if from_file else all_recipes()[recipe.name].__doc__,
-            args=words,
+            args=["--help" if word == "--help-all" else word for word in ahead.rest],
             default=TrainArguments(recipe=recipe),
         )
     except InputError as error:
-        raise InputError(with_option(str(error))) from error
-    if automatic:
-        fitted, told = _largest_batch(parsed)
-        parsed, said = replace(parsed, recipe=fitted), "\n".join(filter(None, (said, told)))
-    if said:
-        print(said, file=sys.stderr)
+        raise with_option(error) from error
+    if ahead.automatic_batch:
+        fitted, batch_note = _largest_batch(parsed)
+        parsed, note = replace(parsed, recipe=fitted), "\n".join(filter(None, (note, batch_note)))
+    if note:
+        print(note, file=sys.stderr)
     return parsed
 
 
+@dataclass(frozen=True, kw_only=True)
+class LookAhead:
+    """Options that decide over defaults, and so are read before all others.
+
+    Attributes:
+        epochs: --epochs, if given.
+        warmup: whether --optimizer.warmup-epochs is given.
+        resumes: run folder that is resumed, if any.
+        automatic_batch: whether the batch size is auto.
+        rest: arguments for the full parser.
+    """
+
+    epochs: int | None = None
+    warmup: bool = False
+    resumes: Path | None = None
+    automatic_batch: bool = False
+    rest: tuple[str, ...] = ()
+
+
+def _look_ahead(arguments: Sequence[str]) -> LookAhead:
+    """Read the few options that decide over defaults: a shorter run has a shorter warm-up, and a batch can be auto."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--epochs", nargs="?")
+    parser.add_argument("--optimizer.warmup-epochs", "--optimizer.warmup_epochs", dest="warmup", nargs="?", const="")
+    parser.add_argument("--batch-size", "--batch_size", dest="batch_size", nargs="?")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--out", type=Path, nargs="?")
+    known, _ = parser.parse_known_args(list(arguments))
+    automatic = known.batch_size == "auto"
+    rest = list(arguments)
+    if automatic:  # the full parser takes a number only
+        batch = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        batch.add_argument("--batch-size", "--batch_size")
+        rest = batch.parse_known_args(rest)[1]
+    return LookAhead(
+        epochs=int(known.epochs) if (known.epochs or "").isdigit() else None,
+        warmup=known.warmup is not None,
+        resumes=known.out if known.resume else None,
+        automatic_batch=automatic,
+        rest=tuple(rest),
+    )
+
+
+def fit_warmup(recipe: Recipe, ahead: LookAhead) -> tuple[Recipe, str]:
+    """Shorten the warm-up in proportion to a shorter run, unless it is given; a resumed run keeps its warm-up.
+
+    Returns:
+        The recipe, and a sentence on what was changed; "" if nothing was.
+    """
+    if ahead.epochs is None or ahead.warmup:
+        return recipe, ""
+    earlier = None
+    if ahead.resumes is not None:
+        with suppress(InputError):  # the run itself reports it
+            earlier = RunFolder(ahead.resumes).recipe().optimizer.warmup_epochs
+    if earlier is None and not 0 < ahead.epochs < recipe.epochs:
+        return recipe, ""
+    warmup = recipe.optimizer.warmup_epochs
+    shorter = earlier if earlier is not None else warmup * ahead.epochs / recipe.epochs
+    changed = replace(recipe, optimizer=replace(recipe.optimizer, warmup_epochs=min(shorter, recipe.epochs)))
+    if earlier is not None or shorter == warmup:
+        return changed, ""
+    return changed, (
+        f"warm-up: {shorter:g} epochs instead of {warmup:g}, in proportion to the run "
+        "(--optimizer.warmup-epochs sets it)"
+    )
+
+
 def _largest_batch(parsed: TrainArguments) -> tuple[Recipe, str]:
-    """The recipe with the largest batch for this GPU; a resumed run keeps the one that it was begun with."""
+    """The recipe with the largest batch for this GPU; a resumed run keeps its batch."""
     options = parsed.options
     if options.resume and options.out is not None:
-        begun = RunFolder(options.out).recipe().batch_size
-        return replace(parsed.recipe, batch_size=begun), f"batch size: {begun}, as the run was begun"
+        earlier = RunFolder(options.out).recipe().batch_size
+        return replace(parsed.recipe, batch_size=earlier), f"batch size: {earlier}, that of the resumed run"
     device = resolve_device(options.device, local_rank=process_local_rank())
     if options.data is None:
         raise InputError("data is missing: give the folder of images, or a converted data set, with --data PATH.")
@@ -171,8 +184,8 @@ def _largest_batch(parsed: TrainArguments) -> tuple[Recipe, str]:
 
 
 @contextmanager
-def _heard_once() -> Iterator[None]:
-    """Let the first process of a machine alone speak: what is wrong with a command is wrong for all of them."""
+def _printing_once() -> Iterator[None]:
+    """Print only from the first process of a host: errors in the command are the same for all."""
     with ExitStack() as stack:
         if process_local_rank():
             nowhere = stack.enter_context(open(os.devnull, "w"))
@@ -191,13 +204,15 @@ def body(arguments: Sequence[str]) -> int:
     if arguments[0] == "--list":
         print_recipes(console)
         return 0
-    if arguments[0] in COMMANDS:
-        return COMMANDS[arguments[0]](arguments[1:], console)
+    if arguments[0] == "doctor":
+        return doctor(arguments[1:], console)
+    if arguments[0] == "report":
+        return report(arguments[1:], console)
     if {"-h", "--help"} & set(arguments):
         print_short_help(console, resolve_recipe(arguments[0]), arguments[0])
         return 0
     try:
-        with _heard_once():
+        with _printing_once():
             parsed = parse(arguments)
     except InputError:
         if process_local_rank():
@@ -233,6 +248,48 @@ def body(arguments: Sequence[str]) -> int:
         if rank == 0:
             raise
         raise InputError(f"on rank {rank}: {error}") from error
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArguments:
+    """Write one self-contained HTML page about a run, finished or not.
+
+    Attributes:
+        run: the run folder.
+        out: the page; by default RUN/report.html, which is overwritten.
+    """
+
+    run: tyro.conf.Positional[Path]
+    out: Path | None = None
+
+
+def report(arguments: Sequence[str], console: Console) -> int:
+    """Run the command; returns the exit code."""
+    asked = tyro.cli(ReportArguments, prog="mvssl-train report", args=list(arguments))
+    folder = RunFolder(asked.run)
+    out = asked.out or folder.report
+    if asked.out is not None and asked.out.suffix != ".html":
+        raise InputError(f"out is {str(asked.out)!r} but must end in .html: rename it.")
+    write_report(out, folder)
+    console.print(f"Report: {out}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def run_ranks(work: Callable[[], None]) -> int:
+    """Run a command that torchrun may start several times; the exit code. Ranks other than 0 name themselves in
+    errors.
+    """
+    try:
+        work()
+    except OtherRankFailed as failure:
+        if process_rank() == 0:
+            print(f"error: {failure}", file=sys.stderr)
+        return EXIT_ERROR
+    except InputError as error:
+        if process_rank() == 0:
+            raise
+        raise InputError(f"on rank {process_rank()}: {error}") from error
     return 0
 
 

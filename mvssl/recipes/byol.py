@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.recipes import published
 from pipelines.views.presets import asymmetric, byol_views, paper_views
 
 
+@published(75.6)
 def byol_resnet50_200ep() -> Recipe:
     """Multi-task BYOL, ResNet-50, ImageNet-1k, 200 epochs.
 
     Source: arXiv 2602.05845 and its code (PAPER.md sections 2 to 5).
-    Published: 75.6 % linear-probe top-1.
     Cost: 200 epochs of 1.28 M images with 5 views each; the published run used batch 1024.
     Command: mvssl-train byol_resnet50_200ep --data IMAGENET --out RUN
     """
@@ -31,11 +32,11 @@ def byol_resnet50_200ep() -> Recipe:
     )
 
 
+@published(76.7)
 def byol_resnet50_800ep() -> Recipe:
     """Multi-task BYOL, ResNet-50, ImageNet-1k, 800 epochs, four local views.
 
     Source: arXiv 2602.05845 and its code (PAPER.md section 5).
-    Published: 76.7 % linear-probe top-1.
     Cost: 800 epochs of 1.28 M images with 7 views each.
     Command: mvssl-train byol_resnet50_800ep --data IMAGENET --out RUN
     """
@@ -87,11 +88,11 @@ def byol_resnet50_200ep_asymmetric() -> Recipe:
     )
 
 
+@published(74.5)
 def byol_vits16_200ep() -> Recipe:
     """Multi-task BYOL, ViT-S/16, ImageNet-1k, 200 epochs.
 
     Source: arXiv 2602.05845 and its code (PAPER.md sections 3 and 5).
-    Published: 74.5 % linear-probe top-1.
     Cost: 200 epochs of 1.28 M images with 5 views each; the published run used batch 1024.
     Command: mvssl-train byol_vits16_200ep --data IMAGENET --out RUN
     """
@@ -112,11 +113,11 @@ def byol_vits16_200ep() -> Recipe:
     )
 
 
+@published(78.3)
 def byol_vitb16_200ep() -> Recipe:
     """Multi-task BYOL, ViT-B/16, ImageNet-1k, 200 epochs.
 
     Source: arXiv 2602.05845 and its code (PAPER.md sections 3 and 5).
-    Published: 78.3 % linear-probe top-1.
     Cost: 200 epochs of 1.28 M images with 5 views each; the published run used batch 1024.
     Command: mvssl-train byol_vitb16_200ep --data IMAGENET --out RUN
     """

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.recipes import published
 from pipelines.views.presets import paper_views, simsiam_views
 
 
+@published(74.7)
 def simsiam_resnet50_200ep() -> Recipe:
     """Multi-task SimSiam, ResNet-50, ImageNet-1k, 200 epochs.
 
     Source: arXiv 2602.05845 and its release (PAPER.md sections 2 to 5).
-    Published: 74.7 % linear-probe top-1.
     Cost: 200 epochs of 1.28 M images with 5 views each; the published run used batch 512.
     Command: mvssl-train simsiam_resnet50_200ep --data IMAGENET --out RUN
     """

@@ -155,7 +155,7 @@ def test_simsiam_has_no_target_network_to_export(images: Path, tmp_path: Path) -
     out, exported = tmp_path / "run", tmp_path / "backbone.safetensors"
     assert train_cli.body(["demo", "--data", str(images), "--out", str(out), *TINY, "--method", "simsiam"]) == 0
     assert export_cli.body(["--run", str(out), "--out", str(exported)]) == 0
-    with pytest.raises(InputError, match=r"has none of its own \(simsiam takes the online network's embeddings"):
+    with pytest.raises(InputError, match=r"no separate target network \(simsiam uses the online network's embeddings"):
         export_cli.body(["--run", str(out), "--out", str(exported), "--network", "target", "--overwrite"])
 
 

@@ -298,7 +298,7 @@ def test_other_architectures_keep_timms_initialisation() -> None:
 
 def test_published_recipes_initialise_as_the_reference_implementation() -> None:
     for name, make in all_recipes().items():
-        ours = make.__module__ == "mvssl.recipes.ours"
+        ours = make.__module__ == "mvssl.recipes.small_scale"
         assert make().backbone.init == ("timm" if ours else "release"), name
 
 

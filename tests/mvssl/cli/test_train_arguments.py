@@ -1,4 +1,4 @@
-"""The command line for people: short help, options in errors, a warm-up that fits a short run."""
+"""mvssl-train: short help, options in errors, a warm-up that fits a short run, batch size auto."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from rich.console import Console
 
 from mvssl.cli import train as train_cli
-from mvssl.cli.help import USED, describe, fit_warmup, option, value_of, with_option
+from mvssl.cli.help import COMMON, with_option
+from mvssl.cli.train import LookAhead, _look_ahead, fit_warmup
 from mvssl.config.recipe import Recipe
 from mvssl.monitor.console import TrainingProgress
 from mvssl.recipes import all_recipes
 from mvssl.runs.jsonl import read_jsonl
 from mvssl.training.memory import largest_batch, with_largest_batch
-from pipelines.runtime import InputError
+from pipelines.runtime import InputError, invalid
 from tests.samples.tiny_runs import train
 
 
@@ -49,35 +50,40 @@ def test_the_warm_up_goes_with_a_shorter_run(words: list[str], warmup: float) ->
 def test_a_resumed_run_keeps_its_warm_up(tiny_recipe: Recipe, images: Path, tmp_path: Path) -> None:
     begun = replace(tiny_recipe, optimizer=replace(tiny_recipe.optimizer, warmup_epochs=0.5))
     train(begun, images, tmp_path / "run")
-    words = ["--resume", "--out", str(tmp_path / "run"), "--epochs", "2"]
-    recipe, said = fit_warmup(tiny_recipe, words)
+    recipe, said = fit_warmup(tiny_recipe, LookAhead(resumes=tmp_path / "run", epochs=2))
     assert (recipe.optimizer.warmup_epochs, said) == (0.5, "")
-    recipe, said = fit_warmup(tiny_recipe, ["--resume", "--out", str(tmp_path / "none"), "--epochs", "1"])
+    recipe, said = fit_warmup(tiny_recipe, LookAhead(resumes=tmp_path / "none", epochs=1))
     assert recipe.optimizer.warmup_epochs == pytest.approx(1 / 3)
     assert "in proportion to the run" in said
 
 
-def test_values_of_a_command_line() -> None:
-    words = ["--epochs", "3", "--optimizer.warmup_epochs=2", "--out"]
-    assert value_of(words, "--epochs") == "3"
-    assert value_of(words, "--optimizer.warmup-epochs") == "2"
-    assert value_of(words, "--out") is None
-    assert value_of(words, "--data") is None
+@pytest.mark.parametrize("words", [["--batch-size", "auto"], ["--batch-size=auto"], ["--batch_size=auto"]])
+def test_options_that_are_read_ahead(words: list[str]) -> None:
+    rest = ["--optimizer.warmup_epochs=2", "--seed", "auto", "--resume", "--out", "run", "--data"]
+    ahead = _look_ahead([*rest[:3], *words, "--epochs", "3", *rest[3:]])
+    assert ahead == LookAhead(
+        epochs=3,
+        warmup=True,
+        resumes=Path("run"),
+        automatic_batch=True,
+        rest=(*rest[:3], "--epochs", "3", *rest[3:]),
+    )
+    assert _look_ahead(["--batch-size", "64"]).rest == ("--batch-size", "64")
 
 
 @pytest.mark.parametrize(
-    ("message", "expected"),
+    ("field", "expected"),
     [
-        ("Optimizer.base_lr is 0", "Optimizer.base_lr (--optimizer.base-lr) is 0"),
-        ("Recipe.batch_size is 3", "Recipe.batch_size (--batch-size) is 3"),
-        ("Head.hidden is ()", "Head.hidden (--projector.hidden or --predictor.hidden) is ()"),
-        ("ViewSpec.size is 3", "ViewSpec.size (--views.N.size) is 3"),
-        ("data is missing", "data is missing"),
-        ("Order.window is 3", "Order.window is 3"),
+        ("Optimizer.base_lr", "Optimizer.base_lr (--optimizer.base-lr) is 0"),
+        ("Recipe.batch_size", "Recipe.batch_size (--batch-size) is 0"),
+        ("Head.hidden", "Head.hidden (--projector.hidden or --predictor.hidden) is 0"),
+        ("ViewSpec('local').size", "ViewSpec('local').size (--views.N.size) is 0"),
+        ("Order.window", "Order.window is 0"),
     ],
 )
-def test_errors_name_the_option(message: str, expected: str) -> None:
-    assert with_option(message) == expected
+def test_errors_name_the_option(field: str, expected: str) -> None:
+    assert str(with_option(invalid(field, 0, "more", "give more"))).startswith(expected)
+    assert str(with_option(InputError("data is missing"))) == "data is missing"
 
 
 def test_an_error_of_the_recipe_names_its_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,21 +91,19 @@ def test_an_error_of_the_recipe_names_its_option(capsys: pytest.CaptureFixture[s
         train_cli.parse(["demo", "--epochs", "1", "--optimizer.warmup-epochs", "2"])
 
 
-def test_short_help_is_short_and_says_something_of_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_help_is_short_and_its_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert train_cli.body(["byol_resnet50_200ep", "--help"]) == 0
     shown = capsys.readouterr().out
     assert len(shown.splitlines()) < 75
-    pairs = [pair for _, options in USED for pair in options]
-    assert 18 <= len(pairs) <= 26
-    for owner, field in pairs:
-        assert option(owner, field) in shown
-        assert len(describe(owner, field)) > 4, field
+    common = [option for options in COMMON.values() for option in options]
+    assert 18 <= len(common) <= 26
+    assert all(each.option in shown and each.about for each in common)
     assert "[200]" in shown
     assert "--help-all" in shown
-    with pytest.raises(SystemExit):  # every option that is named is one
+    with pytest.raises(SystemExit):
         train_cli.body(["byol_resnet50_200ep", "--help-all"])
     everything = capsys.readouterr().out
-    assert all(option(owner, field) in everything for owner, field in pairs)
+    assert all(each.option in everything for each in common)
 
 
 @pytest.mark.parametrize("most_that_fits", [32, 33, 63, 64, 1000, 4096, 5000, 70_000])
@@ -133,7 +137,7 @@ def test_the_largest_batch_is_that_of_all_processes(monkeypatch: pytest.MonkeyPa
 def test_a_resumed_run_keeps_its_batch(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["demo", "--batch-size=auto", "--resume", "--out", str(finished)]
     assert train_cli.parse(words).recipe.batch_size == 8
-    assert "batch size: 8, as the run was begun" in capsys.readouterr().err
+    assert "batch size: 8, that of the resumed run" in capsys.readouterr().err
 
 
 def test_a_result_has_its_curves_as_arrays(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
