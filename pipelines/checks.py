@@ -53,16 +53,17 @@ def fraction(default: Any) -> Any:
     return ruled(Rule(lambda x: 0.0 <= x <= 1.0, "between 0 and 1", "give a fraction"), default)
 
 
-def check_fields(owner: Any) -> None:
+def check_fields(owner: Any, *, with_class: bool = True) -> None:
     """Check every field of a dataclass against its rule, and `Literal` fields against their choices.
 
     Raises:
-        InputError: the first field that breaks its rule, named `CLASS.FIELD`.
+        InputError: the first field that breaks its rule, named `CLASS.FIELD`, or `FIELD` without `with_class`.
     """
+    prefix = f"{type(owner).__name__}." if with_class else ""
     for own in fields(owner):
         value, rule = getattr(owner, own.name), _rule(type(owner), own)
         if rule is not None and value is not None and not rule.holds(value):
-            raise invalid(f"{type(owner).__name__}.{own.name}", value, rule.allowed, rule.remedy)
+            raise invalid(f"{prefix}{own.name}", value, rule.allowed, rule.remedy)
 
 
 def _rule(kind: type, own: Field[Any]) -> Rule | None:

@@ -20,7 +20,7 @@ USAGE = """usage: mvssl-eval EVALUATION (--run RUN | --weights FILE) [options]
 
   mvssl-eval EVALUATION --help     every option
 
-FILE is an exported backbone, a checkpoint of the paper's release, MoCo, SimSiam or DINO, or weights of timm or
+FILE is an exported backbone, a checkpoint of the reference implementation, MoCo, SimSiam or DINO, or weights of timm or
 torchvision. A result that is there already is shown, not computed again."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +13,11 @@ from typing import Annotated
 import tyro
 
 from mvssl.cli.train import run_ranks
-from mvssl.evaluate.feature_store import Dtype, bytes_needed, check_ending, open_store, write_table
-from mvssl.evaluate.features import fill_store
+from mvssl.evaluate.feature_store import Dtype, check_ending, write_table
+from mvssl.evaluate.features import compute_store
 from mvssl.evaluate.session import BackboneSession, ComputeOptions, open_backbone, open_images
 from mvssl.runs.results import locked_folder
 from mvssl.weights.load import BackboneSource
-from pipelines.progress import Progress
 from pipelines.runtime import InputError, run_cli
 
 
@@ -25,8 +25,8 @@ from pipelines.runtime import InputError, run_cli
 class FeatureArguments:
     """Write the features of the centre crop of every image, with keys and labels.
 
-    What is done when the command is stopped lies in OUT.partial; the same command goes on with it. Images that cannot
-    be decoded are left out and named.
+    A stopped command leaves OUT.partial, from which the same command resumes. Images that cannot be decoded are left
+    out and named.
 
     Attributes:
         images: a folder of images, a list of files, or converted data; labels are not needed.
@@ -56,19 +56,16 @@ def _write(asked: FeatureArguments) -> None:
     if asked.out.exists() and not asked.overwrite:
         raise InputError(f"OUT is {str(asked.out)!r}, which exists: add --overwrite to replace it, or name another.")
     partial = asked.out.with_name(f"{asked.out.name}.partial")
-    with open_backbone(asked.source, asked.compute) as session:
-        if session.world.is_rank0:
-            with locked_folder(partial):
-                _compute(asked, session, partial)
-        else:
-            _compute(asked, session, partial)
+    with (
+        open_backbone(asked.source, asked.compute) as session,
+        locked_folder(partial) if session.world.is_rank0 else nullcontext(),
+    ):
+        _compute(asked, session, partial)
 
 
 def _compute(asked: FeatureArguments, session: BackboneSession, partial: Path) -> None:
     source = open_images(asked.images, session)
     evaluation = session.loaded.evaluation
-    size = bytes_needed(len(source), session.width, asked.dtype) / 2**20
-    session.say(f"{len(source):,} images, {session.width} features each: {size:,.0f} MiB in {partial}")
     identity = {
         "weights": session.loaded.digest,
         "data": source.fingerprint,
@@ -76,25 +73,7 @@ def _compute(asked: FeatureArguments, session: BackboneSession, partial: Path) -
         "crop": evaluation.crop,
         "precision": str(session.autocast),
     }
-    store = open_store(
-        partial / "store",
-        rows=len(source),
-        width=session.width,
-        dtype=asked.dtype,
-        identity=identity,
-        world=session.world,
-        overwrite=asked.overwrite,
-    )
-    missing = len(store.missing(range(len(source))))
-    share = -(-missing // session.world.size)
-    fill_store(
-        session,
-        store,
-        session.loaded.backbone,
-        source,
-        evaluation,
-        progress=Progress(session.console, "features", total=share).add,
-    )
+    store = compute_store(session, source, partial / "store", identity, dtype=asked.dtype, overwrite=asked.overwrite)
     written = session.world.run_on_rank0(lambda: write_table(asked.out, store, source))
     if session.world.is_rank0:
         shutil.rmtree(partial, ignore_errors=True)

@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from mvssl.config.recipe import Evaluation
 from mvssl.evaluate.feature_store import BAD, DONE, Dtype, FeatureStore, bytes_needed, not_finite, open_store
-from mvssl.evaluate.session import EvalSession, Session
+from mvssl.evaluate.session import BackboneSession, EvalSession, Session
 from pipelines.loading.eval_loader import EvaluationBatch, iterate_augmented, iterate_center
 from pipelines.loading.fetch import too_many_bad
 from pipelines.loading.pixel_cache import free_memory
@@ -138,17 +140,44 @@ def cached_features(session: EvalSession, source: Source, name: str, *, drawn: i
         "precision": str(session.autocast),
     }
     folder = session.out / "features" / f"{name}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
+    size = bytes_needed(len(source) * (1 + drawn), session.width, "float32")
+    dtype: Dtype = "float32" if size <= FLOAT32_BYTES else "float16"
+    return compute_store(session, source, folder, identity, dtype=dtype, drawn=drawn, seed=seed)
+
+
+def compute_store(
+    session: BackboneSession,
+    source: Source,
+    folder: Path,
+    identity: dict[str, Any],
+    *,
+    dtype: Dtype,
+    drawn: int = 0,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> FeatureStore:
+    """Open a store and compute its missing rows, with progress on the console; see `open_store` and `fill_store`."""
     rows = len(source) * (1 + drawn)
-    dtype: Dtype = "float32" if bytes_needed(rows, session.width, "float32") <= FLOAT32_BYTES else "float16"
-    store = open_store(folder, rows=rows, width=session.width, dtype=dtype, identity=identity, world=session.world)
+    store = open_store(
+        folder,
+        rows=rows,
+        width=session.width,
+        dtype=dtype,
+        identity=identity,
+        world=session.world,
+        overwrite=overwrite,
+    )
     missing = len(store.missing(range(rows)))
     if missing:
         size = bytes_needed(rows, session.width, dtype) / 2**20
         session.say(
             f"Computing {missing:,} of {rows:,} features of {source.location}, cached in {folder}: {size:,.0f} MiB"
         )
-    progress = Progress(session.console, f"features of {source.location}", total=-(-missing // session.world.size)).add
-    fill_store(session, store, session.loaded.backbone, source, evaluation, drawn=drawn, seed=seed, progress=progress)
+    progress = Progress(session.console, f"features of {source.location}", total=-(-missing // session.world.size))
+    loaded = session.loaded
+    fill_store(
+        session, store, loaded.backbone, source, loaded.evaluation, drawn=drawn, seed=seed, progress=progress.add
+    )
     return store
 
 

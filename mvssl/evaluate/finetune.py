@@ -1,17 +1,57 @@
-"""Fine-tuning: the whole network learns from labels (PAPER.md section 6)."""
+"""Fine-tuning: the whole network learns from all labels, a fraction, or those of a list (PAPER.md section 6)."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
-from mvssl.evaluate.label_subset import LabelSubset
+from mvssl.evaluate.linear_fit import stratified
 from mvssl.evaluate.session import EvalSession, check_labelled
 from mvssl.evaluate.supervised import Classifier, Supervision, train_and_measure
 from mvssl.weights.backbone_file import export_backbone
+from pipelines.runtime import InputError, invalid
+from pipelines.storage.source import Source, SubsetSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSubset:
+    """Which labels are used.
+
+    Attributes:
+        labels: fraction of the images of each class, sampled at random.
+        label_list: a text file that names the images instead, one per line, such as SimCLR's lists of ImageNet.
+        label_seed: of the sample.
+    """
+
+    labels: float = 1.0
+    label_list: Path | None = None
+    label_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.label_list is not None and self.labels != 1.0:
+            raise InputError("labels and label_list exclude each other: give one of --labels and --label-list.")
+
+    def name(self) -> str:
+        """Part of the result's file name: the percentage, or the name of the list."""
+        return f"{100 * self.labels:g}pct" if self.label_list is None else self.label_list.stem
+
+    def of(self, source: Source) -> Source:
+        """The images of a source to learn from.
+
+        Raises:
+            InputError: the fraction is out of range, or the list does not fit the source.
+        """
+        if self.label_list is not None:
+            return SubsetSource(source, listed_images(source, self.label_list))
+        if self.labels == 1:
+            return source
+        return SubsetSource(source, labelled_share(source, self.labels, seed=self.label_seed))
 
 
 def finetune(
@@ -44,3 +84,53 @@ def finetune(
     if backbone_out is not None:
         session.world.run_on_rank0(lambda: export_backbone(model.backbone, session.loaded.architecture, backbone_out))
     return results
+
+
+def labelled_share(source: Source, share: float, *, seed: int) -> NDArray[np.int64]:
+    """int64, ascending: a random fraction of the images of each class, at least one of each.
+
+    Raises:
+        InputError: `share` is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise invalid("labels", share, "above 0 and at most 1", "0.01 and 0.1 are usual")
+    if share == 1:
+        return np.arange(len(source))
+    labels = torch.from_numpy(source.labels)
+    chosen = stratified(labels, share, seed=seed)
+    for label in set(source.labels.tolist()) - set(labels[chosen].tolist()):  # a class of one image
+        chosen[int((labels == label).nonzero()[0])] = True
+    return np.flatnonzero(chosen.numpy())
+
+
+def listed_images(source: Source, path: Path) -> NDArray[np.int64]:
+    """int64: the images that a text file names, one per line, by key or by file name alone.
+
+    SimCLR's lists of 1 and 10 % of ImageNet hold such file names (n01440764_10026.JPEG).
+
+    Raises:
+        InputError: the file cannot be read, is empty, or names an image that is missing or ambiguous.
+    """
+    try:
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"label_list is {str(path)!r} but cannot be read ({error}): give a text file.") from error
+    if not names:
+        raise InputError(f"label_list is {str(path)!r}, which names no images: give one name per line.")
+    places: dict[str, list[int]] = {}
+    for index in range(len(source)):
+        key = source.key(index)
+        file = PurePosixPath(key)
+        for name in {key, file.name, str(file.with_suffix("")), file.stem}:
+            places.setdefault(name, []).append(index)
+    indices = []
+    for name in dict.fromkeys(names):
+        found = places.get(name) or places.get(str(PurePosixPath(name).with_suffix("")), [])
+        if len(found) != 1:
+            problem = "does not exist" if not found else f"matches {len(found)} images"
+            raise InputError(
+                f"label_list names {name!r}, which {problem} in {source.location}: give the names of its images, with "
+                "their folders if files in different folders share a name."
+            )
+        indices.append(found[0])
+    return np.array(indices, dtype=np.int64)

@@ -16,11 +16,13 @@ from mvssl.evaluate.features import cached_features, load_features
 from mvssl.evaluate.linear_fit import Classifiers, Setting, fit, race, standardisation, stratified
 from mvssl.evaluate.session import EvalSession, check_labelled
 from mvssl.evaluate.supervised import Classifier, Supervision, train_and_measure
-from pipelines.runtime import InputError, invalid
+from pipelines.checks import Rule, at_least, at_least_zero, check_fields, ruled
+from pipelines.runtime import InputError
 
 ROUNDS = ((0.05, 1.0), (0.2, 0.125))
 """Rounds of the race: fraction of the epochs, and fraction of the previous round's settings that take part."""
 _MIN_STEPS = 32  # per epoch
+_NOT_EMPTY = Rule(bool, "one or more numbers", "give the values of the grid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,25 +39,16 @@ class FastLinear:
         seed: of order, crops and held-out images.
     """
 
-    lr: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-    weight_decay: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2)
-    epochs: int = 100
-    batch_size: int = 512
-    drawn: int = 0
-    held_out: float = 0.1
+    lr: tuple[float, ...] = ruled(_NOT_EMPTY, default=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2))
+    weight_decay: tuple[float, ...] = ruled(_NOT_EMPTY, default=(0.0, 1e-4, 1e-3, 1e-2))
+    epochs: int = at_least(1, 100)
+    batch_size: int = at_least(1, 512)
+    drawn: int = at_least_zero(0)
+    held_out: float = ruled(Rule(lambda x: 0 < x < 1, "between 0 and 1", "0.1 is usual"), default=0.1)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay"):
-            if not getattr(self, name):
-                raise invalid(name, getattr(self, name), "one or more numbers", "give the values of the grid")
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise invalid(name, getattr(self, name), "at least 1", "give a positive number")
-        if self.drawn < 0:
-            raise invalid("drawn", self.drawn, "0 or more", "0 takes the centre crops alone")
-        if not 0 < self.held_out < 1:
-            raise invalid("held_out", self.held_out, "between 0 and 1", "0.1 is usual")
+        check_fields(self, with_class=False)
         self.grid()
 
     def batch_for(self, images: int) -> int:

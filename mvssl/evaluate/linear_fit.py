@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipelines.runtime import InputError, invalid
+from pipelines.checks import at_least_zero, check_fields, positive
+from pipelines.runtime import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +26,11 @@ class Setting:
         weight_decay: L2 penalty weight_decay / 2 * |W|^2 on weights, not on biases.
     """
 
-    lr: float
-    weight_decay: float
+    lr: float = positive(0.005)
+    weight_decay: float = at_least_zero(0.0)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise invalid("lr", self.lr, "a number above 0", "the reference implementation uses 0.005")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise invalid("weight_decay", self.weight_decay, "0 or more", "the reference implementation uses 0")
+        check_fields(self, with_class=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +19,10 @@ from mvssl.distributed import World, join_world, process_local_rank, rank_count
 from mvssl.models.backbones import feature_width
 from mvssl.runs.results import ResultFile, locked_folder
 from mvssl.weights.load import BackboneSource, LoadedBackbone, load_backbone
+from pipelines.checks import at_least, check_fields
 from pipelines.decode import DecodeOptions, DecoderName
 from pipelines.progress import Progress
-from pipelines.runtime import InputError, invalid
+from pipelines.runtime import InputError
 from pipelines.storage import align_labels, open_source, split_paths
 from pipelines.storage.source import Source
 
@@ -39,14 +41,12 @@ class ComputeOptions:
 
     device: str = "auto"
     decoder: DecoderName = "auto"
-    threads: int | None = None
+    threads: int | None = at_least(1, None)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    extract_batch: int = 256
+    extract_batch: int = at_least(1, 256)
 
     def __post_init__(self) -> None:
-        for name in ("extract_batch", "threads"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise invalid(name, value, "at least 1", "give a positive number")
+        check_fields(self, with_class=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,15 +137,26 @@ class EvalSession(BackboneSession):
             **settings,
         }
 
-    def result_file(self, evaluation: str, identity: dict[str, Any]) -> ResultFile:
-        """The file for the result of an evaluation."""
-        return ResultFile(
+    def measure_once(
+        self, evaluation: str, identity: dict[str, Any], measure: Callable[[], dict[str, Any]]
+    ) -> tuple[dict[str, Any], Path]:
+        """The result of an evaluation and its file; measured only if there is no result of this identity.
+
+        Raises:
+            InputError: the file holds a result of another identity and may not be replaced.
+        """
+        file = ResultFile(
             folder=self.out,
             evaluation=evaluation,
             network=self.loaded.name,
             identity=identity,
             overwrite=self.overwrite,
         )
+        results = self.world.run_on_rank0(file.earlier)
+        if results is None:
+            results = measure()
+            self.world.run_on_rank0(partial(file.write, results))
+        return results, file.path
 
     def labelled_val(self) -> tuple[Source, NDArray[np.int64]]:
         """The validation images, and their labels int64 [len(val)] in the numbering of train's classes.

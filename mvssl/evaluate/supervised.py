@@ -26,6 +26,7 @@ from mvssl.evaluate.features import center_crops, train_view
 from mvssl.evaluate.session import EvalSession, Session
 from mvssl.models.backbones import is_convolutional, to_memory_format
 from mvssl.runs import checkpoint
+from pipelines.checks import Rule, at_least, at_least_zero, check_fields, positive, ruled
 from pipelines.loader import Loader
 from pipelines.loading.pixel_cache import Cache, free_memory, with_cache
 from pipelines.order import Order
@@ -52,32 +53,23 @@ class Supervision:
         cache: where decoded images are cached, as in mvssl-train.
     """
 
-    epochs: int = 100
-    batch_size: int = 512
+    epochs: int = at_least(1, 100)
+    batch_size: int = at_least(1, 512)
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.005
+    lr: float = positive(0.005)
     momentum: float = 0.9
-    weight_decay: float = 0.0
-    layer_decay: float = 1.0
-    warmup_epochs: float = 0.0
-    mixup: float = 0.0
-    label_smoothing: float = 0.0
+    weight_decay: float = at_least_zero(0.0)
+    layer_decay: float = ruled(
+        Rule(lambda x: 0 < x <= 1, "above 0 and at most 1", "0.75 is usual for transformers"), default=1.0
+    )
+    warmup_epochs: float = at_least_zero(0.0)
+    mixup: float = at_least_zero(0.0)
+    label_smoothing: float = ruled(Rule(lambda x: 0 <= x < 1, "at least 0 and below 1", "0.1 is usual"), default=0.0)
     seed: int = 0
     cache: Cache = "off"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise invalid(name, getattr(self, name), "at least 1", "give a positive number")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise invalid("lr", self.lr, "a number above 0", "give a positive learning rate")
-        for name in ("weight_decay", "warmup_epochs", "mixup"):
-            if not getattr(self, name) >= 0:
-                raise invalid(name, getattr(self, name), "0 or more", "give a non-negative value")
-        if not 0 < self.layer_decay <= 1:
-            raise invalid("layer_decay", self.layer_decay, "above 0 and at most 1", "0.75 is usual for transformers")
-        if not 0 <= self.label_smoothing < 1:
-            raise invalid("label_smoothing", self.label_smoothing, "at least 0 and below 1", "0.1 is usual")
+        check_fields(self, with_class=False)
         if self.warmup_epochs >= self.epochs:
             raise invalid("warmup_epochs", self.warmup_epochs, f"below the {self.epochs} epochs", "shorten it")
 

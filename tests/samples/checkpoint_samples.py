@@ -1,4 +1,4 @@
-"""Checkpoints in the layouts of other projects, with given or random weights."""
+"""Checkpoints in the formats of other projects, with given or random weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def random_backbone(name: str, *, seed: int, **options: Any) -> nn.Module:
-    """A timm backbone whose BatchNorms have statistics of their own, in eval mode."""
+    """A timm backbone with random BatchNorm statistics, in eval mode."""
     torch.manual_seed(seed)
     backbone: nn.Module = timm.create_model(name, num_classes=0, **options)
     for name, tensor in backbone.named_buffers():
@@ -31,17 +31,17 @@ def random_backbone(name: str, *, seed: int, **options: Any) -> nn.Module:
 
 
 def put(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
-    """The same tensors with something in front of their names."""
+    """The same tensors with a prefix on their names."""
     return {prefix + name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def layer(*shape: int) -> Tensor:
-    """Any tensor, for what is not looked at."""
+    """A random tensor."""
     return torch.randn(*shape)
 
 
 def release(online: Tensors, target: Tensors, heads: Tensors, *, module: bool) -> dict[str, Any]:
-    """The paper's release: heads as `projector.0.weight`, `predictors.global.0.weight`."""
+    """The reference implementation: heads as `projector.0.weight`, `predictors.global.0.weight`."""
     wrapper = "module." if module else ""
     return {
         "online_model": put(wrapper, put("backbone.", online) | dict(heads)),

@@ -11,8 +11,7 @@ from typing import Annotated
 import tyro
 
 from mvssl.cli.evaluations.report import accuracy_cells, print_accuracy_table
-from mvssl.evaluate.finetune import finetune
-from mvssl.evaluate.label_subset import LabelSubset
+from mvssl.evaluate.finetune import LabelSubset, finetune
 from mvssl.evaluate.session import ComputeOptions, EvalOptions, open_session
 from mvssl.evaluate.supervised import Supervision
 from mvssl.weights.load import BackboneSource
@@ -47,12 +46,12 @@ def run(arguments: Sequence[str]) -> None:
     with open_session(asked.source, asked.options, asked.compute) as session:
         settings = {**dataclasses.asdict(asked.supervision), **dataclasses.asdict(asked.subset)}
         settings["label_list"] = str(asked.subset.label_list)
-        file = session.result_file(f"finetune-{asked.subset.name()}", session.identity("finetune", **settings))
-        results = session.world.run_on_rank0(file.earlier)
-        if results is None:
-            results = finetune(session, asked.supervision, asked.subset, backbone_out=asked.backbone_out)
-            session.world.run_on_rank0(lambda: file.write(results or {}))
+        results, path = session.measure_once(
+            f"finetune-{asked.subset.name()}",
+            session.identity("finetune", **settings),
+            lambda: finetune(session, asked.supervision, asked.subset, backbone_out=asked.backbone_out),
+        )
         row = [*accuracy_cells(results), f"{results['train_images']:,}", f"{results['images']:,}"]
         heads = ("top-1 %", "95 % interval", "top-5 %", "labels", "measured on")
         title = f"Fine-tuned ({asked.subset.name()}), {session.loaded.architecture}, {session.loaded.name}"
-        print_accuracy_table(session.console, title, heads, [row], file.path)
+        print_accuracy_table(session.console, title, heads, [row], path)

@@ -50,17 +50,17 @@ def run(arguments: Sequence[str]) -> None:
         if asked.sheet:
             path = session.out / f"neighbours-{name}.png"
             neighbour_sheet(session, path, images=asked.sheet)
-            session.console.print(f"Neighbours: {path}", highlight=False, markup=False, soft_wrap=True)
+            session.say(f"Neighbours: {path}")
             if bool((session.train.labels < 0).any()):
                 session.console.print("These images have no labels, so there is no accuracy.")
                 return
-        file = session.result_file("knn", session.identity("knn", k=k, temperature=asked.temperature))
-        results = session.world.run_on_rank0(file.earlier)
-        if results is None:
-            results = knn_grid(session, k=k, temperatures=asked.temperature)
-            session.world.run_on_rank0(lambda: file.write(results or {}))
+        results, path = session.measure_once(
+            "knn",
+            session.identity("knn", k=k, temperature=asked.temperature),
+            lambda: knn_grid(session, k=k, temperatures=asked.temperature),
+        )
         title = f"kNN top-1, {session.loaded.architecture}, {name}"
         how = " (leave one out)" if results["leave_one_out"] else ""
         rows = [[*row, f"{results['neighbours']:,}", f"{results['images']:,}{how}"] for row in grid_rows(results)]
         heads = ("k", "temperature", "top-1 %", "95 % interval", "neighbours", "classified")
-        print_accuracy_table(session.console, title, heads, rows, file.path)
+        print_accuracy_table(session.console, title, heads, rows, path)

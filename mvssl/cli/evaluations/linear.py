@@ -25,9 +25,9 @@ class LinearArguments:
         options: which images, where the results go.
         compute: where and how features are computed.
         protocol: fast computes features once and trains a grid of settings at the same time; release trains as the
-            paper's release does, on new crops in every epoch.
+            reference implementation does, on new crops in every epoch.
         fast: of the fast protocol.
-        release: of the release's.
+        release: of the release protocol.
     """
 
     source: Annotated[BackboneSource, tyro.conf.arg(name="")]
@@ -44,18 +44,17 @@ def run(arguments: Sequence[str]) -> None:
     with open_session(asked.source, asked.options, asked.compute) as session:
         settings = asked.fast if asked.protocol == "fast" else asked.release
         identity = session.identity(f"linear-{asked.protocol}", **dataclasses.asdict(settings))
-        file = session.result_file(f"linear-{asked.protocol}", identity)
-        results = session.world.run_on_rank0(file.earlier)
-        if results is None:
-            if asked.protocol == "fast":
-                results = fast_linear(session, asked.fast)
-            else:
-                results = release_linear(session, asked.release)
-            session.world.run_on_rank0(lambda: file.write(results or {}))
+        results, path = session.measure_once(
+            f"linear-{asked.protocol}",
+            identity,
+            lambda: (
+                fast_linear(session, asked.fast) if asked.protocol == "fast" else release_linear(session, asked.release)
+            ),
+        )
         lr = results.get("lr", asked.release.lr)
         decay = results.get("weight_decay", asked.release.weight_decay)
         row = [*accuracy_cells(results), f"{lr:g}", f"{decay:g}", f"{results['train_images']:,}"]
         row.append(f"{results['images']:,}")
         heads = ("top-1 %", "95 % interval", "top-5 %", "lr", "decay", "trained on", "measured")
         title = f"Linear probe ({asked.protocol}), {session.loaded.architecture}, {session.loaded.name}"
-        print_accuracy_table(session.console, title, heads, [row], file.path)
+        print_accuracy_table(session.console, title, heads, [row], path)

@@ -25,7 +25,7 @@ from mvssl.evaluate import supervised
 from mvssl.evaluate.accuracy import wilson_interval
 from mvssl.evaluate.compare import summarise
 from mvssl.evaluate.features import extract_features
-from mvssl.evaluate.label_subset import labelled_share, listed_images
+from mvssl.evaluate.finetune import labelled_share, listed_images
 from mvssl.evaluate.session import Session, check_labelled
 from mvssl.evaluate.supervised import Classifier, Supervision
 from mvssl.runs import checkpoint
