@@ -1,11 +1,11 @@
-"""Mask R-CNN FPN on COCO from an exported ResNet, with Detectron2 (PAPER.md section 6).
+"""Trains Mask R-CNN FPN on COCO from an exported ResNet, with Detectron2 (PAPER.md section 6).
 
     mvssl-export --run RUN --format detectron2 --out backbone.pkl
     DETECTRON2_DATASETS=DATASETS python -m tools.coco_detection --weights backbone.pkl --out coco
 
-Needs Detectron2 and COCO 2017 in DATASETS/coco, as Detectron2's own documentation lays it out. Settings: MoCo's for
-Mask R-CNN (He et al., arXiv 1911.05722, section 4.2.2): FPN, BatchNorm fine-tuned and synchronised, also in the FPN,
-the 1x schedule (90,000 steps of 16 images) or 2x, and the backbone from images in RGB, normalised as for ImageNet.
+Needs Detectron2 and COCO 2017 in DATASETS/coco, in the layout of Detectron2's documentation. The settings are MoCo's
+(He et al., arXiv 1911.05722, section 4.2.2): FPN, BatchNorm fine-tuned and synchronised, also in the FPN, the 1x
+(90,000 steps of 16 images) or 2x schedule; images are RGB, normalised as for ImageNet.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ BASE = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class CocoArguments:
-    """Train Mask R-CNN FPN on COCO 2017 and measure it.
+    """Train Mask R-CNN FPN on COCO 2017 and evaluate it.
 
     Attributes:
-        weights: what mvssl-export --format detectron2 wrote.
+        weights: file written by mvssl-export --format detectron2.
         out: folder for checkpoints and results.
         schedule: 1x is 90,000 steps, 2x twice as many.
         depth: of the ResNet.
-        batch_size: images of a step over all GPUs; learning rate and schedule go with it.
+        batch_size: images per step over all GPUs; learning rate and schedule scale with it.
         gpus: processes on this machine.
-        resume: go on with the run in `out`.
+        resume: resume the run in `out`.
     """
 
     weights: Path
@@ -52,32 +52,32 @@ class CocoArguments:
                 raise invalid(name, getattr(self, name), "at least 1", "give a positive number")
 
 
-def settings(asked: CocoArguments) -> dict[str, Any]:
-    """What differs from Detectron2's own configuration, by the names of its nodes."""
-    scale = asked.batch_size / 16  # linear scaling (Goyal et al., arXiv 1706.02677)
-    factor = {"1x": 1, "2x": 2}[asked.schedule] / scale
-    norm = "SyncBN" if asked.gpus > 1 else "BN"
+def settings(arguments: CocoArguments) -> dict[str, Any]:
+    """Differences from Detectron2's own configuration, by key."""
+    scale = arguments.batch_size / 16  # linear scaling (Goyal et al., arXiv 1706.02677)
+    factor = {"1x": 1, "2x": 2}[arguments.schedule] / scale
+    norm = "SyncBN" if arguments.gpus > 1 else "BN"
     return {
-        "MODEL.WEIGHTS": str(asked.weights),
+        "MODEL.WEIGHTS": str(arguments.weights),
         "MODEL.PIXEL_MEAN": [255 * value for value in IMAGENET_MEAN],
         "MODEL.PIXEL_STD": [255 * value for value in IMAGENET_STD],
         "INPUT.FORMAT": "RGB",
         "MODEL.BACKBONE.FREEZE_AT": 0,
-        "MODEL.RESNETS.DEPTH": asked.depth,
+        "MODEL.RESNETS.DEPTH": arguments.depth,
         "MODEL.RESNETS.NORM": norm,
         "MODEL.RESNETS.STRIDE_IN_1X1": False,
         "MODEL.FPN.NORM": norm,
-        "SOLVER.IMS_PER_BATCH": asked.batch_size,
+        "SOLVER.IMS_PER_BATCH": arguments.batch_size,
         "SOLVER.BASE_LR": 0.02 * scale,
         "SOLVER.MAX_ITER": round(90_000 * factor),
         "SOLVER.STEPS": (round(60_000 * factor), round(80_000 * factor)),
         "TEST.PRECISE_BN.ENABLED": True,
-        "OUTPUT_DIR": str(asked.out),
+        "OUTPUT_DIR": str(arguments.out),
     }
 
 
-def _train(asked: CocoArguments) -> None:
-    """Runs in every process."""
+def _train(arguments: CocoArguments) -> None:
+    """Train in one process."""
     from detectron2 import model_zoo
     from detectron2.config import get_cfg
     from detectron2.engine import DefaultTrainer, default_setup
@@ -90,26 +90,26 @@ def _train(asked: CocoArguments) -> None:
 
     config = get_cfg()
     config.merge_from_file(model_zoo.get_config_file(BASE))
-    config.merge_from_list([item for pair in settings(asked).items() for item in pair])
+    config.merge_from_list([item for pair in settings(arguments).items() for item in pair])
     config.freeze()
     default_setup(config, None)
     trainer = Trainer(config)
-    trainer.resume_or_load(resume=asked.resume)
+    trainer.resume_or_load(resume=arguments.resume)
     trainer.train()
 
 
 def body() -> None:
     """Run the command."""
-    asked = tyro.cli(CocoArguments, prog="python -m tools.coco_detection", args=sys.argv[1:])
+    arguments = tyro.cli(CocoArguments, prog="python -m tools.coco_detection", args=sys.argv[1:])
     if importlib.util.find_spec("detectron2") is None:
         raise InputError(
             "Detectron2 is not installed: install it by its own instructions (github.com/facebookresearch/detectron2)."
         )
-    if not asked.weights.is_file():
-        raise InputError(f"weights is {str(asked.weights)!r} but there is no such file: run mvssl-export first.")
+    if not arguments.weights.is_file():
+        raise InputError(f"weights is {str(arguments.weights)!r} but there is no such file: run mvssl-export first.")
     from detectron2.engine import launch
 
-    launch(_train, num_gpus_per_machine=asked.gpus, dist_url="auto", args=(asked,))
+    launch(_train, num_gpus_per_machine=arguments.gpus, dist_url="auto", args=(arguments,))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""One drawn picture of the demo data set: a textured shape before a cluttered ground.
+"""Synthetic images of the demo data set: a textured shape on a cluttered background.
 
-A class is a pair (shape, texture). All else is drawn alike for every class: colours, ground, lighting, noise, picture
-size, and the object's place, angle and **area**; also the share of the object that has its first colour. So neither the
-mean colour nor a colour histogram tells the classes apart: a network has to see shape and texture.
+A class is a pair (shape, texture). Everything else has the same distribution for every class: colours, background,
+lighting, noise, image size, the object's position, angle and **area**, and the fraction of the object in its dark
+colour. So neither the mean colour nor a colour histogram separates the classes: a network has to see shape and texture.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 SHAPES = ("disc", "star")
 TEXTURES = ("striped", "dotted", "ringed", "rayed")
 
-# In this order the first classes already need both shape and texture.
+# Ordered so that the first two classes already differ in shape and in texture.
 CLASSES: tuple[tuple[str, str], ...] = tuple(
     (SHAPES[(i + shift) % len(SHAPES)], TEXTURES[i]) for shift, i in product(range(len(SHAPES)), range(len(TEXTURES)))
 )
@@ -24,24 +24,23 @@ Array = NDArray[np.float32]
 
 
 def class_name(kind: int) -> str:
-    """Name of class `kind` as its folder is called, e.g. ``striped-disc``."""
+    """Folder name of class `kind`, e.g. ``striped-disc``."""
     shape, texture = CLASSES[kind]
     return f"{texture}-{shape}"
 
 
 def rotated(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
-    """Coordinates ([H, W] each) in a frame turned by `angle` radians."""
+    """Coordinates ([H, W] each) in a frame rotated by `angle` radians."""
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     return cos * x + sin * y, cos * y - sin * x
 
 
-def gauge(shape: str, u: Array, v: Array) -> Array:
-    """Distance measure [H, W] that is below 1 inside the shape; the shape covers an area of exactly pi.
+def shape_distance(shape: str, u: Array, v: Array) -> Array:
+    """Distance [H, W] that is below 1 inside the shape, whose area is exactly pi.
 
     Args:
         shape: one of `SHAPES`.
-        u: first coordinate [H, W] in the shape's own frame.
-        v: second coordinate [H, W].
+        u, v: coordinates [H, W] in the shape's frame.
     """
     distance: Array
     area: float
@@ -58,13 +57,12 @@ def gauge(shape: str, u: Array, v: Array) -> Array:
     return distance * np.float32(np.sqrt(area / np.pi))
 
 
-def wave(texture: str, u: Array, v: Array) -> Array:
-    """Field [H, W] whose upper level sets are the texture; its period is 1, but for the rays, which are eight.
+def texture_field(texture: str, u: Array, v: Array) -> Array:
+    """Field [H, W] whose upper level sets are the texture, with period 1 ("rayed": eight rays).
 
     Args:
         texture: one of `TEXTURES`.
-        u: first coordinate [H, W] in periods.
-        v: second coordinate [H, W] in periods.
+        u, v: coordinates [H, W] in periods.
     """
     turn = np.float32(2 * np.pi)
     field: Array
@@ -81,14 +79,14 @@ def wave(texture: str, u: Array, v: Array) -> Array:
 
 
 def colour_triple(rng: np.random.Generator) -> Array:
-    """Three slightly tinted colours [3, 3], about 0 to 1: the middling ground, the object's dark and its light one."""
+    """Three slightly tinted colours [3, 3], about 0 to 1: medium background, dark and light of the object."""
     levels = np.array([rng.uniform(0.4, 0.6), rng.uniform(0.0, 0.2), rng.uniform(0.8, 1.0)])
     colours: Array = (levels[:, None] + rng.normal(0, 0.04, (3, 3))).astype(np.float32)
     return colours
 
 
 def smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int) -> Array:
-    """Bilinear interpolation [height, width] of a `cells` x `cells` grid of normal numbers."""
+    """Bilinear interpolation [height, width] of a `cells` x `cells` grid of normal noise."""
     grid = rng.standard_normal((cells + 1, cells + 1), dtype=np.float32)
     rows, columns = np.linspace(0, cells - 1e-3, height), np.linspace(0, cells - 1e-3, width)
     top, left = rows.astype(int), columns.astype(int)
@@ -98,25 +96,25 @@ def smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int) 
     return noise
 
 
-def ground(rng: np.random.Generator, colour: Array, x: Array, y: Array) -> Array:
-    """The picture [H, W, 3] behind the object: blotches around `colour` with a few bars and spots across."""
+def background(rng: np.random.Generator, colour: Array, x: Array, y: Array) -> Array:
+    """Background [H, W, 3]: blotches around `colour`, with a few bars and spots."""
     height, width = x.shape
     blotches = smooth_noise(rng, height, width, int(rng.integers(2, 9)))
-    picture = colour + np.float32(0.05) * blotches[..., None] * rng.standard_normal(3, dtype=np.float32)
+    image = colour + np.float32(0.05) * blotches[..., None] * rng.standard_normal(3, dtype=np.float32)
     for _ in range(int(rng.integers(2, 6))):
         along, across = rotated(x - rng.uniform(0, np.max(x)), y - rng.uniform(0, np.max(y)), rng.uniform(0, np.pi))
         length, breadth = rng.uniform(0.03, 0.25), rng.uniform(0.01, 0.06)
         inside = (np.abs(along) < length) & (np.abs(across) < breadth)
-        picture[inside] = (rng.uniform(0.3, 0.7) + rng.normal(0, 0.04, 3)).astype(np.float32)
-    return picture
+        image[inside] = (rng.uniform(0.3, 0.7) + rng.normal(0, 0.04, 3)).astype(np.float32)
+    return image
 
 
-def draw_image(kind: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Draw one picture, uint8 [H, W, 3] with a longer side of 80 to 200 pixels.
+def render_image(kind: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Render one image, uint8 [H, W, 3] with a longer side of 80 to 200 pixels.
 
     Args:
         kind: class, an index into `CLASSES`.
-        rng: source of everything that is random.
+        rng: random generator of everything but the class.
     """
     longest, ratio = rng.integers(80, 201), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
     height = int(longest if ratio < 1 else round(longest / ratio))
@@ -127,25 +125,26 @@ def draw_image(kind: int, rng: np.random.Generator) -> NDArray[np.uint8]:
 
     shape, texture = CLASSES[kind]
     colours = colour_triple(rng)
-    picture = ground(rng, colours[0], x, y)
+    image = background(rng, colours[0], x, y)
 
-    radius = rng.uniform(0.32, 0.44)  # of the disc of the same area
-    place_x, place_y = (rng.uniform(0.9 * radius, side / short - 0.9 * radius) for side in (width, height))
-    u, v = rotated(x - place_x, y - place_y, rng.uniform(0, 2 * np.pi))
-    cover = np.clip((1 - gauge(shape, u / radius, v / radius)) * (radius * short) + 0.5, 0, 1)  # [H, W], soft by 1 px
+    radius = rng.uniform(0.32, 0.44)  # of a disc of the same area
+    centre_x, centre_y = (rng.uniform(0.9 * radius, side / short - 0.9 * radius) for side in (width, height))
+    u, v = rotated(x - centre_x, y - centre_y, rng.uniform(0, 2 * np.pi))
+    distance = shape_distance(shape, u / radius, v / radius)
+    cover = np.clip((1 - distance) * (radius * short) + 0.5, 0, 1)  # [H, W], with an edge of 1 px
 
     period = rng.uniform(0.2, 0.3)
     shift_u, shift_v = rng.uniform(-0.5, 0.5, 2) * radius
     s, t = rotated(u + shift_u, v + shift_v, rng.uniform(0, 2 * np.pi))
-    field = wave(texture, s / period, t / period)
-    # The level that gives the first colour its share of this very object, whatever the texture.
+    field = texture_field(texture, s / period, t / period)
+    # The level that gives the dark colour its fraction of this object, for any texture.
     level = np.quantile(field[cover > 0.5], 1 - rng.uniform(0.35, 0.5))
-    first = np.clip((field - level) * (period * short / 4) + 0.5, 0, 1)[..., None]  # [H, W, 1]
-    object_ = colours[1] * first + colours[2] * (1 - first)
-    picture += cover[..., None] * (object_ - picture)
+    dark = np.clip((field - level) * (period * short / 4) + 0.5, 0, 1)[..., None]  # [H, W, 1]
+    object_ = colours[1] * dark + colours[2] * (1 - dark)
+    image += cover[..., None] * (object_ - image)
 
     slope = rng.uniform(-0.2, 0.2, 2)
-    picture *= (1 + slope[0] * (x - 0.5) + slope[1] * (y - 0.5))[..., None].astype(np.float32)
-    picture += rng.uniform(0.0, 0.03) * rng.standard_normal(picture.shape, dtype=np.float32)
-    pixels: NDArray[np.uint8] = np.clip(picture * 255 + 0.5, 0, 255).astype(np.uint8)
+    image *= (1 + slope[0] * (x - 0.5) + slope[1] * (y - 0.5))[..., None].astype(np.float32)
+    image += rng.uniform(0.0, 0.03) * rng.standard_normal(image.shape, dtype=np.float32)
+    pixels: NDArray[np.uint8] = np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
     return pixels

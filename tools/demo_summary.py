@@ -1,4 +1,4 @@
-"""The closing words of demo.sh: what came out, where it lies, and whether training has helped."""
+"""Summary at the end of demo.sh: the files, and whether training has helped."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from pathlib import Path
 
 from pipelines.runtime import InputError, run_cli
 
-# What the demo leaves in its folder, and what each is.
 FILES = (
-    ("images", "the drawn JPEGs, train/ and val/, one folder a class"),
-    ("shards", "the same as tar shards with an index"),
-    ("run/report.html", "one page about the run: open it in a browser"),
+    ("images", "the synthetic JPEGs, train/ and val/, one folder per class"),
+    ("shards", "the same images as tar shards with an index"),
+    ("run/report.html", "report of the run: open it in a browser"),
     ("run/views.png", "contact sheet: the five views of some images"),
-    ("run/losses.png", "loss of each task over the steps"),
-    ("run/metrics.jsonl", "every logged number"),
-    ("run/eval", "what was measured of the trained and the untrained backbone"),
+    ("run/losses.png", "loss of each task by step"),
+    ("run/metrics.jsonl", "all logged metrics"),
+    ("run/eval", "results of the trained and the untrained backbone"),
     ("backbone.safetensors", "the backbone; timm.create_model(..., checkpoint_path=...) loads it"),
 )
 
@@ -48,15 +47,10 @@ def summary(out: Path) -> str:
 
 
 def _knn(path: Path) -> tuple[int, float]:
-    """Number of neighbours and accuracy of the first setting that mvssl-eval knn measured."""
+    """Number of neighbours and accuracy of the first setting of mvssl-eval knn."""
     first = json.loads(path.read_text())["results"]["settings"][0]
     return first["k"], first["top1"]
 
 
-def main() -> None:
-    """Print the summary of the folder in argv[1]."""
-    run_cli(lambda: print(summary(Path(sys.argv[1]))))
-
-
 if __name__ == "__main__":
-    main()
+    run_cli(lambda: print(summary(Path(sys.argv[1]))))

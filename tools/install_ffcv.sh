@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Installs FFCV 1.0.2 into the project's environment, or says what is missing and which commands install it.
+# Installs FFCV 1.0.2 into the project's environment, or prints what is missing and the commands that install it.
 #
 #   tools/install_ffcv.sh
 #
-# mvssl reads and writes .beton files without FFCV. It is for your own FFCV programs on these files, and for the tests
-# that read them with FFCV itself. Needs a compiler, OpenCV and libjpeg-turbo with their headers: on Debian and Ubuntu
-# they are installed where this runs as root. A second call installs nothing. Exit code 0: FFCV can be imported.
+# mvssl reads and writes .beton files without FFCV. FFCV is for your own programs that read these files, and for the
+# tests that compare with it. Needs a compiler, OpenCV and libjpeg-turbo with headers; as root on Debian or Ubuntu, they
+# are installed. A second call installs nothing. Exit code 0: FFCV can be imported.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 FFCV=ffcv==1.0.2
-MODULES=(numba tqdm opencv-python-headless setuptools) # what importing FFCV needs; its other requirements are not
+MODULES=(numba tqdm opencv-python-headless setuptools) # imported by FFCV; its other requirements are not needed
 
-# Whether it is all there, without the seconds that an import takes: the modules, and the libraries that FFCV links to.
+# Whether FFCV, its modules and the libraries it links to are installed; faster than importing it.
 has_ffcv() {
     "$PYTHON" - >/dev/null 2>&1 <<'PYTHON_CODE'
 import ctypes, importlib.util, pathlib
@@ -29,7 +29,7 @@ has_headers() {
 sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").is_file())' </dev/null
 }
 
-# Set MISSING to the Debian packages that the compilation still needs.
+# Set MISSING to the Debian packages needed to compile FFCV.
 find_missing() {
     MISSING=()
     command -v g++ >/dev/null 2>&1 || MISSING+=(g++)
@@ -70,19 +70,19 @@ APT_LOG="$(mktemp "${TMPDIR:-/tmp}/mvssl-ffcv.XXXXXX")"
 trap 'rm -f "$APT_LOG"' EXIT
 find_missing
 if [ ${#MISSING[@]} -gt 0 ]; then
-    can_apt || stop_without_ffcv "it needs ${MISSING[*]} (Debian's names), and only root on Debian or Ubuntu may install them."
+    can_apt || stop_without_ffcv "it needs ${MISSING[*]} (names on Debian), which only root on Debian or Ubuntu can install."
     if ! apt_install "${MISSING[@]}"; then
         tail -n 5 "$APT_LOG"
-        stop_without_ffcv "apt-get failed (above: the end of what it said)."
+        stop_without_ffcv "apt-get failed (the end of its output is above)."
     fi
     find_missing
-    [ ${#MISSING[@]} -eq 0 ] || stop_without_ffcv "apt-get left ${MISSING[*]} out of reach."
+    [ ${#MISSING[@]} -eq 0 ] || stop_without_ffcv "apt-get did not install ${MISSING[*]}."
     say "Installed the system packages in $((SECONDS - start)) s."
 fi
 say "Compiling FFCV into $ENV_DIR ..."
 if ! install_modules >"$APT_LOG" 2>&1 </dev/null; then
     tail -n 15 "$APT_LOG"
-    stop_without_ffcv "pip failed (above: the end of what it said)."
+    stop_without_ffcv "pip failed (the end of its output is above)."
 fi
 if ! "$PYTHON" -c 'import ffcv' >"$APT_LOG" 2>&1 </dev/null; then
     stop_without_ffcv "it was compiled but cannot be imported: $(tail -n 1 "$APT_LOG")"

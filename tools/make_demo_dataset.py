@@ -1,7 +1,7 @@
-"""Draw a small labelled JPEG data set: OUT/train/<class>/*.jpg and OUT/val/<class>/*.jpg.
+"""Creates a small synthetic labelled data set: OUT/train/<class>/*.jpg and OUT/val/<class>/*.jpg.
 
-The pictures have many sizes and the classes differ in shape and texture alone (see `tools.demo_images`). The same
-arguments give the same bytes with the same versions of numpy and Pillow. About 5 ms a picture on one core.
+Images have many sizes; classes differ only in shape and texture (see `tools.demo_images`). The same arguments give the
+same bytes with the same versions of numpy and Pillow. About 5 ms per image on one core.
 
     python -m tools.make_demo_dataset demo_out/images --num-train 2304 --num-val 480
 """
@@ -19,21 +19,21 @@ import tyro
 from PIL import Image
 
 from pipelines.runtime import InputError, invalid, run_cli
-from tools.demo_images import CLASSES, class_name, draw_image
+from tools.demo_images import CLASSES, class_name, render_image
 
 SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoDataset:
-    """Draw a small labelled JPEG data set whose classes differ in shape and texture, not in colour.
+    """Create a small labelled JPEG data set whose classes differ in shape and texture, not in colour.
 
     Attributes:
-        out: folder to make; an earlier data set there is replaced, anything else is left alone.
-        num_train: pictures of the train split, spread evenly over the classes.
-        num_val: pictures of the val split.
+        out: output folder; an earlier demo data set there is replaced, other files are an error.
+        num_train: images of the train split, evenly distributed over the classes.
+        num_val: images of the val split.
         classes: number of classes, 2 to 8.
-        seed: another seed draws other pictures of the same classes.
+        seed: another seed gives other images of the same classes.
     """
 
     out: Annotated[Path, tyro.conf.Positional]
@@ -47,32 +47,19 @@ class DemoDataset:
             raise invalid("classes", self.classes, f"between 2 and {len(CLASSES)}", "choose a number in between")
         for name in ("num_train", "num_val"):
             if getattr(self, name) < self.classes:
-                raise invalid(name, getattr(self, name), f"at least the {self.classes} classes", "draw more pictures")
+                raise invalid(name, getattr(self, name), f"at least the {self.classes} classes", "create more images")
         if not 0 <= self.seed < 2**32:
             raise invalid("seed", self.seed, "between 0 and 2**32 - 1", "give another seed")
 
 
-def _clear(out: Path) -> None:
-    """Remove an earlier data set from `out`; refuse a folder that holds anything else."""
-    foreign = [entry.name for entry in out.iterdir() if entry.name not in SPLITS] if out.is_dir() else []
-    ours = {class_name(kind) for kind in range(len(CLASSES))}
-    for split in SPLITS:
-        if (out / split).is_dir():
-            foreign += [f"{split}/{entry.name}" for entry in (out / split).iterdir() if entry.name not in ours]
-    if foreign:
-        raise InputError(f"out is {out} but holds {sorted(foreign)[0]}, which is not ours: choose a new folder.")
-    for split in SPLITS:
-        shutil.rmtree(out / split, ignore_errors=True)
-
-
 def make_demo_dataset(config: DemoDataset) -> dict[str, int]:
-    """Draw and write the pictures; returns the number of pictures of each split.
+    """Render and write the images; returns the number of images of each split.
 
-    Picture i of a split is of class i modulo the number of classes and depends on (seed, split, i) only, so that a
-    larger data set begins with the smaller one.
+    Image i of a split has class i modulo the number of classes and depends on (seed, split, i) only, so a larger data
+    set begins with the smaller one.
 
     Raises:
-        InputError: the folder holds something else.
+        InputError: the folder holds other files.
     """
     _clear(config.out)
     for kind in range(config.classes):
@@ -83,25 +70,35 @@ def make_demo_dataset(config: DemoDataset) -> dict[str, int]:
         for index in range(count):
             rng = np.random.default_rng([config.seed, position, index])
             kind = index % config.classes
-            picture = Image.fromarray(draw_image(kind, rng))
+            image = Image.fromarray(render_image(kind, rng))
             path = config.out / split / class_name(kind) / f"{index:05d}.jpg"
-            picture.save(path, quality=int(rng.integers(80, 96)), subsampling=int(rng.choice([0, 2])))
+            image.save(path, quality=int(rng.integers(80, 96)), subsampling=int(rng.choice([0, 2])))
     return counts
 
 
+def _clear(out: Path) -> None:
+    """Remove an earlier data set from `out`, unless it holds other files."""
+    foreign = [entry.name for entry in out.iterdir() if entry.name not in SPLITS] if out.is_dir() else []
+    ours = {class_name(kind) for kind in range(len(CLASSES))}
+    for split in SPLITS:
+        if (out / split).is_dir():
+            foreign += [f"{split}/{entry.name}" for entry in (out / split).iterdir() if entry.name not in ours]
+    if foreign:
+        raise InputError(
+            f"out is {out} but holds {sorted(foreign)[0]}, which is not part of a demo data set: choose a new folder."
+        )
+    for split in SPLITS:
+        shutil.rmtree(out / split, ignore_errors=True)
+
+
 def body() -> None:
-    """Parse the arguments, draw, say what was made."""
+    """Parse the arguments and create the data set."""
     config = tyro.cli(DemoDataset, description=DemoDataset.__doc__)
     start = time.perf_counter()
     counts = make_demo_dataset(config)
-    pictures = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    print(f"Drew {pictures} pictures of {config.classes} classes in {time.perf_counter() - start:.0f} s: {config.out}")
-
-
-def main() -> None:
-    """Script entry."""
-    run_cli(body)
+    images = " and ".join(f"{count:,} {split}" for split, count in counts.items())
+    print(f"Created {images} images of {config.classes} classes in {time.perf_counter() - start:.0f} s: {config.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(body)

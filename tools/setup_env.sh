@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# Sourced by demo.sh and test.sh: makes or reuses the Python environment and installs the project into it.
+# Sourced by demo.sh and test.sh: creates or reuses the Python environment and installs the project into it.
 #
 #   . tools/setup_env.sh
 #   setup_env test             # extras of pyproject.toml, none by default
 #
-# Afterwards ROOT is the repository, ENV_DIR the environment, PYTHON its interpreter, and its commands come first on PATH.
-# The active virtual environment is used where there is one, else .venv in the repository. Needs bash and a Python of
-# 3.11 or newer, nothing else: no git, no compiler. A second call installs nothing unless pyproject.toml has changed.
+# Sets ROOT (the repository), ENV_DIR (the environment) and PYTHON (its interpreter), and puts its commands first on PATH.
+# Uses the active virtual environment, else .venv in the repository. Needs only bash and Python 3.11 or newer: no git, no
+# compiler. A second call installs nothing unless pyproject.toml has changed.
 
-unset CDPATH # or cd would print where it goes
+unset CDPATH # with it, cd would print the folder
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 
 say() { printf '%s\n' "$*"; }
@@ -18,14 +18,14 @@ fail() {
     exit 1
 }
 
-# Whether the interpreter "$1" starts and is new enough.
+# Whether interpreter "$1" starts and is new enough.
 python_fits() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 </dev/null; }
 
-python_version() { "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null </dev/null || echo "none that starts"; }
+python_version() { "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null </dev/null || echo "that does not start"; }
 
 can_apt() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; }
 
-# Install Debian packages; only called where can_apt holds.
+# Install Debian packages; requires can_apt.
 apt_install() {
     say "Installing the system packages $* with apt-get ..."
     {
@@ -34,7 +34,7 @@ apt_install() {
     } >"$APT_LOG" 2>&1 </dev/null
 }
 
-# Print the first interpreter that fits.
+# Print the first interpreter that is new enough.
 find_python() {
     local candidate
     for candidate in python3 python3.12 python3.13 python3.11 python3.14 python; do
@@ -46,14 +46,14 @@ find_python() {
     return 1
 }
 
-# Make the environment "$2" with the interpreter "$1"; bare Debian and Ubuntu lack the pieces that `python3 -m venv` needs.
+# Create environment "$2" with interpreter "$1"; a bare Debian or Ubuntu lacks the package for `python3 -m venv`.
 make_env() {
     local python="$1" env="$2" package
     package="python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"
     if ! "$python" -c 'import ensurepip, venv' >/dev/null 2>&1 </dev/null && can_apt; then
         apt_install "$package" || tail -n 5 "$APT_LOG" >&2
     fi
-    say "Making the Python environment $env ..."
+    say "Creating the Python environment $env ..."
     if "$python" -c 'import ensurepip, venv' >/dev/null 2>&1 </dev/null; then
         "$python" -m venv --clear "$env" </dev/null
     elif command -v uv >/dev/null 2>&1; then
@@ -62,8 +62,8 @@ make_env() {
     elif command -v virtualenv >/dev/null 2>&1; then
         virtualenv --quiet --clear --python "$python" "$env" </dev/null
     else
-        fail "$python cannot make virtual environments: install $package (apt-get install $package), or uv, or virtualenv, and start again."
-    fi || fail "the Python environment $env could not be made: read the message above."
+        fail "$python cannot create virtual environments: install $package (apt-get install $package), or uv, or virtualenv, and start again."
+    fi || fail "the Python environment $env could not be created: read the message above."
 }
 
 # Set ENV_DIR and PYTHON.
@@ -71,7 +71,7 @@ choose_env() {
     local found
     if [ -n "${VIRTUAL_ENV:-}" ]; then
         ENV_DIR="$VIRTUAL_ENV"
-        [ -x "$ENV_DIR/bin/python" ] || fail "VIRTUAL_ENV is $ENV_DIR but holds no bin/python: activate another environment or unset VIRTUAL_ENV."
+        [ -x "$ENV_DIR/bin/python" ] || fail "VIRTUAL_ENV is $ENV_DIR but has no bin/python: activate another environment or unset VIRTUAL_ENV."
     else
         ENV_DIR="$ROOT/.venv"
         if ! "$ENV_DIR/bin/python" -c '' >/dev/null 2>&1 </dev/null; then
@@ -83,7 +83,7 @@ choose_env() {
     python_fits "$PYTHON" || fail "the environment $ENV_DIR has Python $(python_version "$PYTHON") but 3.11 or newer is needed: remove it or activate another one."
 }
 
-# What an installation depends on: the project file, where the repository lies and which Python it is.
+# Hash of everything an installation depends on: pyproject.toml, the repository's path and the Python version.
 setup_key() {
     "$PYTHON" - "$ROOT" <<'PYTHON_CODE'
 import hashlib, pathlib, sys
@@ -92,8 +92,8 @@ print(hashlib.sha256((root / "pyproject.toml").read_bytes() + repr((str(root), s
 PYTHON_CODE
 }
 
-# Run "$@" with its output in the file "$1"; say every 20 seconds that it is still at it.
-run_with_signs_of_life() {
+# Run a command with its output in file "$1", and print the last line of the output every 20 seconds.
+run_with_progress() {
     local log="$1" start=$SECONDS next=20 job
     shift
     "$@" >"$log" 2>&1 </dev/null &
@@ -119,16 +119,16 @@ install_project() {
             "$PYTHON" -m ensurepip >/dev/null 2>&1 </dev/null || fail "the environment $ENV_DIR has no pip: add it (python -m ensurepip) or install uv."
         fi
     fi
-    say "Installing mvssl${extras:+ with the extras $extras} into $ENV_DIR (PyTorch with CUDA: some 7 GB, some minutes the first time) ..."
-    if ! run_with_signs_of_life "$ENV_DIR/setup.log" "${installer[@]}" -e "$ROOT${extras:+[$extras]}"; then
+    say "Installing mvssl${extras:+ with the extras $extras} into $ENV_DIR (PyTorch with CUDA: about 7 GB, some minutes the first time) ..."
+    if ! run_with_progress "$ENV_DIR/setup.log" "${installer[@]}" -e "$ROOT${extras:+[$extras]}"; then
         tail -n 25 "$ENV_DIR/setup.log" >&2
-        fail "the installation failed (above: the end of $ENV_DIR/setup.log); it needs the network and some 12 GB of free disk."
+        fail "the installation failed (the end of $ENV_DIR/setup.log is above); it needs the network and about 12 GB of free disk."
     fi
 }
 
 setup_env() {
     local extras="${1:-}" start=$SECONDS stamp key
-    # An environment of another checkout must not lend its modules.
+    # Modules of another checkout must not be found.
     unset PYTHONHOME PYTHONPATH
     APT_LOG="$(mktemp "${TMPDIR:-/tmp}/mvssl-apt.XXXXXX")"
     choose_env
@@ -143,7 +143,7 @@ setup_env() {
     export PATH="$ENV_DIR/bin:$PATH" VIRTUAL_ENV="$ENV_DIR"
 }
 
-# torch.compile needs a C++ compiler and Python's headers; without them what compiles is skipped with a reason.
+# torch.compile needs a C++ compiler and Python's headers; without them its tests are skipped with a reason.
 ensure_compiler() {
     local version missing=()
     version="$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
@@ -153,7 +153,7 @@ sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").is_file(
     [ ${#missing[@]} -gt 0 ] || return 0
     APT_LOG="$(mktemp "${TMPDIR:-/tmp}/mvssl-apt.XXXXXX")"
     if ! can_apt || ! apt_install "${missing[@]}"; then
-        say "Note: ${missing[*]} (Debian's names) not found: the tests of torch.compile are skipped."
+        say "Note: ${missing[*]} (names on Debian) not found: the tests of torch.compile are skipped."
     fi
     rm -f "$APT_LOG"
 }

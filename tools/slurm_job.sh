@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# An example job for SLURM: trains on the GPUs of one machine, saves before the job's time is over, and goes back into
-# the queue until the run is finished. Adapt the lines below and submit it:
+# Example SLURM job: trains on the GPUs of one node, saves a checkpoint before the time limit, and requeues itself until
+# the run is finished. Adapt the lines below and submit it:
 #
 #   sbatch tools/slurm_job.sh RECIPE DATA RUN [options of mvssl-train]
 #
@@ -18,10 +18,10 @@ set -euo pipefail
 recipe=$1 data=$2 run=$3
 shift 3
 
-# The first start makes the run, every later one goes on with it.
+# The first job starts the run, later ones resume it.
 resume=()
 [ ! -e "$run/config.json" ] || resume=(--resume)
 
-# srun sends SLURM's signal to every process it starts: torchrun's workers hear it themselves.
+# srun sends SLURM's signal to every process it starts, so torchrun's workers receive it.
 exec srun torchrun --standalone --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --no-python \
     mvssl-train "$recipe" --data "$data" --out "$run" ${resume[@]+"${resume[@]}"} "$@"

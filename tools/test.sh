@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# The whole suite with one command: installs, then lint, format, types, tests, and the Triton kernels interpreted.
+# Runs all checks with one command: installation, lint, format, types, tests, and the interpreted Triton kernels.
 #
 #   tools/test.sh                        # everything
+#   tools/test.sh -m "not slow"          # the fast lane, without tests of more than ten seconds and without the kernels
 #   tools/test.sh tests/tools -k demo    # arguments go to pytest
 #
-# Needs python3 (3.11 or newer) only; see setup_env.sh. Tests that need CUDA or FFCV skip themselves without it, and say
-# so; FFCV is installed where that is possible (see install_ffcv.sh).
+# Needs only python3 (3.11 or newer); see setup_env.sh. Tests that need CUDA or FFCV skip themselves with a reason; FFCV
+# is installed if possible (see install_ffcv.sh).
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 setup_env test
 ensure_compiler
-# With FFCV, where it can be had: then the tests that read and write .beton files with it run too.
-timeout 900 "$ROOT/tools/install_ffcv.sh" </dev/null || say "Note: without FFCV its own tests are skipped."
+# For the tests that read and write .beton files with FFCV.
+timeout 900 "$ROOT/tools/install_ffcv.sh" </dev/null || say "Note: without FFCV its tests are skipped."
 cd "$ROOT"
 
 failed=()
@@ -26,8 +27,8 @@ section() {
     times="${times:+$times, }$name $((SECONDS - start)) s"
 }
 
-# One process a core and one thread each: small tensors gain nothing from more threads. A file stays in one process, so
-# its module fixtures are made once.
+# One process per core with one thread each: small tensors gain nothing from more threads. All tests of a file run in one
+# process, so its module fixtures are created once.
 run_tests() {
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MPLBACKEND=Agg \
         "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
@@ -37,7 +38,7 @@ section "lint" "$PYTHON" -m ruff check .
 section "format" "$PYTHON" -m ruff format --check .
 section "types" "$PYTHON" -m mypy
 section "tests" run_tests "$@"
-if [ $# -eq 0 ]; then # Triton decides at its import whether it interprets, hence a run of its own
+if [ $# -eq 0 ]; then # a run of its own: Triton reads TRITON_INTERPRET when it is imported
     section "kernels" env TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
         "$PYTHON" -m pytest -n auto --maxprocesses 4 tests/pipelines/views/test_fused_interpreted.py tests/mvssl/models/test_batchnorm_kernels.py
 fi

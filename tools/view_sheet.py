@@ -1,6 +1,6 @@
-"""Draw a contact sheet of views: `python -m tools.view_sheet DATA OUT.png`.
+"""Renders a contact sheet of views: `python -m tools.view_sheet DATA OUT.png`.
 
-The views of any recipe: `mvssl-train RECIPE --print-config | python -m tools.view_sheet DATA OUT.png --views -`.
+For the views of a recipe: `mvssl-train RECIPE --print-config | python -m tools.view_sheet DATA OUT.png --views -`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from pipelines.views.sheet import view_sheet
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Draw each source image with its crops, and all its views, as one PNG."""
+    """Render source images with their crops, and all their views, as one PNG."""
 
     data: Annotated[Path, tyro.conf.Positional]
     """Folder of images, list of files or converted data."""
     out: Annotated[Path, tyro.conf.Positional]
-    """The picture to write."""
+    """PNG file to write."""
     num_images: int = 6
     """Rows of the sheet."""
     seed: int = 0
-    """Chooses the images and everything drawn for them."""
+    """Selects the images and their augmentation parameters."""
     epoch: int = 0
-    """Epoch whose views are drawn."""
+    """Epoch of the augmentation parameters."""
     size: int = 224
     """Side of the global and cutout views in pixels."""
     local_size: int = 96
@@ -47,16 +47,16 @@ class Options:
     blur_kernel: int = 23
     """Taps of the blur."""
     views: Path | None = None
-    """JSON with a recipe's views, as `mvssl-train RECIPE --print-config` writes it, in place of the paper's; - reads it
-    from standard input. The sizes and numbers of views above have no effect then."""
+    """JSON with a recipe's views, as written by `mvssl-train RECIPE --print-config`; - reads standard input. Replaces
+    the paper's views and the options for them above."""
 
 
 def run(options: Options) -> None:
     """Write the sheet.
 
     Raises:
-        InputError: the data cannot be used, there are fewer images than rows, or none of the chosen can be decoded.
-        OSError: the picture cannot be written.
+        InputError: the data cannot be used, has fewer images than rows, or no selected image can be decoded.
+        OSError: the file cannot be written.
     """
     specs = _specs(options)
     source = open_source(options.data)
@@ -69,7 +69,7 @@ def run(options: Options) -> None:
     decoder = make_decoder("pillow", device="cpu", batch_size=options.num_images, threads=1)
     decoded = decoder([source.read(int(i)) for i in index])
     for position, reason in decoded.failures.items():
-        print(f"left out {source.key(int(index[position]))}: {reason}", file=sys.stderr)
+        print(f"skipping {source.key(int(index[position]))}: {reason}", file=sys.stderr)
     good = [int(i) for position, i in enumerate(index) if position not in decoded.failures]
     if not good:
         raise InputError(f"None of the {len(index)} chosen images of {options.data} can be decoded: try another seed.")
@@ -81,7 +81,6 @@ def run(options: Options) -> None:
 
 
 def _specs(options: Options) -> tuple[ViewSpec, ...]:
-    """The views that are asked for."""
     if options.views is not None:
         return _read_views(options.views)
     return paper_views(
@@ -97,7 +96,7 @@ def _read_views(path: Path) -> tuple[ViewSpec, ...]:
     """The views in a recipe's JSON.
 
     Raises:
-        InputError: the file cannot be read, or holds no views or wrong ones.
+        InputError: the file cannot be read, or holds no valid views.
     """
     remedy = "write it with mvssl-train RECIPE --print-config"
     try:
@@ -121,10 +120,5 @@ def _read_views(path: Path) -> tuple[ViewSpec, ...]:
     return tuple(specs)
 
 
-def main() -> None:
-    """Command line."""
-    run_cli(lambda: run(tyro.cli(Options, prog="python -m tools.view_sheet")))
-
-
 if __name__ == "__main__":
-    main()
+    run_cli(lambda: run(tyro.cli(Options, prog="python -m tools.view_sheet")))

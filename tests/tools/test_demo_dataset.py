@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines.runtime import InputError
-from tools.demo_images import CLASSES, SHAPES, TEXTURES, class_name, draw_image, gauge, wave
+from tools.demo_images import CLASSES, SHAPES, TEXTURES, class_name, render_image, shape_distance, texture_field
 from tools.make_demo_dataset import DemoDataset, make_demo_dataset
 
 PER_CLASS = 60
@@ -25,7 +25,7 @@ def digest(folder: Path) -> dict[str, str]:
 def drawn() -> tuple[list[np.ndarray], np.ndarray]:
     """Pictures and their labels, PER_CLASS of every class."""
     labels = np.arange(PER_CLASS * len(CLASSES)) % len(CLASSES)
-    return [draw_image(int(kind), np.random.default_rng([7, i])) for i, kind in enumerate(labels)], labels
+    return [render_image(int(kind), np.random.default_rng([7, i])) for i, kind in enumerate(labels)], labels
 
 
 def test_folder_holds_balanced_readable_jpegs_of_many_sizes(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_shapes_cover_the_same_area(shape: str) -> None:
     """Counted on a fine grid: pi, so that the area tells nothing."""
     side = np.linspace(-3, 3, 1201, dtype=np.float32)
     u, v = np.meshgrid(side, side)
-    inside = gauge(shape, u, v) < 1
+    inside = shape_distance(shape, u, v) < 1
     assert not inside[0].any()
     assert not inside[:, 0].any()
     assert inside.sum() * (6 / 1200) ** 2 == pytest.approx(np.pi, rel=0.01)
@@ -100,14 +100,14 @@ def test_shapes_cover_the_same_area(shape: str) -> None:
 def test_textures_are_periodic_with_period_one(texture: str) -> None:
     """Along the axis the field returns after one period, or, for the dots' lattice, after two."""
     u = np.linspace(0, 2, 101, dtype=np.float32)
-    now, later = wave(texture, u, 0 * u), wave(texture, u + 2, 0 * u)
+    now, later = texture_field(texture, u, 0 * u), texture_field(texture, u + 2, 0 * u)
     np.testing.assert_allclose(now, later, atol=1e-4)
     assert np.ptp(now) > 1
 
 
 def test_rays_change_along_circles_alone() -> None:
     angle = np.linspace(0, 2 * np.pi, 100, dtype=np.float32)
-    near, far = (wave("rayed", radius * np.cos(angle), radius * np.sin(angle)) for radius in (1, 3))
+    near, far = (texture_field("rayed", radius * np.cos(angle), radius * np.sin(angle)) for radius in (1, 3))
     np.testing.assert_allclose(near, far, atol=1e-4)
     assert np.count_nonzero(np.diff(np.sign(near))) == 16  # eight rays and eight gaps
 
