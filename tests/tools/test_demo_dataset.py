@@ -1,4 +1,4 @@
-"""The drawn data set: readable, varied, balanced, the same from the same seed, and colours say nothing of the class."""
+"""The synthetic data set: readable, varied, balanced, reproducible, and not separable by colour."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def drawn() -> tuple[list[np.ndarray], np.ndarray]:
-    """Pictures and their labels, PER_CLASS of every class."""
+def rendered() -> tuple[list[np.ndarray], np.ndarray]:
+    """Images and their labels, PER_CLASS of every class."""
     labels = np.arange(PER_CLASS * len(CLASSES)) % len(CLASSES)
     return [render_image(int(kind), np.random.default_rng([7, i])) for i, kind in enumerate(labels)], labels
 
@@ -37,12 +37,12 @@ def test_folder_holds_balanced_readable_jpegs_of_many_sizes(tmp_path: Path) -> N
         assert sorted((tmp_path / "d" / split).iterdir()) == sorted(folders)
         assert [len(list(folder.glob("*.jpg"))) for folder in folders] == expected
         for path in (tmp_path / "d" / split).rglob("*.jpg"):
-            with Image.open(path) as picture:
-                picture.load()
-                assert (picture.format, picture.mode) == ("JPEG", "RGB")
-                assert 80 <= max(picture.size) <= 200
-                assert 0.73 <= picture.width / picture.height <= 1.37  # 3/4 to 4/3 with rounding to whole pixels
-                sizes.add(picture.size)
+            with Image.open(path) as image:
+                image.load()
+                assert (image.format, image.mode) == ("JPEG", "RGB")
+                assert 80 <= max(image.size) <= 200
+                assert 0.73 <= image.width / image.height <= 1.37  # 3/4 to 4/3 with rounding to whole pixels
+                sizes.add(image.size)
     assert len(sizes) > 30
 
 
@@ -53,11 +53,11 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
     assert first == again
     assert first.keys() == other.keys()
     assert not set(first.values()) & set(other.values())
-    assert len(set(first.values())) == len(first), "no picture occurs twice, within or across the splits"
+    assert len(set(first.values())) == len(first), "no image occurs twice, within or across the splits"
     assert first.items() <= longer.items(), "a larger data set begins with the smaller one"
 
 
-def test_drawing_again_replaces_the_data_set_and_nothing_else(tmp_path: Path) -> None:
+def test_running_again_replaces_the_data_set_and_nothing_else(tmp_path: Path) -> None:
     make_demo_dataset(DemoDataset(out=tmp_path / "d", num_train=18, num_val=9))
     make_demo_dataset(DemoDataset(out=tmp_path / "d", num_train=4, num_val=4, classes=4))
     assert len(list((tmp_path / "d").rglob("*.jpg"))) == 8
@@ -72,7 +72,7 @@ def test_drawing_again_replaces_the_data_set_and_nothing_else(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("field", "value"), [("classes", 1), ("classes", 9), ("num_train", 7), ("num_val", 0), ("seed", -1)]
 )
-def test_impossible_numbers_are_refused(field: str, value: int, tmp_path: Path) -> None:
+def test_invalid_numbers_are_refused(field: str, value: int, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=field):
         DemoDataset(out=tmp_path, **{field: value})
 
@@ -87,7 +87,7 @@ def test_first_classes_never_differ_in_shape_alone_or_texture_alone(count: int) 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_cover_the_same_area(shape: str) -> None:
-    """Counted on a fine grid: pi, so that the area tells nothing."""
+    """Measured on a fine grid: pi, so that the area does not give away the class."""
     side = np.linspace(-3, 3, 1201, dtype=np.float32)
     u, v = np.meshgrid(side, side)
     inside = shape_distance(shape, u, v) < 1
@@ -98,30 +98,30 @@ def test_shapes_cover_the_same_area(shape: str) -> None:
 
 @pytest.mark.parametrize("texture", [name for name in TEXTURES if name != "rayed"])
 def test_textures_are_periodic_with_period_one(texture: str) -> None:
-    """Along the axis the field returns after one period, or, for the dots' lattice, after two."""
+    """Along the axis the field repeats after one period, or after two for the lattice of dots."""
     u = np.linspace(0, 2, 101, dtype=np.float32)
     now, later = texture_field(texture, u, 0 * u), texture_field(texture, u + 2, 0 * u)
     np.testing.assert_allclose(now, later, atol=1e-4)
     assert np.ptp(now) > 1
 
 
-def test_rays_change_along_circles_alone() -> None:
+def test_rays_vary_only_along_circles() -> None:
     angle = np.linspace(0, 2 * np.pi, 100, dtype=np.float32)
     near, far = (texture_field("rayed", radius * np.cos(angle), radius * np.sin(angle)) for radius in (1, 3))
     np.testing.assert_allclose(near, far, atol=1e-4)
     assert np.count_nonzero(np.diff(np.sign(near))) == 16  # eight rays and eight gaps
 
 
-def colour_features(picture: np.ndarray) -> np.ndarray:
+def colour_features(image: np.ndarray) -> np.ndarray:
     """Mean, standard deviation and an 8-bin histogram of each channel and of the luminance: [4 * 10]."""
-    channels = np.concatenate([picture.reshape(-1, 3), picture.mean(axis=2).reshape(-1, 1)], axis=1) / 255.0
+    channels = np.concatenate([image.reshape(-1, 3), image.mean(axis=2).reshape(-1, 1)], axis=1) / 255.0
     histogram = [np.histogram(channel, bins=8, range=(0, 1))[0] / len(channel) for channel in channels.T]
     return np.concatenate([channels.mean(axis=0), channels.std(axis=0), *histogram])
 
 
-def colour_accuracy(pictures: list[np.ndarray], labels: np.ndarray, columns: slice) -> float:
+def colour_accuracy(images: list[np.ndarray], labels: np.ndarray, columns: slice) -> float:
     """Leave-one-out accuracy of the nearest neighbour in standardised colour features."""
-    features = np.stack([colour_features(picture)[columns] for picture in pictures])  # [N, 40 or fewer]
+    features = np.stack([colour_features(image)[columns] for image in images])  # [N, 40 or fewer]
     features = (features - features.mean(axis=0)) / features.std(axis=0)
     squares = (features**2).sum(axis=1)
     distance = squares[:, None] + squares[None, :] - 2 * features @ features.T
@@ -130,12 +130,14 @@ def colour_accuracy(pictures: list[np.ndarray], labels: np.ndarray, columns: sli
 
 
 @pytest.mark.parametrize("columns", [slice(0, 4), slice(None)], ids=["mean", "histogram"])
-def test_nearest_neighbours_in_colour_are_at_chance(drawn: tuple[list[np.ndarray], np.ndarray], columns: slice) -> None:
-    """At most 3 standard deviations above what guessing gets; a tint of 30/255 by class is far above."""
-    pictures, labels = drawn
+def test_nearest_neighbours_in_colour_are_at_chance(
+    rendered: tuple[list[np.ndarray], np.ndarray], columns: slice
+) -> None:
+    """At most 3 standard deviations above chance; a tint of 30/255 per class is far above."""
+    images, labels = rendered
     assert (np.bincount(labels) == PER_CLASS).all()
     chance = 1 / len(CLASSES)
     bound = chance + 3 * np.sqrt(chance * (1 - chance) / len(labels))
-    tinted = [np.clip(p + 30.0 * (kind % 3 - 1), 0, 255) for p, kind in zip(pictures, labels, strict=True)]
-    assert colour_accuracy(tinted, labels, columns) > bound, "the measure sees colour"
-    assert colour_accuracy(pictures, labels, columns) < bound
+    tinted = [np.clip(p + 30.0 * (kind % 3 - 1), 0, 255) for p, kind in zip(images, labels, strict=True)]
+    assert colour_accuracy(tinted, labels, columns) > bound, "the measure detects colour"
+    assert colour_accuracy(images, labels, columns) < bound

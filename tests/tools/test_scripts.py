@@ -1,4 +1,4 @@
-"""The shell scripts, run on a copy of the tree with a stand-in for the environment, so that nothing is installed."""
+"""The shell scripts, run on a copy of the repository with a fake environment, so that nothing is installed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tools.demo_summary import FILES, summary
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASH = shutil.which("bash") or "/bin/bash"
-# What the scripts may count on: coreutils, sed and nothing of Python.
+# All that the scripts may use: coreutils and sed.
 COMMANDS = ["bash", "cat", "cp", "cut", "dirname", "env", "id", "ls", "mkdir", "mktemp", "rm", "sed", "sleep", "tail"]
 COMMANDS += ["timeout", "touch"]
 
-# Stands in for ENV/bin/python: notes its arguments, does as the files beside it say, else is the real interpreter.
-STAND_IN = """#!{bash}
+# A fake ENV/bin/python: records its arguments, exits as the files beside it say, else runs the real interpreter.
+FAKE_PYTHON = """#!{bash}
 here="$(dirname "$0")"
 printf '%s\\n' "$*" >>"$here/calls"
 case "$*" in
@@ -29,7 +29,7 @@ case "$*" in
     "-") exit "$(cat "$here/ffcv-exit" 2>/dev/null || echo 0)" ;;
     *"import torch"*) exit 0 ;;
     *"import ffcv"*) exit 0 ;;
-    *"-m pip install"*) echo "the last words of pip"; exit "$(cat "$here/pip-exit" 2>/dev/null || echo 0)" ;;
+    *"-m pip install"*) echo "the last line of pip"; exit "$(cat "$here/pip-exit" 2>/dev/null || echo 0)" ;;
     *"-m ruff check"*) exit 0 ;;
     *"-m ruff format"*) exit 0 ;;
     *"-m mypy"*) exit "$(cat "$here/mypy-exit" 2>/dev/null || echo 0)" ;;
@@ -43,7 +43,7 @@ exec {python} "$@"
 
 
 class Tree:
-    """A copy of the scripts in a folder with a space, beside a stand-in environment and a bare PATH."""
+    """A copy of the scripts in a folder with a space, a fake environment and a minimal PATH."""
 
     def __init__(self, base: Path) -> None:
         self.root = base / "my repo"
@@ -60,7 +60,7 @@ class Tree:
             found = shutil.which(command)
             assert found is not None, command
             (self.bare / command).symlink_to(found)
-        self.script(self.env / "bin" / "python", STAND_IN.format(bash=BASH, python=f"'{sys.executable}'"))
+        self.script(self.env / "bin" / "python", FAKE_PYTHON.format(bash=BASH, python=f"'{sys.executable}'"))
 
     @staticmethod
     def script(path: Path, text: str) -> None:
@@ -120,7 +120,7 @@ def test_setup_installs_once_and_again_after_a_change(tree: Tree) -> None:
     assert tree.setup(tree.env).returncode == 0
     assert len(tree.calls("-m pip install")) == 1, "nothing has changed"
     assert tree.setup(tree.env, extras="").returncode == 0
-    assert tree.calls("-m pip install")[1].endswith(f"-e {tree.root}"), "other extras are another installation"
+    assert tree.calls("-m pip install")[1].endswith(f"-e {tree.root}"), "other extras are a separate installation"
     with (tree.root / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
     assert tree.setup(tree.env).returncode == 0
@@ -131,7 +131,7 @@ def test_failed_installation_is_shown_and_tried_again(tree: Tree) -> None:
     tree.say("pip-exit", 7)
     failed = tree.setup(tree.env)
     assert failed.returncode == 1
-    assert "the last words of pip" in failed.stderr
+    assert "the last line of pip" in failed.stderr
     assert "error: the installation failed" in failed.stderr
     tree.say("pip-exit", 0)
     assert tree.setup(tree.env).returncode == 0
@@ -160,7 +160,7 @@ def test_missing_python_is_said(tree: Tree) -> None:
 
 
 def test_python_without_venv_says_what_to_install(tree: Tree) -> None:
-    """Bare Debian: python3 is there, ensurepip is not; and here no apt-get, uv or virtualenv helps."""
+    """Bare Debian: python3 without ensurepip; and no apt-get, uv or virtualenv."""
     shutil.copy(tree.env / "bin" / "python", tree.bare / "python3")
     (tree.bare / "ensurepip-exit").write_text("1")
     result = tree.setup(None)
@@ -169,7 +169,7 @@ def test_python_without_venv_says_what_to_install(tree: Tree) -> None:
     assert f"apt-get install python{version}-venv" in result.stderr
 
 
-def test_environment_is_made_once_where_none_is_active(tree: Tree) -> None:
+def test_environment_is_created_once_if_none_is_active(tree: Tree) -> None:
     shutil.copy(tree.env / "bin" / "python", tree.bare / "python3")
     for _ in range(2):
         result = tree.setup(None)
@@ -179,22 +179,24 @@ def test_environment_is_made_once_where_none_is_active(tree: Tree) -> None:
     assert calls.count(f"-m venv --clear {tree.root}/.venv") == 1
 
 
-def test_suite_passes_arguments_and_ends_with_the_summary(tree: Tree) -> None:
-    result = tree.run("tools/test.sh", "-k", "two words")
+@pytest.mark.parametrize("arguments", [("-k", "two words"), ("-m", "not slow")])
+def test_suite_passes_arguments_and_ends_with_a_summary(tree: Tree, arguments: tuple[str, str]) -> None:
+    result = tree.run("tools/test.sh", *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert tree.calls("-m pytest")[0].endswith("-k two words")
+    (call,) = tree.calls("-m pytest")  # without the kernels
+    assert call.endswith(" ".join(arguments))
     assert "== 3 passed in 0.01s ==" in result.stdout.splitlines()[-3:]
     assert result.stdout.splitlines()[-1].startswith("All passed in ")
 
 
-def test_ffcv_that_is_there_is_not_installed_again(tree: Tree) -> None:
+def test_ffcv_is_not_installed_twice(tree: Tree) -> None:
     result = tree.run("tools/install_ffcv.sh")
     assert (result.returncode, result.stdout) == (0, f"FFCV is installed in {tree.env}.\n")
     assert not tree.calls("-m pip install")
 
 
-def test_what_ffcv_lacks_is_said_with_the_commands_and_the_suite_goes_on(tree: Tree) -> None:
-    """Neither libraries nor apt-get are on this PATH."""
+def test_missing_packages_of_ffcv_are_named_with_the_commands_and_the_suite_continues(tree: Tree) -> None:
+    """This PATH has neither the libraries nor apt-get."""
     tree.say("ffcv-exit", 1)
     alone = tree.run("tools/install_ffcv.sh")
     assert alone.returncode == 1
@@ -206,7 +208,7 @@ def test_what_ffcv_lacks_is_said_with_the_commands_and_the_suite_goes_on(tree: T
     assert "Note: without FFCV its tests are skipped" in suite.stdout
 
 
-def test_ffcv_is_compiled_where_everything_is_there(tree: Tree) -> None:
+def test_ffcv_is_compiled_if_its_requirements_are_installed(tree: Tree) -> None:
     tree.say("ffcv-exit", 1)
     for command in ("g++", "pkg-config"):
         tree.script(tree.bare / command, f"#!{BASH}\nexit 0\n")
@@ -219,7 +221,7 @@ def test_ffcv_is_compiled_where_everything_is_there(tree: Tree) -> None:
     tree.say("pip-exit", 1)
     failed = tree.run("tools/install_ffcv.sh")
     assert failed.returncode == 1
-    assert "the last words of pip" in failed.stdout
+    assert "the last line of pip" in failed.stdout
     assert "FFCV is not installed: pip failed" in failed.stdout
 
 
@@ -240,12 +242,12 @@ def test_ci_calls_the_suite_and_returns_its_code(tree: Tree, code: int) -> None:
 
 
 def knn_result(top1: float) -> str:
-    """What mvssl-eval knn writes, as far as the summary reads it."""
+    """The part of mvssl-eval knn's result that the summary reads."""
     return json.dumps({"results": {"settings": [{"k": 20, "top1": top1}]}})
 
 
-def test_demo_goes_all_the_way_and_stops_at_a_step_that_fails(tree: Tree) -> None:
-    """The commands leave what the real ones leave."""
+def test_demo_runs_all_steps_and_stops_at_a_failed_one(tree: Tree) -> None:
+    """With fake commands that create the files of the real ones."""
     bin_ = tree.env / "bin"
     make = 'mkdir -p "$5"; touch "$5/report.html" "$5/views.png" "$5/losses.png" "$5/metrics.jsonl"'
     tree.script(bin_ / "mvssl-convert", f'#!{BASH}\nmkdir -p "$2"\n')
@@ -268,7 +270,9 @@ def test_demo_goes_all_the_way_and_stops_at_a_step_that_fails(tree: Tree) -> Non
     again = tree.run("tools/demo.sh", "--out", "some where")
     assert again.returncode == 1
     assert 'the demo stopped at "3/6 Pre-train multi-task BYOL"' in again.stderr
-    assert not (out / "backbone.safetensors").exists(), "the earlier demo's result would pass for this one's"
+    assert not (out / "backbone.safetensors").exists(), (
+        "a result of the earlier demo would be taken for one of this demo"
+    )
 
 
 @pytest.mark.parametrize(
@@ -285,7 +289,7 @@ def test_demo_refuses_wrong_arguments(tree: Tree, arguments: list[str], message:
     assert message in result.stderr
 
 
-def test_demo_leaves_other_peoples_folders_alone(tree: Tree) -> None:
+def test_demo_does_not_touch_other_folders(tree: Tree) -> None:
     mine = tree.elsewhere / "photos" / "images"
     mine.mkdir(parents=True)
     (mine / "beach.jpg").write_bytes(b"precious")
@@ -295,7 +299,7 @@ def test_demo_leaves_other_peoples_folders_alone(tree: Tree) -> None:
     assert (mine / "beach.jpg").read_bytes() == b"precious"
 
 
-def test_summary_names_what_is_missing(tmp_path: Path) -> None:
+def test_summary_names_missing_files(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     with pytest.raises(InputError, match=r"lacks shards, run/report\.html, run/views\.png"):
         summary(tmp_path)

@@ -1,12 +1,14 @@
-"""Shards as a source: the right bytes, and no wrong ones."""
+"""Shards as a source: the right bytes, every damage named, and more shards than open files."""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import tarfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from pipelines.storage.shards import ShardSource
 from tools.convert import Convert, convert
 
 COUNT = 30
+MANY = 40  # shards of one image each
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_sizes_are_those_of_the_upright_image(folder: Path, converted: Path) -> 
         assert by_key[f"class{number % 3}/im_{number:02d}"] == expected
 
 
-def test_what_was_read_outlives_close(converted: Path, folder: Path) -> None:
+def test_arrays_outlive_close(converted: Path, folder: Path) -> None:
     source = open_source(converted)
     data = source.read(3)
     assert not data.flags.writeable
@@ -162,7 +165,7 @@ def test_damage_is_named_at_open(shards: Path, name: str, damage: object) -> Non
 
 
 def test_index_of_other_shards(shards: Path) -> None:
-    """A whole index with right types that is not the one of these shards."""
+    """A valid index that does not belong to these shards."""
     rows = np.load(shards / "index.npy")
     rows["offset"][3] += 1
     np.save(shards / "index.npy", rows)
@@ -171,7 +174,7 @@ def test_index_of_other_shards(shards: Path) -> None:
 
 
 def test_shards_of_the_same_size_swapped(shards: Path) -> None:
-    """Two real shards, padded to one size, exchanged."""
+    """Two real shards, padded to the same size."""
     first, second = shards / "shard-000000.tar", shards / "shard-000001.tar"
     manifest = json.loads((shards / "manifest.json").read_text())
     largest = max(first.stat().st_size, second.stat().st_size)
@@ -198,7 +201,7 @@ def test_verify_finds_one_wrong_byte(shards: Path) -> None:
         byte = file.read(1)[0]
         file.seek(6000)
         file.write(bytes([byte ^ 1]))
-    open_source(shards)  # not seen by a look at the head
+    open_source(shards)  # opening reads only the head
     with pytest.raises(InputError, match=r"shard-000002.tar does not have the checksum"):
         source.verify()
 
@@ -219,7 +222,7 @@ def test_shard_cut_or_replaced_while_in_use(shards: Path) -> None:
     first = shards / "shard-000000.tar"
     source.read(0)
     (shards / "new").write_bytes(b"other")
-    (shards / "new").replace(first)  # the open file is still the old one
+    (shards / "new").replace(first)  # the old file is still open
     assert source.read(0).tobytes() == expected
     source.close()
     with pytest.raises(InputError, match=r"shard-000000.tar has 5 bytes"):
@@ -235,7 +238,7 @@ def test_shard_cut_or_replaced_while_in_use(shards: Path) -> None:
         ({"count": "many"}, "is damaged"),
     ],
 )
-def test_other_manifests(shards: Path, change: dict[str, object], message: str) -> None:
+def test_invalid_manifests(shards: Path, change: dict[str, object], message: str) -> None:
     path = shards / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=message):
@@ -253,3 +256,52 @@ def test_unfinished_conversion(shards: Path) -> None:
     (shards / ".convert").mkdir()
     with pytest.raises(InputError, match=r"not finished .*run the same mvssl-convert command again"):
         open_source(shards)
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("many")
+    (root / "src").mkdir()
+    for number in range(MANY):
+        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(root / "src" / f"{number:02d}.png")
+    convert(Convert(src=root / "src", dst=root / "d", shard_size=1e-6))
+    return root / "d"
+
+
+@pytest.fixture
+def few_files() -> Iterator[int]:
+    """Lowers the soft limit to 20 more files than now; yields it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 20, hard))
+    yield lowest_free + 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_shards_than_the_soft_limit(many_shards: Path, few_files: int) -> None:
+    source = open_source(many_shards)
+    read = [source.read(i) for i in range(MANY)]  # opens every shard
+    source.close()
+    for number, data in enumerate(read):
+        assert data.tobytes() == (many_shards.parent / "src" / f"{number:02d}.png").read_bytes()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > few_files
+
+
+def test_sufficient_limit_is_not_changed(many_shards: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[0] < 1024:
+        pytest.skip("the soft limit here is below the usual 1024")
+    source = open_source(many_shards)
+    for i in range(MANY):
+        source.read(i)
+    source.close()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
+
+
+def test_more_shards_than_the_hard_limit(many_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 256 + MANY - 1))
+    with pytest.raises(InputError, match=r"has 40 shards but .* only 39 of them open: raise .* larger --shard-size"):
+        open_source(many_shards)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 256 + MANY))
+    assert len(open_source(many_shards)) == MANY

@@ -1,4 +1,4 @@
-"""What conversion does with good, odd and bad images."""
+"""Good, unusual and bad images in a conversion; names of tar members; sizes of shards."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def with_scan_cut_in_the_middle() -> bytes:
 
 
 def with_thumbnail_and_cut() -> bytes:
-    """The end marker of the thumbnail in the EXIF block must not pass for the image's own."""
+    """The EXIF thumbnail's end marker must not count as that of the image."""
     exif = b"Exif\x00\x00" + encode(Image.new("RGB", (8, 8)))
     segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
     return (GOOD[:2] + segment + GOOD[2:])[:-2]
@@ -66,7 +66,7 @@ BAD = {
 
 @pytest.fixture
 def converted(tmp_path: Path) -> Callable[..., ShardSource]:
-    """Convert named bytes and open the result."""
+    """Convert files and open the result."""
 
     def call(files: dict[str, bytes], **options: object) -> ShardSource:
         for name, content in files.items():
@@ -95,14 +95,14 @@ def test_bad_images_are_left_out_and_listed(converted: Callable[..., ShardSource
     for name, (_, reason) in BAD.items():
         assert reason in listed[f"{name[0]}/{name}"]
         assert listed[f"{name[0]}/{name}"]
-    assert source.classes == ("e", "g", "h", "n", "t", "z")  # numbering does not depend on what is bad
+    assert source.classes == ("e", "g", "h", "n", "t", "z")  # labels do not depend on bad images
     assert source.labels.tolist() == [1, 5]
     manifest = json.loads((tmp_path / "dst" / "manifest.json").read_text())
     assert (manifest["count"], manifest["quarantined"]) == (2, len(BAD))
 
 
-def test_jpeg_that_lacks_only_its_end(converted: Callable[..., ShardSource], tmp_path: Path) -> None:
-    """Pillow decodes about one in ten of these without complaint; other decoders do not."""
+def test_jpeg_that_lacks_only_its_end_marker(converted: Callable[..., ShardSource], tmp_path: Path) -> None:
+    """Pillow decodes about one in ten of these without an error; other decoders do not."""
     cut = (encode(Image.fromarray(noise(50, 40, seed=seed)))[:-2] for seed in range(200))
     accepted = next(data for data in cut if not isinstance(decode_one(np.frombuffer(data, np.uint8)), str))
     assert len(converted({"cut.jpg": accepted, "good.jpg": GOOD})) == 1
@@ -131,7 +131,7 @@ def test_broken_link_is_listed(converted: Callable[..., ShardSource], tmp_path: 
 def test_only_bad_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "a.jpg").touch()
-    for _ in range(2):  # also when it is tried again
+    for _ in range(2):  # also on the second attempt
         with pytest.raises(SystemExit) as leaving:
             main([str(tmp_path / "src"), str(tmp_path / "dst")])
         assert leaving.value.code == 1
@@ -210,10 +210,10 @@ def test_max_size_of_odd_encodings(converted: Callable[..., ShardSource], tmp_pa
         assert 90 < np.asarray(deep).mean() < 165  # 16 bits scaled, not clipped to white
 
 
-def test_warnings_of_the_decoder_are_listed_but_the_image_is_kept(
+def test_images_with_decoder_warnings_are_listed_and_stored(
     converted: Callable[..., ShardSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 50 - 1)  # Pillow warns of images above this
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 50 - 1)  # Pillow warns about larger images
     source = converted({"large.jpg": GOOD, "small.jpg": ODD["gray.jpg"]})
     assert len(source) == 2
     (item,) = lines(tmp_path / "dst" / "warnings.jsonl")

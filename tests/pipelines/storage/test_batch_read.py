@@ -1,4 +1,4 @@
-"""Many images read in one C call: the bytes that Python reads, or a word to read one by itself."""
+"""Reading files, alone and in batches: the right bytes, or None or an error where they are missing."""
 
 from __future__ import annotations
 
@@ -6,23 +6,34 @@ import os
 import random
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from benchmarks.measuring.page_cache import cached_share, drop
 from pipelines import c_library
 from pipelines.c_library import load_library
 from pipelines.storage import batch_read, open_source
-from pipelines.storage.batch_read import READERS, advise_files, read_files, read_ranges
+from pipelines.storage.batch_read import (
+    READERS,
+    RandomAccessFile,
+    advise_files,
+    merge_ranges,
+    read_files,
+    read_ranges,
+)
 from pipelines.storage.source import ReadsBatches, Source
 from tests.samples.beton_samples import make_beton, with_pixels
 from tools.convert import Convert, convert
 
+MIB = 1 << 20
 needs_compiler = pytest.mark.skipif(
-    isinstance(load_library(batch_read._SOURCE), str), reason="no C compiler: images are read one by one"
+    isinstance(load_library(batch_read._SOURCE), str), reason="no C compiler: images are read singly"
 )
 
 
@@ -36,7 +47,7 @@ def _no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 def files_in(folder: Path, *, count: int) -> tuple[list[str], list[bytes], NDArray[np.int64]]:
-    """Names, contents and sizes of files: empty ones, of one byte, larger than a page, and with odd names."""
+    """Names, contents and sizes of files: empty, of one byte, larger than a page, and with odd names."""
     rng = random.Random(0)
     folder.mkdir()
     names = [os.fsencode(folder) + (b"/%d \xff\xe9 '\n" % number) for number in range(count)]
@@ -55,12 +66,12 @@ def test_whole_files(count: int, tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_files_that_are_not_as_they_were(tmp_path: Path) -> None:
+def test_changed_files_are_none(tmp_path: Path) -> None:
     paths, contents, nbytes = files_in(tmp_path / "files", count=60)
-    nbytes[4] += 7  # it has been cut short since
+    nbytes[4] += 7  # truncated since
     nbytes[5] -= 1 if nbytes[5] else 0
     longer = next(n for n in range(6, 60) if nbytes[n])
-    nbytes[longer] -= 1  # it has grown since
+    nbytes[longer] -= 1  # grown since
     os.remove(paths[0])
     os.remove(paths[1])
     Path(paths[1]).mkdir()
@@ -100,7 +111,9 @@ def test_parts_of_open_files(headed: bool, tmp_path: Path) -> None:
     assert min(seen.values()) > 10
     for descriptor in descriptors:
         os.close(descriptor)
-    assert read_ranges(descriptors[:1], [0], np.array([10])) == [None]  # closed: an error, which reading it alone names
+    assert read_ranges(descriptors[:1], [0], np.array([10])) == [
+        None
+    ]  # a closed file: reading it singly names the error
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +129,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
 
 @needs_compiler
 @pytest.mark.parametrize("store", ["folder", "shards", "beton", "pixels"])
-def test_every_storage_gives_what_it_reads_one_by_one(store: str, stores: dict[str, Source]) -> None:
+def test_every_storage_reads_the_same_bytes_in_a_batch(store: str, stores: dict[str, Source]) -> None:
     source = stores[store]
     assert isinstance(source, ReadsBatches)
     indices = [*reversed(range(len(source))), 0, 0]
@@ -128,23 +141,23 @@ def test_every_storage_gives_what_it_reads_one_by_one(store: str, stores: dict[s
 
 
 @needs_compiler
-def test_files_are_in_memory_before_they_are_read(tmp_path: Path) -> None:
+def test_advised_files_come_into_the_page_cache(tmp_path: Path) -> None:
     paths, _, nbytes = files_in(tmp_path / "files", count=20)
     os.remove(paths[3])
     files = [Path(path) for path in paths if os.path.exists(path)]
     drop(files)
     if cached_share(files) > 0.1:
-        pytest.skip("files here lie in memory whatever one does")
+        pytest.skip("files on this disk are always in the page cache")
     assert advise_files(paths, nbytes, limit=8192)
     for _ in range(100):
         if cached_share(files) == 1:
             return
         time.sleep(0.05)
-    pytest.fail(f"only {cached_share(files):.0%} came into memory")
+    pytest.fail(f"only {cached_share(files):.0%} came into the page cache")
 
 
 @pytest.mark.usefixtures("_no_compiler")
-def test_without_a_compiler_each_is_read_by_itself(stores: dict[str, Source], tmp_path: Path) -> None:
+def test_without_a_compiler_images_are_read_singly(stores: dict[str, Source], tmp_path: Path) -> None:
     paths, _, nbytes = files_in(tmp_path / "files", count=3)
     assert read_files(paths, nbytes) == [None] * 3
     assert not advise_files(paths, nbytes, limit=1000)
@@ -152,3 +165,92 @@ def test_without_a_compiler_each_is_read_by_itself(stores: dict[str, Source], tm
         assert isinstance(source, ReadsBatches)
         assert source.read_batch(range(len(source))) == [None] * len(source)
         source.will_need(range(len(source)))  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 40)
+    return path
+
+
+def test_reads_bytes_with_a_head_and_none_beyond_the_end(path: Path) -> None:
+    file, content = RandomAccessFile(path), path.read_bytes()
+    read = file.read(offset=1000, size=300, head=b"P6\n")
+    assert read is not None
+    assert read.tobytes() == b"P6\n" + content[1000:1300]
+    assert file.read(offset=10_000, size=241) is None
+    empty = file.read(offset=5, size=0)
+    assert empty is not None
+    assert empty.size == 0
+    os.truncate(path, 1100)
+    assert file.nbytes == 1100
+    assert file.read(offset=1000, size=300) is None
+    assert read.tobytes() == b"P6\n" + content[1000:1300]  # a copy
+
+
+def test_the_file_is_closed_with_its_last_reference(path: Path) -> None:
+    file = RandomAccessFile(path)
+    descriptor = file.descriptor
+    del file
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    with pytest.raises(FileNotFoundError):
+        RandomAccessFile(path.parent / "missing")
+
+
+def test_neighbours_are_merged_up_to_a_mebibyte() -> None:
+    def found(*parts: tuple[int, int]) -> list[tuple[int, int]]:
+        offset, size = np.array(parts, dtype=np.int64).reshape(-1, 2).T
+        return list(merge_ranges(offset, size))
+
+    assert found() == []
+    assert found((5000, 1000), (0, 4000)) == [(0, 6000)]  # over a gap of 1000
+    assert found((0, 4000), (4000 + MIB, 10)) == [(0, 4000), (4000 + MIB, 4010 + MIB)]
+    assert found((10, 2 * MIB), (10 + 2 * MIB, MIB // 2)) == [
+        (10, 10 + MIB),
+        (10 + MIB, 10 + 2 * MIB),
+        (10 + 2 * MIB, 10 + 2 * MIB + MIB // 2),
+    ]
+    assert found((0, 100), (20, 30)) == [(0, 100)]  # one within the other
+
+
+def test_ranges_are_limited_to_what_the_device_reads_ahead(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    sysfs = {
+        "/sys/class/bdi/8:1/read_ahead_kb": "128",
+        "/sys/dev/block/8:1/../queue/max_sectors_kb": "256",
+        "/sys/class/bdi/8:16/read_ahead_kb": "8192",
+        "/sys/class/bdi/0:45/read_ahead_kb": "64",
+        "/sys/class/bdi/0:46/read_ahead_kb": "0",
+    }
+
+    def read_text(self: Path) -> str:
+        if str(self) not in sysfs:
+            raise FileNotFoundError(str(self))
+        return sysfs[str(self)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    batch_read.max_read_ahead.cache_clear()
+    expected = {(8, 1): 256 << 10, (8, 16): MIB, (0, 45): 64 << 10, (0, 46): 4096, (0, 47): 128 << 10}
+    assert {pair: batch_read.max_read_ahead(os.makedev(*pair)) for pair in expected} == expected
+    batch_read.max_read_ahead.cache_clear()
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _file, start, size, _what: asked.append((start, size)))
+    monkeypatch.setattr(batch_read, "max_read_ahead", lambda _device: 4096)
+    RandomAccessFile(path).will_need([0, 6000], [5000, 3000])
+    assert asked == [(0, 4096), (4096, 4096), (8192, 808)]
+
+
+@given(parts=st.lists(st.tuples(st.integers(0, 10**7), st.integers(1, 10**6)), max_size=30))
+def test_merged_ranges_cover_all_and_little_else(parts: list[tuple[int, int]]) -> None:
+    offset, size = np.array(parts, dtype=np.int64).reshape(-1, 2).T
+    found = list(merge_ranges(offset, size))
+    assert all(0 < end - start <= MIB for start, end in found)
+    assert all(a[1] <= b[0] for a, b in pairwise(found))
+    wanted, given_ = np.zeros(12 * 10**6, bool), np.zeros(12 * 10**6, bool)
+    for start, length in parts:
+        wanted[start : start + length] = True
+    for start, end in found:
+        given_[start:end] = True
+    assert (given_ | ~wanted).all()
+    assert given_.sum() - wanted.sum() <= max(0, len(parts) - 1) * 65536

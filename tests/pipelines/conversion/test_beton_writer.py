@@ -1,4 +1,4 @@
-"""mvssl-convert --format beton: what is stored, what is refused, and that it can be killed."""
+"""mvssl-convert --format beton: stored images, refusals, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def noise(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_holds_what_shards_hold_in_the_same_order(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_same_images_in_the_same_order_as_shards(run: Run, folder: Path, tmp_path: Path) -> None:
     outcome = run(folder, tmp_path / "b", *ARGUMENTS)
     assert outcome.code == 0
     assert f"{COUNT} images" in outcome.out
@@ -61,7 +61,7 @@ def test_train_and_val_and_back_to_shards(run: Run, folder: Path, tmp_path: Path
 
 
 def test_odd_images(run: Run, tmp_path: Path) -> None:
-    """Gray and rotated JPEGs pass through, CMYK and PNG become pixels, bad ones go to quarantine."""
+    """Gray and rotated JPEGs pass through, CMYK and PNG become pixels, bad images are quarantined."""
     src = tmp_path / "src"
     src.mkdir()
     image = Image.fromarray(noise(40, 60))
@@ -112,7 +112,7 @@ def test_smaller_and_encoded_again(run: Run, folder: Path, tmp_path: Path, form:
 
 
 def test_image_larger_than_a_page() -> None:
-    """Pixels that do not fit become a JPEG; a JPEG that does not fit is bad, with the remedy."""
+    """Pixels that do not fit become a JPEG; a JPEG that does not fit is bad, and the reason names the remedy."""
     log = WarningLog()
     png = io.BytesIO()
     Image.fromarray(noise(64, 64)).save(png, "PNG")
@@ -144,7 +144,7 @@ def test_pages_are_not_crossed(run: Run, tmp_path: Path) -> None:
 def test_killed_and_run_again_gives_the_same_bytes(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    """The exception stands for a kill: nothing hangs, no images.beton is there, and the rest is done later."""
+    """An exception stands for the kill: there is no images.beton, and the same command converts the rest."""
     arguments = (*ARGUMENTS, "--shard-size", 0.2)
     assert run(folder, tmp_path / "whole", *arguments).code == 0
     done = 0
@@ -175,7 +175,7 @@ def test_killed_and_run_again_gives_the_same_bytes(
     assert digests(tmp_path / "d") == digests(tmp_path / "whole")
 
 
-def test_what_the_disk_does_not_give_back_is_an_error(
+def test_corruption_on_disk_is_an_error(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = beton_writer.reads_back
@@ -205,7 +205,7 @@ def test_overwriting_the_other_format(run: Run, folder: Path, tmp_path: Path) ->
         assert len(open_source(tmp_path / "d")) == COUNT
 
 
-def test_file_of_somebody_else_is_kept(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_beton_file_of_another_program_is_kept(run: Run, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "images.beton").write_bytes(b"precious")
     for options in ((), ("--overwrite",)):
@@ -229,7 +229,7 @@ def test_wrong_arguments(run: Run, folder: Path, tmp_path: Path, arguments: tupl
     assert message in outcome.err
 
 
-def test_nothing_that_can_be_used(run: Run, tmp_path: Path) -> None:
+def test_no_usable_image(run: Run, tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "x.jpg").write_bytes(b"no image")
     outcome = run(tmp_path / "src", tmp_path / "d", *ARGUMENTS)

@@ -17,7 +17,7 @@ from pipelines.storage import open_source
 from tools.convert import Convert, convert
 
 WNIDS = ["n01440764", "n01443537", "n02105855"]
-# Image v of the val archive (file names count from 1) shows class VAL[v - 1].
+# Class of each image of the val archive, whose file names count from 1.
 VAL = ["n02105855", "n01440764", "n02105855", "n01443537"]
 
 
@@ -72,7 +72,7 @@ def test_train_archive(archives: Path, tmp_path: Path) -> None:
     assert source.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_archive_gives_the_same_as_the_unpacked_folder(archives: Path, tmp_path: Path) -> None:
+def test_archive_converts_like_the_unpacked_folder(archives: Path, tmp_path: Path) -> None:
     for key, data in TRAIN_IMAGES.items():
         path = tmp_path / "unpacked" / f"{key}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,13 +101,15 @@ def test_val_archive(archives: Path, tmp_path: Path, kind: str) -> None:
     assert contents(tmp_path / "d") == EXPECTED_VAL
 
 
-# The order of ImageNet's own ground truth is not the sorted one; lines may carry a description.
+# ImageNet's own ground truth is not in sorted order; lines may have a description.
 OWN_ORDER = ["n02105855", "n01440764", "n01443537"]
 
 
 @pytest.mark.parametrize("start", [0, 1])
 @pytest.mark.parametrize("named", [False, True])
-def test_whole_numbers_count_by_the_classes_file(archives: Path, tmp_path: Path, start: int, named: bool) -> None:
+def test_integers_count_in_the_order_of_the_classes_file(
+    archives: Path, tmp_path: Path, start: int, named: bool
+) -> None:
     numbers = [OWN_ORDER.index(wnid) + start for wnid in VAL]
     names = sorted(VAL_IMAGES)
     rows = [f"{name} {number}" if named else f"{number}" for name, number in zip(names, numbers, strict=True)]
@@ -126,7 +128,7 @@ def test_whole_numbers_count_by_the_classes_file(archives: Path, tmp_path: Path,
 
 
 def test_both_archives_agree_on_labels(archives: Path, tmp_path: Path) -> None:
-    """Val shows no image of the second class."""
+    """Val has no image of the second class."""
     labels = tmp_path / "labels.txt"
     labels.write_text("\n".join(["n02105855", "n01440764", "n02105855", "n02105855"]))
     convert(Convert(src=archives, dst=tmp_path / "d", val_labels=labels))
@@ -179,7 +181,7 @@ def test_wrong_label_files(
     assert not (tmp_path / "d").exists()
 
 
-@pytest.mark.timeout(20)  # one pass takes a tenth of a second, one pass for each line some minutes
+@pytest.mark.timeout(20)  # 0.1 s in linear time, minutes in quadratic time
 def test_long_classes_file(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("".join(f"class{n}\n" for n in range(100_000)))
     assert len(read_classes(tmp_path / "classes.txt")) == 100_000
@@ -200,7 +202,7 @@ def test_truncated_archive(archives: Path, tmp_path: Path, name: str, keep: int 
 
 
 def headers(path: Path, *, within: str = "") -> list[int]:
-    """Byte of each member's header: of the archive, or of the archive `within` it."""
+    """Offset of each member's header in the archive, or in the archive `within` it."""
     with tarfile.open(path) as archive:
         if not within:
             return [info.offset for info in archive.getmembers()]
@@ -213,7 +215,7 @@ def headers(path: Path, *, within: str = "") -> list[int]:
 @pytest.mark.parametrize(
     ("name", "within"), [("train", ""), ("train", WNIDS[0]), ("train", WNIDS[2]), ("val", "")], ids=str
 )
-def test_damaged_header_does_not_drop_what_comes_behind(
+def test_damaged_header_does_not_drop_the_rest(
     archives: Path, tmp_path: Path, name: str, within: str, member: int
 ) -> None:
     path = archives / f"ILSVRC2012_img_{name}.tar"
@@ -227,8 +229,8 @@ def test_damaged_header_does_not_drop_what_comes_behind(
         convert(Convert(src=path, dst=tmp_path / "d", val_labels=labels))
 
 
-def test_header_of_zeros_is_no_end_if_more_comes_behind(archives: Path, tmp_path: Path) -> None:
-    """A piece of a download into a file of the full size that never came."""
+def test_header_of_zeros_followed_by_data_is_not_the_end(archives: Path, tmp_path: Path) -> None:
+    """A preallocated download with a missing piece."""
     path = archives / "ILSVRC2012_img_train.tar"
     at = headers(path)[1]
     with path.open("r+b") as file:
@@ -239,7 +241,7 @@ def test_header_of_zeros_is_no_end_if_more_comes_behind(archives: Path, tmp_path
 
 
 def test_archive_filled_up_with_zeros(archives: Path, tmp_path: Path) -> None:
-    """A download into a file of the full size from the start, stopped between two members."""
+    """A preallocated download that stopped between two members."""
     path = archives / "ILSVRC2012_img_train.tar"
     at = headers(path)[2]
     os.truncate(path, at)

@@ -1,4 +1,4 @@
-"""A .beton file as a source: what it gives, and what is refused or survived when it is damaged."""
+"""A .beton file as a source: the right bytes, and every damage named."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def made(tmp_path: Path) -> tuple[Path, list[np.ndarray]]:
     return make_beton(tmp_path)
 
 
-def test_gives_the_original_bytes_from_many_threads_and_after_a_fork(made: tuple[Path, list[np.ndarray]]) -> None:
+def test_reads_the_original_bytes_in_many_threads_and_after_a_fork(made: tuple[Path, list[np.ndarray]]) -> None:
     path, encoded = made
     source = open_source(path)
     assert isinstance(source, BetonSource)
@@ -45,7 +45,7 @@ def test_gives_the_original_bytes_from_many_threads_and_after_a_fork(made: tuple
         source.read(0)[0] = 0
 
 
-def test_the_file_alone_and_its_folder_are_the_same_data(made: tuple[Path, list[np.ndarray]], tmp_path: Path) -> None:
+def test_a_moved_file_is_the_same_data_as_its_folder(made: tuple[Path, list[np.ndarray]], tmp_path: Path) -> None:
     path, _ = made
     moved = tmp_path / "elsewhere" / "ours.beton"
     moved.parent.mkdir()
@@ -87,7 +87,7 @@ def change_first_record(path: Path, field: str, value: int) -> None:
     path.write_bytes(content)
 
 
-def fill_index(path: Path) -> None:
+def damage_index(path: Path) -> None:
     content = bytearray(path.read_bytes())
     table = int(np.frombuffer(content, HEADER, count=1)["allocations"][0])
     content[table - 10] ^= 255
@@ -109,7 +109,7 @@ def fill_index(path: Path) -> None:
         (lambda path: change_first_record(path, "mode", 7), "the record of sample 0 is impossible"),
         (lambda path: change_first_record(path, "mode", 1), "the record of sample 0 is impossible"),
         (lambda path: change_first_record(path, "label", 2), "labels that are not among its 2 classes"),
-        (fill_index, "has an index with a wrong checksum"),
+        (damage_index, "has an index with a wrong checksum"),
     ],
 )
 def test_damaged_files_are_refused(
@@ -124,7 +124,7 @@ def test_damaged_files_are_refused(
 
 
 def test_no_file_cut_short_is_opened(made: tuple[Path, list[np.ndarray]]) -> None:
-    """By bytes, by whole entries of the table, by the table, into the index, into the data."""
+    """By bytes, entries of the table, the whole table, into the index, and into the data."""
     path, _ = made
     whole = path.read_bytes()
     entry = ALLOCATION.itemsize
@@ -151,7 +151,7 @@ def test_replaced_and_deleted_files_stay_readable(made: tuple[Path, list[np.ndar
         source.read(2)
 
 
-def test_file_cut_short_or_exchanged_while_open_is_named(made: tuple[Path, list[np.ndarray]], tmp_path: Path) -> None:
+def test_file_truncated_or_replaced_while_open_is_named(made: tuple[Path, list[np.ndarray]], tmp_path: Path) -> None:
     path, encoded = made
     source = open_source(path)
     assert np.array_equal(source.read(0), encoded[0])
@@ -175,7 +175,7 @@ def test_missing_file_of_a_converted_folder(made: tuple[Path, list[np.ndarray]])
 def test_jpeg_damaged_in_mid_epoch_is_named_and_replaced(
     made: tuple[Path, list[np.ndarray]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The damage is done in place, while an epoch runs."""
+    """The file is damaged in place during an epoch."""
     path, _ = made
     source = BetonSource(path)
     order = Order(num_images=COUNT, batch_size=2, seed=3)

@@ -1,4 +1,4 @@
-"""mvssl-convert: what is in DST is only touched if it is ours, by one process at a time, and can always be redone."""
+"""DST: only our own files are removed, one process writes at a time, every refusal is one sentence before any work."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pipelines.conversion import conversion
 from pipelines.conversion.destination import Destination
 from pipelines.storage import open_source
 from pipelines.storage.folder import FolderSource
@@ -28,7 +30,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("manifest", FOREIGN.values(), ids=FOREIGN)
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["plain", "overwrite"])
-def test_files_of_others_are_kept(
+def test_other_files_are_kept(
     run: Run, folder: Path, tmp_path: Path, manifest: str | bytes, overwrite: list[str]
 ) -> None:
     dst = tmp_path / "d"
@@ -45,7 +47,7 @@ def test_files_of_others_are_kept(
 
 
 @pytest.mark.parametrize("manifest", FOREIGN.values(), ids=FOREIGN)
-def test_images_beside_a_manifest_of_another_program(
+def test_images_next_to_a_manifest_of_another_program(
     run: Run, folder: Path, tmp_path: Path, manifest: str | bytes
 ) -> None:
     src = tmp_path / "src"
@@ -57,7 +59,7 @@ def test_images_beside_a_manifest_of_another_program(
     assert len(open_source(tmp_path / "d")) == 1
 
 
-def test_damaged_manifest_of_ours_is_overwritten_only_if_asked(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_our_damaged_manifest_is_overwritten_only_on_request(run: Run, folder: Path, tmp_path: Path) -> None:
     dst = tmp_path / "d"
     assert run(folder, dst).code == 0
     whole = digests(dst)
@@ -88,7 +90,7 @@ def test_killed_before_the_plan_was_written(run: Run, folder: Path, tmp_path: Pa
 def test_overwriting_can_be_killed_anywhere(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is removed when the kill comes: the folder never counts as finished, and is still ours."""
+    """After any number of removed files the folder does not count as finished, and is still ours."""
     dst = tmp_path / "d"
     command = (folder, dst, "--shard-size", 0.4)
     assert run(*command).code == 0
@@ -116,7 +118,7 @@ def test_overwriting_can_be_killed_anywhere(
 def test_process_that_finishes_while_another_begins(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second has looked at the folder and opened the lock when the first, all at once, ends."""
+    """The first process finishes after the second one has opened the lock file and before it locks it."""
     dst = tmp_path / "d"
     flock, written = fcntl.flock, []
 
@@ -133,9 +135,7 @@ def test_process_that_finishes_while_another_begins(
     assert [path.stat().st_mtime_ns for path in sorted(dst.iterdir())] == written
 
 
-def test_what_cannot_be_tidied_up_is_no_error(
-    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_clean_up_is_no_error(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rmdir = os.rmdir
 
     def busy(path: Any, **options: Any) -> None:
@@ -157,7 +157,7 @@ def test_what_cannot_be_tidied_up_is_no_error(
 def test_read_only_destination(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, exists: bool
 ) -> None:
-    """As root, which tests often run as, everything can be written: the system's answer is played."""
+    """The error is simulated, because root, which often runs the tests, can write everywhere."""
     dst = tmp_path / "d"
     if exists:
         (dst / ".convert").mkdir(parents=True)
@@ -188,8 +188,122 @@ def test_finished_conversion_in_a_read_only_folder(
     assert run(folder, tmp_path / "d").code == 0
 
     def refuse(_: Destination) -> None:
-        raise AssertionError("wrote to a folder that needs no write")
+        raise AssertionError("wrote to a finished folder")
 
     monkeypatch.setattr(Destination, "_take_lock", refuse)
     assert "already" in run(folder, tmp_path / "d").out
     assert json.loads((tmp_path / "d" / "manifest.json").read_text())["count"] == COUNT
+
+
+def test_too_small_disk_is_refused_before_any_work(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: usage)
+    outcome = run(folder, tmp_path / "d")
+    assert outcome.code == 1
+    assert "0.0 GB free but the conversion needs" in outcome.err
+    assert not list((tmp_path / "d").glob("*.tar*"))
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "file/below/deeper"])
+def test_unwritable_destination(run: Run, folder: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    outcome = run(folder, tmp_path / place)
+    assert outcome.code == 1
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1
+    assert str(tmp_path / "file") in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_destination_of_another_conversion(run: Run, folder: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "d"
+    assert run(folder, dst, "--shard-size", 0.2).code == 0
+    before = digests(dst)
+    again = run(folder, dst, "--shard-size", 0.2)
+    assert again.code == 0
+    assert "already" in again.out
+    for arguments in ((folder, dst, "--shard-size", 0.3), (folder / "a", dst, "--shard-size", 0.2)):
+        other = run(*arguments)
+        assert other.code == 1
+        assert "of another source or with other options" in other.err
+        assert digests(dst) == before
+    (dst / "notes.txt").write_text("mine")
+    assert run(folder / "a", dst, "--shard-size", 0.2, "--overwrite").code == 0
+    assert len(open_source(dst)) == COUNT // 2
+    assert (dst / "notes.txt").read_text() == "mine"
+    (dst / "notes.txt").unlink()
+    assert run(folder / "a", tmp_path / "fresh", "--shard-size", 0.2).code == 0
+    assert digests(dst) == digests(tmp_path / "fresh")
+
+
+def test_damaged_result_is_not_called_finished(run: Run, folder: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "d"
+    assert run(folder, dst).code == 0
+    os.truncate(dst / "shard-000000.tar", 1000)
+    outcome = run(folder, dst)
+    assert outcome.code == 1
+    assert "shard-000000.tar has 1000 bytes" in outcome.err
+    assert run(folder, dst, "--overwrite").code == 0
+    assert len(open_source(dst)) == COUNT
+
+
+def test_unfinished_conversion_of_another_source(run: Run, folder: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "d"
+    first = Destination(dst)
+    first.prepare({"source": "other"}, overwrite=False)
+    first.release()
+    outcome = run(folder, dst)
+    assert outcome.code == 1
+    assert "holds an unfinished conversion of another source" in outcome.err
+
+
+def test_folder_with_other_files_is_refused(run: Run, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "thesis.txt").write_text("mine")
+    for more in ([], ["--overwrite"]):
+        outcome = run(folder, tmp_path / "d", *more)
+        assert outcome.code == 1
+        assert "holds other files" in outcome.err
+
+
+def test_two_conversions_at_once(run: Run, folder: Path, tmp_path: Path) -> None:
+    first = Destination(tmp_path / "d")
+    first.prepare({"any": 1}, overwrite=False)
+    outcome = run(folder, tmp_path / "d", "--overwrite")
+    assert outcome.code == 1
+    assert "another mvssl-convert is writing" in outcome.err
+    first.release()
+    assert run(folder, tmp_path / "d", "--overwrite").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{src}", "{src}/shards"], "lies in SRC"),
+        (["{src}", "{src}"], "lies in SRC"),
+        (["{tmp}/nowhere", "{tmp}/d"], "does not exist"),
+        (["{tmp}/empty", "{tmp}/d"], "holds no images"),
+        (["{src}", "{tmp}/d", "--max-size", "0"], "--max-size is 0 but must be 1 or more"),
+        (["{src}", "{tmp}/d", "--shard-size", "-1"], "--shard-size is -1.0 but must be above 0"),
+        (["{src}", "{tmp}/d", "--shard-size", "nan"], "--shard-size is nan but must be above 0"),
+        (["{src}", "{tmp}/d", "--workers", "0"], "--workers is 0"),
+        (["{src}", "{tmp}/d", "--val-labels", "{tmp}/x"], "--val-labels is for ImageNet's val archive"),
+        (["{src}", "{tmp}/d", "--classes", "{tmp}/x"], "--classes {tmp}/x does not exist"),
+    ],
+)
+def test_wrong_arguments(run: Run, folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    names = {"src": folder, "tmp": tmp_path}
+    outcome = run(*(argument.format(**names) for argument in arguments))
+    assert outcome.code == 1
+    assert outcome.err.startswith("error: ")
+    assert message.format(**names) in outcome.err
+    assert not (tmp_path / "d").exists()
+
+
+def test_usage_errors_exit_with_2(run: Run, folder: Path, tmp_path: Path) -> None:
+    assert run(folder).code == 2
+    assert run(folder, tmp_path / "d", "--shard-size", "big").code == 2
+    assert run("--help").code == 0

@@ -1,4 +1,4 @@
-"""Files that cannot be read: each costs its image, but a source that has gone stops the conversion."""
+"""An unreadable file is quarantined; a source that is gone stops the conversion."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Failing = Callable[[int], bool]
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Failing, int], None]:
-    """Let the reading of some images fail with an error of the system."""
+    """Let some images fail to read with a system error."""
     read = FolderSource.read
 
     def install(which: Failing, number: int) -> None:
@@ -48,7 +48,7 @@ def test_unreadable_file_is_listed(
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOSPC])
-def test_failure_that_is_not_of_one_file_stops_at_once(
+def test_machine_wide_error_stops_at_once(
     run: Run, folder: Path, tmp_path: Path, failing: Callable[[Failing, int], None], number: int
 ) -> None:
     failing(lambda index: index == 20, number)
@@ -59,7 +59,7 @@ def test_failure_that_is_not_of_one_file_stops_at_once(
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO])
-def test_source_that_has_gone(
+def test_source_that_is_gone(
     run: Run,
     folder: Path,
     tmp_path: Path,
@@ -67,10 +67,10 @@ def test_source_that_has_gone(
     failing: Callable[[Failing, int], None],
     number: int,
 ) -> None:
-    """An unmounted disk leaves an empty folder: nothing of what it took away ends up as bad."""
+    """An unmounted disk leaves an empty folder; its images must not be quarantined."""
     monkeypatch.setattr(sources, "_MAX_CONSECUTIVE", 15)
     dst = tmp_path / "d"
-    command = (folder, dst, "--shard-size", 0.1)  # some shards in the row of fifteen
+    command = (folder, dst, "--shard-size", 0.1)  # several shards in the streak of fifteen
     failing(lambda index: index == 2 or index >= 21, number)
     outcome = run(*command)
     assert outcome.code == 1
@@ -85,7 +85,7 @@ def test_source_that_has_gone(
     assert len(open_source(dst)) == COUNT - 1
 
 
-def test_row_ends_with_an_image_that_can_be_read(
+def test_a_readable_image_ends_the_streak(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Callable[[Failing, int], None]
 ) -> None:
     monkeypatch.setattr(sources, "_MAX_CONSECUTIVE", 4)

@@ -1,10 +1,11 @@
-"""Folders and lists as sources."""
+"""Folders and lists as sources: indexing, labels, the cached index, odd file systems."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.runtime import InputError
-from pipelines.storage import align_labels, folder, open_source, split_paths
+from pipelines.runtime import InputError, cache_folder
+from pipelines.storage import align_labels, file_index, folder, open_source, split_paths
 from pipelines.storage.folder import cache_file
 
 
@@ -84,7 +85,7 @@ def test_images_above_the_class_folders_have_no_label(tree: Path) -> None:
     assert open_source(tree).labels.tolist() == [-1, 0, 1, 1, 2, 2]
 
 
-def test_links_are_followed_but_not_in_circles(tree: Path, tmp_path: Path) -> None:
+def test_links_are_followed_but_not_in_cycles(tree: Path, tmp_path: Path) -> None:
     image(tmp_path / "elsewhere" / "q.jpg")
     (tree / "link").symlink_to(tmp_path / "elsewhere")
     (tree / "dog" / "up").symlink_to(tree)
@@ -93,7 +94,7 @@ def test_links_are_followed_but_not_in_circles(tree: Path, tmp_path: Path) -> No
     keys = [source.key(i) for i in range(len(source))]
     assert "link/q.jpg" in keys
     assert not any(key.startswith("dog/up") for key in keys)
-    gone = keys.index("dog/gone.jpg")  # kept, so that it is named
+    gone = keys.index("dog/gone.jpg")  # stays in the index, so that reading it names it
     with pytest.raises(FileNotFoundError, match="gone"):
         source.read(gone)
 
@@ -121,7 +122,7 @@ def test_fingerprint_follows_the_data_not_the_place(tree: Path, tmp_path: Path) 
 
 
 def refuse(*_: object, **__: object) -> None:
-    raise AssertionError("indexed again although the cache is fresh")
+    raise AssertionError("indexed again despite a fresh cache")
 
 
 def add(tree: Path) -> None:
@@ -155,7 +156,7 @@ def test_cache_is_used_and_stale_one_noticed(
     assert fresh.fingerprint == folder.open_path(tree, use_cache=False).fingerprint != first.fingerprint
 
 
-def test_data_in_the_making_is_not_cached(tree: Path) -> None:
+def test_data_that_has_just_changed_is_not_cached(tree: Path) -> None:
     open_source(tree)
     assert not cache_file(tree).exists()
 
@@ -171,7 +172,7 @@ def test_damaged_cache_is_rebuilt(tree: Path, content: bytes) -> None:
 
 def test_unwritable_cache_is_no_error(tree: Path, tmp_path: Path) -> None:
     settle(tree)
-    (tmp_path / "cache").write_text("a file where the folder should be")
+    (tmp_path / "cache").write_text("a file instead of a folder")
     assert len(open_source(tree)) == 5
 
 
@@ -282,7 +283,7 @@ def test_index_is_the_same_in_another_process(tree: Path) -> None:
     assert other.stdout.strip() == open_source(tree).fingerprint
 
 
-def test_other_files_are_counted_by_their_ending(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_files_are_counted_by_extension(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tree / "dog" / "more.TXT").write_text("")
     (tree / "dog" / "README").write_text("")
     open_source(tree)
@@ -293,7 +294,7 @@ def test_other_files_are_counted_by_their_ending(tree: Path, caplog: pytest.LogC
     ("ending", "form"), [("gif", "GIF"), ("jp2", "JPEG2000"), ("j2k", "JPEG2000"), ("avif", "AVIF")]
 )
 def test_rarer_formats_are_read_as_pillow_reads_them(tmp_path: Path, ending: str, form: str) -> None:
-    """Of a GIF the first picture."""
+    """Of a GIF the first frame."""
     from PIL import features
 
     from pipelines.decode import make_decoder
@@ -312,3 +313,73 @@ def test_rarer_formats_are_read_as_pillow_reads_them(tmp_path: Path, ending: str
     decoder.close()
     assert decoded.failures == {}
     assert np.array_equal(decoded.pixels.numpy().reshape(33, 47, 3), expected)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    for name in ("cat/a.jpg", "dog/b.jpg"):
+        image(tmp_path / "pair" / name)
+    return tmp_path / "pair"
+
+
+def test_folders_of_the_file_system_hold_no_data(pair: Path) -> None:
+    for place in (pair, pair / "cat"):
+        for name in ("lost+found", "@eaDir"):
+            (place / name).mkdir()
+            Image.new("RGB", (8, 6)).save(place / name / "thumbnail.jpg")
+    source = open_source(pair)
+    assert [source.key(i) for i in range(len(source))] == ["cat/a.jpg", "dog/b.jpg"]
+    assert source.classes == ("cat", "dog")
+
+
+def test_folders_of_the_file_system_are_no_classes_beside_train(tmp_path: Path) -> None:
+    for name in ("train", "lost+found"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    assert split_paths(tmp_path) == (tmp_path / "train", None)
+
+
+def test_link_to_itself_is_named_by_reading_it(pair: Path) -> None:
+    (pair / "cat" / "self").symlink_to(pair / "cat" / "self")
+    (pair / "cat" / "self.jpg").symlink_to(pair / "cat" / "self.jpg")
+    source = open_source(pair)
+    assert [source.key(i) for i in range(len(source))] == ["cat/a.jpg", "cat/self.jpg", "dog/b.jpg"]
+    with pytest.raises(OSError, match=r"self\.jpg"):
+        source.read(1)
+
+
+def test_without_a_home_the_cache_is_temporary(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    assert cache_folder() == tmp_path / "temporary" / f"mvssl-{os.getuid()}"
+    for path in (pair, pair / "cat", pair / "dog"):
+        os.utime(path, (1e9, 1e9))
+    open_source(pair)
+    assert cache_file(pair).is_file()
+    assert cache_folder().stat().st_mode & 0o77 == 0  # for this user alone
+
+
+def test_change_while_a_list_is_indexed_makes_the_index_stale(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (pair / "list.txt").write_text("cat/a.jpg\ndog/b.jpg\n")
+    os.utime(pair / "cat", (1e9, 1e9))
+    size = file_index._file_size
+
+    def size_and_change(path: str) -> int:
+        found = size(path)
+        os.utime(pair / "cat", (2e9, 2e9))  # as if a file was added or removed
+        return found
+
+    monkeypatch.setattr(file_index, "_file_size", size_and_change)
+    index = file_index.read_list(pair / "list.txt")
+    assert dict(zip(index.watched, index.watched_mtime.tolist(), strict=True))[str(pair / "cat")] == 10**18
+
+
+@pytest.mark.parametrize("name", ["nowhere/a.jpg", "cat/a.jpg/b.jpg"])
+def test_list_of_a_file_in_a_folder_that_is_not_there(pair: Path, name: str) -> None:
+    (pair / "list.txt").write_text(f"cat/a.jpg\n{name}\n")
+    with pytest.raises(InputError, match=f"line 2: the file '{name}' does not exist"):
+        open_source(pair / "list.txt")

@@ -1,4 +1,4 @@
-"""mvssl-convert from folders and lists: the result, whatever happens on the way."""
+"""mvssl-convert from folders, lists and shards: the same bytes, also after kills, full disks and lost sources."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def test_same_bytes_for_any_number_of_workers(run: Run, folder: Path, tmp_path: 
 
 
 def test_kill_and_resume(run: Run, folder: Path, tmp_path: Path) -> None:
-    """SIGKILL in the middle; the same command then gives what an uninterrupted run gives."""
+    """After a SIGKILL the same command gives the bytes of an uninterrupted run."""
     dst = tmp_path / "killed"
     command = [folder, dst, "--shard-size", "0.1", "--workers", "1"]
-    # The first image read after the first finished shard waits for ever, so the kill always comes in the middle.
+    # The first image after the first finished shard blocks, so the kill always comes in the middle.
     slow = (
         "import sys, time, pathlib\nfrom pipelines.storage.folder import FolderSource\nfrom tools.convert import main\n"
         "read = FolderSource.read\n"
@@ -83,7 +83,7 @@ def test_kill_and_resume(run: Run, folder: Path, tmp_path: Path) -> None:
     before = [path.stat().st_mtime_ns for path in finished]
     outcome = run(*command)
     assert outcome.code == 0
-    assert [path.stat().st_mtime_ns for path in finished] == before  # kept, not written again
+    assert [path.stat().st_mtime_ns for path in finished] == before  # not written again
     assert f"{COUNT} images (" in outcome.out
     converted_now = int(outcome.out.split("; ")[1].split(" images")[0])
     assert 0 < converted_now < COUNT
@@ -93,7 +93,7 @@ def test_kill_and_resume(run: Run, folder: Path, tmp_path: Path) -> None:
 
 @contextmanager
 def limited_files(limit: int) -> Iterator[None]:
-    """Files cannot grow above `limit` bytes: a write fails in its middle, as on a full disk."""
+    """Let writes fail above `limit` bytes per file, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -102,7 +102,7 @@ def limited_files(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_full_disk_keeps_what_is_finished(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_full_disk_keeps_finished_shards(run: Run, folder: Path, tmp_path: Path) -> None:
     src = Path(shutil.copytree(folder, tmp_path / "src"))
     pixels = np.random.default_rng(1).integers(0, 256, (500, 700, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(src / "b" / "large.jpg", quality=95)  # larger than any shard before it
@@ -115,8 +115,8 @@ def test_full_disk_keeps_what_is_finished(run: Run, folder: Path, tmp_path: Path
     assert "shard-" in outcome.err
     kept = sorted(dst.glob("*.tar"))
     assert len(kept) >= 5
-    assert not list(dst.glob("*.tmp"))  # its space is given back
-    kept[2].write_bytes(kept[2].read_bytes()[:-512])  # seen on resume, and converted again
+    assert not list(dst.glob("*.tmp"))  # their space is freed
+    kept[2].write_bytes(kept[2].read_bytes()[:-512])  # detected on resume, and converted again
     outcome = run(src, dst, "--shard-size", 0.1)
     assert outcome.code == 0
     assert run(src, tmp_path / "whole", "--shard-size", 0.1).code == 0
@@ -124,7 +124,7 @@ def test_full_disk_keeps_what_is_finished(run: Run, folder: Path, tmp_path: Path
 
 
 def test_source_that_goes_away(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unmounted disk stops the conversion; it does not quarantine the rest of the data."""
+    """An unmounted disk stops the conversion instead of quarantining the rest of the data."""
     src = Path(shutil.copytree(folder, tmp_path / "src"))
     read = FolderSource.read
 
@@ -145,7 +145,7 @@ def test_source_that_goes_away(run: Run, folder: Path, tmp_path: Path, monkeypat
 
 
 def test_train_and_val(run: Run, tmp_path: Path) -> None:
-    """Val has no class "b": its labels are still those of train."""
+    """Val lacks the class "b" but is numbered as train."""
     for name in ("train/a/1.jpg", "train/b/2.jpg", "train/c/3.jpg", "val/c/1.jpg", "val/a/2.jpg"):
         path = tmp_path / "src" / name
         path.parent.mkdir(parents=True, exist_ok=True)
