@@ -76,9 +76,6 @@ def open_archive(
         val_labels: class of each image of a val archive.
         classes: class names in the order in which integers in `val_labels` count.
         progress: called with the number of images found so far.
-
-    Raises:
-        InputError: truncated, damaged or without images, or the label file is missing or does not fit.
     """
     if _is_train_archive(path):
         return _open_train_archive(path, progress)
@@ -181,11 +178,7 @@ def _damaged(path: Path, problem: str) -> InputError:
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Class names, one per line, in the file's order (of ``n01440764 tench, ...`` the wnid).
-
-    Raises:
-        InputError: the file is missing or empty, or has a class twice.
-    """
+    """Class names, one per line, in the file's order (of ``n01440764 tench, ...`` the wnid)."""
     names = []
     for line in _lines(path, "--classes"):
         first = line.split()[0].rstrip(",")
@@ -206,9 +199,6 @@ def read_val_labels(path: Path, names: Sequence[str], classes: tuple[str, ...] |
         path: the file.
         names: file names without extension, sorted.
         classes: class names in the order in which integers count, from ``--classes``.
-
-    Raises:
-        InputError: the number of lines is not that of images, an image has no line, or integers are ambiguous.
     """
     lines = [re.split(r"[\s,]+", line)[:2] for line in _lines(path, "--val-labels")]
     if lines[0][0] == _HEADER:

@@ -112,9 +112,4 @@ class Format(Protocol):
         """Start shard `number`; `before` are the states of the shards in front of it."""
 
     def merge(self, states: Sequence[ShardState]) -> Merged:
-        """Write everything but the manifest.
-
-        Raises:
-            InputError: what was written cannot be read back.
-            OSError: a file cannot be written.
-        """
+        """Write everything but the manifest; raises InputError if it cannot be read back."""

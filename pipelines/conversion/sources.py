@@ -42,10 +42,6 @@ def find_jobs(
     """Open SRC: a folder, a list, converted data, a folder with train/ and val/, or ImageNet's archives.
 
     The val split is numbered by the classes of the train split; ``--classes`` numbers both.
-
-    Raises:
-        InputError: SRC is missing, empty or damaged, or its classes do not fit.
-        OSError: it cannot be read.
     """
     if not src.exists():
         raise InputError(f"SRC {src} does not exist: give a folder of images, a list of files or ImageNet's archives.")

@@ -40,12 +40,7 @@ class BetonSource:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open the file at `path`.
-
-        Raises:
-            InputError: incomplete, damaged, of another version, or without images.
-            OSError: the file cannot be read.
-        """
+        """Open the file at `path`; raises InputError if it is incomplete, damaged, or of another version."""
         self.location = path
         layout = read_layout(path)
         index = load_index(path, layout)

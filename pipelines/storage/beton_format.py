@@ -93,10 +93,6 @@ def read_layout(path: Path) -> Layout:
     """Read and check everything but the pages.
 
     Images are the first RGBImageField; labels the IntField named label, labels, target or class, else the first one.
-
-    Raises:
-        InputError: not a .beton file, of another version, incomplete, damaged, or without images.
-        OSError: the file cannot be read.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -142,11 +138,7 @@ def read_layout(path: Path) -> Layout:
 
 
 def class_labels(path: Path, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
-    """Class names where the file has none: the labels as text.
-
-    Raises:
-        InputError: a label is below -1, or too large for a class.
-    """
+    """Class names where the file has none: the labels as text."""
     wrong = np.flatnonzero((labels < -1) | (labels >= _MAX_CLASSES))
     if len(wrong):
         raise InputError(
@@ -238,11 +230,7 @@ def pack_pointer(packed: bytes, *, offset: int, file_bytes: int) -> bytes:
 
 
 def load_index(path: Path, layout: Layout) -> BetonIndex | None:
-    """The index in a file written by mvssl-convert; None in any other.
-
-    Raises:
-        InputError: truncated, damaged, or of another version.
-    """
+    """The index in a file written by mvssl-convert; None in any other."""
     pointer = np.frombuffer(layout.arguments, _POINTER, count=1)[0]
     if pointer["magic"].tobytes() != _MAGIC:
         return None

@@ -74,9 +74,6 @@ def scan_folder(root: Path, *, progress: Callable[[int], None] | None = None) ->
     Args:
         root: the folder.
         progress: called with the number of images found so far.
-
-    Raises:
-        OSError: a folder cannot be read.
     """
     found: list[tuple[str, int]] = []
     watched: list[tuple[str, int]] = []
@@ -162,10 +159,6 @@ def read_list(path: Path, *, progress: Callable[[int], None] | None = None) -> F
     Args:
         path: the list.
         progress: called with the number of images looked up so far.
-
-    Raises:
-        InputError: not a text file, a label missing or out of range, or a file that does not exist.
-        OSError: the list cannot be read.
     """
     list_mtime = path.stat().st_mtime_ns
     names, label_texts, lines = _parse(path)

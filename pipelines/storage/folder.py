@@ -37,10 +37,6 @@ def open_path(path: Path, *, progress: Callable[[int], None] | None = None, use_
         path: a folder, or a text file that names images.
         progress: called with the number of images found so far, if indexing is needed.
         use_cache: read and write the cached index.
-
-    Raises:
-        InputError: no images, or an error in the list.
-        OSError: a folder cannot be read.
     """
     index = load_index(path) if use_cache else None
     if index is None:

@@ -115,9 +115,6 @@ def is_converted(folder: Path) -> bool:
     """Whether `folder` holds converted data or an unfinished conversion, and not just files of the same names.
 
     Without a manifest of ours (damaged, missing or another program's), our index, .beton file or plan decides.
-
-    Raises:
-        OSError: the folder or one of these files cannot be read.
     """
     return (
         format_of(folder) is not None
@@ -128,11 +125,7 @@ def is_converted(folder: Path) -> bool:
 
 
 def format_of(folder: Path) -> str | None:
-    """The format (one of `FORMATS`) that the manifest in `folder` names; None if there is no such manifest.
-
-    Raises:
-        OSError: the manifest cannot be read.
-    """
+    """The format (one of `FORMATS`) that the manifest in `folder` names; None if there is no such manifest."""
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):

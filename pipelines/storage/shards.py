@@ -39,13 +39,7 @@ class ShardSource:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open the converted data in `folder`.
-
-        Raises:
-            InputError: unfinished, of another version, a file missing, truncated, swapped or damaged, or more shards
-                than files may be open.
-            OSError: a file cannot be read.
-        """
+        """Open converted data; raises InputError if it is unfinished, damaged, or of another version."""
         self.location = folder
         self.manifest = Manifest.load(folder)
         self.classes = self.manifest.classes
@@ -116,9 +110,6 @@ class ShardSource:
 
         Args:
             progress: called with the number of bytes read so far.
-
-        Raises:
-            InputError: a shard has changed since the conversion.
         """
         done = 0
         for shard in self.manifest.shards:
