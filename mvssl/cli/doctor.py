@@ -1,7 +1,4 @@
-"""mvssl-train doctor: what of this machine a run can use.
-
-What of this machine a run can use, what is missing, and the command that mends it.
-"""
+"""mvssl-train doctor: checks GPU, decoders, compiler and disk, and prints a fix for each problem."""
 
 from __future__ import annotations
 
@@ -32,21 +29,21 @@ from pipelines.views.native.sampling import native_obstacle
 
 State = Literal["ok", "slower", "missing"]
 
-_SAMPLE = 200  # images that are read to time the disk
-_SHARED = 1 << 30  # bytes of shared memory below which NCCL and others may run out
-_CORES_A_GPU = 8  # what decodes and launches for one GPU without starving it
-_ROOM = 2 << 30  # bytes free for compiled code
+_SAMPLE = 200  # images read to time the disk
+_SHARED = 1 << 30  # bytes of shared memory that NCCL and others may need
+_CORES_PER_GPU = 8  # to decode and launch for one GPU without starving it
+_CODE_BYTES = 2 << 30  # free space for compiled code
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What was found of one part of the machine.
+    """Result of one check.
 
     Attributes:
-        name: of the part.
-        state: ok; slower (a run works, but slower than it could); missing (what needs it does not work).
+        name: of the checked part.
+        state: ok; slower (works, but slower than possible); missing (what needs it does not work).
         found: in a few words.
-        remedy: the command or change that mends it; "" where nothing is to be mended.
+        remedy: command or change that fixes it; "" if there is nothing to fix.
     """
 
     name: str
@@ -56,11 +53,7 @@ class Finding:
 
 
 def examine(data: Path | None = None) -> list[Finding]:
-    """Look at everything; nothing is changed and nothing raised.
-
-    Args:
-        data: images whose disk is timed; None leaves that out.
-    """
+    """Run all checks, without changing or raising anything; `data` are images whose disk is timed, if any."""
     checks: list[Callable[[], Finding]] = [
         _torch,
         _cuda,
@@ -82,13 +75,13 @@ def examine(data: Path | None = None) -> list[Finding]:
 def _safely(check: Callable[[], Finding]) -> Finding:
     try:
         return check()
-    except Exception as error:  # a broken driver or library may raise anything, and that is a finding
+    except Exception as error:  # a broken driver or library may raise anything
         name = getattr(check, "__name__", "").strip("_").replace("_", " ")
         return Finding(
             name=name if "lambda" not in name else "disk",
             state="missing",
-            found=f"could not be looked at: {(str(error) or type(error).__name__).splitlines()[0]}",
-            remedy="mend what the message names",
+            found=f"could not be checked: {(str(error) or type(error).__name__).splitlines()[0]}",
+            remedy="fix what the message names",
         )
 
 
@@ -126,7 +119,7 @@ def _cuda() -> Finding:
     return Finding(
         name="GPU",
         state="missing",
-        found=f"driver {_driver() or 'unknown'} is there, but torch sees no GPU (CUDA {torch.version.cuda})",
+        found=f"driver {_driver() or 'unknown'} is installed, but torch sees no GPU (CUDA {torch.version.cuda})",
         remedy="update the driver, or install a torch built for its CUDA (see pytorch.org)",
     )
 
@@ -146,7 +139,7 @@ def _dali() -> Finding:
         return Finding(
             name="DALI",
             state="slower",
-            found="not installed: Pillow decodes, on the CPU",
+            found="not installed: decoding with Pillow on the CPU",
             remedy="pip install nvidia-dali-cuda120",
         )
     where = "CUDA and hardware decoders of the GPU" if torch.cuda.is_available() else "on the CPU (no GPU here)"
@@ -154,12 +147,12 @@ def _dali() -> Finding:
 
 
 def _hardware_decoder() -> Finding:
-    """A100, H100 and later data-centre GPUs have a JPEG decoder of their own (NVIDIA's nvJPEG documentation)."""
+    """A100, H100 and later data-centre GPUs have a JPEG hardware decoder (NVIDIA's nvJPEG documentation)."""
     if not torch.cuda.is_available():
-        return _ok("JPEG hardware", "not asked for: there is no GPU")
+        return _ok("JPEG hardware", "not checked: there is no GPU")
     major, minor = torch.cuda.get_device_capability(0)
     if (major, minor) in ((8, 0), (9, 0)) or major == 10:
-        return _ok("JPEG hardware", "there is a decoder; --dali.hw-decoder-load gives it a share")
+        return _ok("JPEG hardware", "available; --dali.hw-decoder-load uses it")
     return _ok("JPEG hardware", "none on this GPU: its CUDA cores decode")
 
 
@@ -188,11 +181,11 @@ def _triton() -> Finding:
 def _compiler() -> Finding:
     obstacle = native_obstacle()
     if obstacle is None:
-        return _ok("C compiler", "views on the CPU, draws and reading are compiled C")
+        return _ok("C compiler", "views on the CPU, sampling and reading are compiled C")
     return Finding(
         name="C compiler",
         state="slower",
-        found=f"{obstacle}: views on the CPU and draws are made in Python",
+        found=f"{obstacle}: views on the CPU and sampling run in Python",
         remedy="apt-get install gcc libc6-dev (or set CC)",
     )
 
@@ -205,14 +198,14 @@ def _compile_cache() -> Finding:
         pass
     free = shutil.disk_usage(folder).free
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
-    if free < _ROOM:
+    if free < _CODE_BYTES:
         return Finding(
             name="compiled code",
             state="slower",
-            found=f"{folder} has {free / 2**30:.1f} GiB left: compiled steps may not be kept",
+            found=f"{folder} has {free / 2**30:.1f} GiB free: compiled steps may not be cached",
             remedy="free space there, or set XDG_CACHE_HOME to another disk",
         )
-    return _ok("compiled code", f"kept in {folder} ({size:,.0f} MiB so far)")
+    return _ok("compiled code", f"cached in {folder} ({size:,.0f} MiB so far)")
 
 
 def _nccl() -> Finding:
@@ -222,7 +215,7 @@ def _nccl() -> Finding:
         return Finding(
             name="NCCL",
             state="missing",
-            found="this torch has none: one GPU only",
+            found="not in this build of torch: one GPU only",
             remedy="install torch from pytorch.org",
         )
     return _ok("NCCL", ".".join(map(str, torch.cuda.nccl.version())))  # type: ignore[no-untyped-call]
@@ -247,13 +240,13 @@ def _shared_memory() -> Finding:
 def _cores() -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = torch.cuda.device_count()
-    found = f"{cores}" + (f", {cores / gpus:.0f} a GPU" if gpus else "") + f"; {default_threads()} threads decode"
-    if gpus and cores / gpus < _CORES_A_GPU:
+    found = f"{cores}" + (f", {cores / gpus:.0f} per GPU" if gpus else "") + f"; {default_threads()} decoding threads"
+    if gpus and cores / gpus < _CORES_PER_GPU:
         return Finding(
             name="cores",
             state="slower",
             found=found,
-            remedy=f"ask for {_CORES_A_GPU} or more a GPU, or keep decoded images with --cache",
+            remedy=f"request {_CORES_PER_GPU} or more per GPU, or cache decoded images with --cache",
         )
     return _ok("cores", found)
 
@@ -272,7 +265,7 @@ def _disk(data: Path) -> Finding:
     source.close()
     found = (
         f"{len(indices) / seconds:,.0f} images/s and {size / seconds / 1e6:,.0f} MB/s one by one from {data} "
-        "(what is in memory already counts too)"
+        "(including what is in memory already)"
     )
     if len(indices) / seconds < 1000:
         return Finding(
@@ -289,7 +282,7 @@ _COLOURS = {"ok": "green", "slower": "yellow", "missing": "red"}
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorArguments:
-    """Look at this machine: what works, what is missing, and the command that mends it.
+    """Check this machine: what works, what is missing, and how to fix it.
 
     Attributes:
         data: images whose disk is timed.

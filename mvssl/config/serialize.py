@@ -1,4 +1,4 @@
-"""A recipe as plain JSON values and back; and what differs between two."""
+"""Recipes to and from plain JSON values, and the differences of two recipes."""
 
 from __future__ import annotations
 
