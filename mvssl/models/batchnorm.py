@@ -276,7 +276,7 @@ def _batch_norm(
     *,
     ranks: int,
 ) -> Tensor:
-    """`torch.nn.functional.batch_norm` of the batches [B, C, ...] of all ranks together; every rank has B images."""
+    """`torch.nn.functional.batch_norm` over the batches [B, C, ...] of all ranks; B is equal on every rank."""
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     x = input.to(torch.promote_types(input.dtype, torch.float32))

@@ -57,6 +57,7 @@ def test_a_layer_equals_sequential_forwards(
     assert type(ours) is not type(plain)
     assert ours.state_dict().keys() == plain.state_dict().keys()
     generator = torch.Generator().manual_seed(2)
+    # Every view has its own scale.
     scale = torch.arange(1.0, views + 1).repeat_interleave(IMAGES).view(-1, 1, *[1] * len(size))
     x = scale * torch.randn(views * IMAGES, CHANNELS, *size, generator=generator, dtype=torch.float64)
     weights = torch.randn(x.shape, generator=generator, dtype=torch.float64)
