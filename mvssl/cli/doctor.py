@@ -301,7 +301,7 @@ def doctor(arguments: Sequence[str], console: Console) -> int:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         table = Table(box=None, pad_edge=False)
-        for column in ("", "state", "found", "to mend it"):
+        for column in ("", "state", "found", "fix"):
             table.add_column(column, overflow="fold")
         for finding in findings:
             state = f"[{_COLOURS[finding.state]}]{finding.state}[/]"

@@ -30,7 +30,7 @@ class FeatureArguments:
 
     Attributes:
         images: a folder of images, a list of files, or converted data; labels are not needed.
-        out: the file to write: .npy (and beside it a .csv of keys and labels) or .parquet.
+        out: the file to write: .npy (with a .csv of keys and labels) or .parquet.
         source: which backbone.
         compute: where and how features are computed.
         dtype: of the numbers.

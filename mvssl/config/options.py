@@ -142,7 +142,7 @@ def _named_device(name: str) -> torch.device:
         raise invalid("device", name, "auto, cpu, cuda or cuda:N", "choose one of these")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
-            f"device is {name!r} but PyTorch sees no CUDA device here: use --device cpu or mend the driver."
+            f"device is {name!r} but PyTorch sees no CUDA device here: use --device cpu or fix the driver."
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise invalid("device", name, f"one of the {torch.cuda.device_count()} CUDA devices", "they count from cuda:0")

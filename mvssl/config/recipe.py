@@ -152,7 +152,7 @@ class Recipe:
         order_window: images of the shuffle buffer with order_chunk; memory has to hold twice as many encoded images.
         accumulate: gradient-accumulation micro-batches per rank; numerically equal to as many times the ranks (running
             statistics as on rank 0). BatchNorm statistics are per micro-batch; without BatchNorm the numbers are those
-            of the whole batch. Stochastic depth samples anew for each micro-batch.
+            of the whole batch. Stochastic depth is sampled for each micro-batch.
         target_decay: EMA momentum of the target network at step 0, rising to 1 along a cosine; unused by simsiam.
         temperature: of mocov3's InfoNCE; None for the other methods.
         sync_batchnorm: networks whose BatchNorm statistics are over the images of all ranks: none (as the paper),

@@ -10,7 +10,7 @@ from pipelines.views.presets import paper_views
 
 
 def demo() -> Recipe:
-    """Multi-task BYOL, ResNet-10-T, small views, for the drawn data set of tools/make_demo_dataset.py.
+    """Multi-task BYOL, ResNet-10-T, small views, for the synthetic data set of tools/make_demo_dataset.py.
 
     Source: ours, sized for two CPU cores; no published accuracy. Few images and few steps: hence the small batch, the
     quick target network and AdamW.

@@ -1,4 +1,4 @@
-"""What a failure of torch.compile is about: whether it is one, the layer that it was compiling, and the remedy."""
+"""Explains failures of torch.compile: recognises them, names the layer being compiled, and suggests a fix."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import nn
 from torch.fx import Node
 
 _COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "triton")
-_MOST_LAYERS = 3  # that a message names; a fused kernel may hold many
-_TOOLS = (  # signs in an exception's type or text that a tool is missing, and the remedy
+_NAMED_LAYERS = 3  # named in a message; a fused kernel may hold many
+_TOOLS = (  # what the type or text of an exception contains if a tool is missing, and the fix
     ("InvalidCxxCompiler", "Install a C++ compiler (g++), or name one in the variable CXX"),
     ("CppCompileError", "The C++ compiler refuses generated code: install a newer g++, or name another in CXX"),
     ("Failed to find C compiler", "Triton needs a C compiler: install gcc, or name one in the variable CC"),
@@ -23,15 +23,15 @@ _TOOLS = (  # signs in an exception's type or text that a tool is missing, and t
     ("TritonUnavailableError", "Install the triton package that this version of torch asks for"),
     ("GPUTooOldForTriton", "Triton needs a GPU of compute capability 7.0 or more"),
 )
-_ADVERT = "Set TORCHDYNAMO_VERBOSE"
-_OTHERWISE = "It is a fault of torch.compile or of a layer that it does not take"
+_HINT = "Set TORCHDYNAMO_VERBOSE"
+_OTHERWISE = "This is a bug of torch.compile or an unsupported layer"
 
 
 def is_compile_error(error: Exception) -> bool:
-    """Whether an exception comes from compiling or from compiled code.
+    """Whether an exception was raised by compilation or by compiled code.
 
-    The backward is compiled when it first runs: what is raised there passes through the autograd engine as it is, so
-    the type alone does not tell. Full memory is no such error: without compiling a step takes more.
+    The backward is compiled when it first runs, and the autograd engine passes its exceptions on unchanged, so the type
+    alone does not tell. Running out of memory does not count: an eager step takes even more.
     """
     if isinstance(error, (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)):
         return True
@@ -43,13 +43,13 @@ def is_compile_error(error: Exception) -> bool:
 
 
 def describe(error: Exception, modules: Iterable[nn.Module]) -> tuple[str, str]:
-    """Where and how compiling failed, and what to do: two sentences without full stops.
+    """Where and how compilation failed, and a fix: two sentences without full stops.
 
     Args:
-        error: for which `is_compile_error` holds.
-        modules: whose layers are named as they are called there.
+        error: one for which `is_compile_error` is true.
+        modules: the modules whose layers are named.
     """
-    reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2]).partition(_ADVERT)[0]
+    reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2]).partition(_HINT)[0]
     text = " ".join(f"{type(link).__name__}: {link}" for link in _chain(error))
     tool = next((remedy for sign, remedy in _TOOLS if sign in text), None)
     where = "" if tool else _place(error, modules)
@@ -61,7 +61,7 @@ def _place(error: Exception, modules: Iterable[nn.Module]) -> str:
     backward = "in the backward" if any(f.f_code.co_name == "_engine_run_backward" for f in _frames(error)) else ""
     try:
         layers = _layers(error, modules)
-    except Exception:  # torch's internals are looked into; what goes wrong there must not hide the failure
+    except Exception:  # this reads torch's internals; its own errors must not hide the failure
         layers = ""
     if not layers:
         return backward
@@ -69,7 +69,7 @@ def _place(error: Exception, modules: Iterable[nn.Module]) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and those that it wraps or follows."""
+    """An exception and those that it wraps or that preceded it."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -83,7 +83,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _frames(error: BaseException) -> list[FrameType]:
-    """The frames that an exception went through, the innermost last."""
+    """The frames of an exception, innermost last."""
     frames, traceback = [], error.__traceback__
     while traceback is not None:
         frames.append(traceback.tb_frame)
@@ -92,20 +92,20 @@ def _frames(error: BaseException) -> list[FrameType]:
 
 
 def _layers(error: BaseException, modules: Iterable[nn.Module]) -> str:
-    """The layers whose operations were being compiled, or the line of the model that was traced; "" if unknown."""
+    """The layers whose operations were being compiled, or the traced line of the model; "" if unknown."""
     names = [name for module in modules for name, _ in module.named_modules() if name]
     for link in _chain(error):
         for frame in reversed(_frames(link)):
             found = {_layer(node, names): None for value in frame.f_locals.values() for node in _nodes(value)}
             found.pop("", None)
             if found:
-                return ", ".join([*found][:_MOST_LAYERS]) + (", ..." if len(found) > _MOST_LAYERS else "")
+                return ", ".join([*found][:_NAMED_LAYERS]) + (", ..." if len(found) > _NAMED_LAYERS else "")
     traced = next((stack for link in _chain(error) if (stack := getattr(link, "real_stack", None))), None)
     return "" if traced is None else f"{traced[-1].name}, {Path(traced[-1].filename).name} line {traced[-1].lineno}"
 
 
 def _nodes(value: Any) -> Iterator[Node]:
-    """The operations of a graph that a compiler's variable stands for: a node, Inductor's buffers, fused kernels."""
+    """The graph operations in a variable of the compiler: a node, Inductor's buffers, or fused kernels."""
     if isinstance(value, Node):
         yield value
     elif type(value).__module__.startswith("torch._inductor"):
@@ -115,7 +115,7 @@ def _nodes(value: Any) -> Iterator[Node]:
 
 
 def _layer(node: Node, names: Iterable[str]) -> str:
-    """The layer whose forward has an operation, or whose backward it is of; "" if the graph does not tell."""
+    """The layer whose forward or backward has an operation; "" if the graph does not tell."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     if not stack:
         return ""

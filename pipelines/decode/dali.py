@@ -128,7 +128,7 @@ class DaliDecoder:
     def _blame(self, data: np.ndarray, reason: str) -> None:
         """Is it the image that DALI refuses, or DALI that fails, for example without memory? Then raise.
 
-        An image that Pillow decodes is written anew as a plain JPEG: DALI must decode that one.
+        An image that Pillow decodes is re-encoded as a plain JPEG: DALI must decode that one.
         """
         pixels = decode_one(data)
         if isinstance(pixels, str):

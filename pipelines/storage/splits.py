@@ -20,7 +20,7 @@ def split_paths(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
 
     - PATH/train.beton and PATH/val.beton (or None), if the first exists;
     - PATH/train and PATH/val, if both exist;
-    - (PATH/train, None), if PATH has a ``train`` folder and no class folders beside it (COCO has a class "train");
+    - (PATH/train, None), if PATH has a ``train`` folder and no class folders next to it (COCO has a class "train");
     - (PATH, None) otherwise.
     """
     root = Path(path)
