@@ -119,7 +119,7 @@ def write_trace(step: Callable[[], object], *, steps: int, device: torch.device,
 
 
 def format_table(entries: Sequence[Entry], *, milliseconds: float, rows: int) -> list[str]:
-    """Lines of a table: the first `rows` entries with their fraction of a step of `milliseconds`, and the rest as one."""
+    """Table lines: the first `rows` entries with their fraction of a step of `milliseconds`, and the rest as one."""
     shown, others = entries[:rows], entries[rows:]
     if others:
         left = Entry(f"({len(others)} others)", sum(e.milliseconds for e in others), sum(e.number for e in others))
