@@ -1,4 +1,4 @@
-"""Images to views: storage, decoding, random decisions and the view engine. Knows nothing of learning."""
+"""Images to views: storage, decoding, augmentation parameters and the view engine. Knows nothing of learning."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ class Loader:
             self._make_views(range(epoch, until), first_step),
             depth=self._prefetch,
             name="mvssl-loader",
-            complain=self._activity.warn_slow,
+            warn_slow=self._activity.warn_slow,
         )
         return self._producer
 
@@ -308,7 +308,7 @@ class Loader:
     def _read(
         self, epochs: Sequence[int], first_step: int
     ) -> Generator[tuple[BatchPosition, dict[int, Encoded]], None, None]:
-        """Stage 1: encoded bytes. The storage is told in advance what will be read."""
+        """Stage 1: encoded bytes. Upcoming reads are announced to the storage."""
         lag = self._order.buffer_steps
         announced = self._announced(epochs, first_step)
         with closing(ReadAhead(self._source, announced, lead=lag + BATCHES_AHEAD, late=lag)) as ahead:

@@ -176,9 +176,7 @@ class Order:
                 block=torch.tensor(block),
             )
             keys.append(high << 32 | low)  # one random 64-bit key each
-        order: NDArray[np.int64] = torch.argsort(
-            torch.cat(keys), stable=True
-        ).numpy()  # stable: one order for equal keys
+        order: NDArray[np.int64] = torch.argsort(torch.cat(keys), stable=True).numpy()  # stable: one order for ties
         return order
 
 

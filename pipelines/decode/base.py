@@ -123,7 +123,7 @@ DecodedPart = tuple[Sequence[int], Tensor, Tensor]
 """Images decoded together: positions in the call, pixels uint8 (packed), sizes int64 [n, 2]."""
 
 
-def completed(
+def completed_by_pillow(
     parts: Sequence[DecodedPart],
     encoded: Sequence[np.ndarray],
     *,

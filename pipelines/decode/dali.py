@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from pipelines.decode.base import MAX_PIXELS, DaliOptions, Decoded, DecodedPart, completed
+from pipelines.decode.base import MAX_PIXELS, DaliOptions, Decoded, DecodedPart, completed_by_pillow
 from pipelines.decode.pillow import PillowDecoder, decode_one
 from pipelines.decode.sniff import sniff
 from pipelines.runtime import InputError, invalid
@@ -60,7 +60,7 @@ class DaliDecoder:
         if len(encoded) > self._batch_size:
             raise invalid("encoded", len(encoded), f"at most {self._batch_size} images", "make a larger decoder")
         parts = self._decode(encoded, [n for n, data in enumerate(encoded) if _for_dali(data)])
-        return completed(parts, encoded, pillow=self._pillow, upload=self._upload)
+        return completed_by_pillow(parts, encoded, pillow=self._pillow, upload=self._upload)
 
     def close(self) -> None:
         """End the threads and free the pipeline."""
@@ -73,7 +73,7 @@ class DaliDecoder:
             batch_size=self._batch_size,
             num_threads=self._threads,
             device_id=self._device.index if on_gpu else None,
-            prefetch_queue_depth=1,  # one call, one batch: the loader's own thread is what works ahead
+            prefetch_queue_depth=1,  # the loader's threads work ahead
         )
         with pipeline:
             encoded = dali.fn.external_source(name="encoded", no_copy=True, dtype=dali.types.UINT8, ndim=1, batch=True)
@@ -98,7 +98,7 @@ class DaliDecoder:
             reason = _reason(error)
             self._rebuild(error)
         if len(positions) == 1:
-            self._blame(encoded[positions[0]], reason)
+            self._raise_unless_refused(encoded[positions[0]], reason)
             return []
         half = len(positions) // 2
         parts = self._decode(encoded, positions[:half]) + self._decode(encoded, positions[half:])
@@ -119,16 +119,16 @@ class DaliDecoder:
         return from_dlpack(output.as_reshaped_tensor([total])), shapes[:, :2]  # no copy: torch holds the buffer
 
     def _rebuild(self, cause: RuntimeError) -> None:
-        """Replace the pipeline, because DALI does not promise that one works on after an error."""
+        """Replace the pipeline, because DALI does not guarantee that it works after an error."""
         try:
             self._pipeline = self._build()
         except RuntimeError as error:  # a device that is lost
             raise _broken(_reason(cause)) from error
 
-    def _blame(self, data: np.ndarray, reason: str) -> None:
-        """Is it the image that DALI refuses, or DALI that fails, for example without memory? Then raise.
+    def _raise_unless_refused(self, data: np.ndarray, reason: str) -> None:
+        """Raise if DALI itself fails, for example by lack of memory, rather than refusing this image.
 
-        An image that Pillow decodes is re-encoded as a plain JPEG: DALI must decode that one.
+        If Pillow decodes the image, DALI must decode the same pixels re-encoded as a plain JPEG.
         """
         pixels = decode_one(data)
         if isinstance(pixels, str):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.decode.base import MAX_PIXELS, Decoded, completed
+from pipelines.decode.base import MAX_PIXELS, Decoded, completed_by_pillow
 from pipelines.decode.pillow import UPRIGHT, PillowDecoder, orientation_of
 from pipelines.decode.sniff import Header, sniff
 
@@ -73,7 +73,7 @@ class FfcvDecoder:
                 for k in range(len(wanted))
                 if fine[k]
             ]
-        return completed(parts, encoded, pillow=self._pillow)
+        return completed_by_pillow(parts, encoded, pillow=self._pillow)
 
     def close(self) -> None:
         """End the threads and free the library's memory."""

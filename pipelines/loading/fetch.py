@@ -33,21 +33,6 @@ _EXAMPLES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompleteBatch:
-    """A batch in which bad images are replaced.
-
-    Attributes:
-        batch: one image per position; a replacement has its own index and label.
-        replaced: number of replacements.
-        held: bytes and pixels that must live as long as a decoder on the GPU may read them.
-    """
-
-    batch: DecodedBatch
-    replaced: int
-    held: Sequence[object]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Fetched:
     """Images fetched for a list of indices.
 
@@ -60,101 +45,6 @@ class Fetched:
     batch: DecodedBatch
     failures: Mapping[int, str]
     encoded: Sequence[np.ndarray]
-
-
-def fetch_complete(
-    fetch: Callable[[Sequence[int]], Fetched],
-    permutation: NDArray[np.int64],
-    positions: slice,
-    *,
-    bad: MutableMapping[int, str],
-    found_bad: Callable[[int, str], None],
-    key: Callable[[int], str],
-) -> CompleteBatch:
-    """Fetch the images at these positions of the epoch's order, and replacements for bad ones.
-
-    The result depends on the permutation and on which images are bad, not on how many of them are known already: those
-    are replaced without being decoded again. One image may replace two, or be in the batch itself.
-
-    Args:
-        fetch: fetches images by dataset index.
-        permutation: int64 [num_images].
-        positions: slice of the permutation.
-        bad: dataset index -> reason of known bad images; new ones are added.
-        found_bad: called with (dataset index, reason) for each new one.
-        key: name of an image by dataset index, for messages.
-
-    Raises:
-        InputError: too many of these images are bad (see `too_many_bad`), no image of the data set can be used, or the
-            storage is damaged.
-    """
-    wanted_at = list(range(*positions.indices(len(permutation))))
-    wanted = [_usable(permutation, position, bad) for position in wanted_at]  # (index, position) of each slot
-    slots = list(range(len(wanted_at)))  # without an image so far
-    lost: list[int] = []  # bad images of these positions
-    rounds: list[tuple[list[int], Fetched]] = []
-    while slots:
-        fetched = fetch([wanted[slot][0] for slot in slots])
-        rounds.append(([slot for n, slot in enumerate(slots) if n not in fetched.failures], fetched))
-        failed = [slots[n] for n in sorted(fetched.failures)]
-        for n, reason in fetched.failures.items():
-            index = wanted[slots[n]][0]
-            if index not in bad:
-                bad[index] = reason
-                found_bad(index, reason)
-        if len(rounds) == 1:  # now all bad images of these positions are known
-            lost = [index for index in permutation[wanted_at].tolist() if index in bad]
-            if too_many_bad(len(lost), len(wanted_at)):
-                raise _mostly_bad([f"{key(index)} ({bad[index]})" for index in lost], len(wanted_at))
-        for slot in failed:
-            wanted[slot] = _usable(permutation, wanted[slot][1], bad)
-        slots = failed
-    batch = rounds[0][1].batch if len(rounds) == 1 else _merge(rounds)
-    held = [(fetched.encoded, fetched.batch) for _, fetched in rounds]
-    return CompleteBatch(batch=batch, replaced=len(lost), held=held)
-
-
-def usable_indices(permutation: NDArray[np.int64], positions: slice, *, bad: MutableMapping[int, str]) -> list[int]:
-    """The dataset indices that `fetch_complete` asks for first, given the known bad images; may repeat some."""
-    return [_usable(permutation, position, bad)[0] for position in range(*positions.indices(len(permutation)))]
-
-
-def too_many_bad(bad: int, images: int) -> bool:
-    """Whether a batch shows that the data is mostly broken, which replacing would only hide.
-
-    True if more of its images are bad than would happen by chance if a tenth of the data set were (11 of 20, 55 of
-    256), or all of them, if they are more than 3. The batch alone decides, so a run stops at the same one wherever it
-    began.
-    """
-    deviation = math.sqrt(images * _TOLERATED * (1 - _TOLERATED))  # of a binomial distribution
-    return bad > images * _TOLERATED + _DEVIATIONS * deviation or bad == images > _SMALL
-
-
-def _usable(permutation: NDArray[np.int64], position: int, bad: MutableMapping[int, str]) -> tuple[int, int]:
-    index = int(permutation[position])
-    return replacement(permutation, position, bad) if index in bad else (index, position)
-
-
-def _mostly_bad(reasons: Sequence[str], images: int) -> InputError:
-    return InputError(
-        f"{len(reasons)} of the {images} images of a batch cannot be decoded, for example "
-        f"{'; '.join(reasons[:_EXAMPLES])}: check the data, or run mvssl-convert on it, which quarantines bad images."
-    )
-
-
-def _merge(rounds: Sequence[tuple[list[int], Fetched]]) -> DecodedBatch:
-    """One batch of several, in the order of their slots: concatenated buffers, reordered offsets."""
-    batches = [fetched.batch for _, fetched in rounds]
-    order = torch.tensor([slot for slots, _ in rounds for slot in slots]).argsort()  # [N]
-    starts = np.cumsum([0] + [batch.pixels.numel() for batch in batches])
-    return DecodedBatch(
-        pixels=torch.cat([batch.pixels for batch in batches]),
-        offset=torch.cat([batch.offset + int(start) for batch, start in zip(batches, starts, strict=False)])[order],
-        sizes=torch.cat([batch.sizes for batch in batches])[order],
-        row_stride=torch.cat([batch.row_stride for batch in batches])[order],
-        index=torch.cat([batch.index for batch in batches])[order],
-        labels=torch.cat([batch.labels for batch in batches])[order],
-    )
 
 
 class Fetcher:
@@ -209,6 +99,27 @@ class Fetcher:
         self._pool.shutdown()
         self._decoder.close()
 
+    def _read(self, indices: Sequence[int]) -> dict[int, Encoded]:
+        """Encoded bytes by dataset index: all in one call if the storage can do that, the others in threads."""
+        at_once = self._source.read_batch(indices) if isinstance(self._source, ReadsBatches) else ()
+        read: dict[int, Encoded] = {i: data for i, data in zip(indices, at_once, strict=False) if data is not None}
+        rest = [index for index in indices if index not in read]
+        share = -(-len(rest) // READERS) or 1
+        for part in self._pool.map(self._read_each, [rest[at : at + share] for at in range(0, len(rest), share)]):
+            read.update(part)
+        return read
+
+    def _read_each(self, indices: Sequence[int]) -> list[tuple[int, Encoded]]:
+        read: list[tuple[int, Encoded]] = []
+        for index in indices:
+            try:
+                read.append((index, self._source.read(index)))
+            except OSError as error:
+                if error.errno in _NOT_THE_IMAGE:
+                    raise
+                read.append((index, f"it cannot be read: {error.strerror or error}"))
+        return read
+
     def _decode(self, indices: Sequence[int], read: Mapping[int, Encoded]) -> Fetched:
         late = self._read([index for index in indices if index not in read])
         items = [read[index] if index in read else late[index] for index in indices]
@@ -251,26 +162,6 @@ class Fetcher:
     def _labels(self, indices: Sequence[int]) -> NDArray[np.int64]:
         return np.asarray(self._source.labels, dtype=np.int64)[np.asarray(indices, dtype=np.int64)]
 
-    def _read(self, indices: Sequence[int]) -> dict[int, Encoded]:
-        together = self._source.read_batch(indices) if isinstance(self._source, ReadsBatches) else ()
-        read: dict[int, Encoded] = {i: data for i, data in zip(indices, together, strict=False) if data is not None}
-        rest = [index for index in indices if index not in read]
-        share = -(-len(rest) // READERS) or 1
-        for part in self._pool.map(self._read_some, [rest[at : at + share] for at in range(0, len(rest), share)]):
-            read.update(part)
-        return read
-
-    def _read_some(self, indices: Sequence[int]) -> list[tuple[int, Encoded]]:
-        read: list[tuple[int, Encoded]] = []
-        for index in indices:
-            try:
-                read.append((index, self._source.read(index)))
-            except OSError as error:
-                if error.errno in _NOT_THE_IMAGE:
-                    raise
-                read.append((index, f"it cannot be read: {error.strerror or error}"))
-        return read
-
 
 def _in_order(cached: DecodedBatch, decoded: DecodedBatch, order: Sequence[int]) -> DecodedBatch:
     """One batch of the images of two, in this order of dataset indices, each copied."""
@@ -282,4 +173,114 @@ def _in_order(cached: DecodedBatch, decoded: DecodedBatch, order: Sequence[int])
     pixels, sizes, labels = zip(*(found[index] for index in order), strict=True)
     return DecodedBatch.packed(
         torch.cat(pixels), sizes=torch.stack(sizes), index=torch.tensor(order), labels=torch.stack(labels)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompleteBatch:
+    """A batch in which bad images are replaced.
+
+    Attributes:
+        batch: one image per position; a replacement has its own index and label.
+        replaced: number of replacements.
+        held: bytes and pixels that must live as long as a decoder on the GPU may read them.
+    """
+
+    batch: DecodedBatch
+    replaced: int
+    held: Sequence[object]
+
+
+def fetch_complete(
+    fetch: Callable[[Sequence[int]], Fetched],
+    permutation: NDArray[np.int64],
+    positions: slice,
+    *,
+    bad: MutableMapping[int, str],
+    found_bad: Callable[[int, str], None],
+    key: Callable[[int], str],
+) -> CompleteBatch:
+    """Fetch the images at these positions of the epoch's order, and replacements for bad ones.
+
+    The result depends on the permutation and on which images are bad, not on how many of them are known already: those
+    are replaced without being decoded again. One image may replace two, or be in the batch itself.
+
+    Args:
+        fetch: fetches images by dataset index.
+        permutation: int64 [num_images].
+        positions: slice of the permutation.
+        bad: dataset index -> reason of known bad images; new ones are added.
+        found_bad: called with (dataset index, reason) for each new one.
+        key: name of an image by dataset index, for messages.
+
+    Raises:
+        InputError: too many of these images are bad (see `too_many_bad`), no image of the data set can be used, or the
+            storage is damaged.
+    """
+    own = list(range(*positions.indices(len(permutation))))  # position of each slot of the batch
+    wanted = [_usable(permutation, position, bad) for position in own]  # (index, position) to fetch for each slot
+    empty = list(range(len(own)))  # slots without an image so far
+    replaced = 0
+    rounds: list[tuple[list[int], Fetched]] = []  # the slots that each fetch filled
+    while empty:
+        fetched = fetch([wanted[slot][0] for slot in empty])
+        rounds.append(([slot for n, slot in enumerate(empty) if n not in fetched.failures], fetched))
+        for n, reason in fetched.failures.items():
+            index = wanted[empty[n]][0]
+            if index not in bad:
+                bad[index] = reason
+                found_bad(index, reason)
+        if len(rounds) == 1:  # now all bad images of these positions are known
+            lost = [index for index in permutation[own].tolist() if index in bad]
+            if too_many_bad(len(lost), len(own)):
+                raise _mostly_bad([f"{key(index)} ({bad[index]})" for index in lost], len(own))
+            replaced = len(lost)
+        empty = [empty[n] for n in sorted(fetched.failures)]
+        for slot in empty:
+            wanted[slot] = _usable(permutation, wanted[slot][1], bad)
+    batch = rounds[0][1].batch if len(rounds) == 1 else _merge(rounds)
+    held = [(fetched.encoded, fetched.batch) for _, fetched in rounds]
+    return CompleteBatch(batch=batch, replaced=replaced, held=held)
+
+
+def usable_indices(permutation: NDArray[np.int64], positions: slice, *, bad: MutableMapping[int, str]) -> list[int]:
+    """The dataset indices that `fetch_complete` asks for first, given the known bad images; may repeat some."""
+    return [_usable(permutation, position, bad)[0] for position in range(*positions.indices(len(permutation)))]
+
+
+def too_many_bad(bad: int, images: int) -> bool:
+    """Whether a batch shows that the data is mostly broken, which replacing would only hide.
+
+    True if more of its images are bad than would happen by chance if a tenth of the data set were (11 of 20, 55 of
+    256), or all of them, if they are more than 3. The batch alone decides, so a run stops at the same one wherever it
+    began.
+    """
+    deviation = math.sqrt(images * _TOLERATED * (1 - _TOLERATED))  # of a binomial distribution
+    return bad > images * _TOLERATED + _DEVIATIONS * deviation or bad == images > _SMALL
+
+
+def _usable(permutation: NDArray[np.int64], position: int, bad: MutableMapping[int, str]) -> tuple[int, int]:
+    index = int(permutation[position])
+    return replacement(permutation, position, bad) if index in bad else (index, position)
+
+
+def _mostly_bad(reasons: Sequence[str], images: int) -> InputError:
+    return InputError(
+        f"{len(reasons)} of the {images} images of a batch cannot be decoded, for example "
+        f"{'; '.join(reasons[:_EXAMPLES])}: check the data, or run mvssl-convert on it, which quarantines bad images."
+    )
+
+
+def _merge(rounds: Sequence[tuple[list[int], Fetched]]) -> DecodedBatch:
+    """One batch of several, in the order of their slots: concatenated buffers, reordered offsets."""
+    batches = [fetched.batch for _, fetched in rounds]
+    order = torch.tensor([slot for slots, _ in rounds for slot in slots]).argsort()  # [N]
+    starts = np.cumsum([0] + [batch.pixels.numel() for batch in batches])
+    return DecodedBatch(
+        pixels=torch.cat([batch.pixels for batch in batches]),
+        offset=torch.cat([batch.offset + int(start) for batch, start in zip(batches, starts, strict=False)])[order],
+        sizes=torch.cat([batch.sizes for batch in batches])[order],
+        row_stride=torch.cat([batch.row_stride for batch in batches])[order],
+        index=torch.cat([batch.index for batch in batches])[order],
+        labels=torch.cat([batch.labels for batch in batches])[order],
     )

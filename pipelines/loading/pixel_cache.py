@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,16 @@ from pipelines.decode.base import MAX_PIXELS
 from pipelines.decode.sniff import sniff
 from pipelines.runtime import InputError, invalid
 from pipelines.storage.source import ReadsAhead, ReadsBatches, Source
+
+Cache = Literal["off", "host", "device", "auto"]
+CHOICES: tuple[Cache, ...] = get_args(Cache)
+AUTO_FRACTION = {"device": 0.4, "host": 0.5}
+"""Fraction of free memory that `auto` takes at most: evaluations and other programs need the rest."""
+MAX_FRACTION = 0.9
+"""Fraction of free memory that `host` or `device` may take, and of what training steps leave of a GPU's."""
+_READERS = 8
+_CHUNK = 1000  # images per progress report
+_GB = 1e9
 
 _log = logging.getLogger("mvssl.data")
 _REPORTS = 4  # progress messages while the cache fills
@@ -48,11 +58,11 @@ class PixelCache:
         """
         ends = np.cumsum(sizes)
         self.nbytes = int(ends[-1]) if len(ends) else 0
-        self._room = sizes
+        self._expected = sizes
         self._offset = torch.from_numpy(ends - sizes)  # int64 [len]
         self._sizes = torch.zeros((len(sizes), 2), dtype=torch.int64)  # (height, width), once cached
         self._cached = np.zeros(len(sizes), dtype=bool)
-        self._moves = device.type != on.type
+        self._uploads = device.type != on.type
         # Not pinned: torch would round up to a power of two. `batch` pins what is uploaded.
         self._pixels = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
         self._lock = threading.Lock()
@@ -70,7 +80,7 @@ class PixelCache:
             images: list[torch.Tensor] = []
             for n, index in enumerate(batch.index.tolist()):
                 height, width = batch.sizes[n].tolist()
-                room = int(self._room[index])
+                room = int(self._expected[index])
                 if self._cached[index] or index in self._changed:
                     continue
                 if 3 * height * width != room:
@@ -100,7 +110,7 @@ class PixelCache:
             for event in self._written.values():
                 cuda.current_stream(self._pixels.device).wait_event(event)
         pixels = self._pixels
-        if self._moves:
+        if self._uploads:
             lengths = (sizes.prod(dim=1) * 3).tolist()
             parts = [pixels[at : at + length] for at, length in zip(offset.tolist(), lengths, strict=True)]
             pixels = torch.empty(sum(lengths), dtype=torch.uint8, pin_memory=True)
@@ -159,19 +169,8 @@ class CachedSource:
         self._source.close()
 
 
-Cache = Literal["off", "host", "device", "auto"]
-CHOICES = ("off", "host", "device", "auto")
-SHARE = {"device": 0.4, "host": 0.5}
-"""Fraction of free memory that `auto` takes at most: evaluations and other programs need the rest."""
-MOST = 0.9
-"""Fraction of free memory that `host` or `device` may take, and of what training steps leave of a GPU's."""
-_READERS = 8
-_CHUNK = 1000  # images per progress report
-_GB = 1e9
-
-
 @dataclass(frozen=True, kw_only=True)
-class Memory:
+class FreeMemory:
     """Free memory in bytes.
 
     Attributes:
@@ -188,21 +187,21 @@ class Memory:
         """Free bytes of "host" or "device"."""
         return self.host if place == "host" else self.device
 
-    def most(self, place: str, choice: Cache) -> int:
+    def budget(self, place: str, choice: Cache) -> int:
         """Bytes that cached pixels may take there."""
         left = self.of(place) - (self.steps if place == "device" else 0)
-        named = int(MOST * max(0, left))
-        return min(named, int(SHARE[place] * self.of(place))) if choice == "auto" else named
+        limit = int(MAX_FRACTION * max(0, left))
+        return min(limit, int(AUTO_FRACTION[place] * self.of(place))) if choice == "auto" else limit
 
 
-def free_memory(device: torch.device, *, processes: int) -> Memory:
+def free_memory(device: torch.device, *, processes: int) -> FreeMemory:
     """Free memory, within the limit of a container."""
     free = [_available()]
     limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:
         free.append(max(0, limit - used))
     on_gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    return Memory(host=min(free) // processes, device=on_gpu)
+    return FreeMemory(host=min(free) // processes, device=on_gpu)
 
 
 def with_cache(
@@ -210,7 +209,7 @@ def with_cache(
     choice: Cache,
     *,
     device: torch.device,
-    memory: Memory,
+    memory: FreeMemory,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Source, str]:
     """A source with a pixel cache, or the source itself; and a sentence on the choice ("" for off).
@@ -219,7 +218,7 @@ def with_cache(
 
     Args:
         source: the encoded images.
-        choice: where to cache; auto takes GPU memory, else host memory, else none, within `SHARE`.
+        choice: where to cache; auto takes GPU memory, else host memory, else none, within `AUTO_FRACTION`.
         device: where the views are made.
         memory: free memory.
         progress: called with the number of images whose size is known.
@@ -238,15 +237,15 @@ def with_cache(
             field="cache",
         )
     places = [choice] if choice != "auto" else ["device", "host"] if device.type == "cuda" else ["host"]
-    most = {place: memory.most(place, choice) for place in places}
+    budget = {place: memory.budget(place, choice) for place in places}
     least = int(source.nbytes.sum())  # decoded images are larger than encoded ones
-    if least > max(most.values()):
-        return source, _refused(choice, least, f"more than {_gb(least)}", most, memory)
+    if least > max(budget.values()):
+        return source, _does_not_fit(choice, least, f"more than {_gb(least)}", budget, memory)
     sizes = pixel_bytes(source, progress=progress)
     needed = int(sizes.sum())
-    fitting = [place for place in places if needed <= most[place]]
+    fitting = [place for place in places if needed <= budget[place]]
     if not fitting:
-        return source, _refused(choice, needed, _gb(needed), most, memory)
+        return source, _does_not_fit(choice, needed, _gb(needed), budget, memory)
     return _allocated(source, sizes, fitting, device)
 
 
@@ -258,27 +257,27 @@ def _allocated(source: Source, sizes: NDArray[np.int64], places: list[str], devi
         try:
             cache = PixelCache(sizes, device=where, on=device)
         except (RuntimeError, MemoryError) as error:
-            failures.append(f"{_name(place)} memory had no room for {needed} ({_first(error)})")
+            failures.append(f"{_memory_name(place)} memory had no room for {needed} ({_first_line(error)})")
             continue
-        said = f"cache: {needed} of pixels in {_name(place)} memory; each image is decoded once"
-        return CachedSource(source, cache), "; ".join([said, *failures])
+        sentence = f"cache: {needed} of pixels in {_memory_name(place)} memory; each image is decoded once"
+        return CachedSource(source, cache), "; ".join([sentence, *failures])
     return source, f"cache: OFF, images are decoded at every use: {'; '.join(failures)}"
 
 
-def _refused(choice: Cache, needed: int, told: str, most: dict[str, int], memory: Memory) -> str:
+def _does_not_fit(choice: Cache, needed: int, amount: str, budget: dict[str, int], memory: FreeMemory) -> str:
     """Why nothing is cached; raises if a cache was requested."""
     allowed = " and ".join(
-        f"{_gb(most[place])} of {_gb(memory.of(place))} free {_name(place)} memory" for place in most
+        f"{_gb(budget[place])} of {_gb(memory.of(place))} free {_memory_name(place)} memory" for place in budget
     )
-    if memory.steps and "device" in most:
+    if memory.steps and "device" in budget:
         allowed += f" ({_gb(memory.steps)} of GPU memory are for training steps)"
     if choice == "auto":
-        return f"cache: off, because the pixels of all images take {told}, and at most {allowed} are taken"
+        return f"cache: off, because the pixels of all images take {amount}, and at most {allowed} are taken"
     other: Cache = "host" if choice == "device" else "device"
-    fits = needed <= memory.most(other, other)
+    fits = needed <= memory.budget(other, other)
     remedy = f"take --cache {other} ({_gb(memory.of(other))} free), or " if fits else "take "
     raise InputError(
-        f"cache is {choice!r} but the pixels of all images take {told} and at most {allowed} can be taken: {remedy}"
+        f"cache is {choice!r} but the pixels of all images take {amount} and at most {allowed} can be taken: {remedy}"
         "--cache off, or convert the images with mvssl-convert --max-size, which makes them smaller.",
         field="cache",
     )
@@ -294,7 +293,7 @@ def pixel_bytes(source: Source, *, progress: Callable[[int], None] | None = None
     parts = [range(at, min(at + share, len(source))) for at in range(0, len(source), share)]
 
     def measure(part: range) -> int:
-        for index, pixels in _pixels(source, part):
+        for index, pixels in _pixel_counts(source, part):
             sizes[index] = 3 * pixels if pixels <= MAX_PIXELS else 0
         return len(part)
 
@@ -307,7 +306,7 @@ def pixel_bytes(source: Source, *, progress: Callable[[int], None] | None = None
     return sizes
 
 
-def _pixels(source: Source, indices: range) -> Iterator[tuple[int, int]]:
+def _pixel_counts(source: Source, indices: range) -> Iterator[tuple[int, int]]:
     """Each index with its number of pixels, as far as the files tell."""
     for index in indices:
         try:
@@ -342,7 +341,7 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def _name(place: str) -> str:
+def _memory_name(place: str) -> str:
     return "GPU" if place == "device" else "host"
 
 
@@ -350,6 +349,6 @@ def _gb(count: int) -> str:
     return f"{count / _GB:.2f} GB" if count >= _GB / 100 else f"{count / 1e6:.2f} MB"
 
 
-def _first(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """The first line of a message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,7 +2,7 @@
 
 The training thread never waits for the device on the host. The thread that prepares batches may: for DALI, which
 returns a batch when its sizes are known, for the first allocation of pinned memory, for crops so large that the CPU
-resizes them, and when the GPU is `_MOST_HELD` batches behind.
+resizes them, and when the GPU is `_MAX_IN_FLIGHT` batches behind.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pipelines.runtime import InputError
 from pipelines.storage.source import ReadsAhead, Source
 
 T = TypeVar("T")
-_PATROL = 1.0  # seconds between checks that the producer is alive
-_LONG = 60.0  # seconds of waiting for one item before `complain` is called
+_CHECK_EVERY = 1.0  # seconds between checks that the producer is alive
+_SLOW_AFTER = 60.0  # seconds of waiting for one item before `warn_slow` is called
 
 
 class Prefetcher(Generic[T]):
@@ -50,7 +50,7 @@ class Prefetcher(Generic[T]):
         depth: int,
         name: str,
         room_first: bool = False,
-        complain: Callable[[float], None] | None = None,
+        warn_slow: Callable[[float], None] | None = None,
     ) -> None:
         """Start the thread.
 
@@ -59,10 +59,10 @@ class Prefetcher(Generic[T]):
             depth: items that may wait.
             name: of the thread.
             room_first: produce an item only when there is room for it.
-            complain: called in the consumer's thread with the seconds waited, once per slow item.
+            warn_slow: called in the consumer's thread with the seconds waited, once per slow item.
         """
         self.wait_seconds = 0.0
-        self._complain = complain
+        self._warn_slow = warn_slow
         self._queue: _Queue[T] = _Queue(depth, room_first=room_first)
         # A daemon, so that a full queue never keeps the interpreter alive; the finalizer stops it before exit.
         self._thread = threading.Thread(target=_produce, args=(items, self._queue), name=name, daemon=True)
@@ -75,7 +75,7 @@ class Prefetcher(Generic[T]):
     def __next__(self) -> T:
         start = time.monotonic()
         try:
-            return self._queue.get(self._thread, self._complain)
+            return self._queue.get(self._thread, self._warn_slow)
         finally:
             self.wait_seconds += time.monotonic() - start
 
@@ -140,8 +140,8 @@ class _Queue(Generic[T]):
             self.error = error
             self.changed.notify_all()
 
-    def get(self, producer: threading.Thread, complain: Callable[[float], None] | None) -> T:
-        """Wait for the next item; `complain` is called once if that takes long.
+    def get(self, producer: threading.Thread, warn_slow: Callable[[float], None] | None) -> T:
+        """Wait for the next item; `warn_slow` is called once if that takes long.
 
         Raises:
             StopIteration: there are no more items.
@@ -150,12 +150,12 @@ class _Queue(Generic[T]):
         """
         waits = 0
         with self.changed:
-            while not self.changed.wait_for(lambda: self.items or self.ended or self.stopped, timeout=_PATROL):
+            while not self.changed.wait_for(lambda: self.items or self.ended or self.stopped, timeout=_CHECK_EVERY):
                 if not producer.is_alive() and not self.ended:
                     raise RuntimeError(f"Loader thread {producer.name!r} died without raising; please report this.")
                 waits += 1
-                if complain is not None and (waits - 1) * _PATROL < _LONG <= waits * _PATROL:
-                    complain(waits * _PATROL)
+                if warn_slow is not None and (waits - 1) * _CHECK_EVERY < _SLOW_AFTER <= waits * _CHECK_EVERY:
+                    warn_slow(waits * _CHECK_EVERY)
             if self.items:
                 item = self.items.popleft()
                 self.changed.notify_all()
@@ -196,13 +196,13 @@ class ReadAhead:
             late: batches for which announced indices may still be unread.
         """
         self._batches = batches
-        self._waiting: deque[Sequence[int]] = deque(islice(batches, lead), maxlen=lead + late)
+        self._pending: deque[Sequence[int]] = deque(islice(batches, lead), maxlen=lead + late)
         self._changed = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
         if isinstance(source, ReadsAhead):
             # A daemon: it must not keep the interpreter alive if the loader is never closed.
-            self._thread = threading.Thread(target=self._name, args=(source,), name="mvssl-ahead", daemon=True)
+            self._thread = threading.Thread(target=self._announce, args=(source,), name="mvssl-ahead", daemon=True)
             self._thread.start()
 
     def advance(self) -> None:
@@ -210,7 +210,7 @@ class ReadAhead:
         indices = next(self._batches, None)
         if indices is not None:
             with self._changed:
-                self._waiting.append(indices)
+                self._pending.append(indices)
                 self._changed.notify()
 
     def close(self) -> None:
@@ -221,20 +221,20 @@ class ReadAhead:
         if self._thread is not None:
             self._thread.join()
 
-    def _name(self, source: ReadsAhead) -> None:
+    def _announce(self, source: ReadsAhead) -> None:
         """Runs in the thread."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._waiting)
+                self._changed.wait_for(lambda: self._closed or self._pending)
                 if self._closed:
                     return
-                indices = self._waiting.popleft()
+                indices = self._pending.popleft()
             with contextlib.suppress(OSError, InputError):  # the read itself reports it
                 source.will_need(indices)
 
 
 cuda: Any = torch.cuda  # Any: torch ships its streams and events without types
-_MOST_HELD = 8  # batches in flight; a GPU further behind makes the producer's thread wait, never the training loop
+_MAX_IN_FLIGHT = 8  # batches in flight; a GPU further behind makes the producer's thread wait, never the training loop
 
 
 class SideStream:
@@ -267,7 +267,7 @@ class SideStream:
         event: torch.cuda.Event = cuda.Event()
         event.record(self._stream)
         self._held.append((event, held))
-        if len(self._held) > _MOST_HELD:
+        if len(self._held) > _MAX_IN_FLIGHT:
             self._held[0][0].synchronize()
         while self._held and self._held[0][0].query():
             self._held.popleft()

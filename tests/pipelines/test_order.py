@@ -1,4 +1,4 @@
-"""The order of the images: a fair permutation per epoch, shared out the same way on any number of ranks."""
+"""Order: one uniformly random permutation per epoch, and the same global batches on any number of ranks."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def test_an_epoch_is_a_permutation(n: int, seed: int, epoch: int) -> None:
     assert np.array_equal(np.sort(permutation), np.arange(n))
 
 
-def test_permutations_beyond_one_chunk_of_keys() -> None:
+def test_keys_do_not_depend_on_the_number_of_images() -> None:
     long = Order(num_images=40_000, batch_size=1, seed=0).permutation(0)
     assert np.array_equal(np.sort(long), np.arange(40_000))
     short = Order(num_images=100, batch_size=1, seed=0).permutation(0)
-    assert np.array_equal(long[long < 100], short)  # an image's key does not depend on how many others there are
+    assert np.array_equal(long[long < 100], short)
 
 
 def test_changes_with_seed_and_epoch_only() -> None:
@@ -40,7 +40,7 @@ def test_changes_with_seed_and_epoch_only() -> None:
 CHUNKED = given(
     n=st.integers(1, 3000),
     chunk=st.integers(1, 200),
-    runs=st.integers(1, 20),
+    blocks=st.integers(1, 20),
     seed=st.integers(0, 2**32),
     epoch=st.integers(0, 100),
 )
@@ -48,33 +48,33 @@ CHUNKED = given(
 
 @settings(max_examples=50, deadline=None)
 @CHUNKED
-def test_a_chunked_epoch_is_a_permutation_that_reads_one_window_after_the_other(
-    n: int, chunk: int, runs: int, seed: int, epoch: int
+def test_an_epoch_in_blocks_is_a_permutation_that_reads_one_buffer_after_another(
+    n: int, chunk: int, blocks: int, seed: int, epoch: int
 ) -> None:
-    order = Order(num_images=n, batch_size=1, seed=seed, chunk=chunk, window=runs * chunk + chunk // 2)
+    order = Order(num_images=n, batch_size=1, seed=seed, chunk=chunk, window=blocks * chunk + chunk // 2)
     permutation = order.permutation(epoch)
     assert np.array_equal(np.sort(permutation), np.arange(n))
-    run = permutation // chunk
-    last = {number: place for place, number in enumerate(run.tolist())}  # where each run is read last
-    first = {number: n - 1 - place for place, number in enumerate(run[::-1].tolist())}
+    block = permutation // chunk
+    last = {number: place for place, number in enumerate(block.tolist())}  # where each block is used last
+    first = {number: n - 1 - place for place, number in enumerate(block[::-1].tolist())}
     for place in range(0, n, max(1, n // 20)):
         reading = sum(first[number] <= place <= last[number] for number in last)
-        assert reading <= runs
+        assert reading <= blocks
 
 
-def test_chunks_change_with_the_epoch_and_are_mixed() -> None:
-    order = Order(num_images=16_000, batch_size=1, seed=0, chunk=100, window=1600)  # 160 runs, 10 windows
+def test_blocks_change_with_the_epoch_and_are_mixed() -> None:
+    order = Order(num_images=16_000, batch_size=1, seed=0, chunk=100, window=1600)  # 160 blocks, 10 buffers
     epochs = [order.permutation(epoch) for epoch in range(3)]
     beginnings = [frozenset((epoch[:1600] // 100).tolist()) for epoch in epochs]
-    assert all(len(runs) == 16 for runs in beginnings)
-    assert len(set(beginnings)) == 3  # other runs together in each epoch
+    assert all(len(blocks) == 16 for blocks in beginnings)
+    assert len(set(beginnings)) == 3  # other blocks together in each epoch
     inside = epochs[0][:1600]
-    assert abs(float(np.corrcoef(np.arange(1600), inside % 100)[0, 1])) < 0.1  # mixed within the window
+    assert abs(float(np.corrcoef(np.arange(1600), inside % 100)[0, 1])) < 0.1  # mixed within the buffer
     whole = Order(num_images=100, batch_size=1, seed=0, chunk=100).permutation(0)
-    assert np.array_equal(whole, Order(num_images=100, batch_size=1, seed=0).permutation(0))  # one window mixes all
+    assert np.array_equal(whole, Order(num_images=100, batch_size=1, seed=0).permutation(0))  # one buffer mixes all
 
 
-def test_without_chunks_images_are_read_ahead_in_the_order_of_their_use() -> None:
+def test_without_blocks_images_are_read_ahead_in_the_order_of_use() -> None:
     order = Order(num_images=50, batch_size=6, seed=1)
     permutation = order.permutation(3)
     for rank in range(3):
@@ -86,14 +86,14 @@ def test_without_chunks_images_are_read_ahead_in_the_order_of_their_use() -> Non
 @settings(max_examples=50, deadline=None)
 @CHUNKED
 @pytest.mark.parametrize("on_host", [range(1), range(3), range(2, 4)])
-def test_chunks_are_read_ahead_in_long_pieces_and_never_too_late(
-    on_host: range, n: int, chunk: int, runs: int, seed: int, epoch: int
+def test_blocks_are_read_ahead_in_long_sequences_and_in_time(
+    on_host: range, n: int, chunk: int, blocks: int, seed: int, epoch: int
 ) -> None:
-    """Loops instead of sorting: a machine's ranks have read what they use `buffer_steps` batches before they use it."""
+    """Checked by loops: a host's ranks have read each image `buffer_steps` batches before they use it."""
     world_size = on_host.stop
     batch = 3 * world_size
     n = max(n, batch)
-    order = Order(num_images=n, batch_size=batch, seed=seed, chunk=chunk, window=runs * chunk)
+    order = Order(num_images=n, batch_size=batch, seed=seed, chunk=chunk, window=blocks * chunk)
     permutation = order.permutation(epoch)
     first_step = order.steps_per_epoch // 3
     parts = [
@@ -101,7 +101,7 @@ def test_chunks_are_read_ahead_in_long_pieces_and_never_too_late(
         for rank in on_host
     ]
     assert all(part.shape == (order.steps_per_epoch - first_step, 3) for part in parts)
-    reading = np.concatenate(parts, axis=1)  # [steps, what the machine reads in one]
+    reading = np.concatenate(parts, axis=1)  # [steps, images read by the host in a step]
     here: set[int] = set()
     everything: set[int] = set()
     for step in range(first_step, order.steps_per_epoch):
@@ -111,15 +111,15 @@ def test_chunks_are_read_ahead_in_long_pieces_and_never_too_late(
         everything |= used
     assert here == everything
     assert len(reading.reshape(-1)) == len(everything)
-    backward = int((np.diff(reading.reshape(-1)) < 0).sum())  # once from each window to the next
-    assert backward <= -(-n // (chunk * runs))
+    backward = int((np.diff(reading.reshape(-1)) < 0).sum())  # once from each buffer to the next
+    assert backward <= -(-n // (chunk * blocks))
 
 
-def test_every_arrangement_is_equally_likely() -> None:
+def test_every_permutation_is_equally_likely() -> None:
     order, epochs = Order(num_images=4, batch_size=1, seed=3), 4800
     counts = Counter(tuple(order.permutation(epoch).tolist()) for epoch in range(epochs))
     expected = epochs / 24
-    chi_square = sum((counts[arrangement] - expected) ** 2 / expected for arrangement in counts)
+    chi_square = sum((counts[permutation] - expected) ** 2 / expected for permutation in counts)
     assert len(counts) == 24
     assert chi_square < 23 + 5 * math.sqrt(2 * 23)
 

@@ -1,4 +1,4 @@
-"""What a command-line program prints and exits with."""
+"""Error messages and exit codes of command-line programs."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def with_orientation(jpeg: np.ndarray, orientation: int, order: str = "II") -> n
 
 
 def refused_jpeg() -> np.ndarray:
-    """A JPEG without its Huffman tables, which looks plain and which neither decoder takes."""
+    """A JPEG without its Huffman tables, which looks plain but which no decoder accepts."""
     data = encode(picture(40, 50)).tobytes()
     return np.frombuffer(data[: data.index(b"\xff\xc4")] + data[-300:], np.uint8)
 
@@ -78,7 +78,7 @@ def only_dalis_jpeg() -> np.ndarray:
 
 
 def only_pillows_jpeg() -> np.ndarray:
-    """A JPEG with two stray bytes after its frame header: Pillow passes over them, DALI refuses it."""
+    """A JPEG with two stray bytes after its frame header: Pillow skips them, DALI refuses it."""
     data = encode(picture(61, 83)).tobytes()
     after = data.index(b"\xff\xc0") + 19
     return np.frombuffer(data[:after] + b"\0\0" + data[after:], np.uint8)

@@ -81,7 +81,7 @@ def test_a_decoders_error_reaches_the_training_loop_at_once(
     error: BaseException,
     words: str,
 ) -> None:
-    monkeypatch.setattr(pipelines.loading.threads, "_PATROL", PATROL)  # or it would find the dead thread by itself
+    monkeypatch.setattr(pipelines.loading.threads, "_CHECK_EVERY", PATROL)  # or it would find the dead thread by itself
     out = tmp_path / "run"
     raised: list[float] = []
 

@@ -19,7 +19,7 @@ from mvssl.training import experiment, memory
 from mvssl.training.cuda_graph import WARM_UP
 from mvssl.training.memory import fits_on, peak_step_memory, with_largest_batch
 from mvssl.training.step import TrainStep
-from pipelines.loading.pixel_cache import Memory, pixel_bytes, with_cache
+from pipelines.loading.pixel_cache import FreeMemory, pixel_bytes, with_cache
 from pipelines.storage import open_source
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -118,7 +118,7 @@ def test_a_cache_leaves_the_memory_of_steps_free(images: Path, monkeypatch: pyte
     monkeypatch.setattr("pipelines.loading.pixel_cache.PixelCache", lambda sizes, device, on: device)
 
     def choose(choice: Any, steps: float) -> str:
-        free = Memory(host=needed, device=10 * needed, steps=int(steps * needed))
+        free = FreeMemory(host=needed, device=10 * needed, steps=int(steps * needed))
         return with_cache(source, choice, device=CUDA, memory=free)[1]
 
     assert "of pixels in GPU memory" in choose("auto", 8.8)
@@ -159,9 +159,9 @@ def test_steps_are_measured_before_images_are_cached(
 
 def test_the_networks_are_counted_once(images: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """The networks' memory, reserved by then, is part of the peak."""
-    seen: list[Memory] = []
+    seen: list[FreeMemory] = []
 
-    def keep(source: Any, choice: str, *, device: Any, memory: Memory, progress: Any) -> tuple[Any, str]:
+    def keep(source: Any, choice: str, *, device: Any, memory: FreeMemory, progress: Any) -> tuple[Any, str]:
         seen.append(memory)
         return source, ""
 

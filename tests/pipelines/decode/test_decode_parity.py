@@ -1,4 +1,4 @@
-"""All decoders against Pillow itself and against values known from how the file was made."""
+"""All decoders against Pillow, and against pixels known from how the file was made."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def images(decoder: Decoder, encoded: list[np.ndarray]) -> list[np.ndarray]:
     return [p.reshape(h, w, 3).numpy() for p, (h, w) in zip(pieces, decoded.sizes.tolist(), strict=True)]
 
 
-def test_jpegs_are_pillows_to_the_bit(decoder: Decoder) -> None:
+def test_jpegs_are_decoded_exactly_as_by_pillow(decoder: Decoder) -> None:
     encoded = [
         encode(picture(h, w), subsampling=s, progressive=p)
         for h, w in [SIZE, (1, 1), (1, 9), (17, 16), (8, 3)]
@@ -43,7 +43,7 @@ def test_jpegs_are_pillows_to_the_bit(decoder: Decoder) -> None:
     ]
     encoded += [encode(picture(*SIZE)[..., 0], progressive=p) for p in (False, True)]
     encoded += [encode(picture(*SIZE), restart_marker_rows=1), encode(picture(*SIZE), icc_profile=b"x" * 70000)]
-    assert all(header is not None and header.plain for header in map(sniff, encoded))  # so DALI is what is tested
+    assert all(header is not None and header.plain for header in map(sniff, encoded))  # so DALI decodes them
     for got, data in zip(images(decoder, encoded), encoded, strict=True):
         np.testing.assert_array_equal(got, np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB")))
 
@@ -55,7 +55,7 @@ def test_lossless_formats_give_the_original(decoder: Decoder, kind: str) -> None
     np.testing.assert_array_equal(got, pixels)
 
 
-def test_odd_encodings_become_the_rgb_they_mean(decoder: Decoder) -> None:
+def test_odd_encodings_become_rgb(decoder: Decoder) -> None:
     pixels = picture(*SIZE)
     gray, ramp = pixels[..., 1], np.arange(SIZE[0] * SIZE[1]).reshape(SIZE)
     alpha = np.dstack([pixels, (ramp % 256).astype(np.uint8)])
@@ -82,12 +82,14 @@ def test_odd_encodings_become_the_rgb_they_mean(decoder: Decoder) -> None:
         np.testing.assert_array_equal(got, want, err_msg=name)
 
 
-def test_cmyk_is_converted_also_in_adobes_inverted_form(decoder: Decoder) -> None:
+def test_cmyk_is_converted_also_in_inverted_form(decoder: Decoder) -> None:
     y, x = np.mgrid[0:64, 0:64]
     cmyk = np.stack([x * 4, y * 4, 255 - x * 4, y * 2], -1).astype(np.uint8)
     image = Image.frombytes("CMYK", (64, 64), cmyk.tobytes())
     want = (255 - cmyk[..., :3].astype(float)) * (255 - cmyk[..., 3:]) / 255  # ink absorbs, key absorbs the rest
-    tiff, jpeg = images(decoder, [encode(image, "TIFF"), encode(image, "JPEG", quality=98)])  # Pillow writes Adobe's
+    tiff, jpeg = images(
+        decoder, [encode(image, "TIFF"), encode(image, "JPEG", quality=98)]
+    )  # Pillow writes Adobe's inverted form
     assert b"Adobe" in encode(image, "JPEG").tobytes()
     assert np.abs(tiff - want).max() <= 1
     assert np.abs(jpeg - want).max() <= 8  # the JPEG's own loss
@@ -106,7 +108,7 @@ def test_exif_orientation_is_applied(decoder: Decoder, order: str) -> None:
         np.testing.assert_array_equal(got, upright.get(n, stored), err_msg=f"orientation {n}")
 
 
-def test_broken_or_foreign_metadata_does_not_matter(decoder: Decoder) -> None:
+def test_broken_or_foreign_metadata_is_ignored(decoder: Decoder) -> None:
     jpeg = encode(picture(*SIZE))
     data = jpeg.tobytes()
     xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
@@ -121,7 +123,7 @@ def test_broken_or_foreign_metadata_does_not_matter(decoder: Decoder) -> None:
 
 
 @needs_dali
-def test_a_damaged_but_complete_jpeg_has_the_same_pixels_where_both_take_it() -> None:
+def test_a_damaged_but_complete_jpeg_has_the_same_pixels_if_both_decode_it() -> None:
     jpeg = encode(picture(*SIZE))
     rng = np.random.default_rng(0)
     both = [make_decoder(kind, device="cpu", batch_size=16, threads=1) for kind in ("dali", "pillow")]
@@ -131,7 +133,7 @@ def test_a_damaged_but_complete_jpeg_has_the_same_pixels_where_both_take_it() ->
         at = int(rng.integers(len(jpeg) // 2, len(jpeg) - 10))
         noisy[at : at + 4] = rng.integers(0, 256, 4)
         dali, pillow = (decoder([noisy]) for decoder in both)
-        assert pillow.failures or not dali.failures  # Pillow is the stricter one
+        assert pillow.failures or not dali.failures  # Pillow is stricter
         if not pillow.failures:
             assert torch.equal(dali.pixels, pillow.pixels)
             compared += 1

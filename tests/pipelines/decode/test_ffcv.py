@@ -1,112 +1,106 @@
-"""FFCV and mvssl read each other's files."""
+"""FFCV decoder: damaged JPEGs go to Pillow, threads, missing installations, and the loader with it."""
 
 from __future__ import annotations
 
-import io
-import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
 
-from pipelines.decode.pillow import decode_one
+from pipelines.decode import Decoder, ffcv, make_decoder
 from pipelines.runtime import InputError
-from pipelines.storage import open_source
-from pipelines.storage.beton import BetonSource
-from tests.samples.decode_samples import picture
-from tests.samples.ffcv_programs import MODES, ffcv_read, ffcv_write, needs_ffcv
-from tools.convert import Convert, convert
-
-pytestmark = [needs_ffcv, pytest.mark.slow]
-
-COUNT = 12
-IMAGES = [picture(30 + n, 50 - n, n) for n in range(COUNT)]
-LABELS = [n % 3 for n in range(COUNT)]
+from tests.samples.decode_samples import encode, jpegs, needs_ffcv_library, picture, with_orientation
+from tests.samples.loader_samples import loader_of, source_with
+from tests.samples.other_threads import share_of_ticks
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with MODE.beton for each mode of FFCV's writer, and nolabel.beton."""
-    folder = tmp_path_factory.mktemp("theirs")
-    ffcv_write(IMAGES, LABELS, folder)
-    return folder
+def both(threads: int = 2) -> tuple[ffcv.FfcvDecoder, Decoder]:
+    decoder = make_decoder("ffcv", device="cpu", batch_size=64, threads=threads)
+    assert isinstance(decoder, ffcv.FfcvDecoder)
+    return decoder, make_decoder("pillow", device="cpu", batch_size=64, threads=threads)
 
 
-def pixels(source: BetonSource) -> list[np.ndarray]:
-    decoded = [decode_one(source.read(n)) for n in range(len(source))]
-    return [image for image in decoded if not isinstance(image, str)]
+@needs_ffcv_library
+def test_damaged_jpegs_give_the_results_of_pillow_in_any_batch() -> None:
+    decoder, pillow = both()
+    generator = np.random.default_rng(0)
+    files = jpegs(40)
+    for n in range(0, 40, 2):
+        damaged = files[n].copy()
+        at = int(generator.integers(len(damaged) // 2, len(damaged) - 10))
+        damaged[at : at + 4] = generator.integers(0, 256, 4)
+        files[n] = damaged
+    ours, theirs = decoder(files), pillow(files)
+    assert ours.failures == theirs.failures
+    assert torch.equal(ours.sizes, theirs.sizes)
+    assert torch.equal(ours.pixels, theirs.pixels)
+    for n in range(40):
+        alone = decoder([files[n]])
+        assert bool(alone.failures) == (n in ours.failures)
+    decoder.close()
 
 
-def test_ffcv_reads_what_was_converted(tmp_path: Path) -> None:
-    """Colour and gray JPEGs as their own bytes; CMYK and PNG as pixels, which FFCV gives exactly."""
-    for n in range(10):
-        (tmp_path / "src" / "ab"[n % 2]).mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray(picture(40, 48, n))
-        if n in (2, 3):
-            image = image.convert("L" if n == 2 else "CMYK")
-        image.save(tmp_path / "src" / "ab"[n % 2] / f"{n}.{'png' if n == 4 else 'jpg'}", quality=90)
-    convert(Convert(src=tmp_path / "src", dst=tmp_path / "d", format="beton"))
-    source = BetonSource(tmp_path / "d" / "images.beton")
-    images, labels = ffcv_read(source.location, decoder="simple")
-    assert labels.tolist() == source.labels.tolist() == [0] * 5 + [1] * 5
-    differences = np.abs(images.astype(int) - np.stack(pixels(source)).astype(int))  # [N, H, W, 3]
-    assert differences.max() <= 12, "FFCV decodes JPEGs with the fast DCT"
-    assert differences.mean() < 1
-    exact = [n for n in range(10) if source.key(n) in ("a/4", "b/3")]
-    assert differences[exact].max() == 0
+@needs_ffcv_library
+def test_an_orientation_after_much_other_metadata_is_applied() -> None:
+    decoder, pillow = both()
+    data = encode(picture(40, 50), icc_profile=b"x" * 150_000).tobytes()
+    turned = with_orientation(encode(picture(8, 8)), 6, "MM").tobytes()
+    start = turned.index(b"\xff\xe1")
+    segment = turned[start : start + 2 + int.from_bytes(turned[start + 2 : start + 4], "big")]
+    frame = data.index(b"\xff\xdb")  # the tables behind the profile
+    file = np.frombuffer(data[:frame] + segment + data[frame:], np.uint8)
+    ours, theirs = decoder([file]), pillow([file])
+    assert theirs.sizes.tolist() == [[50, 40]]
+    assert torch.equal(ours.sizes, theirs.sizes)
+    assert torch.equal(ours.pixels, theirs.pixels)
+    decoder.close()
 
 
-def test_ffcv_reads_images_of_many_sizes_over_several_pages(tmp_path: Path) -> None:
-    (tmp_path / "src").mkdir()
-    for n in range(9):  # noise: 2 MB each, 4 a page
-        noise = np.random.default_rng(n).integers(0, 256, (900 + n, 850, 3), dtype=np.uint8)
-        Image.fromarray(noise // 8 + 28 * n).save(tmp_path / "src" / f"{n}.png")
-    convert(Convert(src=tmp_path / "src", dst=tmp_path / "d", format="beton", shard_size=5.0))
-    source = BetonSource(tmp_path / "d" / "images.beton")
-    images, labels = ffcv_read(source.location, decoder="center")
-    assert labels.tolist() == [-1] * 9
-    means = [float(image.mean()) for image in pixels(source)]
-    assert np.abs(images.mean(axis=(1, 2, 3)) - means).max() < 1
-    assert max(b - a for a, b in itertools.pairwise(means)) > 20
+@needs_ffcv_library
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_any_number_of_threads_and_images(threads: int) -> None:
+    decoder, pillow = both(threads)
+    for count in (1, 2, 7, 40):
+        ours, theirs = decoder(jpegs(count)), pillow(jpegs(count))
+        assert torch.equal(ours.pixels, theirs.pixels)
+    decoder.close()
+    decoder.close()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_files_of_ffcv_are_read(theirs: Path, mode: str) -> None:
-    source = open_source(theirs / f"{mode}.beton")
-    assert isinstance(source, BetonSource)
-    assert source.labels.tolist() == LABELS
-    assert source.classes == ("0", "1", "2")
-    assert source.key(7) == "000000007"
-    assert source.sizes.tolist() == [[30 + n, 50 - n] for n in range(COUNT)]
-    exact = 0
-    for image, original in zip(pixels(source), IMAGES, strict=True):
-        difference = np.abs(image.astype(int) - original.astype(int))
-        exact += difference.max() == 0
-        assert difference.mean() < 8
-    assert {"jpg": exact == 0, "proportion": 0 < exact < COUNT}.get(mode, exact == COUNT)
-    source.close()
+@needs_ffcv_library
+def test_decoding_releases_the_gil() -> None:
+    decoder, _ = both(threads=1)
+    large = [encode(picture(3000, 4000)) for _ in range(2)]
+    assert share_of_ticks(lambda: decoder(large)) > 0.2
+    decoder.close()
 
 
-def test_file_of_ffcv_without_labels(theirs: Path) -> None:
-    source = open_source(theirs / "nolabel.beton")
-    assert source.labels.tolist() == [-1] * COUNT
-    assert source.classes == ()
-    assert Image.open(io.BytesIO(source.read(0).tobytes())).format == "JPEG"
+@needs_ffcv_library
+def test_the_loader_gives_the_views_of_the_other_decoders() -> None:
+    source = source_with()
+    with_ffcv, with_pillow = loader_of(source, decoder="ffcv"), loader_of(source, decoder="pillow")
+    assert with_ffcv.decoder_name == "ffcv"
+    for ours, theirs in zip(with_ffcv.epoch(0), with_pillow.epoch(0), strict=True):
+        assert torch.equal(ours.index, theirs.index)
+        for mine, expected in zip(ours.views, theirs.views, strict=True):
+            assert torch.equal(mine, expected)
+    with_ffcv.close()
+    with_pillow.close()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_no_file_of_ffcv_that_was_cut_short_is_opened(theirs: Path, tmp_path: Path, mode: str) -> None:
-    whole = (theirs / f"{mode}.beton").read_bytes()
-    path = tmp_path / "short.beton"
-    for missing in (1, 23, 24, 48, 24 * COUNT, 24 * COUNT + 1, 5000, len(whole) - 2000, len(whole) - 10):
-        path.write_bytes(whole[:-missing])
-        with pytest.raises(InputError, match="restore it from where it was copied, or write it again"):
-            open_source(path)
+def test_a_missing_library_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ffcv.load_ffcv.cache_clear()
+    monkeypatch.setattr(ffcv.importlib.util, "find_spec", lambda name: None)
+    sentence = r"decoder is 'ffcv' but FFCV's library cannot be used \(the package ffcv is not installed\): run tools/"
+    with pytest.raises(InputError, match=sentence):
+        make_decoder("ffcv", device="cpu", batch_size=4, threads=1)
 
+    class Spec:
+        submodule_search_locations = (str(tmp_path),)
 
-def test_converting_a_file_of_ffcv(theirs: Path, tmp_path: Path) -> None:
-    convert(Convert(src=theirs / "jpg.beton", dst=tmp_path / "d"))
-    before, after = open_source(theirs / "jpg.beton"), open_source(tmp_path / "d")
-    assert after.labels.tolist() == LABELS
-    assert all(np.array_equal(before.read(n), after.read(n)) for n in range(COUNT))
+    (tmp_path / "_libffcv.so").write_bytes(b"no library")
+    monkeypatch.setattr(ffcv.importlib.util, "find_spec", lambda name: Spec)
+    with pytest.raises(InputError, match=r"decoder is 'ffcv' but .*_libffcv\.so"):
+        make_decoder("ffcv", device="cpu", batch_size=4, threads=1)
+    ffcv.load_ffcv.cache_clear()

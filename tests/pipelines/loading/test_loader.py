@@ -32,14 +32,14 @@ def same(a: ViewBatch, b: ViewBatch) -> bool:
 
 
 @pytest.mark.parametrize("chunk", [0, 5])
-def test_the_storage_hears_of_images_before_they_are_read(chunk: int) -> None:
-    class Told(MemorySource):
+def test_images_are_announced_before_they_are_read(chunk: int) -> None:
+    class Announced(MemorySource):
         def will_need(self, indices: Sequence[int]) -> None:
-            told.append(list(indices))
+            announced.append(list(indices))
 
-    told: list[list[int]] = []
+    announced: list[list[int]] = []
     whole = source_with(())
-    source = Told([whole.read(i) for i in range(COUNT)])
+    source = Announced([whole.read(i) for i in range(COUNT)])
     order = Order(num_images=COUNT, batch_size=BATCH, seed=SEED, chunk=chunk, window=10)
     loader, plain = loader_of(source, prefetch=1, order=order), loader_of(whole, order=order)
     batches = [batch for epoch in (0, 1) for batch in loader.epoch(epoch, first_step=1 - epoch, until=2)]
@@ -47,12 +47,12 @@ def test_the_storage_hears_of_images_before_they_are_read(chunk: int) -> None:
     loader.close()
     plain.close()
     reading = [order.reading(order.permutation(epoch), epoch, first_step=1 - epoch).tolist() for epoch in (0, 1)]
-    assert sorted(chain.from_iterable(told)) == sorted(np.ravel(reading[0] + reading[1]).tolist())
+    assert sorted(chain.from_iterable(announced)) == sorted(np.ravel(reading[0] + reading[1]).tolist())
 
 
 @pytest.fixture(scope="module")
 def expected() -> list[list[ViewBatch]]:
-    """Two epochs made without a loader: one image at a time, replacements by the rule as the design words it."""
+    """Two epochs made without a loader: one image at a time, bad ones replaced by the next good one."""
     source = source_with()
     order = Order(num_images=COUNT, batch_size=BATCH, seed=SEED)
     engine = ViewEngine(SPECS)
@@ -72,7 +72,9 @@ def expected() -> list[list[ViewBatch]]:
 
 
 @pytest.mark.parametrize(("decoder", "prefetch"), [("pillow", 1), pytest.param("dali", 3, marks=needs_dali)])
-def test_batches_are_those_made_by_hand(expected: list[list[ViewBatch]], decoder: str, prefetch: int) -> None:
+def test_batches_equal_those_made_without_a_loader(
+    expected: list[list[ViewBatch]], decoder: str, prefetch: int
+) -> None:
     loader = loader_of(source_with(), decoder=decoder, prefetch=prefetch)
     assert loader.steps_per_epoch == COUNT // BATCH
     for epoch, want in enumerate(expected):
@@ -118,14 +120,14 @@ def test_ranks_share_the_global_batch(expected: list[list[ViewBatch]]) -> None:
         loader.close()
 
 
-def test_reading_ahead_changes_nothing_but_the_wait(expected: list[list[ViewBatch]]) -> None:
+def test_preparing_the_next_epoch_ahead_does_not_change_batches(expected: list[list[ViewBatch]]) -> None:
     loader = loader_of(source_with())
     assert all(map(same, loader.epoch(0, first_step=2, until=3), expected[0][2:]))
     producer = loader._producer
     assert producer is not None
     assert all(map(same, loader.epoch(1, until=3), expected[1]))  # from its first step
-    assert loader._producer is producer  # the same thread went on
-    assert all(map(same, loader.epoch(0, until=3), expected[0]))  # not the epoch that was read ahead
+    assert loader._producer is producer  # the same thread continued
+    assert all(map(same, loader.epoch(0, until=3), expected[0]))  # not the epoch that was prepared ahead
     assert all(map(same, loader.epoch(1, until=2), expected[1]))
     assert loader._producer is None  # nothing is prepared beyond `until`
     loader.close()
@@ -160,7 +162,7 @@ def test_wrong_positions_are_named() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("decoder", ["pillow", pytest.param("dali", marks=needs_dali)])
-def test_on_a_gpu_the_views_are_the_cpus_almost(expected: list[list[ViewBatch]], decoder: str) -> None:
+def test_views_on_a_gpu_are_close_to_those_of_the_cpu(expected: list[list[ViewBatch]], decoder: str) -> None:
     loader = loader_of(source_with(), decoder=decoder, device="cuda")
     for got, want in zip(loader.epoch(0), expected[0], strict=True):
         assert torch.equal(got.index, want.index)

@@ -1,4 +1,4 @@
-"""However an epoch ends, no thread, file handle or tensor is left; the consumer's wait is counted."""
+"""No thread, file handle or tensor is left after an epoch, however it ends; the consumer's wait is counted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.samples.loader_samples import Clock, loader_of, source_with
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
-def test_leaving_early_ends_the_threads_many_times_over() -> None:
+def test_leaving_early_ends_the_threads_every_time() -> None:
     source = source_with()
     loader = loader_of(source, decoder="auto")
     handles = 0
@@ -54,7 +54,7 @@ def tensors_alive() -> list[int]:
 
 
 def test_epochs_leave_no_tensors_behind() -> None:
-    """In a process of its own: what tests of the compiler leave in this one is collected when it likes."""
+    """In a process of its own: tests of the compiler leave tensors in this one that are collected at any time."""
     code = "import test_loader_ends; print(test_loader_ends.tensors_alive())"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(
@@ -65,13 +65,13 @@ def test_epochs_leave_no_tensors_behind() -> None:
     assert len(set(alive[2:])) == 1
 
 
-def test_closing_does_not_wait_for_all_that_was_to_be_read_ahead() -> None:
+def test_closing_waits_for_one_announcement_only() -> None:
     class Slow(MemorySource):
         def will_need(self, indices: Sequence[int]) -> None:
-            told.append(len(indices))
+            announced.append(len(indices))
             closing.wait(60)
 
-    told: list[int] = []
+    announced: list[int] = []
     closing = threading.Event()
     loader = loader_of(Slow(jpegs(1) * 3000), order=Order(num_images=3000, batch_size=8, seed=0, chunk=10, window=3000))
     batches = loader.epoch(0)
@@ -80,11 +80,11 @@ def test_closing_does_not_wait_for_all_that_was_to_be_read_ahead() -> None:
     timer.start()
     loader.close()
     timer.join()
-    assert set(told) == {8}
-    assert len(told) <= 2  # the one that it was at, and perhaps one more
+    assert set(announced) == {8}
+    assert len(announced) <= 2  # the current one, and perhaps one more
 
 
-def test_an_exception_in_the_loop_ends_the_thread() -> None:
+def test_an_exception_in_the_training_loop_ends_the_thread() -> None:
     loader = loader_of(source_with())
     with pytest.raises(ZeroDivisionError):
         sum(len(batch) / 0 for batch in loader.epoch(0))

@@ -1,4 +1,4 @@
-"""Bad images are replaced and named, mostly bad data stops the run, errors reach the consumer."""
+"""Bad images are replaced and named; mostly bad data stops the epoch; errors reach the consumer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_file_that_cannot_be_read_is_a_bad_image() -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
-def test_what_this_machine_runs_out_of_is_no_bad_image(number: int) -> None:
+def test_running_out_of_files_or_memory_is_not_a_bad_image(number: int) -> None:
     class Exhausted(MemorySource):
         def read(self, index: int) -> np.ndarray:
             if index == 6:
@@ -66,7 +66,7 @@ def test_what_this_machine_runs_out_of_is_no_bad_image(number: int) -> None:
 @pytest.mark.parametrize(
     ("good", "message"), [(0, "20 of the 20 images of a batch"), (20, "of the 20 images of a batch")]
 )
-def test_data_that_is_mostly_bad_stops_with_the_remedy(good: int, message: str) -> None:
+def test_mostly_bad_data_is_an_error_with_a_remedy(good: int, message: str) -> None:
     files = jpegs(100)
     source = MemorySource([data if n < good else data[:50] for n, data in enumerate(files)])
     loader = loader_of(source, batch_size=20)
@@ -78,7 +78,7 @@ def test_data_that_is_mostly_bad_stops_with_the_remedy(good: int, message: str) 
     loader.close()
 
 
-def test_without_one_good_image_even_a_small_batch_stops() -> None:
+def test_no_good_image_at_all_is_an_error_even_in_small_batches() -> None:
     loader = loader_of(MemorySource([np.empty(0, np.uint8)] * 3), batch_size=2)
     with pytest.raises(InputError, match="None of the 3 images"):
         list(loader.epoch(0))
@@ -86,7 +86,7 @@ def test_without_one_good_image_even_a_small_batch_stops() -> None:
 
 
 @pytest.mark.parametrize("error", [InputError("shard-000001.tar is truncated: copy it again."), RuntimeError("boom")])
-def test_errors_of_the_producer_reach_the_consumer_in_their_place(error: Exception) -> None:
+def test_errors_of_the_threads_are_raised_in_their_place(error: Exception) -> None:
     class Failing(MemorySource):
         def read(self, index: int) -> np.ndarray:
             if sum(self.reads) >= 2 * BATCH:

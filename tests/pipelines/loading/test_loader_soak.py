@@ -1,9 +1,9 @@
-"""Starting and stopping the loader hundreds of times, at random places, leaves nothing behind.
+"""Starting and stopping the loader hundreds of times at random steps leaves nothing behind.
 
     MVSSL_SOAK_ROUNDS=1000 python -m pytest tests/pipelines/loading/test_loader_soak.py     # 200 by default
 
-Every round starts at a random step of a random epoch and leaves in one of the ways in which a run can; every eighth
-time the loader and its source are closed and made anew. Threads, file handles and memory must not grow.
+Every round starts at a random step of a random epoch and leaves it in one of six ways; after eight rounds the loader
+and its source are closed and created again. Threads, file handles and memory must not grow.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from tools.convert import Convert, convert
 
 ROUNDS = int(os.environ.get("MVSSL_SOAK_ROUNDS", "200"))
 RENEWED = 8  # rounds of one loader
-WARM_UP = 50  # rounds until threads, handles and memory are what they stay
-MOST_GROWTH = 24.0  # MiB of memory, whatever the number of rounds; a lost batch has 0.5 MiB
+WARM_UP = 50  # rounds until threads, handles and memory are constant
+MOST_GROWTH = 24.0  # MiB, for any number of rounds; one leaked batch has 0.5 MiB
 SPECS = (
     ViewSpec(name="a", task="global", size=64, blur_kernel=5, is_target=True),
     ViewSpec(name="b", task="local", size=32, area=(0.1, 0.4), blur_kernel=5),
@@ -42,7 +42,7 @@ BATCH, COUNT = 8, 45
 pytestmark = [
     pytest.mark.usefixtures("no_thread_left"),
     pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="handles and memory are told by /proc"),
+    pytest.mark.skipif(sys.platform != "linux", reason="handles and memory are read from /proc"),
 ]
 
 
@@ -68,7 +68,7 @@ def leave_by_another_epoch(loader: Loader, epoch: int, first: int, taken: int) -
         next(batches)
 
 
-def leave_by_forgetting(loader: Loader, epoch: int, first: int, taken: int) -> None:
+def leave_by_dropping(loader: Loader, epoch: int, first: int, taken: int) -> None:
     batches = loader.epoch(epoch, first_step=first)
     for _ in range(taken):
         next(batches, None)
@@ -92,22 +92,22 @@ WAYS = (
     leave_by_break,
     leave_by_an_error,
     leave_by_another_epoch,
-    leave_by_forgetting,
+    leave_by_dropping,
     run_into_the_next_epoch,
     close_in_the_middle,
 )
 
 
-class Left(NamedTuple):
-    """What is there between two loaders: threads, what the open file handles are, and MiB of memory."""
+class Resources(NamedTuple):
+    """Number of threads, targets of open file handles, and resident memory in MiB."""
 
     threads: int
     handles: list[str]
     memory: float
 
 
-def left() -> Left:
-    """What is there now, after everything that can be freed is freed."""
+def resources() -> Resources:
+    """Resources of this process after garbage collection."""
     gc.collect()
     handles = []
     for handle in os.listdir("/proc/self/fd"):
@@ -115,7 +115,7 @@ def left() -> Left:
             handles.append(os.readlink(f"/proc/self/fd/{handle}"))
     resident = int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0])
     threads = len(os.listdir("/proc/self/task"))  # those of C libraries too
-    return Left(threads=threads, handles=sorted(handles), memory=resident / 1024)
+    return Resources(threads=threads, handles=sorted(handles), memory=resident / 1024)
 
 
 def memory(_: Path) -> Callable[[], Source]:
@@ -146,7 +146,7 @@ def shards(base: Path) -> Callable[[], Source]:
 def test_nothing_is_left_behind(storage: Callable[[Path], Callable[[], Source]], decoder: str, tmp_path: Path) -> None:
     open_source_again = storage(tmp_path)
     chance = random.Random(0)
-    begun: Left | None = None
+    begun: Resources | None = None
     rounds = 0
     while rounds < WARM_UP + ROUNDS:
         source = open_source_again()
@@ -165,9 +165,9 @@ def test_nothing_is_left_behind(storage: Callable[[Path], Callable[[], Source]],
         source.close()
         del loader, source
         if begun is None and rounds >= WARM_UP:
-            begun = left()
+            begun = resources()
     assert begun is not None
-    ended = left()
+    ended = resources()
     assert ended.threads == begun.threads
     assert ended.handles == begun.handles
     assert ended.memory - begun.memory < MOST_GROWTH

@@ -1,4 +1,4 @@
-"""Evaluation views: every image once, in order, bad ones left out by name."""
+"""Evaluation loader: every image once and in order; bad ones are named and left out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def options(**others: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("decoder", ["pillow", pytest.param("dali", marks=needs_dali)])
-def test_every_image_once_in_order_and_the_pixels_are_torchvisions(decoder: str) -> None:
+def test_every_image_once_in_order_with_the_pixels_of_torchvision(decoder: str) -> None:
     v2 = pytest.importorskip("torchvision.transforms.v2")
     transform = v2.Compose(
         [
@@ -60,17 +60,17 @@ def test_bad_images_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> 
     ]
 
 
-def test_the_storage_hears_of_all_images_once() -> None:
-    class Told(MemorySource):
+def test_every_image_is_announced_once() -> None:
+    class Announced(MemorySource):
         def will_need(self, indices: Sequence[int]) -> None:
-            told.append(list(indices))
+            announced.append(list(indices))
 
-    told: list[list[int]] = []
-    list(iterate_center(Told(jpegs(50)), **options()))
-    assert sorted(chain.from_iterable(told)) == list(range(50))
+    announced: list[list[int]] = []
+    list(iterate_center(Announced(jpegs(50)), **options()))
+    assert sorted(chain.from_iterable(announced)) == list(range(50))
 
 
-def test_the_given_indices_are_taken_in_their_order() -> None:
+def test_given_indices_are_used_in_their_order() -> None:
     batches = iterate_center(MemorySource(jpegs(12)), **options(indices=np.array([7, 3, 11])))
     assert [index.tolist() for _, index, _ in batches] == [[7, 3, 11]]
 
@@ -98,6 +98,6 @@ def test_wrong_arguments_are_named(change: dict[str, object], message: str) -> N
         list(iterate_center(MemorySource(jpegs(12)), **options(**change)))
 
 
-def test_without_one_good_image_it_stops_with_the_remedy() -> None:
+def test_no_good_image_at_all_is_an_error_with_a_remedy() -> None:
     with pytest.raises(InputError, match=r"None of the 9 images of memory .*image0.jpg.*mvssl-convert"):
         list(iterate_center(MemorySource([np.zeros(9, np.uint8)] * 9), **options()))

@@ -1,4 +1,4 @@
-"""What takes a bad image's place, and when a batch has too many, never depends on what is known already."""
+"""Replacements, and the limit on bad images in a batch, do not depend on which bad images are known already."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Fetch:
 
 
 def outcome(bad: Sequence[int], known: Sequence[int], batch_size: int) -> list[list[int] | str]:
-    """Dataset indices of each batch of 12 images in reversed order, or how the error begins."""
+    """Dataset indices of each batch of 12 images in reversed order, or its error."""
     order, memory = np.arange(12)[::-1], dict.fromkeys(known, "broken")
     batches: list[list[int] | str] = []
     for start in range(0, 12, batch_size):
@@ -60,7 +60,7 @@ def outcome(bad: Sequence[int], known: Sequence[int], batch_size: int) -> list[l
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 6, 12])
 @pytest.mark.parametrize("bad", [(7, 6, 5, 4), (11,), (11, 10, 9, 8, 7, 5, 0), (3, 2, 1, 0), tuple(range(12))])
-def test_the_outcome_is_the_same_whatever_is_known(bad: tuple[int, ...], batch_size: int) -> None:
+def test_the_batches_do_not_depend_on_known_bad_images(bad: tuple[int, ...], batch_size: int) -> None:
     want = outcome(bad, (), batch_size)
     chosen = list(itertools.combinations(bad, 1)) + [bad[:k] for k in range(2, len(bad) + 1)] + [bad[2:]]
     for known in chosen:
@@ -70,14 +70,14 @@ def test_the_outcome_is_the_same_whatever_is_known(bad: tuple[int, ...], batch_s
             assert got == expected or len(bad) == 12  # with no good image at all, one of two errors
 
 
-def test_a_whole_batch_of_bad_images_stops_and_names_them() -> None:
+def test_a_batch_of_only_bad_images_is_an_error_that_names_them() -> None:
     first, second, third = outcome((7, 6, 5, 4), (6,), 4)
     assert (first, third) == ([11, 10, 9, 8], [3, 2, 1, 0])
     assert isinstance(second, str)
     assert second.startswith("4 of the 4 images of a batch cannot be decoded, for example image7 (broken); image6")
 
 
-def test_chance_alone_stops_no_run_on_tolerable_data() -> None:
+def test_tolerable_data_does_not_stop_a_run_by_chance() -> None:
     """Against the binomial distribution: with 5 % of bad images, fewer than 1 in 100 000 batches would stop."""
     for images in (1, 2, 3, 4, 5, 8, 16, 32, 64, 256, 1024):
         stops = [bad for bad in range(images + 1) if too_many_bad(bad, images)]
@@ -87,7 +87,7 @@ def test_chance_alone_stops_no_run_on_tolerable_data() -> None:
 
 
 @needs_dali
-def test_a_resumed_loader_gives_what_the_one_that_never_stopped_gives() -> None:
+def test_a_resumed_loader_gives_the_batches_of_one_that_never_stopped() -> None:
     files = jpegs(45)
     files[7], files[13], files[21], files[34] = only_dalis_jpeg(), refused_jpeg(), files[21][:90], only_pillows_jpeg()
     ran = loader_of(MemorySource(files), decoder="dali")
