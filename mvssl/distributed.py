@@ -7,6 +7,7 @@ gloo group between the hosts, so that they neither need a GPU nor wait for one.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.order import Ranks
-from pipelines.runtime import InputError
+from pipelines.runtime import EXIT_ERROR, InputError
 
 T = TypeVar("T")
 
@@ -238,3 +239,20 @@ def join_world(*, cuda: bool) -> Iterator[World]:
     yield World(rank=rank, size=rank_count(), local_rank=local_rank, local_size=local_size, hosts=hosts)
     if created:
         dist.destroy_process_group()
+
+
+def exit_code_of_rank(command: Callable[[], int | None]) -> int:
+    """Run a command that torchrun may have started on several ranks; its exit code (None is 0).
+
+    Only rank 0 reports the failure of another rank. An InputError names the rank if it is not rank 0.
+    """
+    try:
+        return command() or 0
+    except OtherRankFailed as failure:
+        if process_rank() == 0:
+            print(f"error: {failure}", file=sys.stderr)
+        return EXIT_ERROR
+    except InputError as error:
+        if process_rank() == 0:
+            raise
+        raise InputError(f"on rank {process_rank()}: {error}") from error

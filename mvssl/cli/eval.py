@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mvssl.cli.train import run_ranks
+from mvssl.distributed import exit_code_of_rank
 from mvssl.evaluate.compare import plot, summarise
 from mvssl.evaluate.finetune import LabelSubset, finetune
 from mvssl.evaluate.knn import grid_rows, knn_grid, neighbour_sheet
@@ -252,7 +252,7 @@ def body(arguments: Sequence[str]) -> int:
     name = arguments[0]
     if name not in EVALUATIONS:
         raise InputError(f"evaluation is {name!r} but must be one of {', '.join(EVALUATIONS)}: run mvssl-eval --help.")
-    return run_ranks(lambda: EVALUATIONS[name](arguments[1:]))
+    return exit_code_of_rank(lambda: EVALUATIONS[name](arguments[1:]))
 
 
 def main() -> None:

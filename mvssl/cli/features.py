@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from mvssl.cli.train import run_ranks
+from mvssl.distributed import exit_code_of_rank
 from mvssl.evaluate.feature_store import Dtype, check_ending, write_table
 from mvssl.evaluate.features import compute_store
 from mvssl.evaluate.session import BackboneSession, ComputeOptions, open_backbone, open_images
@@ -48,7 +48,7 @@ class FeatureArguments:
 def body(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     asked = tyro.cli(FeatureArguments, prog="mvssl-features", args=list(arguments))
-    return run_ranks(lambda: _write(asked))
+    return exit_code_of_rank(lambda: _write(asked))
 
 
 def _write(asked: FeatureArguments) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -133,9 +132,7 @@ def print_short_help(console: Console, recipe: Recipe, name: str) -> None:
 
 
 def _plain(value: object) -> str:
-    if isinstance(value, tuple):
-        return " ".join(map(_plain, value))
-    return str(value) if not isinstance(value, float | Path) else f"{value}"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 _PREFIXES = {

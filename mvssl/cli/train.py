@@ -20,7 +20,7 @@ from mvssl.cli.help import print_recipes, print_short_help, with_option
 from mvssl.config.options import RunOptions, resolve_device
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
-from mvssl.distributed import OtherRankFailed, process_local_rank, process_rank, rank_count
+from mvssl.distributed import exit_code_of_rank, process_local_rank, process_rank, rank_count
 from mvssl.monitor.report import write_report
 from mvssl.recipes import all_recipes
 from mvssl.recipes.files import is_recipe_file, resolve_recipe
@@ -72,6 +72,66 @@ class TrainArguments:
             raise InputError("dry_run and profile exclude each other: give one of --dry-run and --profile.")
 
 
+def body(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    console = Console()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        console.print(USAGE, highlight=False, markup=False, soft_wrap=True)
+        print_recipes(console)
+        return 0 if arguments else 2
+    if arguments[0] == "--list":
+        print_recipes(console)
+        return 0
+    if arguments[0] in SUBCOMMANDS:
+        return SUBCOMMANDS[arguments[0]](arguments[1:], console)
+    if look_ahead(arguments[1:]).short_help:
+        print_short_help(console, resolve_recipe(arguments[0]), arguments[0])
+        return 0
+    try:
+        with _silent_unless_first_on_host():
+            parsed = parse(arguments)
+    except InputError:
+        if process_local_rank():
+            return EXIT_ERROR
+        raise
+    if parsed.print_config:
+        print(json.dumps(to_dict(parsed.recipe), indent=2))
+        return 0
+    return exit_code_of_rank(lambda: _train(parsed, console))
+
+
+@contextmanager
+def _silent_unless_first_on_host() -> Iterator[None]:
+    """Print from the first process of a host only: all have the same arguments, and so the same errors."""
+    with ExitStack() as stack:
+        if process_local_rank():
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield
+
+
+def _train(parsed: TrainArguments, console: Console) -> int:
+    """Train, profile or do a dry run; returns the exit code."""
+    try:
+        if parsed.dry_run:
+            dry_run(parsed.recipe, parsed.options, console)
+        elif parsed.profile is not None:
+            profile_run(parsed.recipe, parsed.options, console, steps=parsed.profile)
+        else:
+            run(parsed.recipe, parsed.options, console=console)
+    except Interrupted as stopped:
+        if process_rank() == 0:
+            for line in filter(None, (str(stopped), requeue(stopped.stopped_by))):
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+        return EXIT_INTERRUPTED
+    except Diverged:
+        if process_rank() == 0:
+            raise
+        return EXIT_ERROR
+    return 0
+
+
 def parse(arguments: Sequence[str]) -> TrainArguments:
     """Parse `RECIPE [overrides]`, where RECIPE is a name or a recipe file.
 
@@ -79,7 +139,7 @@ def parse(arguments: Sequence[str]) -> TrainArguments:
         InputError: the recipe does not exist, its file cannot be read, or a value is not allowed.
         SystemExit: with code 2 for wrong usage, 0 after printing help.
     """
-    recipe, ahead = resolve_recipe(arguments[0]), _look_ahead(arguments[1:])
+    recipe, ahead = resolve_recipe(arguments[0]), look_ahead(arguments[1:])
     recipe, note = fit_warmup(recipe, ahead)
     from_file = is_recipe_file(arguments[0])
     try:
@@ -87,7 +147,7 @@ def parse(arguments: Sequence[str]) -> TrainArguments:
             TrainArguments,
             prog=f"mvssl-train {arguments[0]}",
             description=f"The recipe in {arguments[0]}." if from_file else all_recipes()[recipe.name].__doc__,
-            args=["--help" if word == "--help-all" else word for word in ahead.rest],
+            args=ahead.rest,
             default=TrainArguments(recipe=recipe),
         )
     except InputError as error:
@@ -102,9 +162,10 @@ def parse(arguments: Sequence[str]) -> TrainArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class LookAhead:
-    """Options that decide over defaults, and so are read before all others.
+    """Options that decide which help is shown or what the defaults are, and so are read before all others.
 
     Attributes:
+        short_help: whether the short help is asked for.
         epochs: --epochs, if given.
         warmup: whether --optimizer.warmup-epochs is given.
         resumes: run folder that is resumed, if any.
@@ -112,6 +173,7 @@ class LookAhead:
         rest: arguments for the full parser.
     """
 
+    short_help: bool = False
     epochs: int | None = None
     warmup: bool = False
     resumes: Path | None = None
@@ -119,23 +181,32 @@ class LookAhead:
     rest: tuple[str, ...] = ()
 
 
-def _look_ahead(arguments: Sequence[str]) -> LookAhead:
-    """Read the few options that decide over defaults: a shorter run has a shorter warm-up, and a batch can be auto."""
+def look_ahead(arguments: Sequence[str]) -> LookAhead:
+    """Read the few options that must be known before the full parser, which takes the others and reports errors.
+
+    A shorter run has a shorter warm-up by default; `--batch-size auto` and `--help-all` are no fields.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-h", "--help", dest="short_help", action="store_true")
+    parser.add_argument("--help-all", dest="full_help", action="store_true")
     parser.add_argument("--epochs", nargs="?")
     parser.add_argument("--optimizer.warmup-epochs", "--optimizer.warmup_epochs", dest="warmup", nargs="?", const="")
     parser.add_argument("--batch-size", "--batch_size", dest="batch_size", nargs="?")
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction)
     parser.add_argument("--out", type=Path, nargs="?")
-    known, _ = parser.parse_known_args(list(arguments))
+    try:
+        known, _ = parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError:  # such as --resume=1, which the full parser reports
+        return LookAhead(rest=tuple(arguments))
     automatic = known.batch_size == "auto"
-    rest = list(arguments)
+    rest = ["--help"] if known.full_help else list(arguments)
     if automatic:  # the full parser takes a number only
         batch = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         batch.add_argument("--batch-size", "--batch_size")
         rest = batch.parse_known_args(rest)[1]
     return LookAhead(
-        epochs=int(known.epochs) if (known.epochs or "").isdigit() else None,
+        short_help=known.short_help,
+        epochs=int(known.epochs) if (known.epochs or "").isdecimal() else None,
         warmup=known.warmup is not None,
         resumes=known.out if known.resume else None,
         automatic_batch=automatic,
@@ -147,7 +218,7 @@ def fit_warmup(recipe: Recipe, ahead: LookAhead) -> tuple[Recipe, str]:
     """Shorten the warm-up in proportion to a shorter run, unless it is given; a resumed run keeps its warm-up.
 
     Returns:
-        The recipe, and a sentence on what was changed; "" if nothing was.
+        The recipe, and a note on what was changed; "" if nothing was.
     """
     if ahead.epochs is None or ahead.warmup:
         return recipe, ""
@@ -183,74 +254,6 @@ def _largest_batch(parsed: TrainArguments) -> tuple[Recipe, str]:
     )
 
 
-@contextmanager
-def _printing_once() -> Iterator[None]:
-    """Print only from the first process of a host: errors in the command are the same for all."""
-    with ExitStack() as stack:
-        if process_local_rank():
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(redirect_stdout(nowhere))
-            stack.enter_context(redirect_stderr(nowhere))
-        yield
-
-
-def body(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code."""
-    console = Console()
-    if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(USAGE, highlight=False, markup=False, soft_wrap=True)
-        print_recipes(console)
-        return 0 if arguments else 2
-    if arguments[0] == "--list":
-        print_recipes(console)
-        return 0
-    if arguments[0] == "doctor":
-        return doctor(arguments[1:], console)
-    if arguments[0] == "report":
-        return report(arguments[1:], console)
-    if {"-h", "--help"} & set(arguments):
-        print_short_help(console, resolve_recipe(arguments[0]), arguments[0])
-        return 0
-    try:
-        with _printing_once():
-            parsed = parse(arguments)
-    except InputError:
-        if process_local_rank():
-            return EXIT_ERROR
-        raise
-    if parsed.print_config:
-        print(json.dumps(to_dict(parsed.recipe), indent=2))
-        return 0
-    rank = process_rank()
-    try:
-        if parsed.dry_run:
-            dry_run(parsed.recipe, parsed.options, console)
-        elif parsed.profile is not None:
-            profile_run(parsed.recipe, parsed.options, console, steps=parsed.profile)
-        else:
-            run(parsed.recipe, parsed.options, console=console)
-    except Interrupted as stopped:
-        if rank == 0:
-            console.print(str(stopped), highlight=False, markup=False, soft_wrap=True)
-            queued = requeue(stopped.stopped_by)
-            if queued is not None:
-                console.print(queued, highlight=False, markup=False, soft_wrap=True)
-        return EXIT_INTERRUPTED
-    except OtherRankFailed as failure:
-        if rank == 0:
-            print(f"error: {failure}", file=sys.stderr)
-        return EXIT_ERROR
-    except Diverged:
-        if rank == 0:
-            raise
-        return EXIT_ERROR
-    except InputError as error:
-        if rank == 0:
-            raise
-        raise InputError(f"on rank {rank}: {error}") from error
-    return 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class ReportArguments:
     """Write one self-contained HTML page about a run, finished or not.
@@ -276,21 +279,7 @@ def report(arguments: Sequence[str], console: Console) -> int:
     return 0
 
 
-def run_ranks(work: Callable[[], None]) -> int:
-    """Run a command that torchrun may start several times; the exit code. Ranks other than 0 name themselves in
-    errors.
-    """
-    try:
-        work()
-    except OtherRankFailed as failure:
-        if process_rank() == 0:
-            print(f"error: {failure}", file=sys.stderr)
-        return EXIT_ERROR
-    except InputError as error:
-        if process_rank() == 0:
-            raise
-        raise InputError(f"on rank {process_rank()}: {error}") from error
-    return 0
+SUBCOMMANDS: dict[str, Callable[[Sequence[str], Console], int]] = {"doctor": doctor, "report": report}
 
 
 def main() -> None:

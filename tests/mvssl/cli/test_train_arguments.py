@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mvssl.cli import train as train_cli
 from mvssl.cli.help import COMMON, with_option
-from mvssl.cli.train import LookAhead, _look_ahead, fit_warmup
+from mvssl.cli.train import LookAhead, fit_warmup, look_ahead
 from mvssl.config.recipe import Recipe
 from mvssl.monitor.console import TrainingProgress
 from mvssl.recipes import all_recipes
@@ -60,7 +60,7 @@ def test_a_resumed_run_keeps_its_warm_up(tiny_recipe: Recipe, images: Path, tmp_
 @pytest.mark.parametrize("words", [["--batch-size", "auto"], ["--batch-size=auto"], ["--batch_size=auto"]])
 def test_options_that_are_read_ahead(words: list[str]) -> None:
     rest = ["--optimizer.warmup_epochs=2", "--seed", "auto", "--resume", "--out", "run", "--data"]
-    ahead = _look_ahead([*rest[:3], *words, "--epochs", "3", *rest[3:]])
+    ahead = look_ahead([*rest[:3], *words, "--epochs", "3", *rest[3:]])
     assert ahead == LookAhead(
         epochs=3,
         warmup=True,
@@ -68,7 +68,18 @@ def test_options_that_are_read_ahead(words: list[str]) -> None:
         automatic_batch=True,
         rest=(*rest[:3], "--epochs", "3", *rest[3:]),
     )
-    assert _look_ahead(["--batch-size", "64"]).rest == ("--batch-size", "64")
+    assert look_ahead(["--batch-size", "64"]).rest == ("--batch-size", "64")
+    assert look_ahead(["--resume", "--no-resume", "--out", "run"]).resumes is None
+    assert look_ahead(["--epochs", "3", "--help-all"]) == LookAhead(epochs=3, rest=("--help",))
+    assert look_ahead(["-h"]).short_help
+
+
+@pytest.mark.parametrize("words", [["--resume=1"], ["--epochs"], ["--epochs", "three"], ["--out"], ["--batch-size"]])
+def test_wrong_usage_is_reported_by_the_full_parser(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        train_cli.parse(["demo", *words])
+    assert exit_info.value.code == 2
+    assert "mvssl-train demo --help" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
