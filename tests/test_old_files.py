@@ -23,7 +23,7 @@ from mvssl.cli import features as features_cli
 from mvssl.cli import train as train_cli
 from mvssl.runs.folder import RunFolder
 from pipelines.storage import open_source
-from tests.samples.two_convolutions import NAME
+from tests.samples.networks import NAME
 
 BEFORE = Path(__file__).with_name("samples") / "before"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -77,6 +78,7 @@ def test_bank_equals_separate_mlps(pair: tuple[PredictorBank, list[nn.Sequential
     for name, p in bank.named_parameters():
         for slot, single in enumerate(singles):
             theirs = dict(single.named_parameters())[name.removeprefix("layers.")].grad
+            assert p.grad is not None
             mine = p.grad[slot]
             if theirs is None:  # no view went through this slot
                 assert not mine.any()
@@ -121,7 +123,8 @@ def test_names_of_stacked_norms() -> None:
     affine = ["layers.1.weight", "layers.1.bias"]
     tracked = ["layers.1.running_mean", "layers.1.running_var", "layers.1.num_batches_tracked"]
     linear = ["layers.0.weight"], ["layers.3.weight", "layers.3.bias"]
-    for norm, own in (("batch", affine + tracked), ("layer", affine)):
+    norms: dict[Literal["batch", "layer"], list[str]] = {"batch": affine + tracked, "layer": affine}
+    for norm, own in norms.items():
         bank = PredictorBank(TASKS, 5, Head(hidden=(7,), out=4, norm=norm))
         assert list(bank.state_dict()) == [*linear[0], *own, *linear[1]]
         assert bank.layers[1].weight.shape == bank.layers[1].bias.shape == (3, 7)
@@ -129,7 +132,7 @@ def test_names_of_stacked_norms() -> None:
 
 def test_layer_norm_against_its_formula() -> None:
     """(x - mean) / sqrt(var + 1e-5) over the features, with numbers worked out one by one."""
-    norm = BankLayerNorm(2, 3).double()
+    norm: Any = BankLayerNorm(2, 3).double()
     randomise(norm, 1)
     x = torch.randn(3, 4, 3, dtype=torch.float64) * 0.01  # small, so that eps counts
     slots = (1, 0, 1)
@@ -174,7 +177,8 @@ def ks_distance(sample: Tensor, bound: float) -> float:
 def test_initialisation_is_that_of_linear_layers() -> None:
     torch.manual_seed(0)
     head = Head(hidden=(400,), out=300)
-    bank, single = PredictorBank(TASKS, 100, head), torch_mlp(100, head)
+    bank: Any = PredictorBank(TASKS, 100, head)
+    single: Any = torch_mlp(100, head)
     for index, fan_in in ((0, 100), (3, 400)):
         bound = 1 / math.sqrt(fan_in)
         for slot in range(len(TASKS)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def formula(p: list[float], g: list[float], m: list[float], lr: float, wd: float
 
 
 def test_lars_equals_formula() -> None:
-    net = Net().double()
+    net: Any = Net().double()
     config = Optimizer(kind="lars", weight_decay=0.01, eta=0.02)
     optimizer = build_optimizer(net, config)
     # (tensor of ours, slot or None, whether it is a matrix in a network of separate layers)
@@ -53,7 +54,7 @@ def test_lars_equals_formula() -> None:
         *((net.stacked_norm.bias, slot, False) for slot in range(3)),
     ]
 
-    def values(tensor: Tensor, slot: int | None) -> list[float]:
+    def values(tensor: Any, slot: int | None) -> list[float]:
         return (tensor if slot is None else tensor[slot]).detach().flatten().tolist()
 
     with torch.no_grad():
@@ -74,7 +75,7 @@ def test_lars_equals_formula() -> None:
 
 
 def test_lars_equals_formula_with_the_rates_of_each_group() -> None:
-    net = nn.Module()
+    net: Any = nn.Module()
     net.encoder = nn.Linear(3, 4)
     net.predictors = BankLinear(2, 4, 3, bias=True)
     net.double()
@@ -108,11 +109,11 @@ def test_lars_equals_formula_with_the_rates_of_each_group() -> None:
             p.grad.normal_()
         apply_rates(optimizer, config, batch_size=256, step=step, steps=4, steps_per_epoch=2)
         optimizer.step()
-        for (p, grad, matrix, predictor), numbers, momentum in zip(units, expected, momenta, strict=True):
+        for (weight, grad, matrix, predictor), numbers, momentum in zip(units, expected, momenta, strict=True):
             lr = 0.5 if predictor else q * (0.5 if matrix else 0.2)
             wd = 0.05 - 0.04 * q if matrix else 0.0
             formula(numbers, grad.flatten().tolist(), momentum, lr, wd, 0.02, matrix)
-            assert p.flatten().tolist() == pytest.approx(numbers, rel=1e-12, abs=1e-14)
+            assert weight.flatten().tolist() == pytest.approx(numbers, rel=1e-12, abs=1e-14)
 
 
 def test_overflowed_gradient_changes_nothing() -> None:
@@ -166,8 +167,8 @@ def test_groups_tell_matrices_from_vectors() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_weight_decay_of_adamw_and_sgd(kind: str) -> None:
-    net = Net().double()
+def test_weight_decay_of_adamw_and_sgd(kind: Any) -> None:
+    net: Any = Net().double()
     optimizer = build_optimizer(net, Optimizer(kind=kind, weight_decay=0.1, base_lr=0.01, betas=(0.8, 0.95)))
     torch.manual_seed(0)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}

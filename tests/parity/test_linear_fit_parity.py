@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,10 @@ def by_torch(features: Tensor, labels: Tensor, setting: Setting, *, epochs: int,
     layer = torch.nn.Linear(WIDTH, CLASSES, dtype=torch.float64)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
-    groups = [{"params": [layer.weight], "weight_decay": setting.weight_decay}, {"params": [layer.bias]}]
+    groups: list[dict[str, Any]] = [
+        {"params": [layer.weight], "weight_decay": setting.weight_decay},
+        {"params": [layer.bias]},
+    ]
     optimizer = torch.optim.SGD(groups, lr=setting.lr, momentum=0.9)
     generator = torch.Generator().manual_seed(seed)
     steps = len(x) // batch_size
@@ -50,7 +54,7 @@ def by_torch(features: Tensor, labels: Tensor, setting: Setting, *, epochs: int,
             group["lr"] = setting.lr * (1 + math.cos(math.pi * step / (epochs * steps))) / 2
         batch = order[step % steps * batch_size :][:batch_size]
         optimizer.zero_grad()
-        F.cross_entropy(layer(x[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(layer(x[batch]), labels[batch]).backward()
         optimizer.step()
     with torch.no_grad():
         scores: Tensor = layer(x)

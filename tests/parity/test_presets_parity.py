@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_views import FLOAT_BAR, worst
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -22,9 +21,8 @@ from pipelines import (
     no_crop_views,
     simsiam_views,
 )
-from tests.samples.hard_images import hard_images, unnormalised
+from tests.samples.hard_images import FLOAT_BAR, IMAGES, unnormalised, worst
 
-IMAGES = hard_images()
 BATCH = DecodedBatch.from_images(IMAGES, index=range(len(IMAGES)))
 EXACT = 1e-6  # far below 1/255: every byte is the same
 
@@ -47,7 +45,8 @@ def test_presets_with_photometrics(views: tuple[ViewSpec, ViewSpec]) -> None:
 def whole(image: Tensor) -> Tensor:
     """The whole image resized to a square, in [0, 1]: [3, 64, 64]."""
     small = F.resize(image.permute(2, 0, 1), [64, 64], interpolation=BICUBIC, antialias=True)
-    return F.to_dtype(small, torch.float64, scale=True)
+    scaled: Tensor = F.to_dtype(small, torch.float64, scale=True)
+    return scaled
 
 
 def test_crop_only_is_torchvisions_resized_crop() -> None:

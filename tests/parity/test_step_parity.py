@@ -26,7 +26,11 @@ from tests.samples.plain import Plain, Terms
 METHODS = ("byol", "simsiam", "mocov3")
 BATCH, STEPS, STEPS_PER_EPOCH = 6, 9, 2
 # How views go through the networks: those of a size as one batch, one by one in one graph, one graph for each.
-PASSES = {"grouped": ("joint", True), "joint": ("joint", False), "per-view": ("per-view", True)}
+PASSES: dict[str, tuple[Any, bool]] = {
+    "grouped": ("joint", True),
+    "joint": ("joint", False),
+    "per-view": ("per-view", True),
+}
 WIDTHS = {"test_resnet": 96, "test_vit": 64}
 # Rates with which three updates move the weights far enough to tell a wrong update from a right one.
 RATES: dict[str, dict[str, Any]] = {
@@ -210,7 +214,7 @@ def check(
 @pytest.mark.parametrize("predictors", ["per-view", "shared"])
 @pytest.mark.parametrize("setting", ["multi-task", "two-view", "asymmetric"])
 @pytest.mark.parametrize("method", METHODS)
-def test_step_equals_plain_version(method: str, setting: str, predictors: str, passes: str) -> None:
+def test_step_equals_plain_version(method: str, setting: str, predictors: Any, passes: str) -> None:
     """Each method with its published optimiser: LARS, or SGD with rates set once an epoch and constant predictors.
 
     SimSiam keeps a second network only for a view that the online network does not embed.
@@ -248,7 +252,7 @@ def test_adamw_with_clipping_and_rates_of_its_own_for_biases(step_mode: str) -> 
 
 
 @pytest.mark.parametrize(("method", "step_mode"), [("byol", "per-view"), ("simsiam", "joint"), ("mocov3", "per-view")])
-def test_more_views_another_weight_and_another_temperature(method: str, step_mode: str) -> None:
+def test_more_views_another_weight_and_another_temperature(method: str, step_mode: Any) -> None:
     """Three local views at half weight and one global view more, a task of its own."""
     recipe = replace(
         published(method, "multi-task"),
@@ -269,7 +273,7 @@ def test_more_views_another_weight_and_another_temperature(method: str, step_mod
 
 
 @pytest.mark.parametrize(("method", "step_mode"), [("byol", "joint"), ("simsiam", "per-view"), ("mocov3", "joint")])
-def test_a_view_type_of_ones_own_that_is_a_target_too(method: str, step_mode: str) -> None:
+def test_a_view_type_of_ones_own_that_is_a_target_too(method: str, step_mode: Any) -> None:
     """A third target, of a size of its own, behind the local view: all views predict it and it predicts the globals."""
     own = ViewSpec(name="own", task="own", size=24, blur_kernel=5, is_target=True)
     recipe = replace(

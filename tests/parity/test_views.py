@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torchvision.transforms import v2
 
-from benchmarks.contenders.baselines.torchvision_views import BICUBIC, MEAN, STD, torchvision_view
+from benchmarks.contenders.baselines.torchvision_views import BICUBIC, MEAN, STD
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
-from pipelines.views.native.engine import native_obstacle
 from pipelines.views.reference.center import center_views
-from tests.samples.hard_images import hard_images, unnormalised
+from tests.samples.hard_images import FLOAT_BAR, IMAGES, unnormalised, worst
 
-IMAGES = hard_images()
 BATCH = DecodedBatch.from_images(IMAGES, index=range(len(IMAGES)))
 OFF: dict[str, Any] = {"flip": 0.0, "jitter_p": 0.0, "grayscale": 0.0, "blur": 0.0}
-FLOAT_BAR = 1e-5  # of values in [0, 1], i.e. before normalisation
-
-
-BACKENDS = ("reference", "native") if native_obstacle() is None else ("reference",)
-
-
-def worst(specs: tuple[ViewSpec, ...], *, seed: int, images: Sequence[Tensor] = IMAGES) -> float:
-    """Largest difference of any pixel of any view of the images, by any backend of the CPU, in units of [0, 1]."""
-    batch = DecodedBatch.from_images(images, index=range(len(images)))
-    params = draw(specs, batch.sizes, seed=seed, epoch=0, index=batch.index)
-    made = [ViewEngine(specs, backend=backend)(batch, params) for backend in BACKENDS]
-    difference = 0.0
-    for v, spec in enumerate(specs):
-        theirs = torch.stack([torchvision_view(image, spec, params.view(v), n) for n, image in enumerate(images)])
-        for views in made:
-            assert views[v].shape == theirs.shape
-            difference = max(difference, (unnormalised(views[v]) - unnormalised(theirs)).abs().max().item())
-    return difference
 
 
 @pytest.mark.parametrize("size", [32, 96, 224])

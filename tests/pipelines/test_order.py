@@ -31,7 +31,8 @@ def test_keys_do_not_depend_on_the_number_of_images() -> None:
 
 def test_changes_with_seed_and_epoch_only() -> None:
     def first(seed: int, epoch: int) -> list[int]:
-        return Order(num_images=50, batch_size=10, seed=seed).permutation(epoch).tolist()
+        order: list[int] = Order(num_images=50, batch_size=10, seed=seed).permutation(epoch).tolist()
+        return order
 
     assert first(0, 0) == first(0, 0)
     assert len({tuple(first(seed, epoch)) for seed in (0, 1, 2**32) for epoch in range(4)}) == 12

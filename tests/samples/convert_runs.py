@@ -13,7 +13,7 @@ COUNT = 40  # images in the folder of the fixture `folder`
 class Outcome(NamedTuple):
     """Exit code, stdout and stderr of one run."""
 
-    code: int
+    code: str | int | None
     out: str
     err: str
 

@@ -19,8 +19,10 @@ import pipelines.storage.beton
 import pipelines.storage.folder
 import pipelines.storage.shards
 from mvssl.config.recipe import Recipe
+from mvssl.evaluate import online_knn
 from mvssl.runs import checkpoint
 from mvssl.training import loop
+from pipelines.loading import fetch
 from pipelines.order import Order
 from pipelines.storage import batch_read, open_source
 from tools.convert import Convert, convert
@@ -79,10 +81,10 @@ def victims(data: Path, recipe: Recipe, count: int = 1, *, spared: tuple[str, ..
 @contextmanager
 def first_evaluation() -> Iterator[threading.Event]:
     """An event that is set after the first epoch's kNN, at step 4; the loader's threads are ahead of the step."""
-    original, over = loop.evaluate_knn, threading.Event()
+    over = threading.Event()
 
     def evaluate_knn(*arguments: Any, **options: Any) -> dict[int, float]:
-        accuracy = original(*arguments, **options)
+        accuracy = online_knn.evaluate_knn(*arguments, **options)
         over.set()
         return accuracy
 
@@ -97,7 +99,6 @@ def before_batch(damage: Callable[[], object]) -> Iterator[list[list[int]]]:
 
     Yields a list that grows by the dataset indices of each decoded batch.
     """
-    choose, fetch = pipelines.loader.usable_indices, pipelines.loader.fetch_complete
     read: list[None] = []
     prepared: list[list[int]] = []
 
@@ -106,10 +107,10 @@ def before_batch(damage: Callable[[], object]) -> Iterator[list[list[int]]]:
             assert over.wait(60)
             damage()
         read.append(None)
-        return choose(*arguments, **options)
+        return fetch.usable_indices(*arguments, **options)
 
     def fetch_complete(*arguments: Any, **options: Any) -> Any:
-        complete = fetch(*arguments, **options)
+        complete = fetch.fetch_complete(*arguments, **options)
         prepared.append(complete.batch.index.tolist())
         return complete
 
@@ -122,13 +123,13 @@ def before_batch(damage: Callable[[], object]) -> Iterator[list[list[int]]]:
 @contextmanager
 def before_second_evaluation(damage: Callable[[], object]) -> Iterator[None]:
     """Call `damage` when the second epoch's kNN starts, at step 8."""
-    original, calls = loop.evaluate_knn, []
+    calls: list[None] = []
 
     def evaluate_knn(*arguments: Any, **options: Any) -> dict[int, float]:
         calls.append(None)
         if len(calls) == 2:
             damage()
-        return original(*arguments, **options)
+        return online_knn.evaluate_knn(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "evaluate_knn", evaluate_knn)

@@ -25,7 +25,8 @@ needs_ffcv = pytest.mark.skipif(
 
 def ffcv_write(images: list[np.ndarray], labels: list[int], folder: Path) -> None:
     """Let FFCV's own writer write `images`, uint8 [H, W, 3] each, as MODE.beton for all modes and as nolabel.beton."""
-    np.savez(folder / "images.npz", labels=labels, **{f"image{n}": image for n, image in enumerate(images)})
+    arrays: dict[str, Any] = {f"image{n}": image for n, image in enumerate(images)}
+    np.savez(folder / "images.npz", labels=labels, **arrays)
     _run("write", folder / "images.npz", folder)
 
 

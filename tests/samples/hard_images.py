@@ -1,11 +1,15 @@
-"""Images that are hard to resize and recolour, and views back in [0, 1], for the parity tests."""
+"""Images that are hard to resize and recolour, and how far their views are from torchvision's."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks.contenders.baselines.torchvision_views import MEAN, STD
+from benchmarks.contenders.baselines.torchvision_views import MEAN, STD, torchvision_view
+from pipelines import DecodedBatch, ViewEngine, ViewSpec, draw
+from pipelines.views.native.engine import native_obstacle
 
 
 def unnormalised(view: Tensor) -> Tensor:
@@ -35,3 +39,24 @@ def hard_images() -> list[Tensor]:
     flat = [torch.full((40, 50, 3), value, dtype=torch.uint8) for value in (0, 128, 255)]
     sizes = [(1, 1), (8, 8), (1, 300), (300, 1), (6, 400), (400, 6), (224, 224), (333, 500), (700, 520)]
     return [stripes, rows, checks, blocks, ramp, nearly_gray, smooth, *flat, *(noise(*size) for size in sizes)]
+
+
+IMAGES = hard_images()
+FLOAT_BAR = 1e-5  # of values in [0, 1], i.e. before normalisation
+
+
+BACKENDS = ("reference", "native") if native_obstacle() is None else ("reference",)
+
+
+def worst(specs: tuple[ViewSpec, ...], *, seed: int, images: Sequence[Tensor] = IMAGES) -> float:
+    """Largest difference of any pixel of any view of the images, by any backend of the CPU, in units of [0, 1]."""
+    batch = DecodedBatch.from_images(images, index=range(len(images)))
+    params = draw(specs, batch.sizes, seed=seed, epoch=0, index=batch.index)
+    made = [ViewEngine(specs, backend=backend)(batch, params) for backend in BACKENDS]
+    difference = 0.0
+    for v, spec in enumerate(specs):
+        theirs = torch.stack([torchvision_view(image, spec, params.view(v), n) for n, image in enumerate(images)])
+        for views in made:
+            assert views[v].shape == theirs.shape
+            difference = max(difference, (unnormalised(views[v]) - unnormalised(theirs)).abs().max().item())
+    return difference

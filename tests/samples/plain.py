@@ -60,6 +60,12 @@ def backbone(name: str) -> nn.Module:
     return timm.create_model(name, num_classes=0, **options)
 
 
+def gradient_of(p: Tensor) -> Tensor:
+    """The gradient itself, not a copy."""
+    assert p.grad is not None
+    return p.grad
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlainOutput:
     """What a plain step computed.
@@ -109,7 +115,8 @@ class Plain:
             nn.ModuleDict({"backbone": backbone(recipe.backbone.name), "projector": mlp(width, recipe.projector)})
             for _ in range(2)
         )
-        self.online["predictors"] = nn.ModuleList(mlp(recipe.projector.out, recipe.predictor) for _ in range(slots))
+        self.predictors = nn.ModuleList(mlp(recipe.projector.out, recipe.predictor) for _ in range(slots))
+        self.online["predictors"] = self.predictors
         self.online.double().train()
         self.target.double().train()
         self.state: dict[str, dict[str, Tensor]] = {}
@@ -119,22 +126,23 @@ class Plain:
         """Move the target, compute losses and gradients, update: step k of the run."""
         self.move_target(k)
         terms = self.pair_losses(views)
-        losses = []
+        losses: list[Tensor] = []
         for task in self.tasks:
             members = [loss for (v, _), loss in terms.items() if self.recipe.views[v].task == task]
-            losses.append(sum(members) / len(members))
+            losses.append(torch.stack(members).mean())
         total = self.total(terms)
         self.online.zero_grad()
         total.backward()
-        norm = math.sqrt(sum(p.grad.pow(2).sum().item() for p in self.online.parameters()))
+        gradients = {name: gradient_of(p) for name, p in self.online.named_parameters()}
+        norm = math.sqrt(sum(gradient.pow(2).sum().item() for gradient in gradients.values()))
         clip = self.recipe.optimizer.clip_grad_norm
-        for p in self.online.parameters():
-            p.grad *= 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
+        for gradient in gradients.values():
+            gradient *= 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
         output = PlainOutput(
             losses=torch.stack(losses).detach(),
             total=total.detach(),
             norm=norm,
-            gradients={name: p.grad.clone() for name, p in self.online.named_parameters()},
+            gradients={name: gradient.clone() for name, gradient in gradients.items()},
             rates={name: self.rates(name, p, k) for name, p in self.online.named_parameters()},
         )
         self.updates += 1
@@ -166,10 +174,11 @@ class Plain:
                     targets[v] = self.target["projector"](self.target["backbone"](views[v]))
         first = [v for v, spec in enumerate(specs) if spec.is_target]
         for v in first + [v for v in range(len(specs)) if v not in first]:
-            if specs[v].task is not None:
-                slot = self.tasks.index(specs[v].task) if self.recipe.predictors == "per-view" else 0
+            task = specs[v].task
+            if task is not None:
+                slot = self.tasks.index(task) if self.recipe.predictors == "per-view" else 0
                 embedding = self.online["projector"](self.online["backbone"](views[v]))
-                predictions[v] = self.online["predictors"][slot](embedding)
+                predictions[v] = self.predictors[slot](embedding)
         return {
             (v, t): self.pair_loss(prediction, target)
             for v, prediction in predictions.items()
@@ -180,6 +189,7 @@ class Plain:
     def pair_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """The loss of one pair."""
         if self.recipe.method == "mocov3":
+            assert self.recipe.temperature is not None
             return mocov3_loss(prediction, target, self.recipe.temperature)
         return {"byol": byol_loss, "simsiam": simsiam_loss}[self.recipe.method](prediction, target)
 
@@ -210,7 +220,7 @@ class Plain:
         config = self.recipe.optimizer
         zeros = {key: torch.zeros_like(p) for key in ("momentum", "square")}
         state = self.state.setdefault(name, zeros)
-        old, gradient = p.detach().clone(), p.grad
+        old, gradient = p.detach().clone(), gradient_of(p)
         if config.kind == "adamw":
             first, second = config.betas
             state["momentum"] = first * state["momentum"] + (1 - first) * gradient

@@ -31,6 +31,7 @@ from mvssl.evaluate.supervised import Classifier, Supervision
 from mvssl.runs import checkpoint
 from mvssl.runs.results import read_result
 from mvssl.weights.load import BackboneSource, load_backbone
+from pipelines.loader import Loader
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from pipelines.storage.source import SubsetSource
@@ -136,16 +137,18 @@ def test_stopped_finetuning_resumes_to_the_same_network(
         return path
 
     with monkeypatch.context() as patch:
-        patch.setattr(supervised.checkpoint, "save", killed)
+        patch.setattr(checkpoint, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "stopped")
     assert not (tmp_path / "stopped/finetune-50pct-online.json").exists()
     epochs: list[int] = []
-    monkeypatch.setattr(
-        supervised.Loader,
-        "epoch",
-        lambda self, epoch, _epoch=supervised.Loader.epoch, **o: epochs.append(epoch) or _epoch(self, epoch, **o),
-    )
+    epoch_of = Loader.epoch
+
+    def recorded(loader: Loader, epoch: int, **options: Any) -> Any:
+        epochs.append(epoch)
+        return epoch_of(loader, epoch, **options)
+
+    monkeypatch.setattr(Loader, "epoch", recorded)
     found = run(tmp_path / "stopped")
     assert epochs == [2]
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

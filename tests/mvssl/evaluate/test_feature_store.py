@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_online_knn import Brightness
 from torch import Tensor, nn
 
 from mvssl.config.recipe import Evaluation
@@ -21,6 +20,7 @@ from pipelines.decode import DecodeOptions
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from pipelines.storage.source import Source
+from tests.samples.networks import Brightness
 
 EVALUATION = Evaluation(resize=32, crop=32)
 PILLOW = DecodeOptions(decoder="pillow", threads=1)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from mvssl.config.recipe import Evaluation
 from mvssl.evaluate.features import extract_features
@@ -15,17 +14,10 @@ from mvssl.evaluate.online_knn import check_knn_data, evaluate_knn
 from mvssl.evaluate.session import Session
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
+from tests.samples.networks import Brightness
 
 EVALUATION = Evaluation(resize=32, crop=32, k=(3,))
 SESSION = Session(device=torch.device("cpu"), batch_size=7)
-
-
-class Brightness(nn.Module):
-    """[B, 3, S, S] -> [B, 2], a direction that encodes the mean brightness."""
-
-    def forward(self, view: Tensor) -> Tensor:
-        angle = view.mean(dim=(1, 2, 3))  # [B]
-        return torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
 def test_classes_of_different_brightness_are_all_recognised(images: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 import torchvision
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from mvssl.config.recipe import Backbone
@@ -128,7 +128,7 @@ def bicubic(source: int, target: int) -> Tensor:
 
 
 def test_position_embedding_is_interpolated_for_local_views() -> None:
-    backbone = build_backbone(Backbone(name="vit_tiny_patch16_224")).eval()
+    backbone: Any = build_backbone(Backbone(name="vit_tiny_patch16_224")).eval()
     tokens: list[Tensor] = []
     backbone.pos_drop.register_forward_hook(lambda module, inputs, output: tokens.append(output))
     with torch.no_grad():

@@ -20,7 +20,7 @@ from mvssl.training.step import TrainStep
 from mvssl.weights.backbone_file import export_backbone
 from pipelines.views.presets import paper_views
 from pipelines.views.spec import ViewSpec
-from tests.samples.own_norm import OwnNorm
+from tests.samples.networks import OwnNorm
 
 IMAGES, CHANNELS = 5, 6
 LAYERS: dict[str, Callable[[], nn.Module]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_a_norm_equals_torchs(
     """Output and all gradients, also when the output has two users."""
     x, other = numbers(shape, 0, shift=3.0), numbers(shape, 1)
     weight, bias, other_weight, other_bias = (numbers((1, shape[1]), seed)[0] if affine else None for seed in range(4))
-    exact = [None if t is None else t.double().requires_grad_() for t in (x, other, weight, bias)]
+    exact: list[Any] = [None if t is None else t.double().requires_grad_() for t in (x, other, weight, bias)]
     exact += [None if t is None else t.double().requires_grad_() for t in (other_weight, other_bias)]
     y = normed(exact[0], exact[2], exact[3], views)
     if shortcut == "added":
@@ -91,7 +92,7 @@ def test_a_norm_equals_torchs(
         y = y + normed(exact[1], exact[4], exact[5], views)
     y = y.relu() if relu else y
     gradients = [numbers(shape, 10 + user) for user in range(users)]
-    y.backward(sum(gradients).double())
+    y.backward(torch.stack(gradients).sum(0).double())
 
     positions = list(range(views))
     take = partial(ops.statistics, running_mean=None, running_var=None, tracked=None, views=views, positions=positions)
@@ -144,9 +145,9 @@ def test_max_pooling_equals_torchs(shape: tuple[int, ...], views: int, users: in
     x = numbers(shape, 0).round(decimals=0)
     weight, bias = torch.full((shape[1],), 1.5), torch.full((shape[1],), -0.3)
     exact = [t.double().requires_grad_() for t in (x, weight, bias)]
-    y = F.max_pool2d(normed(*exact, views).relu(), 3, 2, 1)
+    y = F.max_pool2d(normed(exact[0], exact[1], exact[2], views).relu(), 3, 2, 1)
     gradients = [numbers(tuple(y.shape), 10 + user) for user in range(users)]
-    y.backward(sum(gradients).double())
+    y.backward(torch.stack(gradients).sum(0).double())
     mean, rstd = ops.statistics(x, None, None, None, views, list(range(views)), views, True, 0.1, 1e-5)
     out, taps = ops.forward_pool(x, mean, rstd, weight, bias)
     second = gradients[1] if users == 2 else None
@@ -230,6 +231,11 @@ def embedded(backbone: str) -> tuple[Tensor, Encoder]:
     return z.detach(), encoder
 
 
+def named(name: str) -> Callable[[str], str]:
+    """A message for `assert_close` that begins with the tensor's name."""
+    return lambda message: f"{name}: {message}"
+
+
 @interpreted
 @pytest.mark.parametrize("backbone", ["resnet10_tiny", "test_resnet"])
 def test_a_network_equals_its_plain_modules(backbone: str, request: pytest.FixtureRequest) -> None:
@@ -240,11 +246,9 @@ def test_a_network_equals_its_plain_modules(backbone: str, request: pytest.Fixtu
     torch.testing.assert_close(z, expected, rtol=1e-3, atol=1e-4)
     for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
         scale = float(q.grad.abs().max())
-        torch.testing.assert_close(
-            p.grad, q.grad, rtol=2e-3, atol=2e-3 * scale + 1e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(p.grad, q.grad, rtol=2e-3, atol=2e-3 * scale + 1e-6, msg=named(name))
     for (name, value), other in zip(ours.named_buffers(), plain.buffers(), strict=True):
-        torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4, msg=named(name))
 
 
 @built
@@ -252,7 +256,10 @@ def test_compile_cache_depends_on_the_kernels() -> None:
     """Otherwise the cache would return code with an earlier version of a kernel."""
     from torch._library.triton import get_triton_kernels_for_op
 
-    found = {op: {k.__name__ for k in get_triton_kernels_for_op(f"mvssl::{op}")} for op in OPERATIONS.values()}
+    def kernels_of(operation: str) -> list[Any]:
+        return get_triton_kernels_for_op(f"mvssl::{operation}")
+
+    found = {name: {kernel.__name__ for kernel in kernels_of(name)} for name in OPERATIONS.values()}
     assert found == {
         "batchnorm_statistics": {"sums_kernel", "statistics_kernel"},
         "batchnorm_forward": {"forward_kernel"},
@@ -330,7 +337,7 @@ def test_compiled_networks_on_a_gpu_equal_plain_ones(dtype: torch.dtype) -> None
         pytest.skip("needs a CUDA device")
     torch.manual_seed(0)
     plain = Encoder(replace(RECIPE, backbone=Backbone(name="resnet18")), drop_path=False).cuda()
-    plain = plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch 2.11's types lack it
+    plain = plain.to(memory_format=torch.channels_last)
     ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
     group = make_plan(RECIPE.views, joint=True, grouped=True, targets_first=False).online[0]
     batches = [
@@ -349,6 +356,9 @@ def test_compiled_networks_on_a_gpu_equal_plain_ones(dtype: torch.dtype) -> None
         del encoder
     expected = (exact.embed([batch.double() for batch in batches], group) * weights.double()).sum()
     expected.backward()
+    p: Any
+    q: Any
+    r: Any
     for (name, p), q, r in zip(ours.named_parameters(), plain.parameters(), exact.parameters(), strict=True):
         scale = float(r.grad.norm())
         ours_error, plain_error = (float((each.grad.double() - r.grad).norm()) for each in (p, q))

@@ -266,7 +266,7 @@ def test_the_sampler_agrees_with_the_profiler(step: Callable[[torch.Tensor], Non
 
     `bias` is a systematic error, from launch latencies, which matter where kernels are launched one by one.
     """
-    from torch.autograd import DeviceType
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     x = torch.randn(4096, 4096, device="cuda")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mvssl.monitor.view_diagnostics import gradient_cosines, view_diagnostics
 from mvssl.training.step import TrainStep
 from pipelines.views.presets import byol_views, paper_views
 
-HEADS = {"projector": Head(hidden=(16,), out=8), "predictor": Head(hidden=(16,), out=8)}
+HEADS: dict[str, Any] = {"projector": Head(hidden=(16,), out=8), "predictor": Head(hidden=(16,), out=8)}
 
 
 def batch(recipe: Recipe, seed: int) -> list[Tensor]:
@@ -31,7 +32,7 @@ def step_gradients(step: TrainStep, views: list[Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("method", ["byol", "simsiam", "mocov3"])
 @pytest.mark.parametrize("predictors", ["shared", "per-view"])
-def test_their_weighted_sum_is_the_gradient_of_the_step(tiny_recipe: Recipe, method: str, predictors: str) -> None:
+def test_their_weighted_sum_is_the_gradient_of_the_step(tiny_recipe: Recipe, method: str, predictors: Any) -> None:
     recipe = replace(
         tiny_recipe,
         method=method,

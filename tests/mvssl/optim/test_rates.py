@@ -29,7 +29,7 @@ class Net(nn.Module):
         self.predictors = PredictorBank(("global", "local"), 6, Head(hidden=(7,), out=6))
 
 
-def config_of(kind: str, **changes: Any) -> Optimizer:
+def config_of(kind: Any, **changes: Any) -> Optimizer:
     defaults: dict[str, Any] = {"base_lr": 0.5, "weight_decay": 0.04, "warmup_epochs": 2.0, "final_lr_factor": 0.0}
     return Optimizer(kind=kind, **(defaults | changes))
 

@@ -89,8 +89,8 @@ def test_parts_give_the_update_of_the_whole(method: str, step_mode: str, accumul
         assert output.grad_norm.item() == pytest.approx(other.grad_norm.item(), rel=1e-10)
         torch.testing.assert_close(output.embedding, other.embedding, rtol=1e-9, atol=1e-12)
         assert len(output.embedding) == BATCH
-    for ours, other in zip(gradients, whole_gradients, strict=True):
-        assert_close(ours, other)
+    for ours, theirs in zip(gradients, whole_gradients, strict=True):
+        assert_close(ours, theirs)
     assert_close(step.online.state_dict(), whole.online.state_dict())
     assert (step.target is None) == (whole.target is None) == (method == "simsiam")
     if step.target is not None and whole.target is not None:

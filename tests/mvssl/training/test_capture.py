@@ -18,7 +18,6 @@ from typing import Any, Literal
 import pytest
 import torch
 from rich.console import Console
-from test_ready_for_capture import ADAMW, MOCO, RECIPE, SIMSIAM, VIT, batches
 from torch import Tensor
 
 import mvssl.training.step
@@ -31,6 +30,7 @@ from mvssl.training.memory import explain_out_of_memory
 from mvssl.training.step import StepOutput, TrainStep
 from pipelines.loading.threads import receive
 from pipelines.runtime import InputError
+from tests.samples.capture_steps import ADAMW, MOCO, RECIPE, SIMSIAM, VIT, batches
 from tests.samples.fake_cuda import ECHO, FakeCuda, FakeStream
 from tests.samples.recorded_operations import kept_tensors
 from tests.samples.replayed_operations import ReplayedGraph
@@ -59,7 +59,8 @@ def toy_graph(**options: Any) -> tuple[Toy, StepGraph, list[ReplayedGraph]]:
         made.append(ReplayedGraph(lambda: [toy.sum]))
         return made[-1]
 
-    return toy, StepGraph(toy, lambda: None, **{"wanted": True, "graph": make} | options), made
+    settings: dict[str, Any] = {"wanted": True, "graph": make} | options
+    return toy, StepGraph(toy, lambda: None, **settings), made
 
 
 def test_the_first_steps_are_run_and_the_others_replayed() -> None:
@@ -190,7 +191,7 @@ RELEASES = {
 }
 
 
-@pytest.fixture(params=RELEASES.values(), ids=RELEASES.keys())
+@pytest.fixture(params=RELEASES.values(), ids=list(RELEASES))
 def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return FakeCuda(monkeypatch, **request.param)
 
@@ -323,7 +324,8 @@ def test_a_run_makes_its_device_the_current_one(
     def stop() -> None:
         raise Stop
 
-    device, taken = torch.device("cuda", 1), []
+    device = torch.device("cuda", 1)
+    taken: list[torch.device] = []
     monkeypatch.setattr(experiment, "resolve_device", lambda name, local_rank: device)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(experiment, "keep_compiled_code", stop)
@@ -564,13 +566,13 @@ def test_a_captured_run_goes_on_from_a_checkpoint() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("exact_convolutions")
-def test_a_step_that_waits_for_the_device_goes_on_as_if_nothing_had_been_tried() -> None:
+def test_a_step_that_waits_for_the_device_goes_on_as_if_nothing_had_been_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA breaks the recording; afterwards memory, random numbers and streams are those of a run without one."""
 
     def waiting(cuda_graph: Literal["auto", "off"]) -> tuple[TrainStep, list[Tensor], list[int]]:
         step = make(device="cuda", cuda_graph=cuda_graph, compile="off", **VIT | ADAMW)
         forward = step.online.projector.forward
-        step.online.projector.forward = lambda x: (float(x.detach().sum()), forward(x))[1]  # type: ignore[method-assign]
+        monkeypatch.setattr(step.online.projector, "forward", lambda x: (float(x.detach().sum()), forward(x))[1])
         side, losses, reserved = torch.cuda.Stream(), [], []
         for number in range(WARM_UP + 40):
             with torch.cuda.stream(side):

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from timm.models import register_model
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor.exc import CppCompileError, InductorError, TritonMissing
 
 from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
@@ -46,7 +46,7 @@ def mvssl_test_conv(pretrained: bool = False, num_classes: int = 0, **options: A
 @register_model
 def mvssl_test_drop(pretrained: bool = False, num_classes: int = 0, **options: Any) -> nn.Module:
     """The same with dropout, which draws random numbers in the forward."""
-    network = mvssl_test_conv(pretrained, num_classes, **options)
+    network: nn.Module = mvssl_test_conv(pretrained, num_classes, **options)
     network.add_module("drop", nn.Dropout(0.3))
     return network
 
@@ -221,7 +221,7 @@ class Interrupted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+        x: Tensor = ctx.saved_tensors[0]
         torch._dynamo.graph_break()
         return gradient * x.cos()
 

@@ -15,7 +15,7 @@ import pytest
 import pipelines.loader
 import pipelines.loading.threads
 from mvssl.config.recipe import Recipe
-from pipelines.decode import Decoded
+from pipelines.decode import Decoded, decoder_of
 from tests.samples.data_faults import DAMAGED, SAVED, disk, first_evaluation, last_step, log
 from tests.samples.tiny_runs import metrics, train
 
@@ -35,10 +35,9 @@ def test_a_slow_disk_changes_no_number_and_is_named(
 @contextmanager
 def decoder(act: Callable[[int], object]) -> Iterator[None]:
     """Call `act` with the batch number, from 0, in the loader's thread before each batch is decoded for training."""
-    original = pipelines.loader.decoder_of
 
     def acting(*arguments: Any, **options: Any) -> Any:
-        made = original(*arguments, **options)
+        made = decoder_of(*arguments, **options)
 
         class Acting:
             name, close, calls = made.name, made.close, 0

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from mvssl.training.experiment import Experiment, open_experiment
 from mvssl.training.step import StepOutput, TrainStep
 from pipelines import draw
 
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "byol": {},
     "simsiam": {"task_weights": {"global": 1 / 3, "local": 1 / 3, "cutout": 1 / 3}},
     "mocov3": {"temperature": 1.0},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,27 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.config.recipe import Optimizer
 from mvssl.training.step import TrainStep
 from pipelines.views.presets import paper_views
+from tests.samples.capture_steps import ADAMW, MOCO, RECIPE, SIMSIAM, VIT, batches
 from tests.samples.recorded_operations import NotReady, assert_ready
 
-VIT = {"backbone": Backbone(name="test_vit", drop_path=0.3)}
-ADAMW = {"optimizer": Optimizer(kind="adamw", base_lr=0.1, weight_decay=0.04, weight_decay_end=0.4, warmup_epochs=3)}
-SIMSIAM = {"method": "simsiam", "projector": Head(hidden=(20,), out=12, output_norm=True)}
-MOCO = {"method": "mocov3", "temperature": 1.0}
-RECIPE = Recipe(
-    name="ready",
-    views=paper_views(size=32, local_size=16, blur_kernel=5),
-    backbone=Backbone(name="test_resnet"),
-    projector=Head(hidden=(20,), out=12),
-    predictor=Head(hidden=(20,), out=12),
-    optimizer=Optimizer(kind="lars", base_lr=3.0, warmup_epochs=3, weight_decay=1e-4),
-    epochs=9,
-    batch_size=8,
-    target_decay=0.9,
-    evaluation=Evaluation(resize=32, crop=32),
-)
 CASES: dict[str, dict[str, Any]] = {
     "lars": {},
     "lars, decay that changes": {"optimizer": replace(RECIPE.optimizer, weight_decay_end=0.1)},
@@ -58,17 +42,6 @@ CASES: dict[str, dict[str, Any]] = {
 
 def make(**changes: Any) -> TrainStep:
     return TrainStep(replace(RECIPE, **changes), device="cpu", total_steps=40, steps_per_epoch=2)
-
-
-def batches(step: TrainStep) -> Callable[[int], list[Tensor]]:
-    def batch(seed: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        return [
-            torch.randn(step.recipe.batch_size, 3, spec.size, spec.size, generator=generator)
-            for spec in step.recipe.views
-        ]
-
-    return batch
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
@@ -104,6 +77,7 @@ class Changed(nn.Module):
         super().__init__()
         self.kind = kind
         self.calls = 0
+        self.scale: Tensor
         self.register_buffer("scale", torch.ones(()))
         self.weight = nn.Parameter(torch.ones(()))
 
@@ -142,7 +116,7 @@ BROKEN = {
 
 def broken(kind: str) -> TrainStep:
     step = make()
-    block = step.online.backbone.layer4[0]
+    block: Any = step.online.get_submodule("backbone.layer4.0")
     block.changed = Changed(kind)
     block.register_forward_hook(lambda module, _, output: module.changed(output))
     return step
@@ -160,7 +134,7 @@ def test_the_same_layer_without_a_change_passes() -> None:
     assert_ready(step, batches(step))
 
 
-def test_a_python_learning_rate_is_found() -> None:
+def test_a_python_learning_rate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     step = make()
     set_numbers = step._set_rates
 
@@ -170,7 +144,7 @@ def test_a_python_learning_rate_is_found() -> None:
             group["lr"] = float(group["lr"])
         return result
 
-    step._set_rates = with_floats  # type: ignore[method-assign]
+    monkeypatch.setattr(step, "_set_rates", with_floats)
     with pytest.raises(NotReady, match=r"group\.0\.lr.* lie elsewhere|differs from step to step"):
         assert_ready(step, batches(step))
 

@@ -15,7 +15,7 @@ from mvssl.config.recipe import Backbone, Recipe
 from mvssl.training.compile import CACHE_FOLDERS, keep_compiled_code
 from mvssl.training.memory import explain_out_of_memory
 from pipelines.runtime import InputError
-from tests.samples.own_norm import mvssl_test_own_norm
+from tests.samples.networks import mvssl_test_own_norm
 from tests.samples.tiny_runs import train
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def test_a_run_out_of_time_is_saved_and_resumes(
 
 def test_a_run_stops_early_enough_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(shutdown.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     stop = StopRequest(World(), seconds=100)
     now[0] = 89.0
     assert stop.agree() is None

@@ -115,9 +115,10 @@ def test_a_view_type_from_a_toml_file_has_a_predictor_and_a_loss(images: Path, t
     assert [view["name"] for view in config["views"]][-1] == "quarter"
 
 
-def batches(path: Path, recipe: Recipe, **options: int) -> list[ViewBatch]:
+def batches(path: Path, recipe: Recipe, ranks: Ranks) -> list[ViewBatch]:
     source = open_source(split_paths(path)[0])
-    loader = Loader(source, recipe.views, Order(num_images=len(source), batch_size=8, seed=recipe.seed), **options)
+    order = Order(num_images=len(source), batch_size=8, seed=recipe.seed)
+    loader = Loader(source, recipe.views, order, ranks=ranks)
     try:
         return list(loader.epoch(1, first_step=1))
     finally:

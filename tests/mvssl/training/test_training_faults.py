@@ -104,7 +104,8 @@ def test_nan_stops_the_run_and_reports_the_batch(
 def test_a_full_disk_keeps_the_last_checkpoint(
     images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = torch.save, []
+    original = torch.save
+    calls: list[None] = []
 
     def filling(state: Any, file: Any) -> None:
         calls.append(None)

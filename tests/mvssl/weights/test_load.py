@@ -92,7 +92,7 @@ def test_one_network(content: Callable[[Any], Any], online: nn.Module, tmp_path:
 
 
 def test_timms_own_file_with_its_classifier(tmp_path: Path) -> None:
-    model = timm.create_model("resnet26d", num_classes=7).eval()
+    model: Any = timm.create_model("resnet26d", num_classes=7).eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="does not tell its architecture"):
         load_backbone(BackboneSource(weights=tmp_path / "model.safetensors"))
@@ -104,7 +104,7 @@ def test_timms_own_file_with_its_classifier(tmp_path: Path) -> None:
 
 def torchvision_vit(heads: int, width: int) -> nn.Module:
     torch.manual_seed(3)
-    model = torchvision.models.VisionTransformer(
+    model: nn.Module = torchvision.models.VisionTransformer(
         image_size=SIZE, patch_size=16, num_layers=12, num_heads=heads, hidden_dim=width, mlp_dim=4 * width
     )
     for parameter in model.parameters():

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.conversion import conversion
 from pipelines.conversion.destination import Destination
 from pipelines.storage import open_source
 from pipelines.storage.folder import FolderSource
@@ -120,7 +119,8 @@ def test_process_that_finishes_while_another_begins(
 ) -> None:
     """The first process finishes after the second one has opened the lock file and before it locks it."""
     dst = tmp_path / "d"
-    flock, written = fcntl.flock, []
+    flock = fcntl.flock
+    written: list[int] = []
 
     def finishing_first(file: Any, operation: int) -> None:
         monkeypatch.setattr(fcntl, "flock", flock)
@@ -199,7 +199,7 @@ def test_too_small_disk_is_refused_before_any_work(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
-    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     outcome = run(folder, tmp_path / "d")
     assert outcome.code == 1
     assert "0.0 GB free but the conversion needs" in outcome.err

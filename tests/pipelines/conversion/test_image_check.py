@@ -8,6 +8,7 @@ import struct
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ BAD = {
 def converted(tmp_path: Path) -> Callable[..., ShardSource]:
     """Convert files and open the result."""
 
-    def call(files: dict[str, bytes], **options: object) -> ShardSource:
+    def call(files: dict[str, bytes], **options: Any) -> ShardSource:
         for name, content in files.items():
             path = tmp_path / "src" / name
             path.parent.mkdir(parents=True, exist_ok=True)

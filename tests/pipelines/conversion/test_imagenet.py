@@ -6,6 +6,7 @@ import io
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,7 +172,7 @@ def test_classes_file_numbers_a_val_archive_alone(archives: Path, tmp_path: Path
 def test_wrong_label_files(
     archives: Path, tmp_path: Path, labels: str | None, classes: str | None, message: str
 ) -> None:
-    files: dict[str, Path | None] = {}
+    files: dict[str, Any] = {}
     for name, content in (("val_labels", labels), ("classes", classes)):
         if content is not None:
             (tmp_path / name).write_text(content)

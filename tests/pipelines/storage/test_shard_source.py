@@ -112,7 +112,8 @@ def test_threads_and_forks_read_the_same(converted: Path) -> None:
 
 
 def test_tar_reads_the_shards(converted: Path, folder: Path) -> None:
-    files, labels = {}, {}
+    files: dict[str, bytes] = {}
+    labels: dict[str, bytes] = {}
     for path in sorted(converted.glob("*.tar")):
         assert path.stat().st_size % tarfile.RECORDSIZE == 0
         with tarfile.open(path) as archive:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -54,7 +56,7 @@ def test_the_whole_resized_image_is_never_made(shape: tuple[int, int], monkeypat
     made: list[int] = []
     interpolate = F.interpolate
 
-    def watching(source: Tensor, size: tuple[int, int], **options: object) -> Tensor:
+    def watching(source: Tensor, size: tuple[int, int], **options: Any) -> Tensor:
         made.append(size[0] * size[1])
         return interpolate(source, size=size, **options)
 

@@ -137,7 +137,6 @@ def test_batches_larger_than_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever memory held before, the views are the same."""
-    from pipelines.views.fused import engine
 
     specs: tuple[ViewSpec, ...] = (spec(8), spec(16))
     batch, params = decided(noise((9, 9), (12, 20)), specs)
@@ -146,10 +145,11 @@ def test_nothing_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
         real = torch.empty
 
         def poisoned(*shape: Any, poison: int = poison, real: Any = real, **options: Any) -> torch.Tensor:
-            return real(*shape, **options).fill_(poison)
+            filled: torch.Tensor = real(*shape, **options).fill_(poison)
+            return filled
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine.torch, "empty", poisoned)
+            patch.setattr(torch, "empty", poisoned)
             results.append(ViewEngine(specs, backend="fused")(batch, params))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

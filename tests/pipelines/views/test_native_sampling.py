@@ -136,7 +136,7 @@ def view_specs(draw_value: Callable[..., object]) -> ViewSpec:
 @needs_compiler
 @settings(max_examples=150)
 @given(
-    specs=st.lists(view_specs(), min_size=1, max_size=4),  # type: ignore[call-arg]  # hypothesis gives the argument
+    specs=st.lists(view_specs(), min_size=1, max_size=4),
     sizes=st.lists(st.tuples(st.integers(1, 70_000), st.integers(1, 70_000)), max_size=5),
     seed=st.integers(0, 2**64 - 1),
     epoch=st.integers(0, 2**32 - 1),

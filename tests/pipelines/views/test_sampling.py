@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_depends_on_seed_epoch_index_and_view() -> None:
 
 def test_changing_one_operation_leaves_the_draws_of_the_others() -> None:
     before = draw(SPECS, SIZES, seed=0, epoch=0, index=INDEX)
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "blur_sigma": {"blur": 1.0},
         "flip": {"flip": 0.1},
         "gray": {"grayscale": 0.9},

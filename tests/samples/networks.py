@@ -1,9 +1,10 @@
-"""The smallest backbone of the tests: two convolutions with BatchNorm. Importing this module registers it with timm."""
+"""Small backbones; importing this module registers two of them with timm."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -37,3 +38,22 @@ def mvssl_test_two_convolutions(pretrained: bool = False, **options: Any) -> nn.
         raise TypeError(f"unexpected {options}")
     model: nn.Module = build_model_with_cfg(TwoConvolutions, NAME, pretrained, **options)
     return model
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """A norm of an unknown type: mvssl must assume that its batch statistics cannot be computed per view."""
+
+
+@register_model
+def mvssl_test_own_norm(pretrained: bool = False, num_classes: int = 0, **options: Any) -> nn.Module:
+    if "dynamic_img_size" in options:
+        raise TypeError(f"unexpected {options}")
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), OwnNorm(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class Brightness(nn.Module):
+    """[B, 3, S, S] -> [B, 2], a direction that encodes the mean brightness."""
+
+    def forward(self, view: Tensor) -> Tensor:
+        angle = view.mean(dim=(1, 2, 3))  # [B]
+        return torch.stack([angle.cos(), angle.sin()], dim=1)
