@@ -55,7 +55,8 @@ def test_lars_equals_formula() -> None:
     ]
 
     def values(tensor: Any, slot: int | None) -> list[float]:
-        return (tensor if slot is None else tensor[slot]).detach().flatten().tolist()
+        numbers: list[float] = (tensor if slot is None else tensor[slot]).detach().flatten().tolist()
+        return numbers
 
     with torch.no_grad():
         net.stacked.weight[1].zero_()  # |p| = 0: not adapted
