@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_the_loader_gives_the_views_of_the_other_decoders() -> None:
 
 def test_a_missing_library_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ffcv.load_ffcv.cache_clear()
-    monkeypatch.setattr(ffcv.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     sentence = r"decoder is 'ffcv' but FFCV's library cannot be used \(the package ffcv is not installed\): run tools/"
     with pytest.raises(InputError, match=sentence):
         make_decoder("ffcv", device="cpu", batch_size=4, threads=1)
@@ -100,7 +101,7 @@ def test_a_missing_library_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyP
         submodule_search_locations = (str(tmp_path),)
 
     (tmp_path / "_libffcv.so").write_bytes(b"no library")
-    monkeypatch.setattr(ffcv.importlib.util, "find_spec", lambda name: Spec)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: Spec)
     with pytest.raises(InputError, match=r"decoder is 'ffcv' but .*_libffcv\.so"):
         make_decoder("ffcv", device="cpu", batch_size=4, threads=1)
     ffcv.load_ffcv.cache_clear()
