@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from pipelines.runtime import cache_folder
+from pipelines.files import cache_folder
 
 # No contraction: a fused multiply-add would round differently from the reference. No traps or errno: lets it vectorise.
 _OPTIONS = ("-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")

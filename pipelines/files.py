@@ -1,10 +1,11 @@
-"""Writes files atomically and locks folders that only one process may write."""
+"""Writes files atomically, locks folders that only one process may write, and names the user's cache folder."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,3 +112,17 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/mvssl``, else ``~/.cache/mvssl``, else ``mvssl-<uid>`` among the temporary files.
+
+    It need not exist.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base) / "mvssl"
+    try:
+        return Path.home() / ".cache" / "mvssl"
+    except RuntimeError:  # no HOME, and a user id without a name: usual in containers
+        return Path(tempfile.gettempdir()) / f"mvssl-{os.getuid()}"

@@ -1,13 +1,11 @@
-"""The error type for users, exit codes of commands, and the cache folder."""
+"""Errors for users, and how commands print them and exit."""
 
 from __future__ import annotations
 
 import errno
 import os
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 
@@ -81,17 +79,3 @@ def run_cli(body: Callable[[], int | None]) -> NoReturn:
         print("error: interrupted; what was finished is kept.", file=sys.stderr)
         code = EXIT_INTERRUPTED
     sys.exit(code)
-
-
-def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/mvssl``, else ``~/.cache/mvssl``, else ``mvssl-<uid>`` among the temporary files.
-
-    It need not exist.
-    """
-    base = os.environ.get("XDG_CACHE_HOME")
-    if base:
-        return Path(base) / "mvssl"
-    try:
-        return Path.home() / ".cache" / "mvssl"
-    except RuntimeError:  # no HOME, and a user id without a name: usual in containers
-        return Path(tempfile.gettempdir()) / f"mvssl-{os.getuid()}"

@@ -28,8 +28,8 @@ ORDER = {
     ],
     "pipelines": [
         {"runtime", "progress"},
-        {"files", "c_library", "checks"},
-        {"batch"},
+        {"files", "checks"},
+        {"c_library", "batch"},
         {"decode", "storage"},
         {"views", "conversion"},
         {"order"},

@@ -23,7 +23,8 @@ from rich.table import Table
 from mvssl.training.compile import keep_compiled_code
 from pipelines.decode import default_threads
 from pipelines.decode.ffcv import missing_ffcv
-from pipelines.runtime import InputError, cache_folder
+from pipelines.files import cache_folder
+from pipelines.runtime import InputError
 from pipelines.storage import open_source, split_paths
 from pipelines.views.native.sampling import native_obstacle
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from mvssl.config.recipe import Recipe
 from mvssl.training.compile_errors import describe, is_compile_error
-from pipelines.runtime import InputError, cache_folder
+from pipelines.files import cache_folder
+from pipelines.runtime import InputError
 
 logger = logging.getLogger("mvssl")
 Result = TypeVar("Result")

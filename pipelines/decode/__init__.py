@@ -93,9 +93,7 @@ def decoder_of(options: DecodeOptions | None, *, device: str | torch.device, bat
 
 
 def default_threads() -> int:
-    """CPU threads for decoding: all cores of this process, at most 16; torchrun's processes on a host share its
-    cores.
-    """
+    """CPU threads for decoding: this process's cores divided among torchrun's processes on the host, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return max(1, min(16, share))

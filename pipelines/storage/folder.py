@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.runtime import InputError, cache_folder
+from pipelines.files import cache_folder
+from pipelines.runtime import InputError
 from pipelines.storage.batch_read import RandomAccessFile, advise_files, max_read_ahead, read_files
 from pipelines.storage.file_index import IMAGE_EXTENSIONS, FileIndex, read_list, scan_folder
 from pipelines.storage.source import KeyTable, fingerprint

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.runtime import InputError, cache_folder
+from pipelines.files import cache_folder
+from pipelines.runtime import InputError
 from pipelines.storage import align_labels, file_index, folder, open_source, split_paths
 from pipelines.storage.folder import cache_file
 
