@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Runs all checks with one command: installation, lint, format, types, tests, and the interpreted Triton kernels.
 #
-#   tools/test.sh                        # everything
-#   tools/test.sh -m "not slow"          # the fast lane, without tests of more than ten seconds and without the kernels
+#   tools/test.sh                        # everything except timing tests: about 12 minutes on two cores
+#   tools/test.sh -m "not slow"          # the fast lane: about 3 minutes on two cores, without interpreted kernels
+#   tools/test.sh -m timing              # tests that measure real time: on an idle machine only
 #   tools/test.sh tests/tools -k demo    # arguments go to pytest
 #
+# Tests marked `timing` are left out unless -m names them; plain `pytest` runs them too.
 # Needs only python3 (3.11 or newer); see setup_env.sh. Tests that need CUDA or FFCV skip themselves with a reason; FFCV
 # is installed if possible (see install_ffcv.sh).
 set -euo pipefail
@@ -30,8 +32,21 @@ section() {
 # One process per core with one thread each: small tensors gain nothing from more threads. All tests of a file run in one
 # process, so its module fixtures are created once.
 run_tests() {
+    local markers="not timing" arguments=()
+    while [ $# -gt 0 ]; do
+        if [ "$1" = -m ] && [ $# -gt 1 ]; then
+            case "$2" in
+                *timing*) markers="$2" ;;
+                *) markers="($2) and not timing" ;;
+            esac
+            shift 2
+        else
+            arguments+=("$1")
+            shift
+        fi
+    done
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MPLBACKEND=Agg \
-        "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+        "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist loadfile -m "$markers" ${arguments[@]+"${arguments[@]}"}
 }
 
 section "lint" "$PYTHON" -m ruff check .

@@ -1,29 +1,35 @@
-"""Whether other threads of Python run while something works."""
+"""Counts how often another Python thread runs during a call, to see whether the call releases the GIL."""
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
 
-EVERY = 0.001  # seconds
+RELEASED = 100  # turns at least while the GIL is released for milliseconds; a call that holds it allows a few
 
 
-def share_of_ticks(work: Callable[[], object]) -> float:
-    """How many of the ticks of a thread come that could, while `work` runs in this one: near 0 if it holds the lock."""
-    ticks: list[float] = []
+def turns_of_another_thread(work: Callable[[], object]) -> int:
+    """How many times another thread takes the GIL while `work` runs, which is asked for it by nobody."""
+    turns = 0
     done = threading.Event()
 
-    def ticking() -> None:
+    def count() -> None:
+        nonlocal turns
         while not done.is_set():
-            ticks.append(time.monotonic())
-            time.sleep(EVERY)
+            turns += 1
+            time.sleep(0)  # releases the GIL
 
-    thread = threading.Thread(target=ticking)
+    interval = sys.getswitchinterval()
+    thread = threading.Thread(target=count)
     thread.start()
-    began = time.monotonic()
-    work()
-    ended = time.monotonic()
-    done.set()
-    thread.join()
-    return sum(began < tick < ended for tick in ticks) * EVERY / (ended - began)
+    try:
+        sys.setswitchinterval(1000.0)  # seconds: Python code keeps the GIL, only C code releases it
+        before = turns
+        work()
+        return turns - before
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        thread.join()

@@ -179,12 +179,19 @@ def test_environment_is_created_once_if_none_is_active(tree: Tree) -> None:
     assert calls.count(f"-m venv --clear {tree.root}/.venv") == 1
 
 
-@pytest.mark.parametrize("arguments", [("-k", "two words"), ("-m", "not slow")])
-def test_suite_passes_arguments_and_ends_with_a_summary(tree: Tree, arguments: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "passed"),
+    [
+        (("-k", "two words"), "-m not timing -k two words"),
+        (("-x", "-m", "not slow", "tests/tools"), "-m (not slow) and not timing -x tests/tools"),
+        (("-m", "timing"), "-m timing"),
+    ],
+)
+def test_suite_passes_arguments_and_ends_with_a_summary(tree: Tree, arguments: tuple[str, ...], passed: str) -> None:
     result = tree.run("tools/test.sh", *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     (call,) = tree.calls("-m pytest")  # without the kernels
-    assert call.endswith(" ".join(arguments))
+    assert call.endswith(f"--dist loadfile {passed}")
     assert "== 3 passed in 0.01s ==" in result.stdout.splitlines()[-3:]
     assert result.stdout.splitlines()[-1].startswith("All passed in ")
 

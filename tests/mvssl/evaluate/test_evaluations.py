@@ -161,26 +161,26 @@ def test_stopped_finetuning_resumes_to_the_same_network(
     assert torch.equal(exported.backbone.state_dict()["conv1.0.weight"], expected["backbone.conv1.0.weight"])
 
 
-def on_ranks(arguments: list[str]) -> None:
-    """Run an evaluation in a rank."""
-    assert eval_cli.body(arguments) == 0
+def on_ranks(*commands: list[str]) -> None:
+    """Run evaluations one after the other in a rank."""
+    for arguments in commands:
+        assert eval_cli.body(arguments) == 0
 
 
 def test_two_ranks_measure_the_same_as_one_process(finished: Path, tmp_path: Path) -> None:
-    for name, arguments in {
+    commands = {
         "knn-online": ["knn", "--k", "3", "1"],
         "linear-fast-online": ["linear", *FEW],
         "linear-release-online": [
             *("linear", "--protocol", "release", "--release.epochs", "2", "--release.batch-size", "12")
         ],
-    }.items():
-        found = []
-        for ranks in (1, 2):
-            out = tmp_path / f"{ranks}"
-            whole = [*arguments, "--run", str(finished), "--out", str(out), "--device", "cpu", "--decoder", "pillow"]
-            results_of(run_ranks(on_ranks, ranks, whole))
-            found.append(read_result(out / f"{name}.json")["results"])
-        assert found[0] == found[1]
+    }
+    for ranks in (1, 2):
+        shared = ["--run", str(finished), "--out", str(tmp_path / f"{ranks}"), "--device", "cpu", "--decoder", "pillow"]
+        results_of(run_ranks(on_ranks, ranks, *([*arguments, *shared] for arguments in commands.values())))
+    for name in commands:
+        one, two = (read_result(tmp_path / ranks / f"{name}.json")["results"] for ranks in ("1", "2"))
+        assert one == two
     for place in ("features.npy", "state.npy"):
         one, two = (np.load(next((tmp_path / n / "features").glob("train-*")) / place) for n in ("1", "2"))
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)

@@ -162,6 +162,22 @@ def test_interruptions_are_left_out(device: FakeDevice, sampler: IdleSampler) ->
 
 
 @needs_compiler
+def test_a_capture_is_never_queried(device: FakeDevice) -> None:
+    capturing = threading.Event()
+    with closing(IdleSampler(CUDA, hold=capturing.is_set)) as sampler:
+        start(sampler)
+        with sampler.step():
+            capturing.set()
+            time.sleep(1.0)  # it stops within 0.2 s
+            device.fail(700)
+            time.sleep(0.2)
+            device.fail(0)
+            capturing.clear()
+        assert sampling(), "a query would have ended it"
+
+
+@pytest.mark.timing
+@needs_compiler
 @pytest.mark.parametrize("holding", [True, False])
 def test_nothing_is_asked_while_a_graph_is_captured(holding: bool, device: FakeDevice) -> None:
     capturing = threading.Event()
@@ -211,6 +227,7 @@ def test_without_a_compiler_nothing_is_measured(monkeypatch: pytest.MonkeyPatch,
         assert sampler.fractions() is None
 
 
+@pytest.mark.timing
 @needs_compiler
 def test_the_run_counts_from_the_first_reading(device: FakeDevice, sampler: IdleSampler) -> None:
     """Start-up and compilation before it do not count; readings in between do not matter."""
