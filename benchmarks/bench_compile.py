@@ -1,46 +1,47 @@
-"""What a recipe's step launches and moves on a GPU, from the compiler's own account, on any machine.
+"""Launches and memory traffic of a recipe's step on a GPU, from the compiler's schedule, on any machine.
 
 python -m benchmarks.bench_compile RECIPE [--batch-size N] [--target sm_90] [--step-mode per-view] [--out FILE]
 
 Generates the step's code for the target without a GPU and computes nothing, so any batch size fits. Counted are the
 compiled graphs (Triton kernels and library calls), the optimiser's update with the gradient's norm and clipping, the
-EMA, the copies of views into the graph's inputs, and the view engine. benchmarks/COMPILED.md says what is pretended and
+EMA, the copies of views into the graph's inputs, and the view engine. benchmarks/COMPILED.md lists the assumptions, and
 how well the predicted time fits a trace.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
 from benchmarks.compiled.floor import Floor, floor
 from benchmarks.compiled.gpu_code import Graph, Kernel, capability, check_torch, resources
 from benchmarks.compiled.roofline import MEASURED, Rates, milliseconds
 from benchmarks.compiled.step_code import StepCode, compile_step
-from benchmarks.measuring.command_line import command_of, write_result
+from benchmarks.harness.command import command_of
+from benchmarks.harness.results import Result, measured_by, write_result
+from benchmarks.report.markdown import significant, table
+from benchmarks.report.tables import PART_HEADS, part_rows
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
 from mvssl.recipes.files import resolve_recipe
-from mvssl.runs.environment import environment
 from pipelines.runtime import run_cli
 
 PROG = "python -m benchmarks.bench_compile"
 LARGEST = 15
-"""Kernels that the result lists one by one."""
+"""Kernels that a result lists one by one."""
 
 GRAPHS = {"inference": "target forward", "forward": "online forward", "backward": "backward"}
 """Parts of a step by the kind of their graphs."""
 
 VIEW_ENGINE = "view engine"
 _LAYERS = 4  # named of one kernel
-_WIDTH = 150  # of tables in files and pipes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,9 @@ class Arguments:
         step_mode: joint or per-view; None takes the recipe's own.
         accumulate: micro-batches of a step; None takes the recipe's own.
         precision: None takes the recipe's own; auto is bf16.
-        ungrouped: let views of one size pass one by one.
-        resources: of which Triton kernels to give registers and spilled bytes.
-        out: JSON file to write.
+        ungrouped: do not batch views of one size.
+        resources: Triton kernels whose registers and spilled bytes are reported.
+        out: JSON file, or a .jsonl file in which it replaces the result of the same command.
     """
 
     recipe: tyro.conf.Positional[str]
@@ -79,8 +80,8 @@ class Row:
         name: of the kernel; Triton kernels that differ have names that differ.
         launches: in a step.
         megabytes, gflops: of all of them together.
-        layers: that they come from.
-        source: generated, of a Triton kernel.
+        layers: their modules.
+        source: generated source of a Triton kernel.
     """
 
     part: str
@@ -93,11 +94,7 @@ class Row:
 
 
 def chosen(arguments: Arguments) -> Recipe:
-    """The recipe with what the command line changes.
-
-    Raises:
-        InputError: there is no such recipe, or it cannot be had with these values.
-    """
+    """The recipe with the changes of the command line."""
     recipe = resolve_recipe(arguments.recipe)
     names = ("batch_size", "step_mode", "accumulate", "precision")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
@@ -107,10 +104,6 @@ def chosen(arguments: Arguments) -> Recipe:
 def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
     """Compile and count; the result as plain JSON values.
 
-    Args:
-        arguments: what to compile.
-        command: how it was asked for, for the result.
-
     Raises:
         InputError: torch, the target or the recipe is unknown, Triton is missing, or the step does not compile.
     """
@@ -118,14 +111,14 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
     capability(arguments.target)
     recipe = chosen(arguments)
     code = compile_step(recipe, target=arguments.target, group_views=not arguments.ungrouped)
-    return summary(code, recipe, arguments) | {"environment": environment() | {"command": command}}
+    return summary(code, recipe, arguments) | measured_by(command)
 
 
 def summary(code: StepCode, recipe: Recipe, arguments: Arguments) -> dict[str, Any]:
-    """What is kept of a compiled step.
+    """The result of a compiled step.
 
-    Bytes are per source image, launches and milliseconds per step. The totals at the top are those of the step on views
-    that are there; the view engine has a row of its own.
+    Bytes are per source image, launches and milliseconds per step. The totals at the top are those of the step on
+    finished views; the view engine has a row of its own.
     """
     rates = MEASURED.get(arguments.target)
     images = recipe.batch_size
@@ -173,7 +166,7 @@ def summary(code: StepCode, recipe: Recipe, arguments: Arguments) -> dict[str, A
 
 
 def rows_of(graphs: Sequence[Graph]) -> list[Row]:
-    """The kernels of a step, the largest traffic first; library calls by the layer they come from."""
+    """The kernels of a step, the largest traffic first; library calls by their layer."""
     rows: dict[tuple[int, str, str], Row] = {}
     for number, graph in enumerate(graphs):
         for kernel in graph.kernels:
@@ -271,7 +264,7 @@ def _kinds(rows: Sequence[Row], images: int) -> list[dict[str, Any]]:
 
 
 def _largest(rows: Sequence[Row], images: int, arguments: Arguments) -> list[dict[str, Any]]:
-    """The kernels that move most."""
+    """The kernels with the largest traffic."""
     found = []
     for row in rows[:LARGEST]:
         own = {
@@ -300,64 +293,36 @@ def _resources(rows: Sequence[Row], arguments: Arguments) -> dict[str, Any]:
     }
 
 
-def show(result: Mapping[str, Any], console: Console) -> None:
-    """Print a result as tables."""
-    least = result["floor"] or {"megabytes_per_image": {}, "launches": {}, "total": {}}
-    title = f"{result['recipe']}, batch {result['batch_size']}, {result['precision']}, {result['target']}"
-    table = Table(title=title)
-    table.add_column("part", no_wrap=True)
-    for head in ("launches", "Triton", "library", "floor", "MB an image", "floor", "GFLOP an image", "predicted ms"):
-        table.add_column(head, justify="right")
-
-    def add(name: str, own: Mapping[str, Any], launches: Any = None, megabytes: Any = None) -> None:
-        numbers = (own["launches"], own["triton_launches"], own["library_calls"], launches)
-        table.add_row(
-            name,
-            *("" if number is None else f"{number:,}" for number in numbers),
-            *(
-                "" if number is None else f"{number:,.1f}"
-                for number in (own["megabytes_per_image"], megabytes, own["gflops_per_image"], own["milliseconds"])
-            ),
-        )
-
-    for name, own in result["parts"].items():
-        add(name, own, least["launches"].get(name), least["megabytes_per_image"].get(name))
-    total = least["total"]
-    table.add_section()
-    add("compiled graphs", result["compiled"], total.get("launches"), total.get("megabytes_per_image"))
-    step = {name: sum(own[name] for own in result["parts"].values()) for name in ("triton_launches", "library_calls")}
-    names = ("launches", "megabytes_per_image", "gflops_per_image")
-    add("step", step | {name: result[name] for name in names} | {"milliseconds": result["predicted_milliseconds"]})
-    add(VIEW_ENGINE, result["view_engine"])
-    console.print(table)
-
-    table = Table(title="Kernels that move most")
-    table.add_column("part", no_wrap=True)
-    for head in ("kernel", "layers"):
-        table.add_column(head, overflow="fold")
-    for head in ("launches", "MB an image", "GFLOP an image", "registers", "spilled bytes"):
-        table.add_column(head, justify="right")
+def show(result: Result) -> list[str]:
+    """Markdown tables of a result."""
+    rows = []
     for own in result["largest"]:
         more = f", {own['more_layers']} more" if own["more_layers"] else ""
-        table.add_row(
-            own["part"],
-            own["name"],
-            ", ".join(own["layers"][:2]) + more,
-            f"{own['launches']:,}",
-            f"{own['megabytes_per_image']:.1f}",
-            f"{own['gflops_per_image']:.2f}",
-            str(own.get("registers", "")),
-            str(own.get("spilled", "")),
-        )
-    console.print(table)
+        numbers = [f"{own['launches']:,}", *(significant(own[f"{unit}_per_image"]) for unit in ("megabytes", "gflops"))]
+        registers = [str(own.get(name, "")) for name in ("registers", "spilled")]
+        rows.append([own["part"], own["name"], ", ".join(own["layers"][:2]) + more, *numbers, *registers])
+    heads = ["part", "kernel", "layers", "launches", "MB an image", "GFLOP an image", "registers", "spilled bytes"]
+    return [
+        f"{result['recipe']}, batch {result['batch_size']}, {result['precision']}, {result['target']}",
+        "",
+        *table(PART_HEADS, part_rows(result)),
+        "",
+        "The kernels with the largest traffic:",
+        "",
+        *table(heads, rows, words=3),
+    ]
 
 
 def body() -> int:
     """Run the command; returns the exit code."""
     arguments = tyro.cli(Arguments, prog=PROG)
     result = measure(arguments, command=command_of(PROG, sys.argv[1:]))
+    lines = "\n".join(show(result))
     console = Console()
-    show(result, console if console.is_terminal else Console(width=_WIDTH))
+    if console.is_terminal:
+        console.print(Markdown(lines))
+    else:
+        print(lines)
     write_result(arguments.out, result)
     return 0
 

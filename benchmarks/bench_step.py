@@ -1,23 +1,22 @@
-"""What a step costs: ours captured, compiled, grouped and view by view, against a plain step, from the same weights.
+"""Cost of a step: ours captured, compiled, grouped and view by view, against a plain step, from the same weights.
 
 python -m benchmarks.bench_step [--recipes NAME ...] [--batch-sizes 128 ...] [--device cuda] [--data DATA] [--out FILE]
 
-All train on one batch of noise that lies on the device, each in a process of its own, and take turns. With --data each
-also takes turns while our loader prepares batches of that data in the same process. Every contender is profiled once:
-launches, kernels, time of the host and of the device; what bench_compile predicted of the compiled step stands beside.
-The share of the peak is that of a large matrix product, which takes turns with them. The first recipe at the first
-batch size comes first, then the other recipes, then the other batch sizes; --seconds says after which time nothing more
-is begun, and what is left out is named.
+All train on one batch of noise on the device, each in a process of its own, interleaved. With --data each also runs
+trials while our loader prepares batches of that data in the same process. Every implementation is profiled once:
+launches, kernels, host and device time; bench_compile's prediction of the compiled step is kept with them. The peak is
+that of a large matrix product, interleaved with them. The first recipe at the first batch size comes first, then the
+other recipes, then the other batch sizes; after --seconds nothing more begins, and what is left out is named.
 
-Compiled code is kept from process to process (`mvssl.training.compile`): the first compiled contender of
-a recipe compiles, the others find its code. `first_step_seconds` of each says so.
+Compiled code is cached across processes (`mvssl.training.compile`): the first compiled implementation of a recipe
+compiles, the others find its code, as `first_step_seconds` of each shows.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,8 +26,12 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from benchmarks.contenders.loader import open_train
-from benchmarks.contenders.step import (
+from benchmarks.harness.command import DEFAULT_RECIPE, check_device, check_positive, command_of, finish
+from benchmarks.harness.processes import Build, Trial
+from benchmarks.harness.results import RESULTS, Result, measured_by, read_results, write_result
+from benchmarks.harness.trials import Budget, Outcome, peak_memory, rates, ratios, run_trials, say
+from benchmarks.implementations.loaders import check_fits
+from benchmarks.implementations.steps import (
     PEAK,
     PLAIN,
     WITH_LOADER,
@@ -38,20 +41,17 @@ from benchmarks.contenders.step import (
     our_steps,
     plain_steps,
 )
-from benchmarks.measuring.command_line import DEFAULT_RECIPE, command_of, finish, write_result
-from benchmarks.measuring.isolated import Build, Turn
-from benchmarks.measuring.prediction import predicted
-from benchmarks.measuring.turns import Budget, Outcome, rates, ratios, take_turns
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
 from mvssl.recipes.files import resolve_recipe
-from mvssl.runs.environment import environment
-from pipelines.order import Order
 from pipelines.runtime import InputError, invalid, run_cli
 
 PROG = "python -m benchmarks.bench_step"
 ORDER = ("captured", PLAIN, "grouped", "compiled", "view by view")
-"""The contenders, the most important ones first."""
+"""The implementations, the most important ones first."""
+
+PREDICTED = ("batch_size", "megabytes_per_image", "launches", "predicted_milliseconds")
+"""Fields of a result of bench_compile that predict a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +59,15 @@ class Arguments:
     """Time the training step.
 
     Attributes:
-        recipes: names or files of what is trained.
+        recipes: names or files of the recipes to train.
         batch_sizes: images of a step; None takes each recipe's own.
-        contenders: some of captured, plain step, grouped, compiled and view by view.
+        contenders: implementations that take part: captured, plain step, grouped, compiled, view by view.
         device: where the steps run.
-        data: folder of images or converted data set that a loader prepares meanwhile, in turns of their own.
-        steps: updates of a turn.
-        repeats: turns each takes after a warm-up; the median counts.
-        seconds: after which nothing more is begun; all that is wanted by default.
-        out: JSON file, rewritten after every turn.
+        data: folder of images or converted data set that a loader prepares meanwhile, in trials of their own.
+        steps: updates of a trial.
+        repeats: trials of each after a warm-up; the median counts.
+        seconds: begin nothing more after so many; by default there is no limit.
+        out: JSON file, rewritten after every trial.
     """
 
     recipes: tuple[str, ...] = (DEFAULT_RECIPE, "byol_vits16_200ep", "byol_vitb16_200ep")
@@ -87,52 +87,22 @@ class Arguments:
         for name in self.contenders:
             if name not in ORDER:
                 raise invalid("contenders", name, f"some of {', '.join(ORDER)}", "correct the name")
-        for name in ("steps", "repeats", *(() if self.batch_sizes is None else ("batch_sizes",))):
-            value = getattr(self, name)
-            if min(value if isinstance(value, tuple) else (value,)) < 1:
-                raise invalid(name, value, "1 or more", "give a larger number")
+        check_positive(self, "steps", "repeats", "batch_sizes")
 
-
-def groups(arguments: Arguments) -> list[Recipe]:
-    """Each recipe at each batch size, in the order of importance.
-
-    Raises:
-        InputError: there is no such recipe, or it cannot have this batch size.
-    """
-    recipes = [resolve_recipe(name) for name in arguments.recipes]
-    sizes = arguments.batch_sizes
-    if sizes is None:
-        return recipes
-    return [replace(recipe, batch_size=size) for size in sizes for recipe in recipes]
-
-
-def builds_of(setup: Setup, contenders: Sequence[str]) -> dict[str, Build]:
-    """What to build for a recipe: the contenders asked for, and the matrix product."""
-    builds: dict[str, Build] = {}
-    for name in ORDER:
-        if name in contenders:
-            builds[name] = partial(plain_steps, setup) if name == PLAIN else partial(our_steps, setup, name)
-    return builds | {PEAK: partial(matrix_product, setup)}
+    def planned(self) -> list[Recipe]:
+        """Each recipe at each batch size, in the order of importance."""
+        recipes = [resolve_recipe(name) for name in self.recipes]
+        if self.batch_sizes is None:
+            return recipes
+        return [replace(recipe, batch_size=size) for size in self.batch_sizes for recipe in recipes]
 
 
 def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
-    """Run the benchmark; the result as plain JSON values.
-
-    Args:
-        arguments: what to measure.
-        command: how it was asked for, for the result.
-
-    Raises:
-        InputError: there is no GPU, no such recipe, or the data cannot be used.
-    """
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is cuda but torch finds no CUDA device here: take --device cpu.")
-    planned = groups(arguments)
+    """Run the benchmark; the result as plain JSON values."""
+    check_device(arguments.device)
+    planned = arguments.planned()
     if arguments.data is not None:
-        source = open_train(arguments.data)
-        for recipe in planned:  # says what does not fit
-            Order(num_images=len(source), batch_size=recipe.batch_size, seed=0)
-        source.close()
+        check_fits(arguments.data, *(recipe.batch_size for recipe in planned))
     budget = Budget(arguments.seconds)
     measured: list[dict[str, Any]] = []
 
@@ -143,74 +113,108 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
             "device": arguments.device,
             "steps": arguments.steps,
             "recipes": [*measured, *now],
-            "environment": environment() | {"command": command},
+            **measured_by(command),
         }
 
-    def save(recipe: Recipe, prediction: dict[str, Any] | None, flops: Callable[[], float], outcome: Outcome) -> None:
-        now = summary(outcome, recipe, flops=flops(), prediction=prediction)
-        write_result(arguments.out, result([now], unfinished=True))
+    def save(summarise: Callable[[Outcome], dict[str, Any]], outcome: Outcome) -> None:
+        write_result(arguments.out, result([summarise(outcome)], unfinished=True))
 
     for recipe in planned:
         prediction = predicted(recipe.name, device=arguments.device)
-        print(f"{recipe.name}, batch {recipe.batch_size}; predicted: {prediction}", file=sys.stderr, flush=True)
+        say(f"{recipe.name}, batch {recipe.batch_size}; predicted: {prediction}")
         setup = Setup(recipe=recipe, device=arguments.device, steps=arguments.steps, data=arguments.data)
-        with ThreadPoolExecutor(1) as beside:  # counts operations while the contenders' processes are built
-            flops = float if budget.spent else beside.submit(flops_per_image, recipe).result
-            outcome = take_turns(
+        with ThreadPoolExecutor(1) as pool:  # counts operations while the processes are built
+            flops = float if budget.spent else pool.submit(flops_per_image, recipe).result
+            summarise = partial(summary, recipe=recipe, flops=flops, prediction=prediction)
+            outcome = run_trials(
                 builds_of(setup, arguments.contenders),
                 repeats=arguments.repeats,
                 budget=budget,
-                keep=partial(save, recipe, prediction, flops),
+                save=partial(save, summarise),
             )
-            measured.append(summary(outcome, recipe, flops=flops(), prediction=prediction))
+            measured.append(summarise(outcome))
     return result([], unfinished=False)
 
 
+def builds_of(setup: Setup, names: Sequence[str]) -> dict[str, Build]:
+    """The processes of a recipe: the chosen implementations and the matrix product."""
+    builds: dict[str, Build] = {
+        name: partial(plain_steps, setup) if name == PLAIN else partial(our_steps, setup, name)
+        for name in ORDER
+        if name in names
+    }
+    return builds | {PEAK: partial(matrix_product, setup)}
+
+
+def predicted(recipe: str, *, device: str, compiled: Path = RESULTS / "compile.jsonl") -> dict[str, Any] | None:
+    """Bytes, launches and time of the compiled step as bench_compile predicts them for this kind of GPU.
+
+    Args:
+        recipe: its name.
+        device: where steps are measured; there is no prediction for a CPU.
+        compiled: results of bench_compile.
+
+    Returns:
+        Those of `PREDICTED` that are known; None if there is no such result.
+    """
+    if device != "cuda" or not compiled.exists():
+        return None
+    target = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    rows = [row for row in read_results(compiled) if (row["recipe"], row["target"]) == (recipe, target)]
+    return prediction_of(rows[-1]) if rows else None
+
+
+def prediction_of(row: Result) -> dict[str, Any]:
+    """The part of a compilation's result that predicts a step."""
+    return {name: row[name] for name in PREDICTED if row.get(name) is not None}
+
+
 def summary(
-    outcome: Outcome, recipe: Recipe, *, flops: float, prediction: dict[str, Any] | None = None
+    outcome: Outcome, *, recipe: Recipe, flops: Callable[[], float], prediction: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What came of one recipe; `flops` an image. Turns with the loader at work stand beside those without."""
-    turns = {name: taken for name, taken in outcome.turns.items() if name != PEAK}
-    peak = [turn.report for turn in outcome.turns.get(PEAK, [])]
+    """Result of one recipe, trials with the loader at work apart; `flops` returns the FLOP of an image."""
+    trials = {name: own for name, own in outcome.trials.items() if name != PEAK}
+    alone = [name for name in trials if not name.endswith(WITH_LOADER)]
+    peak = [trial.report for trial in outcome.trials.get(PEAK, [])]
     tflops = statistics.median(report["tflops"] for report in peak) if peak else None
-    views = len(recipe.views)
+    views, gflops = len(recipe.views), flops() / 1e9
+    times_plain = ratios(trials, PLAIN)
     return {
         "recipe": to_dict(recipe),
         "batch_size": recipe.batch_size,
         "views_per_image": views,
-        "gflops_per_image": flops / 1e9,
+        "gflops_per_image": gflops,
         "predicted": prediction,
         "matrix_product": {**peak[-1], "tflops": tflops} if peak else None,
-        "contenders": {
-            name: contender(taken, views=views, flops=flops, peak=tflops)
-            for name, taken in turns.items()
-            if not name.endswith(WITH_LOADER)
-        },
+        "contenders": {name: _implementation(trials[name], views, gflops, peak=tflops) for name in alone},
         "with_loader": {
-            name: rates(turns[name + WITH_LOADER], views=views)
-            | {"over_alone": ratios(turns, name)[name + WITH_LOADER]}
-            for name in turns
-            if name + WITH_LOADER in turns
+            name: rates(loaded, views=views)
+            | peak_memory(loaded)
+            | {"over_alone": ratios(trials, name)[name + WITH_LOADER]}
+            for name in alone
+            if (loaded := trials.get(name + WITH_LOADER))
         },
-        "times_plain": {name: ratio for name, ratio in ratios(turns, PLAIN).items() if not name.endswith(WITH_LOADER)},
-        "left_out": outcome.missing,
+        "times_plain": {name: times_plain[name] for name in alone if name in times_plain},
+        "left_out": outcome.left_out,
         "failed": outcome.failed,
     }
 
 
-def contender(turns: Sequence[Turn], *, views: int, flops: float, peak: float | None) -> dict[str, Any]:
-    """Rates, profile and memory of one contender, and its share of the peak of `peak` TFLOP/s."""
-    last: Mapping[str, Any] = turns[-1].report
-    result = rates(turns, views=views)
-    achieved = result["images_per_second"] * flops / 1e12
+def _implementation(trials: Sequence[Trial], views: int, gflops: float, *, peak: float | None) -> dict[str, Any]:
+    """Rates, memory and profile of one implementation, and its fraction of the peak of `peak` TFLOP/s."""
+    last = trials[-1].report
+    result = rates(trials, views=views) | peak_memory(trials)
+    achieved = result["images_per_second"] * gflops / 1e3
     result |= {"tflops": achieved, "share_of_peak": None if peak is None else achieved / peak}
-    result["milliseconds"] = 1e3 * statistics.median(turn.report["seconds"] / turn.report["steps"] for turn in turns)
+    result["milliseconds"] = 1e3 * statistics.median(
+        trial.report["seconds"] / trial.report["steps"] for trial in trials
+    )
     names = ("launches", "kernels", "host_milliseconds", "busy_milliseconds", "first_step_seconds", "first_loss")
     return result | {name: last[name] for name in (*names, "device_mib") if name in last}
 
 
 def body() -> int:
-    """Run the command; returns the exit code: 1 if a contender failed (the others' numbers stand) or none could run."""
+    """Run the command; returns 1 if an implementation failed (the others' numbers stand) or none could run."""
     arguments = tyro.cli(Arguments, prog=PROG)
     result = measure(arguments, command=command_of(PROG, sys.argv[1:]))
     recipes = result["recipes"]

@@ -1,11 +1,11 @@
-"""Source images/s of training end to end: our loader and step, against the step alone and against what is common.
+"""Source images/s of training end to end: our loader and step, against the step alone and against common practice.
 
 python -m benchmarks.bench_train DATA [--recipe byol_resnet50_200ep] [--batch-size 256] [--steps 20] [--out FILE]
 
-Four contenders take turns: our step fed by our loader as in a run; the same step on one batch of noise that lies on the
-device already (the ratio of the two says what loading costs); a plain eager step (`baselines/plain_step.py`) fed by a
+Four implementations, interleaved: our step fed by our loader as in a run; the same step on one batch of noise on the
+device (the ratio of the two is what loading costs); a plain eager step (`implementations/plain_step.py`) fed by a
 DataLoader with worker processes; and that step on noise. Ours run in one process, the plain step's in another.
-A turn trains for `--steps` steps after some that fill the queues; the first turn, which also compiles, is a warm-up.
+A trial trains for `--steps` steps after some that fill the queues; the first trial, which also compiles, is a warm-up.
 Every field of the recipe can be overridden as with mvssl-train.
 """
 
@@ -19,11 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
-from benchmarks.contenders.loader import open_train
-from benchmarks.contenders.train import (
+from benchmarks.harness.command import check_device, check_positive, command_of, finish, parse_with_recipe
+from benchmarks.harness.processes import Trial
+from benchmarks.harness.results import measured_by, write_result
+from benchmarks.harness.trials import Budget, Outcome, peak_memory, rates, ratios, run_trials
+from benchmarks.implementations.loaders import check_fits
+from benchmarks.implementations.training import (
     OURS,
     OURS_SYNTHETIC,
     PLAIN,
@@ -32,15 +35,10 @@ from benchmarks.contenders.train import (
     our_training,
     plain_training,
 )
-from benchmarks.measuring.command_line import command_of, finish, parse_with_recipe, write_result
-from benchmarks.measuring.isolated import Turn
-from benchmarks.measuring.turns import Budget, Outcome, rates, ratios, take_turns
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
-from mvssl.runs.environment import environment
 from pipelines.decode import DecoderName
-from pipelines.order import Order
-from pipelines.runtime import InputError, invalid, run_cli
+from pipelines.runtime import run_cli
 
 PROG = "python -m benchmarks.bench_train"
 
@@ -51,16 +49,16 @@ class Arguments:
 
     Attributes:
         data: folder of images or converted data set.
-        recipe: what is trained.
+        recipe: to train.
         device: where the steps run.
-        steps: updates of a turn.
-        repeats: turns each takes after a warm-up; the median counts.
+        steps: updates of a trial.
+        repeats: trials of each after a warm-up; the median counts.
         decoder: of our loader.
-        threads: threads that decode in our loader; by default as in training.
+        threads: decoding threads of our loader; by default as in training.
         workers: processes of the DataLoader.
         baseline: whether the plain step takes part.
-        seconds: after which nothing more is begun; all that is wanted by default.
-        out: JSON file to write, anew after every turn.
+        seconds: begin nothing more after so many; by default there is no limit.
+        out: JSON file, rewritten after every trial.
     """
 
     data: tyro.conf.Positional[Path]
@@ -76,9 +74,7 @@ class Arguments:
     out: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "repeats", "workers"):
-            if getattr(self, name) < 1:
-                raise invalid(name, getattr(self, name), "1 or more", "give a larger number")
+        check_positive(self, "steps", "repeats", "workers")
 
 
 def parse(words: Sequence[str]) -> Arguments:
@@ -89,20 +85,9 @@ def parse(words: Sequence[str]) -> Arguments:
 
 
 def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
-    """Run the benchmark; the result as plain JSON values.
-
-    Args:
-        arguments: what to measure.
-        command: how it was asked for, for the result.
-
-    Raises:
-        InputError: there is no GPU, or the data cannot be used.
-    """
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is cuda but torch finds no CUDA device here: take --device cpu.")
-    source = open_train(arguments.data)
-    Order(num_images=len(source), batch_size=arguments.recipe.batch_size, seed=0)  # says what does not fit
-    source.close()
+    """Run the benchmark; the result as plain JSON values."""
+    check_device(arguments.device)
+    check_fits(arguments.data, arguments.recipe.batch_size)
     setup = Setup(
         recipe=arguments.recipe,
         data=arguments.data,
@@ -118,54 +103,50 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
     views = len(setup.recipe.views)
 
     def result(outcome: Outcome, *, unfinished: bool) -> dict[str, Any]:
-        turns = outcome.turns
+        trials = outcome.trials
         return {
             "benchmark": "train",
             "partial": unfinished,
             "device": arguments.device,
             "recipe": to_dict(setup.recipe),
             "views_per_image": views,
-            "contenders": {name: summary(taken, views=views) for name, taken in turns.items()},
-            "loaded_over_synthetic": ratio(turns, OURS, OURS_SYNTHETIC),
-            "plain_loaded_over_synthetic": ratio(turns, PLAIN, PLAIN_SYNTHETIC),
-            "times_plain_with_dataloader": ratio(turns, OURS, PLAIN),
-            "step_times_plain_step": ratio(turns, OURS_SYNTHETIC, PLAIN_SYNTHETIC),
-            "left_out": outcome.missing,
+            "contenders": {name: summary(own, views=views) for name, own in trials.items()},
+            "loaded_over_synthetic": ratio(trials, OURS, OURS_SYNTHETIC),
+            "plain_loaded_over_synthetic": ratio(trials, PLAIN, PLAIN_SYNTHETIC),
+            "times_plain_with_dataloader": ratio(trials, OURS, PLAIN),
+            "step_times_plain_step": ratio(trials, OURS_SYNTHETIC, PLAIN_SYNTHETIC),
+            "left_out": outcome.left_out,
             "failed": outcome.failed,
-            "environment": environment() | {"command": command},
+            **measured_by(command),
         }
 
-    return result(
-        take_turns(
-            builds,
-            repeats=arguments.repeats,
-            budget=Budget(arguments.seconds),
-            keep=lambda outcome: write_result(arguments.out, result(outcome, unfinished=True)),
-        ),
-        unfinished=False,
+    outcome = run_trials(
+        builds,
+        repeats=arguments.repeats,
+        budget=Budget(arguments.seconds),
+        save=lambda outcome: write_result(arguments.out, result(outcome, unfinished=True)),
     )
+    return result(outcome, unfinished=False)
 
 
-def ratio(turns: Mapping[str, Sequence[Turn]], one: str, other: str) -> dict[str, float] | None:
-    """How many times the images/s of `other` contender `one` has; None if either is missing."""
-    return ratios(turns, other).get(one)
+def ratio(trials: Mapping[str, Sequence[Trial]], one: str, other: str) -> dict[str, float] | None:
+    """How many times the images/s of `other` implementation `one` has; None if either is missing."""
+    return ratios(trials, other).get(one)
 
 
-def summary(turns: Sequence[Turn], *, views: int) -> dict[str, Any]:
-    """Rates, waiting and memory of one contender with `views` views an image."""
-    last = turns[-1].report
-    result = rates(turns, views=views) | {"steps": last["steps"]}
+def summary(trials: Sequence[Trial], *, views: int) -> dict[str, Any]:
+    """Rates, waiting and memory of one implementation with `views` views an image."""
+    last = trials[-1].report
+    result = rates(trials, views=views) | peak_memory(trials) | {"steps": last["steps"]}
     for name in ("data_wait", "device_idle", "launching"):
-        if measured := [turn.report[name] for turn in turns if name in turn.report]:
+        if measured := [trial.report[name] for trial in trials if name in trial.report]:
             result[name] = statistics.median(measured)
-    for name in ("device_mib", "decoder", "view_engine", "workers", "bad", "stage_seconds"):
-        if name in last:
-            result[name] = last[name]
-    return result
+    names = ("device_mib", "decoder", "view_engine", "workers", "bad", "stage_seconds")
+    return result | {name: last[name] for name in names if name in last}
 
 
 def body() -> int:
-    """Run the command; returns the exit code: 1 if a contender failed (the others' numbers stand) or none could run."""
+    """Run the command; returns 1 if an implementation failed (the others' numbers stand) or none could run."""
     arguments = parse(sys.argv[1:])
     result = measure(arguments, command=command_of(PROG, sys.argv[1:]))
     return finish(result, arguments.out, failed=bool(result["failed"]) or not result["contenders"])

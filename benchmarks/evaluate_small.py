@@ -1,10 +1,10 @@
-"""What the evaluations say of a random, a supervised and a pre-trained ResNet-18 on 64-pixel images.
+"""Results of every evaluation for a random, a supervised and a pre-trained ResNet-18 on 64-pixel images.
 
 python -m benchmarks.evaluate_small TINY_IMAGENET --out FOLDER [--run RUN] [--result FILE]
 
-Pre-trains with a recipe (or takes the run that is given), trains a network with labels, and measures both and a random
-one by mvssl-eval: kNN, the fast linear probe, the release's, and fine-tuning with 10 % of the labels. A random network
-in a file of the release's layout is measured as well. A second call goes on where the first was stopped.
+Pre-trains with a recipe (or takes a given run), trains a network with labels, and measures both and a random one by
+mvssl-eval: kNN, the fast linear probe, the reference implementation's, and fine-tuning with 10 % of the labels. A
+random network in a checkpoint of the reference implementation's format is measured as well. A second call resumes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.measuring.command_line import command_of, write_result
+from benchmarks.harness.command import check_positive, command_of
+from benchmarks.harness.results import measured_by, write_result
 from mvssl.models.encoder import build_networks
 from mvssl.recipes import all_recipes
-from mvssl.runs.environment import environment
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.results import read_result
-from pipelines.runtime import InputError, invalid, run_cli
+from pipelines.runtime import InputError, run_cli
 
 PROG = "python -m benchmarks.evaluate_small"
 RECIPE = "byol_resnet18_tiny_imagenet"
@@ -44,10 +44,10 @@ class Arguments:
     Attributes:
         data: images of 64 pixels in train/ and val/, one folder a class.
         out: folder for networks and results.
-        run: a run of the recipe; by default one is trained in OUT/run.
-        size: side of the images for the networks.
-        supervised_epochs: epochs of the network that is trained with labels.
-        release_epochs: epochs of the release's linear probe; its own number is 100.
+        run: a run of the recipe; by default OUT/run, which is trained first.
+        size: side of the networks' input.
+        supervised_epochs: epochs of the network trained with labels.
+        release_epochs: epochs of the reference implementation's linear probe, which has 100 by default.
         finetune_epochs: epochs of the fine-tuning.
         result: JSON file to write.
     """
@@ -62,16 +62,14 @@ class Arguments:
     result: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("size", "supervised_epochs", "release_epochs", "finetune_epochs"):
-            if getattr(self, name) < 1:
-                raise invalid(name, getattr(self, name), "at least 1", "give a positive number")
+        check_positive(self, "size", "supervised_epochs", "release_epochs", "finetune_epochs")
 
 
 def release_file(path: Path) -> None:
-    """Write random networks in the layout of the paper's release.
+    """Write random networks as a checkpoint of the reference implementation.
 
-    The layout: online_model and target_model with backbone.*, projector.* and predictors.TASK.*, and what else training
-    keeps (PAPER.md sections 3 and 6).
+    It holds online_model and target_model with backbone.*, projector.* and predictors.TASK.*, and the rest of the
+    training state (PAPER.md sections 3 and 6).
     """
     online, _ = build_networks(all_recipes()[RECIPE]())
     tensors = {name: tensor for name, tensor in online.state_dict().items() if not name.startswith("predictors.")}
@@ -91,11 +89,11 @@ def _call(module: str, *arguments: object) -> None:
     command = [sys.executable, "-m", module, *map(str, arguments)]
     print(f"$ {module} {' '.join(map(str, arguments))}", file=sys.stderr, flush=True)
     if subprocess.run(command, check=False).returncode:
-        raise InputError(f"{module} failed and says why above: mend it and run the same command again.")
+        raise InputError(f"{module} failed, see above: fix the cause and run the same command again.")
 
 
 def measure(asked: Arguments) -> dict[str, Any]:
-    """All numbers: by network, by evaluation; they are kept as they come."""
+    """Run what is missing; the result as plain JSON values, also written after every evaluation."""
     run = asked.run or asked.out / "run"
     if not RunFolder(run).backbone.exists():
         more = ["--resume"] if RunFolder(run).has_checkpoint() else []
@@ -152,7 +150,7 @@ def _whole(asked: Arguments, rows: dict[str, dict[str, Any]], *, partial: bool) 
             "finetune_epochs": asked.finetune_epochs,
         },
         "rows": rows,
-        "environment": {**environment(), "command": command_of(PROG, sys.argv[1:])},
+        **measured_by(command_of(PROG, sys.argv[1:])),
     }
 
 

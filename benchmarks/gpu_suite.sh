@@ -1,38 +1,38 @@
 #!/usr/bin/env bash
 # Every benchmark that needs a GPU, on one machine with one GPU and no network, in nine minutes.
 #
-#   benchmarks/gpu_suite.sh                              # 512 drawn pictures of 500 x 375 pixels
+#   benchmarks/gpu_suite.sh                              # 512 synthetic images of 500 x 375 pixels
 #   DATA=photos OUT=out benchmarks/gpu_suite.sh          # a folder of images or a converted data set
 #   benchmarks/gpu_suite.sh steps start                  # these parts only
 #   benchmarks/gpu_suite.sh --device cpu --rehearse      # all commands in miniature: two minutes, no GPU
 #
-# Parts, the most important first, and what each leaves:
+# Parts, the most important first, and their results:
 #   step      step_cuda.json            ResNet-50, batch 128: our compiled and captured step against a plain step
-#   loader    loader_cuda.json          our loader from shards, also from its cache, against a DataLoader
+#   loader    loader_cuda.json          our loader from shards, also with cached images, against a DataLoader
 #   training  train_cuda.json           both end to end, and on noise
 #   views     views_cuda_bfloat16.json  the view engine against torchvision, DALI, kornia and compiled torch
 #   tests     gpu_tests.txt             the tests marked gpu; nothing is timed meanwhile
-#   steps     steps_cuda.json           ResNet-50, ViT-S and ViT-B, batch 128 and 256, every way to run a step, also while
+#   steps     steps_cuda.json           ResNet-50, ViT-S and ViT-B, batch 128 and 256, every mode of a step, also while
 #                                       the loader works
 #   tiny      loader_tiny_cuda.json     the loader with images of 64 pixels
-#   kernels   tune_fused.json           each kernel of the fused engine, with the block sizes it has and with others
+#   kernels   tune_fused.json           each kernel of the fused engine, with its block sizes and with others
 #             view_bytes.md             bytes that each of them must move
 #   views32   views_cuda_float32.json
-#   start     start_cuda.json           seconds to the first steps, compiled with an empty cache, with a filled one, and not
+#   start     start_cuda.json           seconds to the first steps, compiled with an empty cache, with a filled one, not compiled
 #
 # OUT/gpu_suite.tgz (OUT: .) holds all results and suite.log. It is rewritten as results come and is whole at any
 # moment, so that a kill loses no more than five seconds; parts that it holds from an earlier call stay. Then:
 #   tar xzf gpu_suite.tgz -C benchmarks/results && python -m benchmarks.tables
 #
-# All parts together take SECONDS_IN_ALL (540) at most. A part for which too little time is left is not begun, and named
-# at the end. A part that fails costs the others nothing; then the exit code is 1. The first part that compiles a recipe
+# All parts together take SECONDS_IN_ALL (540) at most. A part for which too little time is left is skipped, and named at
+# the end. A part that fails costs the others nothing; then the exit code is 1. The first part that compiles a recipe
 # leaves its code in the user's cache folder, where the later ones find it; so do later calls on the same machine.
-# tyro, DALI, webdataset, pytest-xdist and kornia need not be installed: a folder on PYTHONPATH will do. Without DALI,
-# Pillow decodes; without kornia or torchvision those contenders are left out; without pytest the tests are.
+# tyro, DALI, webdataset, pytest-xdist and kornia need not be installed: a folder on PYTHONPATH is enough. Without DALI,
+# Pillow decodes; without kornia or torchvision those implementations are left out; without pytest the tests are.
 #
 # Environment: PYTHON (python3), DATA, OUT, SECONDS_IN_ALL, NUM_IMAGES (256, of a batch of views), REPEATS (5, of views),
-# THREADS (8, of DALI and of torch on the CPU), WORKERS (one a core, at most 16), CONTENDERS (of the views; all; a list of
-# names with spaces between), CLOCK (a file with the seconds since the start, to try what happens when they run out).
+# THREADS (8, of DALI and of torch on the CPU), WORKERS (one a core, at most 16), CONTENDERS (of the views; all; names
+# separated by spaces), CLOCK (a file with the seconds since the start, to test what happens when they run out).
 set -uo pipefail
 called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -127,7 +127,7 @@ fi
 
 save() { # write all results into one file; tar's exit code 1 is that a file changed meanwhile
     local part=$out/.$packed.$BASHPID
-    (cd "$results" && tar czf "$part" --exclude='*.part' -- *) || [ $? -eq 1 ] && mv "$part" "$out/$packed.tgz"
+    (cd "$results" && tar czf "$part" -- *) || [ $? -eq 1 ] && mv "$part" "$out/$packed.tgz"
 }
 saver=
 finish() {
@@ -149,7 +149,7 @@ within() { # within SECONDS: sets `limit`, the seconds that a command may take f
     most=$1
     limit=$((in_all - $(now)))
     limit=$((limit < 1 ? 1 : limit < most ? limit : most))
-    enough=$((limit * 8 / 10)) # after which a benchmark begins no further turn
+    enough=$((limit * 8 / 10)) # after which a benchmark begins no further trial
 }
 
 begin() { # begin PART LEAST MOST: whether there is time for it
@@ -157,7 +157,7 @@ begin() { # begin PART LEAST MOST: whether there is time for it
     local left=$((in_all - $(now)))
     if [ "$left" -lt "$2" ]; then
         later="$later $1"
-        say "--- $1 is not begun: $left s are left of $in_all, it takes $2 or more"
+        say "--- $1 is skipped: $left s are left of $in_all, it takes $2 or more"
         return 1
     fi
     within "$3"
@@ -178,13 +178,13 @@ run() { # run NAME COMMAND...: for `limit` seconds at most
 
 data=$(at "${DATA:-}")
 if [ -z "${DATA:-}" ]; then
-    data=$scratch/drawn_500x375
-    limit=60 run "draw pictures" "$python" -m benchmarks.measuring.draw_photos "$data" --count "$photos" \
+    data=$scratch/synthetic_500x375
+    limit=60 run "synthetic photos" "$python" -m benchmarks.harness.synthetic_photos "$data" --count "$photos" \
         ${photo_size[@]+"${photo_size[@]}"}
 fi
 
 shards=
-convert() { # once, into shards; what cannot be converted in a minute is read as it is
+convert() { # once, into shards; data that takes more than a minute is read as it is
     [ -n "$shards" ] && return
     shards=$scratch/shards
     if ! timeout --kill-after=10 "$((limit < 60 ? limit : 60))" "$python" -m tools.convert "$data" "$shards" > /dev/null 2>> "$results/suite.log"; then
@@ -224,7 +224,7 @@ if begin tests 60 180; then
     case $found in *xdist:yes*) at_once=(-n 5) ;; *) at_once=() ;; esac
     case $found in
         *tests:no*) say "The tests are left out: pytest or hypothesis is missing." ;;
-        *) # without the options of pyproject.toml, which want plugins that may be missing
+        *) # without the options of pyproject.toml, which need plugins that may be missing
             # shellcheck disable=SC2086
             OMP_NUM_THREADS=2 run tests bash -c '"$@" > "$0" 2>&1' "$results/gpu_tests.txt" "$python" -m pytest -m gpu -q \
                 -o addopts=-ra -p no:cacheprovider ${at_once[@]+"${at_once[@]}"} $marked
@@ -239,16 +239,16 @@ if begin steps 60 540; then
         --out "$results/steps_$device.json" ${ways[@]+--contenders "${ways[@]}"}
 fi
 if begin tiny 30 70; then
-    run "draw small pictures" "$python" -m benchmarks.measuring.draw_photos "$scratch/drawn_64" \
+    run "small synthetic photos" "$python" -m benchmarks.harness.synthetic_photos "$scratch/synthetic_64" \
         --count $tiny_photos --height 64 --width 64
-    run tiny "$python" -m benchmarks.bench_loader "$scratch/drawn_64" --device "$device" --decoders $decoder --cache \
+    run tiny "$python" -m benchmarks.bench_loader "$scratch/synthetic_64" --device "$device" --decoders $decoder --cache \
         --recipe "$tiny" --workers "$workers" --batch-size $tiny_batch --num-batches $((2 * batches)) --repeats 2 \
         --seconds "$enough" --out "$results/loader_tiny_$device.json"
 fi
 if begin kernels 15 90; then
-    run "bytes of the kernels" bash -c '"$@" > "$0"' "$results/view_bytes.md" "$python" -m benchmarks.measuring.view_bytes
+    run "bytes of the kernels" bash -c '"$@" > "$0"' "$results/view_bytes.md" "$python" -m benchmarks.bench_micro bytes
     if [ "$device" = cuda ]; then
-        run kernels "$python" -m benchmarks.tune_fused --num-images "$num_images" --seconds "$enough" \
+        run kernels "$python" -m benchmarks.bench_micro fused --num-images "$num_images" --seconds "$enough" \
             --out "$results/tune_fused.json"
     fi
 fi

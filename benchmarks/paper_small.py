@@ -5,10 +5,10 @@
 
 Variants: two-view (the baseline), shared (global and local views, one predictor for both: the paper's failing control),
 per-view (the same views, one predictor per view type), and both with a cutout view as well. All see the same images in
-the same order for the same number of epochs. `benchmarks.paper.cells` says what is tuned how.
+the same order for the same number of epochs. `benchmarks.paper.cells` has the tuning.
 
-Every run is a cell with a JSON file of its own in --out. Started again, also on another machine, it goes on with the
-cells that have none, the most telling first, and says how many are left. `--report` prints what came out and draws it.
+Every run is a cell with a JSON line in --out. Started again, also on another machine, the command continues with the
+cells without one, the most informative first, and says how many are left. `--report` prints and plots the results.
 """
 
 from __future__ import annotations
@@ -32,19 +32,18 @@ import torch
 import tyro
 from rich.console import Console
 
-from benchmarks.measuring.command_line import command_of
+from benchmarks.harness.command import check_positive, command_of
+from benchmarks.harness.results import RESULTS
 from benchmarks.paper.cells import METHODS, OPTIMIZERS, SECONDS, SETTINGS, TUNED_BY, Cell, Point, Setting, plan
-from benchmarks.paper.picture import draw
+from benchmarks.paper.picture import plot
 from benchmarks.paper.results import Results
-from benchmarks.paper.run_cell import run_cell
-from benchmarks.paper.splits import Splits, write_splits
+from benchmarks.paper.run_cell import Splits, run_cell, write_splits
 from benchmarks.paper.tables import all_tables
 from mvssl.training.monitor import Diverged
 from mvssl.training.shutdown import Interrupted
 from pipelines.runtime import InputError, invalid, run_cli
 
 PROG = "python -m benchmarks.paper_small"
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +53,21 @@ class Arguments:
     Attributes:
         data: folder with train/ and val/, one folder a class in each, e.g. tiny-imagenet-50.
         setting: cpu is small and takes some hours on two cores, with timm's initial weights; cpu_release is the same
-            with those of the paper's release; gpu is 40 epochs of all images with a larger network; rehearsal is a
-            miniature of it that takes seconds.
-        tune: whether gpu and rehearsal are tuned too; by default they take the points that were chosen by cpu, whose
-            cells lie in benchmarks/results/paper_small_cpu.
-        out: folder of the results, a file a cell; by default benchmarks/results/paper_small_SETTING.
-        runs: where a run lies while it trains; those that were stopped go on.
-        seeds: one run of every cell of the table for each; 0 is the one that tuning has.
+            with those of the paper's reference implementation; gpu is 40 epochs of all images with a larger network;
+            rehearsal is a miniature of it that takes seconds.
+        tune: also tune gpu and rehearsal; by default they take the points that cpu chose, whose cells are in
+            benchmarks/results/paper_small_cpu.jsonl.
+        out: file of the results, a line a cell; by default benchmarks/results/paper_small_SETTING.jsonl. A folder
+            of cells from an earlier version is read too.
+        runs: folder of runs in training; stopped ones resume.
+        seeds: one run of every cell of the table for each; 0 is reserved for tuning.
         optimizers: paper is LARS, or SGD for SimSiam.
-        methods: those to compare.
-        jobs: runs at a time, each with its share of the cores.
-        seconds: begin no cell that would not end within so many; by default there is no end.
+        methods: to compare.
+        jobs: runs at a time, which divide the cores among them.
+        seconds: begin no cell that would not end within so many; by default there is no limit.
         cells: begin so many at most.
-        device: auto takes CUDA where there is one.
-        report: print the results so far and draw them, and stop.
+        device: auto takes CUDA if there is a GPU.
+        report: print and plot the results so far, and stop.
     """
 
     data: tyro.conf.Positional[Path | None] = None
@@ -90,15 +90,12 @@ class Arguments:
         for name, known in (("optimizers", OPTIMIZERS), ("methods", METHODS)):
             if not getattr(self, name):
                 raise invalid(name, getattr(self, name), f"some of {', '.join(known)}", "give one")
-        for name in ("jobs", "cells", "seconds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise invalid(name, value, "at least 1", "give a positive number")
+        check_positive(self, "jobs", "cells", "seconds")
 
     @property
-    def folder(self) -> Path:
-        """Of the results."""
-        return self.out or RESULTS / f"paper_small_{self.setting}"
+    def results(self) -> Path:
+        """File of the results."""
+        return self.out or RESULTS / f"paper_small_{self.setting}.jsonl"
 
     @property
     def tuned_by(self) -> Literal["cpu"] | None:
@@ -107,18 +104,18 @@ class Arguments:
 
 
 class Queue:
-    """Which cell is run next, if there is time for one."""
+    """Chooses the next cell, if there is time for one."""
 
     def __init__(
         self, results: Results, cells: Sequence[Cell], *, expected: float, seconds: float | None, most: int | None
     ) -> None:
-        """Begin the time.
+        """Start the clock.
 
         Args:
-            results: what is done.
+            results: finished cells.
             cells: in the order of their importance.
             expected: seconds of a run of all epochs, before one is known.
-            seconds: from now to the end, if there is one.
+            seconds: time limit from now, if there is one.
             most: cells to begin, if there is a limit.
         """
         self._whole = expected
@@ -127,7 +124,7 @@ class Queue:
         self._end = None if seconds is None else time.monotonic() + seconds
         self._most = most
         self._begun: set[Cell] = set()
-        self._last: dict[bool, float] = {}  # seconds of a cell here, by whether it tunes
+        self._last: dict[bool, float] = {}  # seconds of the last cell here, by whether it was a tuning run
 
     @property
     def left(self) -> int:
@@ -135,7 +132,7 @@ class Queue:
         return sum(not self.results.done(cell) for cell in self.cells)
 
     def take(self) -> tuple[Cell, Point] | None:
-        """The next cell to run and what with; None where there is none, or none that would end in time."""
+        """The next cell and its point; None if there is none, or none that would end in time."""
         if self._most is not None and len(self._begun) >= self._most:
             return None
         for cell, point in self.results.ready(self.cells):
@@ -145,7 +142,7 @@ class Queue:
         return None
 
     def note(self, cell: Cell, seconds: float) -> None:
-        """Learn how long a cell takes here: as long as the last one did. The first ones also compile."""
+        """Note how long a cell took here: the next ones are expected to take as long. The first ones also compile."""
         self._last[cell.point is not None] = seconds
 
     def _expected(self, cell: Cell) -> float:
@@ -157,19 +154,19 @@ class Queue:
 def run_or_diverge(
     cell: Cell, point: Point, setting: Setting, splits: Splits, folder: Path, *, device: str, threads: int
 ) -> dict[str, Any]:
-    """`run_cell`; a run that diverges has a result too, the worst."""
+    """`run_cell`; divergence is a result too, the worst."""
     try:
         return run_cell(cell, point, setting, splits, folder, device=device, threads=threads)
     except Diverged as error:
         return {"diverged": str(error).replace(str(folder), cell.name), "tuning_knn": 0.0}
     finally:
-        gc.collect()  # graphs and networks refer to each other; the next cell needs their memory
+        gc.collect()  # graphs and networks form cycles; the next cell needs their memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 def _stop_with_parent() -> None:
-    """Let this worker save its run and end when the command that started it is gone, however it went."""
+    """Make this worker save its run and exit when the command that started it is gone, even if killed."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -181,23 +178,23 @@ def _stop_with_parent() -> None:
 
 
 def tuning_of(setting: Literal["cpu"] | None) -> tuple[str, Results] | None:
-    """The committed results of a setting whose points are taken, and the name of their folder."""
+    """Name and committed results of a setting whose points are taken."""
     if setting is None:
         return None
-    folder = RESULTS / f"paper_small_{setting}"
-    return folder.name, Results.read(folder, SETTINGS[setting])
+    name = f"paper_small_{setting}"
+    return name, Results.read(RESULTS / f"{name}.jsonl", SETTINGS[setting])
 
 
 def compare(arguments: Arguments, data: Path, console: Console) -> bool:
-    """Run cells while there is time; whether all of those that were begun came to a result."""
+    """Run cells while there is time; whether all of those that were begun have a result."""
     setting, runs = SETTINGS[arguments.setting], arguments.runs
-    results = Results.read(arguments.folder, setting, tuned=tuning_of(arguments.tuned_by))
+    results = Results.read(arguments.results, setting, tuned=tuning_of(arguments.tuned_by))
     cells = plan(setting, arguments.seeds, arguments.optimizers, arguments.methods, tune=arguments.tuned_by is None)
     unknown = [cell.name for cell in cells if results.tuned is not None and results.point(cell) is None]
     if unknown:
         raise InputError(
-            f"paper_small_{arguments.tuned_by} lacks cells that tune {unknown[0]} (and {len(unknown) - 1} others): run "
-            "those, or give --tune."
+            f"paper_small_{arguments.tuned_by}.jsonl lacks the tuning of {unknown[0]} (and {len(unknown) - 1} others): "
+            "run it, or give --tune."
         )
     expected = SECONDS[arguments.setting]
     queue = Queue(results, cells, expected=expected, seconds=arguments.seconds, most=arguments.cells)
@@ -225,11 +222,11 @@ def compare(arguments: Arguments, data: Path, console: Console) -> bool:
                     console.print(f"{cell.name} failed: {error}", highlight=False, soft_wrap=True)
                     sound = False
                     continue
-                results.add(cell, point, measured, folder=arguments.folder, command=command_of(PROG, sys.argv[1:]))
+                results.add(cell, point, measured, out=arguments.results, command=command_of(PROG, sys.argv[1:]))
                 shutil.rmtree(runs / cell.name, ignore_errors=True)  # with its checkpoints
                 queue.note(cell, measured.get("seconds", 0.0))
                 console.print(f"{cell.name}: {_said(measured)}; {queue.left} left", highlight=False, soft_wrap=True)
-    console.print(f"{queue.left} of {len(cells)} cells are left; the same command goes on", highlight=False)
+    console.print(f"{queue.left} of {len(cells)} cells are left; the same command continues", highlight=False)
     return sound
 
 
@@ -245,9 +242,9 @@ def body() -> int:
     """Run the command; returns the exit code."""
     arguments = tyro.cli(Arguments, prog=PROG)
     if arguments.report:
-        found = Results.read(arguments.folder, SETTINGS[arguments.setting])
+        found = Results.read(arguments.results, SETTINGS[arguments.setting])
         print("\n".join(all_tables({f"paper_small_{arguments.setting}": {"cells": list(found.rows.values())}})))
-        draw(found, arguments.folder / "picture.png")
+        plot(found, arguments.results.with_suffix(".png"))
         return 0
     if arguments.data is None:
         raise InputError("data is missing: give the folder of tiny-imagenet-50 (train/ and val/, a folder a class).")

@@ -95,8 +95,8 @@ def test_library_is_imported_in_its_one_file_only(module: str) -> None:
         for path in files(package)
         if any(below(name, module) for name in imported(path.read_text()))
     }
-    # benchmarks/baselines holds the peers to beat, which use the libraries in their own way.
-    assert {user for user in users if not user.startswith("benchmarks/contenders/baselines/")} <= {ONLY_IN[module]}
+    # Baselines use the libraries in their own way.
+    assert {user for user in users if not user.startswith("benchmarks/implementations/")} <= {ONLY_IN[module]}
 
 
 def test_dali_is_used_where_it_belongs() -> None:

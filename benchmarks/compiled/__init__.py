@@ -1,1 +1,1 @@
-"""What the compiler makes of a training step for a GPU, found out on a machine without one."""
+"""Analyses the code that the compiler generates for a GPU, on a machine without one."""

@@ -1,6 +1,6 @@
-"""Accounts for what a step launches outside its compiled graphs: the optimiser, the EMA, the stacking of views.
+"""Counts launches and bytes of a step outside its compiled graphs: the optimiser, the EMA, the stacking of views.
 
-The operations run on CPU tensors; launches are those that torch's CUDA kernels take for the same tensors.
+The operations run on CPU tensors; launches are those of torch's CUDA kernels for the same tensors.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _ALLOCATES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_st
 
 @dataclass(kw_only=True)
 class Work:
-    """What operations cost together.
+    """Total cost of operations.
 
     Attributes:
         launches: kernels.
-        megabytes: device memory traffic: inputs and outputs once each, what is changed in place read and written.
+        megabytes: device memory traffic: inputs and outputs once each; in-place arguments are read and written.
         operations: launches of each.
     """
 
@@ -59,7 +59,7 @@ def foreach_launches(sizes: Sequence[int], lists: int) -> int:
 
     Args:
         sizes: elements of each tensor of a list.
-        lists: of tensors that the kernel reads or writes.
+        lists: number of tensor lists that the kernel reads or writes.
     """
     most = TENSORS[lists - 1]
     launches = blocks = tensors = 0
@@ -72,12 +72,12 @@ def foreach_launches(sizes: Sequence[int], lists: int) -> int:
             if full or blocks == BLOCKS:
                 launches += 1
                 blocks = 0
-                tensors = 0 if chunk == chunks else 1  # the rest of a tensor goes on in the next launch
+                tensors = 0 if chunk == chunks else 1  # the rest of a tensor goes into the next launch
     return launches + (blocks > 0)
 
 
 class Account(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
-    """Counts the operations that run under it, by the region that is current.
+    """Counts the operations that run under it, by region.
 
     Attributes:
         work: of each region.

@@ -1,9 +1,8 @@
-"""What a convolutional network's step has to move and launch at least, if nothing but its layers is counted.
+"""Lower bounds on the traffic and launches of a convolutional network's step, from its layers alone.
 
-Counted as the instrument counts, so that the two compare: a convolution reads its input and writes its output; its
-backward reads the gradient and the input once and writes the input's gradient. A training BatchNorm takes two passes
-forward (statistics; normalise, with ReLU and residual for free) and two backward (sums; dx). Heads, weights and the
-optimiser are left out.
+The counting rules are those of `gpu_code`: a convolution reads its input and writes its output; its backward reads the
+gradient and the input once and writes the input's gradient. A training BatchNorm takes two passes forward (statistics;
+normalise, with ReLU and residual for free) and two backward (sums; dx). Heads, weights and the optimiser are left out.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from pipelines.views.spec import ViewSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Floor:
-    """The least that a step takes.
+    """Least traffic and launches of a step.
 
     Attributes:
         megabytes_per_image: by part (target forward, online forward, backward).
-        launches: likewise.
+        launches: by part.
     """
 
     megabytes_per_image: dict[str, float]
@@ -51,8 +50,8 @@ def floor(recipe: Recipe, *, group_views: bool = True, target_network: bool = Tr
 
     Args:
         recipe: with backbone, views, precision, accumulate and step mode.
-        group_views: whether views of one size pass as one batch.
-        target_network: whether targets take a forward of their own.
+        group_views: whether views of one size are batched.
+        target_network: whether a separate target network is needed.
     """
     backbone = build_backbone(recipe.backbone)
     if not is_convolutional(backbone) or not any(isinstance(module, _BatchNorm) for module in backbone.modules()):
@@ -89,7 +88,7 @@ def _passes(views: Sequence[ViewSpec], group: ViewGroup) -> list[tuple[int, int]
 
 
 def _layers(backbone: nn.Module, pixels: int) -> _Layers:
-    """Count the layers that an image of this size passes."""
+    """Count the layers that an image of this size passes through."""
     shadow = copy.deepcopy(backbone).to("meta").eval()
     found: list[tuple[bool, int, int]] = []
 

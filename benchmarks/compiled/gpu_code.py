@@ -1,10 +1,10 @@
-"""Generates Inductor's code for an NVIDIA GPU on a machine without one, and accounts for every kernel.
+"""Generates Inductor's code for an NVIDIA GPU on a machine without one, and counts every kernel.
 
-All that leans on private parts of torch stands in this file; it is known to work with torch 2.11 to 2.15.
+Only this file uses private parts of torch; it is known to work with torch 2.11 to 2.15.
 
-AOTAutograd traces on the CPU, since its autograd engine asks for a real CUDA context. Each graph is then moved to fake
+AOTAutograd traces on the CPU, since its autograd engine needs a real CUDA context. Each graph is then moved to fake
 CUDA tensors and compiled as on the GPU: same passes, same fusions, same Triton code. Nothing is computed; a graph
-returns zeros that take no memory, so any batch size fits anywhere.
+returns zeros that take no memory, so any batch size fits.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Kernel:
         library: whether it is a call of cuDNN, cuBLAS or ATen.
         megabytes: device memory traffic by Inductor's count, each buffer read or written once (10^6 bytes).
         gflops: of convolutions and products, by torch's formulas.
-        layers: modules that its operations come from, of library calls the one.
+        layers: modules of its operations; a library call has one.
         source: key in `Graph.sources`; empty for library calls.
     """
 
@@ -110,7 +110,7 @@ class Graph:
 
 
 def check_torch(version: str = torch.__version__) -> None:
-    """Refuse a torch whose private parts are unknown.
+    """Refuse an unknown torch.
 
     Raises:
         InputError: it is older or newer than `KNOWN_TORCH`.
@@ -119,7 +119,7 @@ def check_torch(version: str = torch.__version__) -> None:
     (low, high) = KNOWN_TORCH
     if not low <= found <= high:
         raise InputError(
-            f"torch is {version} but must be {low[0]}.{low[1]} to {high[0]}.{high[1]}: bench_compile reads the "
+            f"torch is {version} but must be {low[0]}.{low[1]} to {high[0]}.{high[1]}: bench_compile uses the "
             "compiler's private parts; install such a torch, or extend KNOWN_TORCH in benchmarks/compiled/gpu_code.py "
             "after its tests pass."
         )
@@ -178,7 +178,7 @@ def gpu_graphs(work: Callable[[], object], *, target: str, graphs: list[Graph] |
         fast = real(function, backend=backend, **options)
 
         def call(*arguments: Any) -> Any:
-            with uncounted():  # torch.compile refuses to run under one that counts operations
+            with uncounted():  # torch.compile refuses to run under a counting mode
                 return fast(*arguments)
 
         return call
@@ -188,7 +188,7 @@ def gpu_graphs(work: Callable[[], object], *, target: str, graphs: list[Graph] |
         mock.patch.object(torch, "compile", compile_for_gpu),
         mock.patch.object(fake_impls, "torch", _TORCH),
         mock.patch.object(batchnorm, "KERNEL_DEVICES", ("cpu",)),
-        mock.patch.object(driver, "_active", _Driver(target)),  # which accesses of our kernels are analysed for
+        mock.patch.object(driver, "_active", _Driver(target)),  # the target of the analysis of our kernels' accesses
         _cached_analyses(),
     ):
         work()
@@ -235,7 +235,7 @@ def _compile(
 
     def run(*_: Any) -> list[Any]:
         graph.calls += 1
-        with uncounted():  # making zeros is no work of the step
+        with uncounted():  # zeros are no work of the step
             return [
                 _zeros(result, dense=backward) if isinstance(result, _Description) else result for result in results
             ]
@@ -246,7 +246,7 @@ def _compile(
 
 @contextlib.contextmanager
 def _cached_analyses() -> Iterator[None]:
-    """Analyse what a Triton kernel of ours reads and writes once for each set of types, not for each launch."""
+    """Analyse the accesses of our Triton kernels once for each set of types instead of each launch."""
     name = next(name for name in ("identify_accessed_tensors", "identify_mutated_tensors") if hasattr(wrap, name))
     analyse: Callable[..., Any] = getattr(wrap, name)
     found: dict[Any, Any] = {}
@@ -276,13 +276,13 @@ class _Description:
 
 
 def _description(node: Any) -> Any:
-    """What a graph returns at this place: a tensor's description, or the value itself."""
+    """The description of a tensor that a graph returns, or the value itself."""
     value = getattr(node, "meta", {}).get("val")
     return _Description(value.shape, value.stride(), value.dtype) if isinstance(value, torch.Tensor) else node
 
 
 def _bernoulli(x: torch.Tensor, p: float = 0.5, *, generator: None = None) -> torch.Tensor:
-    """What random bits are made of on a GPU; on the CPU torch keeps the operation."""
+    """How a GPU makes random bits; on the CPU torch keeps the operation."""
     return (torch.rand_like(x, dtype=torch.float32) < p).to(x.dtype)
 
 
@@ -300,7 +300,7 @@ def _zeros(result: _Description, *, dense: bool) -> torch.Tensor:
 
 
 def _to_cuda(module: torch.fx.GraphModule) -> None:
-    """Let a graph that was traced on the CPU make its tensors on CUDA."""
+    """Let a graph that was traced on the CPU create its tensors on CUDA."""
     device = torch.device("cuda:0")
     for node in module.graph.nodes:
         node.meta.pop("val", None)
@@ -392,7 +392,7 @@ def _members(node: Any) -> list[Any]:
 
 
 def _account(node: Any, names: _Names) -> list[Kernel]:
-    """The kernels of one entry of the schedule; none for what is no work on the device.
+    """The kernels of one entry of the schedule; none for entries without work on the device.
 
     An entry with more than one kernel (large groups of independent small ones) gives the first all of its bytes.
     """
@@ -412,7 +412,7 @@ def _account(node: Any, names: _Names) -> list[Kernel]:
         sources = [""]
         called = [str(getattr(node.node, "python_kernel_name", None) or type(node.node).__name__)]
     else:
-        sources = [*names.fused.get(id(node), {"triton": None})]  # a generator that is not in _GENERATORS
+        sources = [*names.fused.get(id(node), {"triton": None})]  # its generator is not in _GENERATORS
         called = sources
     first = Kernel(
         name=called[0],
@@ -427,7 +427,7 @@ def _account(node: Any, names: _Names) -> list[Kernel]:
 
 
 def _written_only(node: Any) -> int:
-    """Bytes that Inductor counts twice: what a Triton kernel of ours writes counts there as read, too."""
+    """Bytes that Inductor counts twice: it counts what our Triton kernels write as read, too."""
     if type(node.node).__name__ != "UserDefinedTritonKernel":
         return 0
     return sum(int(each.get_numel()) * each.get_dtype().itemsize for each in node.node.mutable_args)
@@ -465,7 +465,7 @@ _ATTENTION = {
 
 
 def _layer(node: Any) -> str | None:
-    """Name of the module that an operation comes from, without what wraps it."""
+    """Name of the module that an operation comes from, without its wrappers."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     if not stack:
         return None
@@ -485,7 +485,7 @@ def _sources(code: str) -> dict[str, str]:
 
 
 class _Driver:
-    """A Triton driver that names its target and does nothing else."""
+    """A Triton driver that only names its target."""
 
     def __init__(self, target: str) -> None:
         from triton.backends.compiler import GPUTarget
@@ -500,7 +500,7 @@ class _Driver:
 
 
 def _properties(target: str) -> Any:
-    """What `torch.cuda.get_device_properties` would say."""
+    """What `torch.cuda.get_device_properties` returns on the target."""
     card, number = TARGETS[target], capability(target)
     return SimpleNamespace(
         name=card["name"],
@@ -525,7 +525,7 @@ def _properties(target: str) -> Any:
 
 @contextlib.contextmanager
 def _pretend(target: str) -> Iterator[None]:
-    """Let torch and Triton believe in one GPU of this kind."""
+    """Make torch and Triton see one GPU of this kind."""
     properties, number = _properties(target), capability(target)
     interface: Any = device_interface.CudaInterface
     said: dict[str, Any] = {
@@ -569,7 +569,7 @@ def _memory_format(x: torch.Tensor, weight: torch.Tensor, backend: Any) -> torch
 
 
 class _Overlay:
-    """A module with some names exchanged."""
+    """A module with some attributes replaced."""
 
     def __init__(self, module: Any, **exchanged: Any) -> None:
         self._module = module
@@ -584,7 +584,7 @@ _TORCH = _Overlay(torch, _C=_Overlay(torch._C, _conv_determine_backend_memory_fo
 
 @contextlib.contextmanager
 def foreach_as_on_gpu() -> Iterator[None]:
-    """Let torch's gradient norms and clipping take foreach kernels for CPU tensors, as for those on a GPU."""
+    """Let torch's gradient norms and clipping use foreach kernels for CPU tensors, as for those on a GPU."""
     with mock.patch.object(foreach_utils, "_get_foreach_kernels_supported_devices", return_value=["cpu", "cuda"]):
         yield
 
@@ -597,7 +597,7 @@ def uncounted() -> contextlib.AbstractContextManager[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What one Triton kernel needs on the target.
+    """Resources of one Triton kernel on the target.
 
     Attributes:
         registers: of a thread.

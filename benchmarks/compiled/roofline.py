@@ -1,4 +1,4 @@
-"""How long a step would take on a GPU that was measured: traffic over a bandwidth, arithmetic over a rate.
+"""A roofline: predicted time of a step from its traffic and arithmetic and the measured rates of a GPU.
 
 Both constants are from a trace of two steps of byol_resnet50_200ep (bf16, batch 128, view by view, torch 2.11) on an
 H100 80GB HBM3, of commit 0eff062. This instrument counted the same step, compiled by the same torch for sm_90: 216 of
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a GPU reached.
+    """Rates that a GPU reached.
 
     Attributes:
         bandwidth: bytes per second of Triton kernels, and of the optimiser's foreach kernels.
         flops: FLOP per second of library calls.
-        views: bytes per second of the view engine, whose kernels are limited by latency.
+        views: bytes per second of the view engine, whose bottleneck is latency.
     """
 
     bandwidth: float
@@ -32,9 +32,9 @@ class Rates:
 MEASURED: dict[str, Rates] = {
     "sm_90": Rates(bandwidth=132_117e6 / 54.489e-3, flops=12_602e9 / 41.503e-3, views=8.885e6 / 14.335e-6)
 }
-"""By target; there is no prediction for those that were not measured."""
+"""By target; there is no prediction for other targets."""
 
 
 def milliseconds(rates: Rates, *, megabytes: float = 0.0, gflops: float = 0.0) -> float:
-    """Time of Triton (or foreach) kernels that move so much plus library calls that compute so much."""
+    """Time of Triton (or foreach) kernels with so much traffic plus library calls with so much arithmetic."""
     return 1e9 * megabytes / rates.bandwidth + 1e12 * gflops / rates.flops

@@ -1,4 +1,4 @@
-"""A recipe's whole training step as it would run on a GPU: compiled graphs, the optimiser's update, EMA, views."""
+"""Launches and bytes of a recipe's whole step on a GPU: compiled graphs, optimiser, EMA, copies of views."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import mvssl.optim.lars as lars_module
 import mvssl.training.step as step_module
 from benchmarks.compiled.eager_ops import Account, Work
 from benchmarks.compiled.gpu_code import Graph, foreach_as_on_gpu, gpu_graphs, uncounted
-from benchmarks.measuring.view_bytes import kernel_bytes
+from benchmarks.compiled.view_kernels import kernel_bytes
 from mvssl.config.recipe import Recipe
 from mvssl.models.foreach_ops import foreach_lerp_, foreach_subtract_
 from mvssl.models.view_batching import stack_views
@@ -35,12 +35,12 @@ _SAMPLED = 1024  # images whose augmentation parameters the view engine's bytes 
 
 @dataclass(frozen=True, kw_only=True)
 class StepCode:
-    """What one step launches.
+    """Launches of one step.
 
     Attributes:
         graphs: compiled, each with the number of its calls.
-        eager: launches outside the graphs, by what they are for.
-        views: launches of the view engine, which runs once for each batch.
+        eager: launches outside the graphs, by purpose.
+        views: launches of the view engine, once for each batch.
     """
 
     graphs: list[Graph]
@@ -49,12 +49,12 @@ class StepCode:
 
 
 def compile_step(recipe: Recipe, *, target: str, group_views: bool = True) -> StepCode:
-    """Compile a recipe's step for a GPU that need not be there, and count what it launches.
+    """Compile a recipe's step for a GPU that need not be there, and count its launches.
 
     Args:
         recipe: with its batch size; precision auto is bf16, as on a GPU.
         target: a key of `TARGETS`.
-        group_views: whether views of one size pass as one batch.
+        group_views: whether views of one size are batched.
 
     Raises:
         InputError: torch or the target is unknown, Triton is missing, the step cannot be built, or does not compile.
@@ -109,14 +109,14 @@ def _views(recipe: Recipe, step: step_module.TrainStep) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _as_on_gpu() -> Iterator[None]:
-    """Let a step on the CPU choose what it chooses on a GPU."""
+    """Let a step on the CPU make the choices of a GPU."""
     layer_norm = F.layer_norm
 
     def dtype_on_gpu(precision: Literal["auto", "fp32", "bf16", "fp16"], _: torch.device) -> torch.dtype | None:
         return {"fp32": None, "fp16": torch.float16}.get(precision, torch.bfloat16)
 
     def stack_into_graph_inputs(*arguments: Any, **options: Any) -> list[Tensor]:
-        """Views are always copied: a CUDA graph reads them where they lay when it was recorded."""
+        """Views are always copied: a CUDA graph reads its inputs at fixed addresses."""
         with uncounted():
             static = [torch.empty_like(stack) for stack in stack_views(*arguments, **options | {"out": None})]
         return stack_views(*arguments, **options | {"out": static})
@@ -143,7 +143,7 @@ def _as_on_gpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _regions(step: Any, account: Account) -> Iterator[None]:
-    """Count the parts of a step under their names."""
+    """Count each part of a step in a region of its own."""
 
     def within(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:

@@ -1,9 +1,9 @@
-"""What the paper's comparison at a small scale compares: methods, variants, sizes, and the recipe of each cell.
+"""The cells of the paper's comparison at a small scale: methods, variants, sizes, and the recipe of each.
 
 A cell is one run. Each arm (two-view, shared, per-view) of each method is tuned alike: one run for each point of a
-small grid of learning rate, weight decay and target decay, with a seed of its own and fewer epochs, judged by kNN on
+small grid of learning rate, weight decay and EMA momentum, with a seed of its own and fewer epochs, judged by kNN on
 images that are neither trained on nor tested on. The best point is then run with other seeds. The GPU setting takes the
-points that the CPU setting has chosen, so that its first runs are those of the table.
+points that the CPU setting chose, so its first runs are those of the table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ METHODS = ("byol", "simsiam", "mocov3")
 TITLES = {"byol": "BYOL", "simsiam": "SimSiam", "mocov3": "MoCo v3"}
 VARIANTS = ("two-view", "shared", "per-view", "shared + cutout", "per-view + cutout")
 ARMS = ("shared", "per-view", "two-view")
-"""The variants that are tuned; those with a cutout view take the settings of the arm without."""
+"""The variants that are tuned; those with a cutout view take the point of the arm without."""
 OPTIMIZERS = {"paper": "the paper's optimiser (LARS; SGD for SimSiam)", "adamw": "AdamW"}
 KIND_TITLES = {"lars": "LARS", "sgd": "SGD", "adamw": "AdamW"}
 TUNING_SEED = 0
@@ -42,16 +42,16 @@ class Setting:
     """The size of every run.
 
     Attributes:
-        classes: how many are used, the first in alphabetical order.
-        train_images: of each class that are trained on, the first in alphabetical order.
-        tuning_images: of each class that tuning is judged by, the next ones.
+        classes: number of classes, the first in alphabetical order.
+        train_images: training images of each class, the first in alphabetical order.
+        tuning_images: images of each class that judge tuning, the next ones.
         backbone: the encoder.
-        init: how its weights are drawn, as `mvssl.config.recipe.Backbone` has it.
+        init: its initial weights, as in `mvssl.config.recipe.Backbone`.
         size, local_size: pixels of the global and local views.
-        evaluation_size: pixels of an image when it is evaluated.
-        epochs, tuning_epochs: of a run, and of one that tunes.
+        evaluation_size: pixels of an image in evaluations.
+        epochs, tuning_epochs: of a run, and of a tuning run.
         batch_size: images a step.
-        target_decay: the middle of the grid.
+        target_decay: EMA momentum in the middle of the grid.
         precision: of training.
         marks: times during a run at which gradients are compared.
     """
@@ -73,10 +73,9 @@ class Setting:
 
 
 SECONDS = {"cpu": 400.0, "cpu_release": 400.0, "gpu": 120.0, "rehearsal": 10.0}
-"""What a run of all epochs is thought to take, before one is known: two at a time, on two cores or on an H100."""
+"""Estimate for a run of all epochs, before one is known: two at a time, on two cores or on an H100."""
 TUNED_BY: dict[str, Literal["cpu"]] = {"gpu": "cpu", "rehearsal": "cpu"}
-"""Settings that take the points of another one's tuning, by their names in the grid: the target decays are those about
-the middle of a setting's own grid."""
+"""Settings that take the points of another one's tuning, by name: EMA momenta are those of a setting's own grid."""
 _CPU = Setting(
     classes=20,
     train_images=200,
@@ -129,13 +128,13 @@ SETTINGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What tuning chooses.
+    """A point of the grid.
 
     Attributes:
-        name: what was changed, seen from the middle of the grid.
+        name: the change from the middle of the grid.
         base_lr: learning rate for a batch of 256.
         weight_decay: of the optimiser.
-        target_decay: of the target network at the first step; unused by SimSiam.
+        target_decay: EMA momentum of the target network at the first step; unused by SimSiam.
     """
 
     name: str
@@ -151,8 +150,8 @@ class Cell:
     Attributes:
         method, variant: of METHODS and VARIANTS.
         optimizer: of OPTIMIZERS.
-        seed: of order, draws and initial weights.
-        point: of the grid, by its name, in a run that tunes; None takes the point that tuning chose.
+        seed: of order, augmentation parameters and initial weights.
+        point: name of the grid's point in a tuning run; None takes the point that tuning chose.
     """
 
     method: str
@@ -163,25 +162,25 @@ class Cell:
 
     @property
     def arm(self) -> str:
-        """The variant whose tuning decides."""
+        """The variant whose tuning chooses the point."""
         return self.variant.removesuffix(" + cutout")
 
     @property
     def name(self) -> str:
-        """Name of its file and folder."""
+        """Name of its run folder."""
         end = f"seed{self.seed}" if self.point is None else f"tuning-{self.point.replace(' ', '')}"
         return f"{self.method}-{self.optimizer}-{self.variant.replace(' + ', '-')}-{end}"
 
 
 def kind_of(method: str, optimizer: str) -> Literal["lars", "sgd", "adamw"]:
-    """The optimiser by the name that recipes have for it (PAPER.md section 5)."""
+    """The optimiser's name in a recipe (PAPER.md section 5)."""
     if optimizer == "adamw":
         return "adamw"
     return "sgd" if method == "simsiam" else "lars"
 
 
 def grid(method: str, optimizer: str, setting: Setting) -> tuple[Point, ...]:
-    """The points that an arm is tuned over: a middle, and one number changed at a time; the same for every arm."""
+    """The points of tuning, the same for every arm: a middle, and one number changed at a time."""
     lr, decay, other_decay = _OPTIMIZER[kind_of(method, optimizer)]
     middle = Point(name="middle", base_lr=lr, weight_decay=decay, target_decay=setting.target_decay)
     points = [
@@ -197,7 +196,7 @@ def grid(method: str, optimizer: str, setting: Setting) -> tuple[Point, ...]:
             replace(middle, name="slow target", target_decay=round(1 - gap / 3, 5)),
             replace(middle, name="quick target", target_decay=round(1 - gap * 3, 5)),
         ]
-    # Last, as it was added when the largest so far had been the best of some: of equals the first is taken.
+    # Last, as it was added later, when the largest learning rate was the best of some arms: of equals the first wins.
     return (*points, replace(middle, name="lr x 30", base_lr=30 * lr))
 
 
@@ -209,9 +208,9 @@ def plan(
     *,
     tune: bool = True,
 ) -> list[Cell]:
-    """All cells, the most telling first: shared against per-view of BYOL, then its baseline, then the other methods.
+    """All cells, the most informative first: shared against per-view of BYOL, its baseline, the other methods.
 
-    Without `tune` those that tune are left out, as the points are known already.
+    Without `tune` there are no tuning runs, as the points are known already.
     """
     cells: list[Cell] = []
     for optimizer, method in product(optimizers, methods):
@@ -230,7 +229,7 @@ def plan(
 
 
 def make_recipe(cell: Cell, point: Point, setting: Setting) -> Recipe:
-    """The recipe of a cell: the method's heads and loss, the variant's views and predictors, the common rest."""
+    """The recipe of a cell: heads and loss of the method, views and predictors of the variant, the rest in common."""
     sizes = {"size": setting.size, "blur_kernel": max(3, setting.size // 10 * 2 - 1)}
     views = (
         TWO_VIEWS[cell.method](**sizes)

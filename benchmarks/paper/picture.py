@@ -1,4 +1,4 @@
-"""One picture of the paper's comparison: what came out, and what happens on the way."""
+"""One picture of the paper's comparison: accuracies, and curves during training."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ COLOURS = {
     "shared + cutout": "#f2a07b",
     "per-view + cutout": "#7fb069",
 }
-ON_THE_WAY = "byol"  # whose curves are drawn
+CURVES_OF = "byol"
 
 
-def draw(found: Results, out: Path) -> None:
-    """Draw accuracy of all methods, and what happens in BYOL's runs with the paper's optimiser, as a PNG.
+def plot(found: Results, out: Path) -> None:
+    """Plot the accuracy of all methods, and curves of BYOL's runs with the paper's optimiser, as a PNG.
 
     Args:
         found: finished cells.
@@ -38,8 +38,8 @@ def draw(found: Results, out: Path) -> None:
     axes = figure.subplots(2, 3, width_ratios=(1.4, 1, 1))
     _accuracy(axes[0, 0], found, "linear", "linear top-1, %")
     _accuracy(axes[1, 0], found, "knn", "kNN top-1, %")
-    runs = {variant: rows for variant in ("shared", "per-view") if (rows := found.runs(ON_THE_WAY, variant, "paper"))}
-    title = f"{TITLES[ON_THE_WAY]}, {KIND_TITLES[kind_of(ON_THE_WAY, 'paper')]}"
+    runs = {variant: rows for variant in ("shared", "per-view") if (rows := found.runs(CURVES_OF, variant, "paper"))}
+    title = f"{TITLES[CURVES_OF]}, {KIND_TITLES[kind_of(CURVES_OF, 'paper')]}"
     for task, style in (("global", "-"), ("local", "--")):
         for variant, rows in runs.items():
             x, y = _curve([row["curves"] for row in rows], f"loss/{task}")
@@ -82,7 +82,7 @@ def draw(found: Results, out: Path) -> None:
     if runs:  # between the ranks of embeddings and of predictions
         axes[1, 2].legend(fontsize=7, frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.4))
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, metadata={"Software": None})  # or the bytes would change with the version of matplotlib
+    figure.savefig(out, metadata={"Software": None})  # else the bytes change with the version of matplotlib
 
 
 def _accuracy(place: Axes, found: Results, measure: str, title: str) -> None:
@@ -113,7 +113,7 @@ def _accuracy(place: Axes, found: Results, measure: str, title: str) -> None:
 
 
 def _curve(curves: Sequence[Mapping[str, Sequence[float | None]]], name: str) -> tuple[list[float], list[float]]:
-    """Steps, and the mean over runs where all have a number."""
+    """Steps and the mean over the runs that have a number there."""
     steps, values = [], []
     for at, step in enumerate(curves[0]["step"]):
         found = [curve[name][at] for curve in curves if at < len(curve[name])]

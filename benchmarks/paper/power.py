@@ -1,13 +1,13 @@
-"""How sure a difference between two arms is, and how many seeds and test images it takes to see one of 2 points.
+"""Uncertainty of a difference between two arms, and the seeds and test images needed to detect one of 2 points.
 
 Runs of two arms with one seed see the same images in the same order from the same initial encoder, and all are tested
-on the same images: d[s, i], +1 where arm A alone is right on test image i with seed s, -1 where B alone is, is taken
-apart by a two-way analysis of variance with random effects (Searle, Casella and McCulloch, Variance Components, 1992,
-section 4.3): of seeds, of images and of what is left. The variance of the mean over S seeds and M images is
+on the same images. d[s, i] is +1 if only arm A is right on test image i with seed s, -1 if only B is. A two-way
+analysis of variance with random effects splits it (Searle, Casella and McCulloch, Variance Components, 1992,
+section 4.3) into seeds, images and the rest. The variance of the mean over S seeds and M images is
 
     seed / S + image / M + rest / (S * M)
 
-and a difference is seen in four of five experiments, at a level of 5 % on two sides, where it is (1.96 + 0.84) of its
+and a difference is detected in four of five experiments, at a two-sided level of 5 %, if it is (1.96 + 0.84) of its
 root.
 """
 
@@ -20,17 +20,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 SEEN = 1.959964 + 0.841621  # quantiles of the normal distribution at 0.975 and 0.8
-# Quantile 0.975 of Student's t by degrees of freedom; beyond these the normal one is near enough.
+# Quantile 0.975 of Student's t by degrees of freedom; beyond these the normal quantile is close enough.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """Variance of one difference d[s, i] by where it comes from, none below 0.
+    """Variance components of one difference d[s, i], none below 0.
 
     Attributes:
-        seed: what seeds have in common over all images: training's luck.
-        image: what images have in common over all seeds: the test set's.
+        seed: between seeds, over all images: luck in training.
+        image: between images, over all seeds: luck in the test set.
         rest: everything else.
     """
 
@@ -39,11 +39,11 @@ class Components:
     rest: float
 
     def standard_error(self, seeds: float, images: float) -> float:
-        """Of the mean difference over so many seeds and test images drawn anew."""
+        """Of the mean difference over so many seeds and newly sampled test images."""
         return math.sqrt(self.seed / seeds + self.image / images + self.rest / (seeds * images))
 
     def seeds_for(self, difference: float, images: float) -> float:
-        """Seeds an arm to see a difference (in [0, 1]) with so many test images; infinite if no number is enough."""
+        """Seeds an arm to detect a difference (in [0, 1]) with so many test images; infinite if no number is enough."""
         allowed = (difference / SEEN) ** 2 - self.image / images
         needed = self.seed + self.rest / images
         return needed / allowed if allowed > 0 else math.inf

@@ -1,64 +1,62 @@
-"""The comparison's results: a JSON file a cell, from which it goes on, on whatever machine they are."""
+"""The comparison's results: a JSON line a cell, from which it resumes on any machine."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring.command_line import write_result
+from benchmarks.harness.results import measured_by, read_results, write_result
 from benchmarks.paper.cells import TUNING_SEED, Cell, Point, Setting, grid
-from mvssl.runs.environment import environment
 from pipelines.runtime import InputError
 
 Row = dict[str, Any]
 
 
 class Results:
-    """What is done so far.
+    """The finished cells.
 
     Attributes:
         setting: the size of all runs.
-        rows: what each finished cell's file holds.
-        tuned: results of another setting, whose points are taken, and the name of their folder; None tunes here.
+        rows: measurements of each finished cell.
+        tuned: name and results of another setting whose points are taken; None tunes here.
     """
 
     def __init__(self, setting: Setting, rows: Iterable[Row] = (), *, tuned: tuple[str, Results] | None = None) -> None:
-        """Take the contents of files."""
+        """Take the rows of files."""
         self.setting = setting
         self.tuned = tuned
         self.rows: dict[Cell, Row] = {Cell(**row["cell"]): row for row in rows}
 
     @classmethod
-    def read(cls, folder: Path, setting: Setting, *, tuned: tuple[str, Results] | None = None) -> Results:
-        """Read all files of a folder, which need not be there; `tuned` as the attribute.
+    def read(cls, path: Path, setting: Setting, *, tuned: tuple[str, Results] | None = None) -> Results:
+        """Read a .jsonl file, or all .json and .jsonl files of a folder; neither need exist. `tuned` as the attribute.
 
         Raises:
-            InputError: one is damaged, or of a cell of another size.
+            InputError: a result is damaged, or of a cell of another size.
         """
         rows: list[Row] = []
         wanted = dataclasses.asdict(setting)
-        for path in sorted(folder.glob("*.json")):
+        for file in sorted(path.glob("*.json*")) if path.is_dir() else [path] if path.exists() else []:
             try:
-                row = json.loads(path.read_text())
-                Cell(**row["cell"])
-                differ = [name for name in wanted if row["setting"][name] != wanted[name]]
+                own = read_results(file)
+                differ = {name for row in own for name in wanted if row["setting"][name] != wanted[name]}
+                rows += [row for row in own if Cell(**row["cell"])]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise InputError(
-                    f"{path} is no result of a cell ({type(error).__name__}: {error}): delete it, and the cell is run "
-                    "anew."
+                    f"{file} does not hold results of cells ({type(error).__name__}: {error}): remove what is broken, "
+                    "and its cell is run again."
                 ) from error
             if differ:
                 raise InputError(
-                    f"{path} is of another setting ({', '.join(differ)} differ): give another --out, or delete it."
+                    f"{file} is of another setting ({', '.join(sorted(differ))} differ): give another --out, or "
+                    "delete it."
                 )
-            rows.append(row)
         return cls(setting, rows, tuned=tuned)
 
-    def add(self, cell: Cell, point: Point, measured: Mapping[str, Any], *, folder: Path, command: str) -> Row:
-        """Keep the measurements of a cell, here and in a file of the folder."""
+    def add(self, cell: Cell, point: Point, measured: Mapping[str, Any], *, out: Path, command: str) -> Row:
+        """Add the measurements of a cell, here and in the file `out` (or cells.jsonl in a folder of that name)."""
         row: Row = {
             "benchmark": "paper_small",
             "cell": dataclasses.asdict(cell),
@@ -66,16 +64,16 @@ class Results:
             "setting": dataclasses.asdict(self.setting),
             **self._origin(cell),
             **measured,
-            "environment": environment() | {"command": command},
+            **measured_by(command),
         }
-        write_result(folder / f"{cell.name}.json", row)
+        write_result(out if out.suffix == ".jsonl" else out / "cells.jsonl", row)
         self.rows[cell] = row
         return row
 
     def point(self, cell: Cell) -> Point | None:
-        """What a cell is run with: its own point, or the one that tuning chose; None while that is not done.
+        """The point of a cell: its own, or the one that tuning chose; None while tuning is unfinished.
 
-        Of points with equal accuracy the first is taken. Of another setting's tuning the name of the point is taken.
+        Of points with equal accuracy the first wins. From another setting's tuning the name of the point is taken.
         """
         points = grid(cell.method, cell.optimizer, self.setting)
         name = cell.point
@@ -92,7 +90,7 @@ class Results:
         return max(points, key=lambda point: tried[point.name])
 
     def tuning(self, cell: Cell) -> dict[str, float]:
-        """kNN accuracy on the tuning images by the name of the point, of a cell's arm, as far as it is done."""
+        """kNN accuracy on the tuning images of a cell's arm by the name of the point, as far as it is done."""
         tried = {}
         for point in grid(cell.method, cell.optimizer, self.setting):
             tuned = dataclasses.replace(cell, variant=cell.arm, seed=TUNING_SEED, point=point.name)
@@ -101,14 +99,14 @@ class Results:
         return tried
 
     def _origin(self, cell: Cell) -> Row:
-        """Where the point of a cell is from, if not from this setting's own tuning."""
+        """The origin of a cell's point, if it is not from this setting's own tuning."""
         if self.tuned is None or cell.point is not None:
             return {}
-        folder, results = self.tuned
-        return {"point_from": {"results": folder, "tuning_knn": results.tuning(cell)}}
+        name, results = self.tuned
+        return {"point_from": {"results": name, "tuning_knn": results.tuning(cell)}}
 
     def done(self, cell: Cell) -> bool:
-        """Whether a cell has a result that counts: not of a point that tuning, with more tried, no longer chooses."""
+        """Whether a cell has a result that counts: one at the point that tuning chooses today."""
         row, point = self.rows.get(cell), self.point(cell)
         return row is not None and (point is None or row["point"] == dataclasses.asdict(point))
 
@@ -119,7 +117,7 @@ class Results:
                 yield cell, point
 
     def runs(self, method: str, variant: str, optimizer: str) -> list[Row]:
-        """Finished runs of a cell of the table that count, by seed; those that diverged left out."""
+        """Finished runs of a cell of the table that count, by seed, without those that diverged."""
         found = {
             cell.seed: row
             for cell, row in self.rows.items()

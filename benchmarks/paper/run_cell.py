@@ -1,10 +1,11 @@
-"""One cell: train it, measure it on images it has not seen, and compare its gradients at marks of the way."""
+"""Runs one cell: trains it, measures it on unseen images, and compares its gradients at several checkpoints."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.paper.cells import Cell, Point, Setting, make_recipe
-from benchmarks.paper.splits import Splits
 from mvssl.config.options import RunOptions, autocast_dtype, resolve_device
 from mvssl.config.recipe import Recipe
 from mvssl.evaluate.features import extract_features
@@ -31,24 +31,76 @@ from mvssl.runs.jsonl import read_jsonl
 from mvssl.training.run import run
 from pipelines.loader import Loader
 from pipelines.order import Order
+from pipelines.runtime import InputError
 from pipelines.storage import open_source
 
 K, TEMPERATURE = 20, 0.07
-POINTS = 100  # of a curve, at most
-BATCHES = 4  # whose gradients are averaged at a mark
+POINTS = 100  # of a curve at most
+BATCHES = 4  # over which gradients are averaged at a checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Lists of labelled images, disjoint.
+
+    Attributes:
+        train: training images, also of kNN and the linear classifier.
+        tuning: images that judge tuning.
+        test: images that results are measured on: val/, and the rest of train/.
+    """
+
+    train: Path
+    tuning: Path
+    test: Path
+
+
+def write_splits(data: Path, out: Path, setting: Setting) -> Splits:
+    """Write the lists of a setting into `out`.
+
+    Raises:
+        InputError: the data has not the folders, or too few classes or images.
+    """
+    train = data / "train"
+    if not train.is_dir() or not (data / "val").is_dir():
+        raise InputError(
+            f"data is {str(data)!r} but must be a folder with train/ and val/, one folder a class in each: give the "
+            "folder of tiny-imagenet-50."
+        )
+    classes = sorted(path.name for path in train.iterdir() if path.is_dir())[: setting.classes]
+    if len(classes) < setting.classes:
+        raise InputError(f"{train} has {len(classes)} classes but the setting needs {setting.classes}: give more data.")
+    lines: dict[str, list[str]] = {"train": [], "tuning": [], "test": []}
+    needed = setting.train_images + setting.tuning_images
+    for name in classes:
+        images = sorted((train / name).iterdir())
+        if len(images) < needed:
+            raise InputError(f"{train / name} has {len(images)} images but the setting needs {needed}.")
+        parts = {
+            "train": images[: setting.train_images],
+            "tuning": images[setting.train_images : needed],
+            "test": [*images[needed:], *sorted((data / "val" / name).iterdir())],
+        }
+        for part, members in parts.items():
+            lines[part] += [f"{image.resolve()}\t{name}" for image in members]
+    out.mkdir(parents=True, exist_ok=True)
+    for part, rows in lines.items():
+        path, text = out / f"{part}.txt", "\n".join(rows) + "\n"
+        if not path.exists() or path.read_text() != text:  # rewriting it would make the cached index stale
+            path.write_text(text)
+    return Splits(**{part: out / f"{part}.txt" for part in lines})
 
 
 def run_cell(
     cell: Cell, point: Point, setting: Setting, splits: Splits, folder: Path, *, device: str, threads: int
 ) -> dict[str, Any]:
-    """Train a cell, or go on where it was stopped; its measurements as plain JSON values.
+    """Train a cell, or resume it; its measurements as plain JSON values.
 
     Args:
-        cell: what is run.
+        cell: to run.
         point: its learning rate, weight decay and target decay.
         setting: its size.
         splits: the images.
-        folder: of the run; is left there.
+        folder: of the run, which is kept.
         device: as RunOptions takes it.
         threads: of torch and of decoding, on the CPU.
     """
@@ -91,7 +143,7 @@ def run_cell(
 def measure(
     backbone: nn.Module, recipe: Recipe, setting: Setting, splits: Splits, *, device: torch.device, test: bool
 ) -> dict[str, Any]:
-    """kNN accuracy on the tuning images; with `test` also kNN and linear accuracy on the test images, and which hit."""
+    """kNN accuracy on the tuning images; with `test` also kNN and linear accuracy and hits on the test images."""
     session = Session(device=device, autocast=autocast_dtype(recipe.precision, device))
 
     def features(path: Path) -> tuple[Tensor, Tensor]:
@@ -125,17 +177,17 @@ def measure(
 
 
 def pack(right: Tensor) -> str:
-    """Which test images were right, a bit each, in hexadecimal digits."""
+    """Whether each test image was classified correctly, one bit each, as hexadecimal digits."""
     return np.packbits(right.cpu().numpy()).tobytes().hex()
 
 
 def unpack(digits: str, images: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """What `pack` packed: bool [images]."""
+    """The inverse of `pack`: bool [images]."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(digits), dtype=np.uint8))[:images].astype(bool)
 
 
 def curves(folder: Path) -> dict[str, list[float | None]]:
-    """The run's numbers over its steps, thinned: step, loss of each task, gradient norm, spread and rank."""
+    """The run's metrics at up to `POINTS` steps: step, losses, gradient norm, standard deviation and rank."""
     rows = [row for row in read_jsonl(RunFolder(folder).metrics) if row["kind"] == "train"]
     every = -(-len(rows) // POINTS) or 1
     rows = rows[every - 1 :: every]
@@ -149,7 +201,7 @@ def curves(folder: Path) -> dict[str, list[float | None]]:
 def signals(
     recipe: Recipe, folder: Path, splits: Splits, *, device: torch.device, threads: int
 ) -> list[dict[str, Any]]:
-    """Gradients of the views compared, and ranks, at every checkpoint of a run; on the same batches each time."""
+    """Cosines between the views' gradients, and ranks, at every checkpoint of a run, on the same batches each time."""
     batches = list(_batches(recipe, splits.train, device))
     found = []
     for path in sorted(RunFolder(folder).checkpoints.glob("step-*")):
@@ -178,7 +230,7 @@ def _rounded(values: dict[str, float]) -> dict[str, float]:
 
 
 def _batches(recipe: Recipe, train: Path, device: torch.device) -> Iterator[list[Tensor]]:
-    """The first batches of an order of its own: no seed of a cell has it."""
+    """The first batches of an order with a seed that no cell has."""
     with closing(open_source(train)) as source:
         order = Order(num_images=len(source), batch_size=recipe.batch_size, seed=2**32)
         with closing(Loader(source, recipe.views, order, device=device)) as loader:

@@ -1,4 +1,4 @@
-"""What came out of the paper's comparison, as Markdown tables, a function each."""
+"""The results of the paper's comparison as Markdown tables, a function each."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from benchmarks.paper.power import Components, components, interval
 from benchmarks.paper.results import Results, Row
 from benchmarks.paper.run_cell import unpack
 from benchmarks.report.markdown import table
-from benchmarks.report.origins import MADE_BY, NOT_YET, machine
+from benchmarks.report.origins import MADE_BY, NOT_YET, file_of, machine
 
 NAMES = {"CPU": "paper_small_cpu", "CPU, release's init": "paper_small_cpu_release", "GPU": "paper_small_gpu"}
-"""Folders of results, by where they were made."""
+"""Names of the results by where they were measured."""
 INITS = {"timm": "timm", "release": "the paper's release"}
 MEASURES = {"linear": "linear", "knn": "kNN"}
 COMPARED = (
@@ -45,7 +45,7 @@ DIFFERENCE = 0.02
 
 
 def results_of(result: Mapping[str, Any]) -> Results:
-    """The cells of a folder of results as `benchmarks.tables` reads it."""
+    """The cells of a result as `benchmarks.report.origins.load` reads it."""
     cells: list[Row] = list(result["cells"])
     return Results(Setting(**cells[0]["setting"]), cells)
 
@@ -79,7 +79,7 @@ def differences(results: Mapping[str, Any]) -> list[str]:
 
 
 def tuning(results: Mapping[str, Any]) -> list[str]:
-    """What tuning chose for each arm, and how far its points lie apart."""
+    """The point that tuning chose for each arm, and the range over all points."""
     rows = []
     for side, found, method, optimizer in _methods(results):
         for arm in ARMS:
@@ -99,7 +99,7 @@ def tuning(results: Mapping[str, Any]) -> list[str]:
 
 
 def points(results: Mapping[str, Any]) -> list[str]:
-    """Per-view against shared at every point of tuning, where one arm may be steadier than the other."""
+    """Per-view against shared at every point of tuning, where one arm may be more stable than the other."""
     rows = []
     for side, found, method, optimizer in _methods(results):
         shared, per_view = (
@@ -128,7 +128,7 @@ def points(results: Mapping[str, Any]) -> list[str]:
 
 
 def signs(results: Mapping[str, Any]) -> list[str]:
-    """What instability would look like, over the second half of the runs: cosines of gradients, and ranks."""
+    """Signs of instability in the second half of the runs: cosines of gradients, and ranks."""
     heads = ["predictor: global", "local", "global/local", "encoder: global", "local", "global/local"]
     rows = []
     for side, found, method, optimizer in _methods(results):
@@ -150,7 +150,7 @@ def signs(results: Mapping[str, Any]) -> list[str]:
 
 
 def power(results: Mapping[str, Any]) -> list[str]:
-    """Seeds an arm that it takes to see a difference of 2 points between per-view and shared, by test images."""
+    """Seeds an arm that are needed to see a difference of 2 points between per-view and shared, by test images."""
     rows = []
     for side, found, method, optimizer in _methods(results):
         for measure, title in MEASURES.items():
@@ -170,7 +170,7 @@ def power(results: Mapping[str, Any]) -> list[str]:
 def difference_components(
     found: Results, method: str, optimizer: str, one: str, other: str, measure: str
 ) -> Components | None:
-    """Where the variance of the difference of two arms comes from; None with fewer than two seeds in common."""
+    """Variance components of the difference of two arms; None with fewer than two seeds in common."""
     pairs = _pairs(found, method, optimizer, one, other)
     if len(pairs) < 2:
         return None
@@ -185,7 +185,7 @@ def _difference(pairs: Sequence[tuple[Row, Row]], measure: str) -> str:
 
 
 def _pairs(found: Results, method: str, optimizer: str, one: str, other: str) -> list[tuple[Row, Row]]:
-    """Runs of two variants with one seed."""
+    """Runs of two variants, paired by seed."""
     first, second = (
         {row["cell"]["seed"]: row for row in found.runs(method, variant, optimizer)} for variant in (one, other)
     )
@@ -193,7 +193,7 @@ def _pairs(found: Results, method: str, optimizer: str, one: str, other: str) ->
 
 
 def _methods(results: Mapping[str, Any]) -> Iterator[tuple[str, Results, str, str]]:
-    """Where, results, method and optimiser of all that has a cell."""
+    """Side, results, method and optimiser of everything with a cell."""
     for side, name in NAMES.items():
         if name in results:
             found = results_of(results[name])
@@ -203,7 +203,7 @@ def _methods(results: Mapping[str, Any]) -> Iterator[tuple[str, Results, str, st
 
 
 def _table(results: Mapping[str, Any], heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows that begin with where and method, and one for each side without results."""
+    """Rows that begin with side and method, and one for each side without results."""
     missing = [[side, NOT_YET] for side, name in NAMES.items() if name not in results]
     return table(["on", "method", *heads], [*rows, *missing], words=3)
 
@@ -231,7 +231,7 @@ def _late(runs: Sequence[Row], value: Any, *, digits: int = 2) -> str:
 
 
 def _origins(results: Mapping[str, Any]) -> list[str]:
-    """A line for each side on where its cells are from."""
+    """A line for the origin of each side's cells."""
     lines = []
     for side, name in NAMES.items():
         if name not in results:
@@ -256,7 +256,7 @@ def _origins(results: Mapping[str, Any]) -> list[str]:
             f"up to {len(seeds)} seeds, mean \N{PLUS-MINUS SIGN} standard deviation",
             f"{len(cells)} cells, {diverged} of them diverged",
         ]
-        lines.append(f"- [{side}](results/{name}): {', '.join(said)}: `{MADE_BY[name]}`")
+        lines.append(f"- [{side}](results/{file_of(results, name)}): {', '.join(said)}: `{MADE_BY[name]}`")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks' tests share: a few pictures and a recipe that takes a moment."""
+"""Fixtures of the benchmarks' tests: a few images and a recipe that takes a moment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ batch_size = 4
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dozen noisy pictures of 64 pixels."""
+    """A dozen images of noise of 64 pixels."""
     root = tmp_path_factory.mktemp("noise")
     generator = np.random.default_rng(0)
     for n in range(12):

@@ -1,4 +1,4 @@
-"""bench_compile: bytes, arithmetic and launches against formulas worked out by hand; what it refuses; its tables."""
+"""bench_compile: bytes, FLOP and launches against formulas worked out by hand; what it refuses; its tables."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks import bench_compile
 from benchmarks.bench_compile import Arguments, chosen, measure, show, summary
+from benchmarks.bench_step import prediction_of
 from benchmarks.compiled.eager_ops import Account, foreach_launches
 from benchmarks.compiled.floor import floor
 from benchmarks.compiled.gpu_code import Graph, capability, check_torch, gpu_graphs, resources
 from benchmarks.compiled.roofline import MEASURED, milliseconds
 from benchmarks.compiled.step_code import StepCode, compile_step, view_engine
-from benchmarks.contenders.step import flops_per_image
-from benchmarks.measuring.prediction import chosen as prediction
-from benchmarks.measuring.view_bytes import mean_bytes
+from benchmarks.compiled.view_kernels import mean_bytes
+from benchmarks.implementations.steps import flops_per_image
 from mvssl.config.recipe import Recipe
 from mvssl.recipes.files import resolve_recipe
 from pipelines.runtime import InputError
@@ -148,7 +147,7 @@ def test_arithmetic_of_a_step_is_what_torch_counts_on_a_real_one(built: tuple[St
 
 
 @pytest.mark.slow
-def test_result_of_a_step(built: tuple[StepCode, Recipe], capsys: pytest.CaptureFixture[str]) -> None:
+def test_result_of_a_step(built: tuple[StepCode, Recipe]) -> None:
     code, recipe = built
     result = json.loads(json.dumps(summary(code, recipe, Arguments(recipe="tiny", resources="all"))))
     parts = result["parts"]
@@ -162,16 +161,15 @@ def test_result_of_a_step(built: tuple[StepCode, Recipe], capsys: pytest.Capture
     assert len(result["largest"]) == bench_compile.LARGEST
     assert all(own["registers"] > 0 for own in result["largest"] if "registers" in own)
     assert result["resources"]["kernels"] == sum(len(graph.sources) for graph in code.graphs)
-    assert set(prediction(result)) == {"batch_size", "megabytes_per_image", "launches", "predicted_milliseconds"}
+    assert set(prediction_of(result)) == {"batch_size", "megabytes_per_image", "launches", "predicted_milliseconds"}
     for name, least in result["floor"]["megabytes_per_image"].items():
         assert least < parts[name]["megabytes_per_image"]
     layers = {layer for own in result["largest"] for layer in own["layers"]}
     assert not any("__self__" in layer or "[" in layer for layer in layers)
-    show(result, Console(width=150))
-    assert "target forward" in capsys.readouterr().out
+    assert any(line.startswith("| target forward |") for line in show(result))
     other = summary(code, recipe, Arguments(recipe="tiny", target="sm_80", resources="none"))
     assert other["predicted_milliseconds"] is None  # not measured on such a GPU
-    show(other, Console(width=150))
+    assert any(line.startswith("| target forward |") and line.endswith(" | |") for line in show(other))
 
 
 def test_floor_of_a_resnet50_is_that_of_its_layers() -> None:
@@ -225,7 +223,7 @@ def test_recipe_that_cannot_be_built_is_refused(tmp_path: Path) -> None:
         measure(Arguments(recipe=str(path)), command="")
 
 
-def test_missing_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def without(name: str, *rest: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The benchmark of loaders runs end to end and tells what it promises."""
+"""bench_loader runs end to end, and its result is complete."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from PIL import Image
 
 from benchmarks import bench_loader
 from benchmarks.bench_loader import Arguments, setups
-from benchmarks.contenders.loader import batches_of_turn, indices_of, our_loader
-from benchmarks.measuring.page_cache import cached_share, drop, files_of
+from benchmarks.implementations.loaders import indices_of, our_loader, passes_of_trial
 from pipelines.order import Order
 from pipelines.runtime import InputError
-from pipelines.storage import open_source
 from tools.convert import Convert, convert
 
 needs_ffcv = pytest.mark.skipif(
@@ -32,7 +30,7 @@ COUNT = 12
 SMALL = {"batch_size": 4, "num_batches": 3, "repeats": 2, "recipe": "byol_resnet18_tiny_imagenet"}
 
 
-def test_the_command_writes_what_it_promises(
+def test_command_writes_a_complete_result(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "results" / "loader.json"
@@ -63,28 +61,30 @@ def test_the_command_writes_what_it_promises(
     assert set(result["times_dataloader"]) == OURS | PEERS - {"DataLoader"}
     assert (set(result["left_out"]), result["failed"]) == (MISSING, {})
     assert {"packages", "cores", "gpus"} <= set(result["environment"])
-    assert result["environment"]["command"].startswith(f"python -m benchmarks.bench_loader {folder.name} --device cpu")
+    assert result["environment"]["command"].startswith(
+        f"python -m benchmarks.bench_loader {folder.name} --decoders pillow"
+    )
     assert result["environment"]["command"].endswith("--cold --chunk 2 --window 4 --disk 'any disk'")
     assert str(folder) not in out.read_text()
 
 
-def test_kept_images_are_loaded_without_reading_or_decoding(folder: Path) -> None:
+def test_cached_images_are_loaded_without_reading_or_decoding(folder: Path) -> None:
     planned = setups(Arguments(data=(folder,), decoders=("pillow",), cache=True, **SMALL))  # type: ignore[arg-type]
     assert [name for name in planned if name not in PEERS | DALI] == ["folder + pillow", "folder + pillow, kept"]
     spent = {}
     for name in ("folder + pillow", "folder + pillow, kept"):
-        with our_loader(planned[name]) as turns:
-            turns[name]()
-            spent[name] = turns[name]()["stage_seconds"]
+        with our_loader(planned[name]) as trials:
+            trials[name]()
+            spent[name] = trials[name]()["stage_seconds"]
     plain, kept = spent["folder + pillow"], spent["folder + pillow, kept"]
     assert kept["storage"] + kept["decode"] < 0.5 * (plain["storage"] + plain["decode"])
 
 
-def test_a_turn_is_exact_and_ends_with_an_epoch() -> None:
+def test_a_trial_is_exact_and_ends_with_an_epoch() -> None:
     order = Order(num_images=13, batch_size=4, seed=0)  # three steps an epoch
-    assert batches_of_turn(order, num_batches=2, first_epoch=5) == [(5, 1)]
-    assert batches_of_turn(order, num_batches=3, first_epoch=5) == [(5, 0)]
-    assert batches_of_turn(order, num_batches=7, first_epoch=5) == [(5, 2), (6, 0), (7, 0)]
+    assert passes_of_trial(order, num_batches=2, first_epoch=5) == [(5, 1)]
+    assert passes_of_trial(order, num_batches=3, first_epoch=5) == [(5, 0)]
+    assert passes_of_trial(order, num_batches=7, first_epoch=5) == [(5, 2), (6, 0), (7, 0)]
     indices = indices_of(order, [(5, 2), (6, 0)])
     assert indices == [order.batch(5, 2).tolist(), order.batch(6, 0).tolist()]
 
@@ -99,7 +99,7 @@ def test_a_turn_is_exact_and_ends_with_an_epoch() -> None:
         ({"repeats": 0}, "repeats is 0"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(folder: Path, changes: dict[str, object], message: str) -> None:
+def test_invalid_arguments_are_refused(folder: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         dataclasses.replace(Arguments(data=(folder,)), **changes)
 
@@ -115,17 +115,6 @@ def test_data_that_does_not_fit_is_refused(folder: Path) -> None:
         setups(Arguments(data=(folder,), batch_size=13))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the page cache is told and dropped on Linux")
-def test_dropped_files_leave_the_cache(folder: Path) -> None:
-    files = files_of(open_source(folder))
-    assert len(files) == COUNT
-    for file in files:
-        file.read_bytes()
-    assert cached_share(files) == 1.0
-    drop(files)
-    assert cached_share(files) in (0.0, 1.0)  # 1 on a file system in memory
-
-
 def test_ffcv_takes_part_where_a_beton_file_is(folder: Path, tmp_path: Path) -> None:
     convert(Convert(src=folder, dst=tmp_path / "beton", format="beton"))
     planned = setups(Arguments(data=(folder, tmp_path / "beton"), decoders=("pillow",), batch_size=4, num_batches=3))
@@ -138,22 +127,22 @@ def test_ffcv_takes_part_where_a_beton_file_is(folder: Path, tmp_path: Path) -> 
 @needs_ffcv
 @pytest.mark.slow
 @pytest.mark.parametrize("photometric", [True, False])
-def test_ffcv_loads_the_images_it_is_asked_for(tmp_path: Path, photometric: bool) -> None:
-    """In a process of its own, which FFCV may hang. Images of one gray value are known by it, whatever the crop."""
+def test_ffcv_loads_the_given_images(tmp_path: Path, photometric: bool) -> None:
+    """In a process of its own, as FFCV may hang. Images of one gray value are identified by it, whatever the crop."""
     (tmp_path / "src").mkdir()
     for n in range(COUNT):
         Image.new("RGB", (48, 40 + n), (20 * n + 10,) * 3).save(tmp_path / "src" / f"{n:02d}.jpg")
     convert(Convert(src=tmp_path / "src", dst=tmp_path / "beton", format="beton"))
     code = (
         "import sys, torch; from pathlib import Path\n"
-        "from benchmarks.contenders.baselines.ffcv_loader import FfcvLoader\n"
+        "from benchmarks.implementations.ffcv_baseline import FfcvLoader\n"
         "from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD, ViewSpec\n"
         "plain = dict(task='t', is_target=True, jitter_p=0.0, grayscale=0.0, blur=0.0)\n"
         "specs = [ViewSpec(name='a', size=32, **plain), ViewSpec(name='b', size=16, **plain)]\n"
         "loader = FfcvLoader(Path(sys.argv[1]), specs, batch_size=4, workers=1, device=torch.device('cpu'),\n"
         f"                    photometric={photometric})\n"
         "for batches in ([[3, 1, 11, 0], [5, 4, 2, 10]], [[7, 6, 8, 9]]):\n"
-        "    taken = list(loader(batches))  # all kept: they must not change\n"
+        "    taken = list(loader(batches))  # all are held: they must not change\n"
         "    assert len(taken) == len(batches)\n"
         "    for views, wanted in zip(taken, batches):\n"
         "        for view, spec in zip(views, specs):\n"

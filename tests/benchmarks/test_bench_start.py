@@ -1,4 +1,4 @@
-"""The benchmark of starts: three kinds of them that train alike, and a result after each."""
+"""bench_start: three kinds of starts that train alike, and a result after each."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import pytest
 
 from benchmarks import bench_start
 from benchmarks.bench_start import PHASES, STARTS, parse, start
-from benchmarks.measuring.command_line import command_of, write_result
-from benchmarks.report import step_tables
+from benchmarks.report import tables
 from pipelines.runtime import InputError
 
 
@@ -28,7 +27,7 @@ def test_a_start_takes_real_steps_in_a_process_of_its_own(tiny_recipe_file: Path
 
 
 @pytest.mark.slow
-def test_a_start_that_fails_says_what_it_said(tiny_recipe_file: Path, tmp_path: Path) -> None:
+def test_a_failed_start_reports_its_last_words(tiny_recipe_file: Path, tmp_path: Path) -> None:
     own = parse(["--recipe", str(tiny_recipe_file), "--precision", "fp16"]).recipe
     with pytest.raises(InputError, match=r"a start failed with exit code 1: .*fp16"):
         start(own, "cpu", tmp_path)
@@ -67,26 +66,11 @@ def test_starts_share_a_cache_and_each_is_kept(
     assert {kind: own["first_step"] for kind, own in result["starts"].items()} == dict(
         zip(STARTS, (4.0, 5.0, 6.0), strict=True)
     )
-    assert "turn 2 of 3, compiled, second start: training after 5.0 s" in told.err
-    lines = step_tables.start({"start_cpu": result})
+    assert "trial 2 of 3, compiled, second start: training after 5.0 s" in told.err
+    lines = tables.start({"start_cpu": result})
     assert "| CPU | not compiled | 6.00 | 6.00 | 6.00 | 6.00 | 6.00 |" in lines
 
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(InputError, match="repeats is 0"):
         dataclasses.replace(parse(["--recipe", "demo"]), repeats=0)
-
-
-def test_a_command_is_told_as_it_can_be_typed() -> None:
-    words = ["/data/x y", "--contenders", "plain step", "--out=z.json", "--steps", "3", "--out", "/tmp/z.json"]
-    assert command_of("python -m b", words) == "python -m b 'x y' --contenders 'plain step' --steps 3"
-    assert command_of("python -m b", []) == "python -m b"
-
-
-def test_a_result_is_replaced_whole(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "r.json"
-    write_result(None, {"a": 1})
-    write_result(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_result(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}

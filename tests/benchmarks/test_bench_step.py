@@ -1,4 +1,4 @@
-"""The step's benchmark: the same work from the same weights, operations counted right, and results that are kept."""
+"""bench_step: the same work from the same weights, FLOP as counted by hand, and a complete result."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from benchmarks import bench_step
-from benchmarks.bench_step import ORDER, Arguments, builds_of, groups, measure
-from benchmarks.contenders.step import OURS, PEAK, PLAIN, WITH_LOADER, Setup, flops_per_image
-from benchmarks.measuring.isolated import Turn
-from benchmarks.measuring.prediction import predicted
-from benchmarks.measuring.process_memory import Memory
-from benchmarks.report import result_tables, step_tables
+from benchmarks.bench_step import ORDER, Arguments, builds_of, measure, predicted
+from benchmarks.harness.processes import Memory, Trial
+from benchmarks.harness.trials import Outcome
+from benchmarks.implementations.steps import OURS, PEAK, PLAIN, WITH_LOADER, Setup, flops_per_image
+from benchmarks.report import tables
 from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.runs.environment import environment
 from pipelines.runtime import InputError
@@ -36,7 +35,7 @@ TINY = Recipe(
 
 
 @pytest.mark.slow
-def test_all_ways_do_the_same_and_the_result_is_told(
+def test_all_modes_do_the_same_and_the_result_is_complete(
     folder: Path,
     tiny_recipe_file: Path,
     tmp_path: Path,
@@ -70,9 +69,9 @@ def test_all_ways_do_the_same_and_the_result_is_told(
         assert loaded["over_alone"]["median"] == pytest.approx(ratio)
     ratio = rows["grouped"]["images_per_second"] / rows[PLAIN]["images_per_second"]
     assert measured["times_plain"]["grouped"]["median"] == pytest.approx(ratio)
-    for line in ("building grouped ...", "built grouped after", "warm-up of grouped:", "turn 1 of 1 of grouped:"):
+    for line in ("building grouped ...", "built grouped after", "warm-up of grouped:", "trial 1 of 1 of grouped:"):
         assert line in told.err
-    lines = step_tables.step({"step_cpu": result})
+    lines = tables.step({"step_cpu": result})
     assert sum(line.startswith("| CPU | demo, batch 4 |") for line in lines) == 3
 
 
@@ -110,29 +109,26 @@ def test_operations_are_counted_as_by_hand() -> None:
     assert flops_per_image(TINY) == pytest.approx(trained + targets, rel=0.06)
 
 
-def turn(seconds: float, **more: Any) -> Turn:
+def trial(seconds: float, **more: Any) -> Trial:
     report = {"images": 40, "seconds": seconds, "steps": 10, "host_milliseconds": 5.0, **more}
-    return Turn(report=report, memory=Memory(rss=2e3, pss=1e3))
+    return Trial(report=report, memory=Memory(rss=2e3, pss=1e3))
 
 
 def test_a_gpus_numbers_fill_the_table() -> None:
-    from benchmarks.measuring.turns import Outcome
-
     profiled = {"launches": 1, "kernels": 2400, "busy_milliseconds": 90.0, "first_loss": 1.0, "device_mib": 2e4}
     plain = profiled | {"launches": 9000, "busy_milliseconds": 120.0}
-    peak = Turn(report={"tflops": 500.0, "side": 8192, "dtype": "torch.bfloat16"}, memory=Memory())
-    outcome = bench_step.Outcome(
-        turns={
-            "captured": [turn(1.0, **profiled), turn(1.0, **profiled)],
-            PLAIN: [turn(4.0, **plain), turn(2.0, **plain)],
-            "captured" + WITH_LOADER: [turn(1.25, **profiled), turn(1.25, **profiled)],
+    peak = Trial(report={"tflops": 500.0, "side": 8192, "dtype": "torch.bfloat16"}, memory=Memory())
+    outcome = Outcome(
+        trials={
+            "captured": [trial(1.0, **profiled), trial(1.0, **profiled)],
+            PLAIN: [trial(4.0, **plain), trial(2.0, **plain)],
+            "captured" + WITH_LOADER: [trial(1.25, **profiled), trial(1.25, **profiled)],
             PEAK: [peak],
         },
         failed={"compiled": "out of memory"},
     )
-    assert isinstance(outcome, Outcome)
     prediction = {"batch_size": 4, "megabytes_per_image": 1400.0, "launches": 1279, "predicted_milliseconds": 63.4}
-    measured = bench_step.summary(outcome, TINY, flops=2.5e12, prediction=prediction)
+    measured = bench_step.summary(outcome, recipe=TINY, flops=lambda: 2.5e12, prediction=prediction)
     result = {
         "benchmark": "step",
         "partial": False,
@@ -141,9 +137,9 @@ def test_a_gpus_numbers_fill_the_table() -> None:
         "recipes": [measured],
         "environment": environment() | {"gpus": ["NVIDIA H100"], "command": "made up"},
     }
-    headline = result_tables.headlines({"step_cuda": result})[2]
+    headline = tables.headlines({"step_cuda": result})[2]
     assert headline.endswith("| not measured yet | 3.00 times (captured) |")
-    lines = step_tables.step({"step_cuda": result})
+    lines = tables.step({"step_cuda": result})
     rows = {line.split(" | ")[2]: line for line in lines if line.startswith("| GPU |")}
     dash = "\N{EN DASH}"
     expected = (
@@ -156,33 +152,33 @@ def test_a_gpus_numbers_fill_the_table() -> None:
     lines = [line for line in lines if "step_cuda" in line]
     assert "NVIDIA H100" in lines[-1]
     assert (
-        "10 steps a turn, median of 2 turns, peak 500 TFLOP/s: a product of matrices of 8,192 x 8,192 in bfloat16"
+        "10 steps a trial, median of 2 trials, peak 500 TFLOP/s: a product of matrices of 8,192 x 8,192 in bfloat16"
         in (lines[-1])
     )
 
 
-def test_a_prediction_is_that_of_the_recipe_and_the_kind_of_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = {"megabytes_per_image": 1400.0, "launches": 1279, "predicted_milliseconds": None, "kernels": []}
-    (tmp_path / "compile_tiny_sm90.json").write_text(json.dumps(found))
+def test_a_prediction_is_of_the_recipe_and_the_kind_of_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"recipe": "tiny", "target": "sm_90", "launches": 1279, "predicted_milliseconds": None, "kernels": []}
+    compiled = tmp_path / "compile.jsonl"
+    compiled.write_text(json.dumps(found | {"megabytes_per_image": 1400.0}) + "\n")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert predicted("tiny", device="cuda", folder=tmp_path) == {"megabytes_per_image": 1400.0, "launches": 1279}
-    assert predicted("other", device="cuda", folder=tmp_path) is None
-    assert predicted("tiny", device="cpu", folder=tmp_path) is None
+    assert predicted("tiny", device="cuda", compiled=compiled) == {"megabytes_per_image": 1400.0, "launches": 1279}
+    assert predicted("other", device="cuda", compiled=compiled) is None
+    assert predicted("tiny", device="cuda", compiled=tmp_path / "none.jsonl") is None
+    assert predicted("tiny", device="cpu", compiled=compiled) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert predicted("tiny", device="cuda", folder=tmp_path) is None
+    assert predicted("tiny", device="cuda", compiled=compiled) is None
 
 
 def test_the_important_ones_come_first() -> None:
     arguments = Arguments(recipes=("demo", "laptop"), batch_sizes=(8, 16))
-    assert [(r.name, r.batch_size) for r in groups(arguments)] == [
+    assert [(r.name, r.batch_size) for r in arguments.planned()] == [
         ("demo", 8),
         ("laptop", 8),
         ("demo", 16),
         ("laptop", 16),
     ]
-    assert [r.batch_size for r in groups(dataclasses.replace(arguments, batch_sizes=None))] == [64, 64]
+    assert [r.batch_size for r in dataclasses.replace(arguments, batch_sizes=None).planned()] == [64, 64]
     builds = builds_of(Setup(recipe=TINY, device="cpu", steps=1), ("grouped", PLAIN, "captured"))
     assert list(builds) == ["captured", PLAIN, "grouped", PEAK]
     assert set(ORDER) == {*OURS, PLAIN}
@@ -196,7 +192,7 @@ def test_without_time_everything_is_left_out_with_a_reason(tmp_path: Path) -> No
     assert set(measured["left_out"].values()) == {"no time was left of the 0 s (--seconds)"}
 
 
-def test_what_cannot_be_is_refused(folder: Path) -> None:
+def test_invalid_arguments_are_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="contenders is 'gruoped' but must be some of captured, plain step"):
         Arguments(contenders=("gruoped",))
     with pytest.raises(InputError, match="recipes is empty"):

@@ -1,8 +1,7 @@
-"""The benchmark of views runs end to end, and its JSON holds what benchmarks/README.md promises."""
+"""bench_views runs end to end, and its result holds the fields that benchmarks/README.md lists."""
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,8 +14,7 @@ from PIL import Image
 
 from benchmarks import bench_views
 from benchmarks.bench_views import Arguments, body, measure
-from benchmarks.contenders import views as view_contenders
-from benchmarks.measuring.timing import take_turns
+from benchmarks.implementations import views as view_implementations
 from pipelines import DecodedBatch, InputError
 from pipelines.decode import missing_dali
 
@@ -33,7 +31,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 TINY = ("--num-images", "4", "--size", "32", "--local-size", "16", "--blur-kernel", "5", "--repeats", "2")
 
 
-def test_command_leaves_what_is_promised(
+def test_command_writes_a_complete_result(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "views.json"
@@ -69,46 +67,32 @@ def test_half_precision_is_as_far_off_as_its_rounding(photos: Path) -> None:
     tiny = Arguments(
         data=photos, dtype="bfloat16", contenders=("reference",), num_images=4, size=32, local_size=16, blur_kernel=5
     )
-    (entry,) = measure(tiny)["contenders"].values()
+    (entry,) = measure(tiny, command="")["contenders"].values()
     assert 1e-4 < entry["difference_from_torchvision_cpu"]["normalised"] < 0.01
 
 
-def test_a_contender_that_fails_costs_no_other_its_numbers(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(setup: view_contenders.Setup) -> view_contenders.MakeAll:
+def test_a_failure_costs_no_other_its_numbers(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(setup: view_implementations.Setup) -> view_implementations.MakeViews:
         def make(batches: Sequence[DecodedBatch]) -> Iterator[list[torch.Tensor]]:
             raise RuntimeError("out of order")
 
         return make
 
-    broken = view_contenders.Contender(what="broken", shares_decisions=False, build=fails)
-    monkeypatch.setitem(bench_views.CONTENDERS, "kornia", broken)
+    broken = view_implementations.Implementation(what="broken", shares_decisions=False, build=fails)
+    monkeypatch.setitem(bench_views.IMPLEMENTATIONS, "kornia", broken)
     tiny = Arguments(
         data=photos, contenders=("kornia", "reference"), num_images=4, size=32, local_size=16, blur_kernel=5, repeats=1
     )
-    result = measure(tiny)
+    result = measure(tiny, command="")
     assert result["failed"] == {"kornia": "RuntimeError: out of order"}
     assert list(result["contenders"]) == ["reference"]
 
 
 def test_wrong_arguments_are_explained(photos: Path) -> None:
     with pytest.raises(InputError, match=r"num_images is 5 but .* has only 4 images"):
-        measure(Arguments(data=photos, num_images=5))
+        measure(Arguments(data=photos, num_images=5), command="")
     with pytest.raises(InputError, match="repeats is 0 but must be 1 or more"):
         Arguments(data=photos, repeats=0)
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="no CUDA device"):
-            measure(Arguments(data=photos, device="cuda"))
-
-
-def test_turns_alternate() -> None:
-    calls: list[str] = []
-
-    def contender(name: str) -> list[int]:
-        calls.append(name)
-        return [1, 2]
-
-    times = take_turns(
-        {name: functools.partial(contender, name) for name in ("a", "b")}, repeats=3, device=torch.device("cpu")
-    )
-    assert calls == ["a", "b"] * 3
-    assert len(times["a"].seconds) == len(times["b"].host_seconds) == 3
+            measure(Arguments(data=photos, device="cuda"), command="")

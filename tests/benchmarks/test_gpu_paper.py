@@ -1,4 +1,4 @@
-"""benchmarks/gpu_paper.sh goes on from committed cells, keeps the new ones as they come, and says what is wrong."""
+"""benchmarks/gpu_paper.sh continues after the committed cells, keeps the new ones, and explains errors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+from benchmarks.harness.results import read_results
 from benchmarks.paper import tables
 from benchmarks.paper_small import Arguments
 
@@ -20,11 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 STUB = """#!/usr/bin/env bash
 printf '%s\\n' "$@" > "$CALL"
 while [ $# -gt 0 ]; do [ "$1" = --out ] && out=$2; [ "$1" = benchmarks.paper_small ] && data=$2; shift; done
-ls "$data" > "$CALL.data"; ls "$out" > "$CALL.before"
-sleep 1.1  # the file system's clock
-echo '{}' > "$out/first.json"
+ls "$data" > "$CALL.data"
+echo '"first"' >> "$out"
 while [ -n "${HANG:-}" ] && [ -e "$HANG" ]; do sleep 0.2; done
-echo '{}' > "$out/second.json"
+echo '"second"' >> "$out"
 exit "${CODE:-0}"
 """
 
@@ -57,8 +57,7 @@ def packed(tmp_path: Path) -> Path:
 
 
 def kept(tmp_path: Path, name: str = "paper_small_gpu") -> list[str]:
-    with tarfile.open(tmp_path / "out" / f"{name}.tar") as tar:
-        return sorted(tar.getnames())
+    return [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
 
 
 def test_the_command_parses_and_new_cells_are_kept(tmp_path: Path, packed: Path) -> None:
@@ -71,8 +70,8 @@ def test_the_command_parses_and_new_cells_are_kept(tmp_path: Path, packed: Path)
     assert arguments.seconds is not None
     assert 280 < arguments.seconds <= 300
     assert (tmp_path / "call.data").read_text().split() == ["train", "val"]
-    assert kept(tmp_path) == ["paper_small_gpu/first.json", "paper_small_gpu/second.json"]
-    assert "New cells: 2 in out/paper_small_gpu.tar" in done.stdout
+    assert kept(tmp_path) == ["first", "second"]
+    assert "New cells: 2 in out/paper_small_gpu.jsonl" in done.stdout
 
 
 def test_other_options_are_handed_on_and_time_is_never_below_a_second(tmp_path: Path, packed: Path) -> None:
@@ -90,8 +89,7 @@ def test_a_rehearsal_gives_the_first_rows_of_the_table(tmp_path: Path) -> None:
     done = run(tmp_path, "--rehearse", timeout=800, PYTHON=sys.executable, SECONDS_IN_ALL="700")
     assert done.returncode == 0, done.stderr
     assert "15 of 15 cells are left" in done.stdout, "none that tunes"
-    with tarfile.open(tmp_path / "out" / "paper_small_rehearsal.tar") as tar:
-        cells = [json.load(file) for member in tar if (file := tar.extractfile(member)) is not None]
+    cells = read_results(tmp_path / "out" / "paper_small_rehearsal.jsonl")
     assert {(cell["cell"]["variant"], cell["cell"]["seed"]) for cell in cells} == {
         (variant, seed) for variant in ("shared", "per-view") for seed in (1, 2, 3)
     }
@@ -104,18 +102,21 @@ def test_a_rehearsal_gives_the_first_rows_of_the_table(tmp_path: Path) -> None:
     ]
 
 
-def test_it_goes_on_from_committed_cells_which_are_not_handed_back(tmp_path: Path, packed: Path) -> None:
+def test_it_continues_after_committed_cells_and_after_its_own(tmp_path: Path, packed: Path) -> None:
     root = tmp_path / "clone"
-    (root / "benchmarks" / "results" / "paper_small_cpu").mkdir(parents=True)
+    (root / "benchmarks" / "results").mkdir(parents=True)
     (root / "benchmarks" / "gpu_paper.sh").write_bytes((ROOT / "benchmarks" / "gpu_paper.sh").read_bytes())
-    (root / "benchmarks" / "results" / "paper_small_cpu" / "old.json").write_text("{}")
-    done = run(tmp_path, root=root, DATA=str(packed), SETTING="cpu", DEVICE="cpu")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "call.before").read_text().split() == ["old.json"]
-    assert kept(tmp_path, "paper_small_cpu") == ["paper_small_cpu/first.json", "paper_small_cpu/second.json"]
+    (root / "benchmarks" / "results" / "paper_small_cpu.jsonl").write_text('"old"\n')
+    expected = ["old"]
+    for _ in range(2):
+        done = run(tmp_path, root=root, DATA=str(packed), SETTING="cpu", DEVICE="cpu")
+        assert done.returncode == 0, done.stderr
+        expected += ["first", "second"]
+        assert kept(tmp_path, "paper_small_cpu") == expected
+        assert "New cells: 2 in out/paper_small_cpu.jsonl" in done.stdout
 
 
-def test_what_was_done_before_a_kill_is_kept(tmp_path: Path, packed: Path) -> None:
+def test_finished_cells_survive_a_kill(tmp_path: Path, packed: Path) -> None:
     (tmp_path / "hang").touch()
     stub = tmp_path / "python"
     stub.write_text(STUB)
@@ -126,15 +127,15 @@ def test_what_was_done_before_a_kill_is_kept(tmp_path: Path, packed: Path) -> No
         env={**os.environ, **given, "HANG": str(tmp_path / "hang")},
         cwd=tmp_path,
     ) as hanging:
-        while not (tmp_path / "out" / "paper_small_gpu.tar").exists() or not kept(tmp_path):
+        while not (tmp_path / "out" / "paper_small_gpu.jsonl").exists() or not kept(tmp_path):
             assert hanging.poll() is None
             time.sleep(0.2)
         hanging.kill()
     (tmp_path / "hang").unlink()
-    assert kept(tmp_path) == ["paper_small_gpu/first.json"]
+    assert kept(tmp_path)[0] == "first"
 
 
-def test_what_is_wrong_is_told(tmp_path: Path, packed: Path) -> None:
+def test_errors_are_explained(tmp_path: Path, packed: Path) -> None:
     assert "DATA is missing: give tiny-imagenet-50" in run(tmp_path).stderr
     broken = tmp_path / "broken.tar"
     broken.write_bytes(b"no tar")

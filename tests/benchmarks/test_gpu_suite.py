@@ -1,4 +1,4 @@
-"""benchmarks/gpu_suite.sh calls commands that exist, with arguments that they take, and says if one fails."""
+"""benchmarks/gpu_suite.sh runs existing commands with valid arguments, within its time, and reports failures."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import tyro
 
-from benchmarks import bench_loader, bench_start, bench_step, bench_train, bench_views, tune_fused
-from benchmarks.measuring import draw_photos, view_bytes
-from benchmarks.report.origins import MADE_BY, SUITE
-from benchmarks.tables import load, render
+from benchmarks import bench_loader, bench_micro, bench_start, bench_step, bench_train, bench_views
+from benchmarks.compiled import view_kernels
+from benchmarks.harness import synthetic_photos
+from benchmarks.report.origins import MADE_BY, SUITE, load
+from benchmarks.tables import render
 from tools.convert import Convert
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,7 +80,7 @@ def test_commands_parse(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert begun(done) == PARTS
     assert [command(call) for call in calls] == [
-        "draw_photos",
+        "synthetic_photos",
         "bench_step",
         "convert",
         "bench_loader",
@@ -87,20 +88,21 @@ def test_commands_parse(tmp_path: Path) -> None:
         "bench_views",
         "pytest",
         "bench_step",
-        "draw_photos",
+        "synthetic_photos",
         "bench_loader",
-        "view_bytes",
-        "tune_fused",
+        "bench_micro",
+        "bench_micro",
         "bench_views",
         "bench_start",
     ]
-    drawn, small = (tyro.cli(draw_photos.Arguments, args=calls[n][2:]) for n in (0, 8))
+    drawn, small = (tyro.cli(synthetic_photos.Arguments, args=calls[n][2:]) for n in (0, 8))
     step, steps = (tyro.cli(bench_step.Arguments, args=calls[n][2:]) for n in (1, 7))
     loader, tiny = (tyro.cli(bench_loader.Arguments, args=calls[n][2:]) for n in (3, 9))
     training, start = bench_train.parse(calls[4][2:]), bench_start.parse(calls[13][2:])
     views = [tyro.cli(bench_views.Arguments, args=calls[n][2:]) for n in (5, 12)]
-    kernels = tyro.cli(tune_fused.Arguments, args=calls[11][2:])
-    assert tyro.cli(view_bytes.Arguments, args=calls[10][2:]) == view_bytes.Arguments()
+    kernels = bench_micro.parse(calls[11][2:])
+    assert isinstance(kernels, bench_micro.Fused)
+    assert bench_micro.parse(calls[10][2:]) == view_kernels.Arguments()
     assert {run.device for run in (step, steps, loader, tiny, training, *views, start)} == {"cuda"}
 
     assert (step.recipes, step.batch_sizes) == (("byol_resnet50_200ep",), (128,))
@@ -138,7 +140,7 @@ def test_commands_parse(tmp_path: Path) -> None:
 def test_without_dali_pillow_decodes_and_without_pytest_the_tests_are_left_out(tmp_path: Path) -> None:
     done, calls = suite(tmp_path, "loader", "tests", FOUND="decoder:pillow tests:no xdist:no")
     assert done.returncode == 0, done.stderr
-    assert [command(call) for call in calls] == ["draw_photos", "convert", "bench_loader"]
+    assert [command(call) for call in calls] == ["synthetic_photos", "convert", "bench_loader"]
     assert tyro.cli(bench_loader.Arguments, args=calls[2][2:]).decoders == ("pillow",)
     assert "The tests are left out: pytest or hypothesis is missing." in done.stderr
     _, calls = suite(tmp_path, "tests", FOUND="decoder:pillow tests:yes xdist:no")
@@ -158,15 +160,15 @@ def test_own_data_and_failures(tmp_path: Path, code: str) -> None:
         assert (f"FAILED: {name}" in done.stderr) == (code == "1")
 
 
-def test_what_there_is_no_time_for_is_not_begun_and_named(tmp_path: Path) -> None:
+def test_parts_without_time_are_skipped_and_named(tmp_path: Path) -> None:
     clock = tmp_path / "clock"
     clock.write_text("0")
     done, calls = suite(tmp_path, CLOCK=str(clock), COST="70", SECONDS_IN_ALL="300")
     assert done.returncode == 0, done.stderr
-    # Pictures, step, conversion and loader have taken 280 s; 20 s are enough for the kernels alone.
-    assert [command(call) for call in calls][:4] == ["draw_photos", "bench_step", "convert", "bench_loader"]
+    # Photos, step, conversion and loader have taken 280 s; 20 s are enough for the kernels alone.
+    assert [command(call) for call in calls][:4] == ["synthetic_photos", "bench_step", "convert", "bench_loader"]
     assert begun(done) == ["step", "loader", "kernels"]
-    assert "--- training is not begun: 20 s are left of 300, it takes 60 or more" in done.stderr
+    assert "--- training is skipped: 20 s are left of 300, it takes 60 or more" in done.stderr
     left = "No time was left for: training views tests steps tiny views32 start."
     assert left in done.stderr
     assert left in packed(tmp_path)["suite.log"]
@@ -177,7 +179,7 @@ def test_what_there_is_no_time_for_is_not_begun_and_named(tmp_path: Path) -> Non
 def test_without_any_time_nothing_is_run_and_it_fails(tmp_path: Path) -> None:
     done, calls = suite(tmp_path, SECONDS_IN_ALL="0", DATA="photos")
     assert (done.returncode, calls) == (1, [])
-    assert "--- step is not begun: " in done.stderr
+    assert "--- step is skipped: " in done.stderr
 
 
 def test_a_kill_leaves_what_there_was_and_a_later_call_adds_to_it(tmp_path: Path) -> None:
@@ -245,7 +247,7 @@ def test_a_rehearsal_leaves_every_result_and_they_fill_the_tables(tmp_path: Path
     assert "| columns |" in files["view_bytes.md"]
     for name in ("loader", "loader_tiny"):
         assert any(loader.endswith(", kept") for loader in results[f"{name}_cuda"]["contenders"])
-    lines = {name: made for tables in render(load(ROOT) | results).values() for name, made in tables.items()}
+    lines = {name: made for rendered in render(load(ROOT) | results).values() for name, made in rendered.items()}
     gaps = {name: [line for line in made if line.startswith(("| GPU", "- GPU"))] for name, made in lines.items()}
     for name in ("views", "loader", "train", "step", "start", "views-details"):
         assert not any("not measured yet" in line for line in gaps[name]), name
@@ -270,9 +272,9 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
-def test_drawn_photos_are_pictures(tmp_path: Path) -> None:
+def test_synthetic_photos_are_images(tmp_path: Path) -> None:
     from PIL import Image
 
-    draw_photos.draw_photos(draw_photos.Arguments(out=tmp_path / "p", count=2, height=40, width=60))
+    synthetic_photos.write_photos(synthetic_photos.Arguments(out=tmp_path / "p", count=2, height=40, width=60))
     with Image.open(tmp_path / "p" / "00001.jpg") as picture:
         assert picture.size == (60, 40)

@@ -1,4 +1,4 @@
-"""The paper's comparison tunes all arms alike, gives all cells one budget, and goes on where it was."""
+"""The paper's comparison tunes all arms alike, gives all cells one budget, and resumes."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ from benchmarks.paper.cells import (
     plan,
 )
 from benchmarks.paper.results import Results
-from benchmarks.paper.run_cell import pack, unpack
-from benchmarks.paper.splits import write_splits
+from benchmarks.paper.run_cell import pack, unpack, write_splits
 from benchmarks.paper_small import Arguments, Queue, compare, run_or_diverge
 from mvssl.training.monitor import Diverged
 from pipelines.runtime import InputError
@@ -156,7 +155,7 @@ def test_a_cell_waits_for_tuning_and_takes_the_best_point() -> None:
     assert done.runs("byol", "per-view + cutout", "paper") == [run]
 
 
-def test_points_of_another_settings_tuning_are_taken_by_name_and_told(tmp_path: Path) -> None:
+def test_points_of_another_settings_tuning_are_taken_by_name_and_recorded(tmp_path: Path) -> None:
     cell = Cell(method="byol", variant="shared", seed=2)
     names = [point.name for point in grid("byol", "paper", TINY)]
     accuracies = [0.5 if name == "slow target" else 0.1 for name in names]
@@ -166,13 +165,15 @@ def test_points_of_another_settings_tuning_are_taken_by_name_and_told(tmp_path: 
     assert point is not None
     assert (point.name, point.target_decay) == ("slow target", 0.99667), "about the middle of its own grid"
     assert here.point(dataclasses.replace(cell, variant="two-view")) is None
-    kept = here.add(cell, point, {"knn": 0.5}, folder=tmp_path, command="")
+    kept = here.add(cell, point, {"knn": 0.5}, out=tmp_path / "gpu.jsonl", command="")
     assert kept["point_from"] == {
         "results": "paper_small_cpu",
         "tuning_knn": dict(zip(names, accuracies, strict=True)),
     }
     assert here.done(cell)
-    assert Results.read(tmp_path, SETTINGS["gpu"]).runs("byol", "shared", "paper") == [kept], "also without the other"
+    assert Results.read(tmp_path / "gpu.jsonl", SETTINGS["gpu"]).runs("byol", "shared", "paper") == [kept], (
+        "also without the other"
+    )
 
 
 def test_the_gpus_first_cells_are_the_first_rows_of_the_table() -> None:
@@ -189,11 +190,13 @@ def test_the_gpus_first_cells_are_the_first_rows_of_the_table() -> None:
     assert Arguments(setting="cpu").tuned_by is Arguments(setting="cpu_release").tuned_by is None
 
 
-def test_what_is_not_tuned_elsewhere_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tuning_of_another_setting_is_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(paper_small, "RESULTS", tmp_path)
     monkeypatch.setitem(SETTINGS, "rehearsal", TINY)
     arguments = Arguments(data=data, setting="rehearsal", methods=("simsiam",), out=tmp_path / "out", runs=tmp_path)
-    with pytest.raises(InputError, match=r"paper_small_cpu lacks cells that tune simsiam-paper-shared-seed1 \(and 29"):
+    with pytest.raises(InputError, match=r"cpu\.jsonl lacks the tuning of simsiam-paper-shared-seed1 \(and 29"):
         compare(arguments, data, Console(quiet=True))
 
 
@@ -242,16 +245,14 @@ def test_no_cell_is_begun_that_would_not_end_in_time() -> None:
     assert [limited.take() is None for _ in range(3)] == [False, False, True]
 
 
-def test_it_goes_on_where_it_was(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_resumes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SETTINGS, "cpu", TINY)
     cells = plan(TINY, seeds=(1,), optimizers=("paper",))
     cells = [cell for cell in cells if (cell.method, cell.variant) == ("simsiam", "two-view")]
     cells.append(Cell(method="mocov3", variant="shared", seed=1))
     monkeypatch.setattr(paper_small, "plan", lambda *_, **__: cells)
-    out, runs = tmp_path / "results", tmp_path / "runs"
-    out.mkdir()
-    for result in tuned(cells[-1], [0.1] * 8):  # as if another machine had made them
-        (out / f"{Cell(**result['cell']).name}.json").write_text(json.dumps(result))
+    out, runs = tmp_path / "results.jsonl", tmp_path / "runs"
+    out.write_text("".join(json.dumps(result) + "\n" for result in tuned(cells[-1], [0.1] * 8)))  # of another machine
     said = Console(record=True, width=200, file=io.StringIO())
     arguments = Arguments(data=data, out=out, runs=runs, device="cpu", jobs=2)
     assert compare(dataclasses.replace(arguments, cells=2), data, said)
@@ -259,11 +260,11 @@ def test_it_goes_on_where_it_was(data: Path, tmp_path: Path, monkeypatch: pytest
     assert [cell in first.rows for cell in cells] == [True, True, *[False] * 6]
     assert "6 of 8 cells are left" in said.export_text()
 
-    before = {path: path.read_bytes() for path in out.iterdir()}
+    before = out.read_text()
     assert compare(arguments, data, Console(quiet=True))
     found = Results.read(out, TINY)
     assert set(cells) <= found.rows.keys()
-    assert all(path.read_bytes() == text for path, text in before.items())
+    assert out.read_text().startswith(before)
     assert not [path for path in runs.iterdir() if path.is_dir()], "checkpoints of finished cells are deleted"
     measured = found.rows[SIMSIAM]
     chosen = found.point(SIMSIAM)
@@ -280,9 +281,22 @@ def test_it_goes_on_where_it_was(data: Path, tmp_path: Path, monkeypatch: pytest
     changed = dataclasses.replace(TINY, epochs=3)
     with pytest.raises(InputError, match=r"is of another setting \(epochs differ\): give another --out"):
         Results.read(out, changed)
-    (out / "broken.json").write_text('{"cell": 1')
-    with pytest.raises(InputError, match=r"broken\.json is no result of a cell .*: delete it"):
+    out.write_text(before + '{"cell": 1\n')
+    with pytest.raises(InputError, match=r"results\.jsonl does not hold results of cells .*: remove what is broken"):
         Results.read(out, TINY)
+
+
+def test_a_folder_of_cells_is_read_and_extended(tmp_path: Path) -> None:
+    """As earlier versions wrote them, a file a cell."""
+    cell = Cell(method="byol", variant="shared", seed=2)
+    points = grid("byol", "paper", TINY)
+    for result in tuned(cell, [0.1] * len(points)):
+        (tmp_path / f"{Cell(**result['cell']).name}.json").write_text(json.dumps(result, indent=2))
+    found = Results.read(tmp_path, TINY)
+    assert found.point(cell) == points[0]
+    found.add(cell, points[0], {"knn": 0.5}, out=tmp_path, command="")
+    assert Results.read(tmp_path, TINY).rows == found.rows
+    assert len(found.rows) == len(points) + 1
 
 
 def test_which_images_were_right_survives_packing() -> None:
@@ -306,7 +320,7 @@ def test_a_run_that_diverges_is_a_result(data: Path, tmp_path: Path, monkeypatch
     assert Results(TINY, [row(SIMSIAM, **measured)]).runs("simsiam", "two-view", "paper") == []
 
 
-def test_workers_end_with_a_command_that_was_killed() -> None:
+def test_workers_end_with_a_killed_command() -> None:
     program = """
         import os, time
         from concurrent.futures import ProcessPoolExecutor
@@ -330,7 +344,7 @@ def test_workers_end_with_a_command_that_was_killed() -> None:
     pytest.fail("the worker went on for ten seconds")
 
 
-def test_what_cannot_be_is_named(data: Path, tmp_path: Path) -> None:
+def test_invalid_data_and_arguments_are_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"must be a folder with train/ and val/"):
         write_splits(tmp_path, tmp_path / "runs", TINY)
     with pytest.raises(InputError, match="has 2 classes but the setting needs 3"):

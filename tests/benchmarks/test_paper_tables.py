@@ -1,8 +1,9 @@
-"""Tables and picture of the paper's comparison say what its cells hold."""
+"""Tables, picture and statistics of the paper's comparison match its cells."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from numpy.typing import NDArray
 
 from benchmarks.paper import tables
 from benchmarks.paper.cells import SETTINGS, TUNING_SEED, Cell, grid
-from benchmarks.paper.picture import draw
+from benchmarks.paper.picture import plot
+from benchmarks.paper.power import Components, components, interval
 from benchmarks.paper.results import Results
 from benchmarks.paper.run_cell import pack
 from benchmarks.paper.tables import NAMES
@@ -164,9 +167,62 @@ def test_without_results_every_table_says_so() -> None:
 
 def test_the_picture_shows_what_is_there(results: dict[str, Any], tmp_path: Path) -> None:
     cells = results["paper_small_cpu"]["cells"]
-    draw(Results(SETTING, cells), tmp_path / "all.png")
-    draw(Results(SETTING, [cell for cell in cells if cell["cell"]["point"] is not None]), tmp_path / "none.png")
+    plot(Results(SETTING, cells), tmp_path / "all.png")
+    plot(Results(SETTING, [cell for cell in cells if cell["cell"]["point"] is not None]), tmp_path / "none.png")
     whole, empty = imread(tmp_path / "all.png"), imread(tmp_path / "none.png")
     assert whole.shape == empty.shape
     assert whole.shape[1] > 1000
     assert (whole != empty).mean() > 0.01
+
+
+def sampled(
+    generator: np.random.Generator, seeds: int, images: int, sizes: tuple[float, float, float], mean: float = 0.0
+) -> NDArray[np.float64]:
+    seed, image, rest = sizes
+    return (
+        mean
+        + generator.normal(0, seed, (seeds, 1))
+        + generator.normal(0, image, (1, images))
+        + generator.normal(0, rest, (seeds, images))
+    )
+
+
+def test_components_are_unbiased() -> None:
+    generator = np.random.default_rng(0)
+    found = [components(sampled(generator, 4, 50, (0.5, 1.0, 2.0))) for _ in range(400)]
+    assert np.mean([one.seed for one in found]) == pytest.approx(0.25, rel=0.15)
+    assert np.mean([one.image for one in found]) == pytest.approx(1.0, rel=0.1)
+    assert np.mean([one.rest for one in found]) == pytest.approx(4.0, rel=0.05)
+
+
+def test_standard_error_is_that_of_repeated_experiments() -> None:
+    generator = np.random.default_rng(1)
+    sizes = (0.02, 0.3, 0.4)
+    means = [sampled(generator, 3, 200, sizes).mean() for _ in range(4000)]
+    parts = Components(seed=sizes[0] ** 2, image=sizes[1] ** 2, rest=sizes[2] ** 2)
+    assert np.std(means) == pytest.approx(parts.standard_error(3, 200), rel=0.05)
+
+
+def test_so_many_seeds_see_the_difference_in_four_of_five_experiments() -> None:
+    generator = np.random.default_rng(2)
+    sizes = (0.02, 0.2, 0.4)
+    parts = Components(seed=sizes[0] ** 2, image=sizes[1] ** 2, rest=sizes[2] ** 2)
+    images = 3000
+    seeds = round(parts.seeds_for(0.02, images))
+    assert parts.seeds_for(0.02, images) == pytest.approx(seeds, rel=0.05)
+    error = parts.standard_error(seeds, images)
+    seen = [abs(sampled(generator, seeds, images, sizes, mean=0.02).mean()) > 1.959964 * error for _ in range(600)]
+    assert np.mean(seen) == pytest.approx(0.8, abs=0.06)
+
+
+def test_a_small_test_set_is_not_helped_by_seeds() -> None:
+    parts = Components(seed=0.0001, image=0.1, rest=0.1)
+    assert parts.seeds_for(0.02, 1000) == math.inf
+    assert parts.seeds_for(0.02, 100_000) < math.inf
+
+
+def test_interval_is_students() -> None:
+    # Student's sleep data (Biometrika 1908): ten differences, mean 1.58, 95 % interval 0.70 to 2.46.
+    mean, half = interval([1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4])
+    assert (mean, mean - half, mean + half) == pytest.approx((1.58, 0.7001, 2.4599), abs=1e-3)
+    assert interval([0.5]) == (0.5, math.inf)

@@ -1,4 +1,4 @@
-"""The plain step computes what ours does, so that its speed is the speed of the same work."""
+"""The plain step computes the same numbers as ours, so that its speed is that of the same work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.contenders.baselines.plain_step import PlainStep
+from benchmarks.implementations.plain_step import PlainStep
 from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.training.step import TrainStep
 from pipelines.runtime import InputError

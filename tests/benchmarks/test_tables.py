@@ -1,4 +1,4 @@
-"""The tables of the READMEs are what the results say; they fill themselves in; what is broken changes nothing."""
+"""The tables of the READMEs match the results; new results fill them; anything broken changes nothing."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ from typing import Any
 import pytest
 
 from benchmarks import bench_train, bench_views
-from benchmarks.contenders.train import OURS, OURS_SYNTHETIC, PLAIN, PLAIN_SYNTHETIC
-from benchmarks.measuring.isolated import Turn
-from benchmarks.measuring.process_memory import Memory
-from benchmarks.measuring.timing import Times
-from benchmarks.measuring.turns import ratios
-from benchmarks.report import loader_tables, result_tables, step_tables, view_tables
-from benchmarks.report.markers import fill, stale
-from benchmarks.report.origins import MADE_BY, machine, origin
-from benchmarks.report.rounding import percent, scientific, significant, with_spread
-from benchmarks.tables import COMMAND, RESULTS, TABLES, load, render, update
+from benchmarks.harness.processes import Memory, Trial
+from benchmarks.harness.trials import peak_memory, rates, ratios
+from benchmarks.implementations.training import OURS, OURS_SYNTHETIC, PLAIN, PLAIN_SYNTHETIC
+from benchmarks.report import tables
+from benchmarks.report.markdown import fill, percent, scientific, significant, with_spread
+from benchmarks.report.origins import FOLDER, MADE_BY, command, load, machine, origin
+from benchmarks.tables import COMMAND, TABLES, render, update
 from mvssl.runs.environment import environment
 from pipelines.runtime import InputError
 
@@ -39,9 +36,9 @@ GPU = environment() | {
 def tree(tmp_path: Path) -> Path:
     """The READMEs and the results in a folder of their own."""
     for file in TABLES:
-        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / file, tmp_path / file)
-    shutil.copytree(ROOT / RESULTS, tmp_path / RESULTS)
+    shutil.copytree(ROOT / FOLDER, tmp_path / FOLDER)
     update(tmp_path, check=False)
     return tmp_path
 
@@ -63,24 +60,24 @@ def cells(lines: list[str], *first: str) -> list[str]:
     return [cell.strip() for cell in row.removeprefix(start).removesuffix("|").split("|")]
 
 
-def turn(images_per_second: float, **report: float) -> Turn:
-    return Turn(report={"images": images_per_second, "seconds": 1.0, **report}, memory=Memory(rss=2e3, pss=1234.0))
+def trial(images_per_second: float, **report: float) -> Trial:
+    return Trial(report={"images": images_per_second, "seconds": 1.0, **report}, memory=Memory(rss=2e3, pss=1234.0))
 
 
 def views_result(dtype: str) -> dict[str, Any]:
     """What bench_views writes, with numbers that are made up."""
-    times = {
-        name: Times(seconds=seconds, host_seconds=[0.5 * second for second in seconds])
+    trials = {
+        name: [Trial(report={"images": 100, "seconds": each, "host_seconds": 0.5 * each}) for each in seconds]
         for name, seconds in {"fused": [0.01, 0.02, 0.04], "torchvision": [1.0, 1.0, 1.0]}.items()
     }
-    faster = bench_views.ratios(times, "torchvision")
+    faster = ratios(trials, "torchvision")
     contenders = {
-        name: bench_views.summary(own, images=100, views=5)
+        name: bench_views.summary(own, views=5)
         | {
             "times_torchvision": faster.get(name),
             "difference_from_torchvision_cpu": {"normalised": 0.0312, "levels": 1.8, "mean_levels": 0.1},
         }
-        for name, own in times.items()
+        for name, own in trials.items()
     }
     shared = {"device": "cuda", "dtype": dtype, "threads": 8, "mean_megapixels": 0.1875}
     return shared | {"contenders": contenders, "failed": {"compiled": "RuntimeError: no"}, "environment": GPU}
@@ -88,14 +85,14 @@ def views_result(dtype: str) -> dict[str, Any]:
 
 def loader_result() -> dict[str, Any]:
     """What bench_loader writes, as far as the tables need it."""
-    turns = {
-        "folder + auto": [turn(4321.0), turn(4400.0)],
-        "shards + dali, kept": [turn(3200.0), turn(3520.0)],
-        "DataLoader": [turn(400.0), turn(440.0)],
+    trials = {
+        "folder + auto": [trial(4321.0), trial(4400.0)],
+        "shards + dali, kept": [trial(3200.0), trial(3520.0)],
+        "DataLoader": [trial(400.0), trial(440.0)],
     }
     contenders = {
-        name: bench_train.rates(taken, views=5) | {"device_mib": 77.7, "cached_share_before_turns": 0.021}
-        for name, taken in turns.items()
+        name: rates(own, views=5) | peak_memory(own) | {"device_mib": 77.7, "cached_share_before_turns": 0.021}
+        for name, own in trials.items()
     }
     shared = {
         "device": "cuda",
@@ -103,7 +100,7 @@ def loader_result() -> dict[str, Any]:
         "disk": "",
         "images": 512,
         "mean_kilobytes": 61.2,
-        "times_dataloader": ratios(turns, "DataLoader"),
+        "times_dataloader": ratios(trials, "DataLoader"),
     }
     return shared | {"contenders": contenders, "failed": {}, "environment": GPU}
 
@@ -111,17 +108,17 @@ def loader_result() -> dict[str, Any]:
 def train_result() -> dict[str, Any]:
     """What bench_train writes, as far as the tables need it."""
     speeds = {OURS: 970.0, OURS_SYNTHETIC: 1000.0, PLAIN: 250.0, PLAIN_SYNTHETIC: 500.0}
-    turns = {
-        name: [turn(speed, steps=8, data_wait=0.0123, device_idle=0.0456, launching=0.0333, device_mib=54321.0)]
+    trials = {
+        name: [trial(speed, steps=8, data_wait=0.0123, device_idle=0.0456, launching=0.0333, device_mib=54321.0)]
         for name, speed in speeds.items()
     }
     return {
         "device": "cuda",
         "recipe": {"name": "byol_resnet50_200ep", "backbone": {"name": "resnet50"}, "batch_size": 128},
-        "contenders": {name: bench_train.summary(taken, views=5) for name, taken in turns.items()},
-        "loaded_over_synthetic": bench_train.ratio(turns, OURS, OURS_SYNTHETIC),
-        "plain_loaded_over_synthetic": bench_train.ratio(turns, PLAIN, PLAIN_SYNTHETIC),
-        "times_plain_with_dataloader": bench_train.ratio(turns, OURS, PLAIN),
+        "contenders": {name: bench_train.summary(taken, views=5) for name, taken in trials.items()},
+        "loaded_over_synthetic": bench_train.ratio(trials, OURS, OURS_SYNTHETIC),
+        "plain_loaded_over_synthetic": bench_train.ratio(trials, PLAIN, PLAIN_SYNTHETIC),
+        "times_plain_with_dataloader": bench_train.ratio(trials, OURS, PLAIN),
         "failed": {},
         "environment": GPU,
     }
@@ -134,18 +131,22 @@ def test_the_readmes_are_up_to_date() -> None:
 
 def test_every_result_that_is_there_is_shown_with_its_command() -> None:
     results = load(ROOT)
-    lines = result_tables.overview(results)
-    assert {"views_cpu", "loader_cpu", "paper_small_cpu"} <= results.keys()
+    lines = tables.overview(results)
+    assert {"views_cpu", "loader_cpu", "paper_small_cpu", "compile_laptop_sm90"} <= results.keys()
     for name, result in results.items():
-        file = name if "cells" in result else f"{name}.json"
-        assert cells(lines, f"[`{file}`](results/{file})")[-1] == f"`{result['environment']['command']}`"
+        file = result.get("file", f"{name}.json")
+        label = name if file == "compile.jsonl" else file
+        assert cells(lines, f"[`{label}`](results/{file})")[-1] == f"`{command(result)}`"
+        module = re.match(r"python -m benchmarks\.(\w+)", command(result))
+        assert module is not None
+        assert (ROOT / f"benchmarks/{module[1]}.py").exists(), "commands have their names of today"
     for name in MADE_BY.keys() - results.keys():
-        assert cells(lines, f"`{name}.json`")[0] == "not measured yet"
+        assert cells(lines, f"`{name}`")[0] == "not measured yet"
 
 
 def test_no_result_at_all_still_gives_every_table() -> None:
-    for tables in render({}).values():
-        for name, lines in tables.items():
+    for rendered in render({}).values():
+        for name, lines in rendered.items():
             assert any("not measured yet" in line for line in lines), name
             heights = {line.count("|") for line in lines if line.startswith("|")}
             assert len(heights) == 1, f"{name} has rows of different lengths"
@@ -159,7 +160,7 @@ def test_generating_again_changes_nothing(tree: Path) -> None:
 
 def test_a_number_edited_by_hand_is_found_and_put_right(tree: Path) -> None:
     before = texts(tree)
-    views = view_tables.views(load(tree))
+    views = tables.views(load(tree))
     row = next(line for line in views if line.startswith("| native |"))
     edit(tree / "benchmarks/MEASURED.md", row, row.replace("| native | ", "| native | 9"))
     edit(tree / "benchmarks/README.md", "| columns | 1,789 |", "| columns | 1,788 |")
@@ -167,7 +168,7 @@ def test_a_number_edited_by_hand_is_found_and_put_right(tree: Path) -> None:
     with pytest.raises(InputError) as caught:
         update(tree, check=True)
     assert str(caught.value) == (
-        "Tables are not what benchmarks/results says (views in benchmarks/MEASURED.md; kernels in "
+        "Tables do not match benchmarks/results (views in benchmarks/MEASURED.md; kernels in "
         "benchmarks/README.md): run python -m benchmarks.tables."
     )
     assert texts(tree) == after, "--check must not write"
@@ -175,12 +176,11 @@ def test_a_number_edited_by_hand_is_found_and_put_right(tree: Path) -> None:
     assert texts(tree) == before
 
 
-def test_text_beside_the_tables_is_left_alone() -> None:
+def test_text_outside_the_tables_is_untouched() -> None:
     text = "# A\n\n<!-- table: one -->\nold\n<!-- end -->\n\u2028kept\x0c\n`<!-- table: two -->` in a sentence\n"
     expected = text.replace("old", "\n| new |\n")
-    assert fill(text, {"one": ["| new |"]}, file="A.md") == expected
-    assert stale(text, {"one": ["| new |"]}, file="A.md") == ["one"]
-    assert stale(expected, {"one": ["| new |"]}, file="A.md") == []
+    assert fill(text, {"one": ["| new |"]}, file="A.md") == (expected, ["one"])
+    assert fill(expected, {"one": ["| new |"]}, file="A.md") == (expected, [])
 
 
 @pytest.mark.parametrize(
@@ -234,13 +234,13 @@ def test_a_wrong_marker_is_named_and_nothing_is_written(
         ('{"device": "cpu", ', r"cannot be read as JSON \(.*line 1 column"),
         ("\udcff", r"cannot be read as JSON \(.*can't decode byte 0xff"),
         ("[]", "does not hold a JSON object"),
-        ("{}", r"does not hold what the table '[\w-]+' shows \(it lacks '\w+'\)"),
-        ('{"contenders": 3}', r"does not hold what the table '[\w-]+' shows \(TypeError"),
+        ("{}", r"does not hold the values of the table '[\w-]+' \(it lacks '\w+'\)"),
+        ('{"contenders": 3}', r"does not hold the values of the table '[\w-]+' \(TypeError"),
     ],
     ids=["cut short", "not text", "a list", "empty", "other values"],
 )
 def test_a_broken_result_is_named_and_nothing_is_written(tree: Path, content: str, message: str) -> None:
-    (tree / RESULTS / "loader_cpu.json").write_text(content, errors="surrogateescape")
+    (tree / FOLDER / "loader_cpu.json").write_text(content, errors="surrogateescape")
     before = texts(tree)
     ending = "restore it with git checkout, or measure it again with python -m benchmarks.bench_loader"
     with pytest.raises(InputError, match=rf"^benchmarks/results/loader_cpu\.json {message}.*: {ending}") as caught:
@@ -249,12 +249,12 @@ def test_a_broken_result_is_named_and_nothing_is_written(tree: Path, content: st
     assert texts(tree) == before
 
 
-def test_a_result_that_nobody_knows_is_shown_or_named(tree: Path) -> None:
-    path = tree / RESULTS / "new.json"
+def test_an_unknown_result_is_shown_or_named(tree: Path) -> None:
+    path = tree / FOLDER / "new.json"
     path.write_text(json.dumps({"environment": GPU}))
     assert update(tree, check=False) == {"benchmarks/README.md": ["overview"]}
     path.write_text("{}")
-    with pytest.raises(InputError, match=r"results/new\.json does not hold .* git checkout, or take it out\."):
+    with pytest.raises(InputError, match=r"results/new\.json does not hold .* git checkout, or remove it\."):
         update(tree, check=False)
 
 
@@ -267,13 +267,16 @@ def test_made_up_gpu_results_fill_the_tables(tree: Path) -> None:
         "train_cuda": train_result(),
     }
     for name, result in made_up.items():
-        (tree / RESULTS / f"{name}.json").write_text(json.dumps(result))
+        (tree / FOLDER / f"{name}.json").write_text(json.dumps(result))
     assert update(tree, check=False) == {
         "README.md": ["headlines"],
         "benchmarks/MEASURED.md": ["views", "loader", "train"],
         "benchmarks/README.md": ["overview", "views-details"],
     }
-    headlines, readme, _, _, details = (text.splitlines() for text in texts(tree))
+    headlines, readme, details = (
+        (tree / file).read_text().splitlines()
+        for file in ("README.md", "benchmarks/MEASURED.md", "benchmarks/README.md")
+    )
     dash = "\N{EN DASH}"
     assert cells(readme, "fused")[3:] == [f"5,000 (2,500{dash}10,000)", "25,000", f"50.0 (25.0{dash}100)"]
     assert cells(readme, "torchvision")[3:] == [f"100 (100{dash}100)", "500", "1"]
@@ -300,7 +303,7 @@ def test_made_up_gpu_results_fill_the_tables(tree: Path) -> None:
     versions = f"torch {GPU['packages']['torch']}"
     (train_line,) = [line for line in readme if "results/train_cuda.json)" in line]
     assert train_line.startswith(f"- [GPU](results/train_cuda.json): NVIDIA H100, 16 cores (Xeon), {versions}")
-    assert train_line.endswith("`byol_resnet50_200ep`, resnet50, batch 128, one turn: `python -m benchmarks.made_up`")
+    assert train_line.endswith("`byol_resnet50_200ep`, resnet50, batch 128, one trial: `python -m benchmarks.made_up`")
 
 
 def test_cpu_results_that_are_measured_now_fill_the_tables() -> None:
@@ -308,41 +311,39 @@ def test_cpu_results_that_are_measured_now_fill_the_tables() -> None:
     trained = train_result() | cpu
     for contender in trained["contenders"].values():
         del contender["device_idle"], contender["launching"], contender["device_mib"]
-    lines = step_tables.train({"train_cpu": trained})
+    lines = tables.train({"train_cpu": trained})
     assert cells(lines, "CPU", OURS) == ["970", "1.2 %", "", "", "1,230"]
     assert cells(lines, "GPU")[0] == "not measured yet"
     cold = loader_result() | cpu | {"cold": True, "disk": "100 reads a second", "more": "fields"}
-    lines = loader_tables.loader_cold({"loader_cold_cpu": cold})
+    lines = tables.loader_cold({"loader_cold_cpu": cold})
     assert cells(lines, "CPU", "DataLoader")[-1] == "1"
-    assert "100 reads a second, at most 2.1 % of the files in memory before a turn, median of 2 turns" in lines[-1]
+    assert "100 reads a second, at most 2.1 % of the files in memory before a trial, median of 2 trials" in lines[-1]
 
 
 def test_kernel_times_fill_the_last_column() -> None:
     times = {
         name: {"now": {"milliseconds": 0.128}} for name in ("weights", "columns", "rows", "color", "down", "along")
     }
-    lines = view_tables.kernels({"tune_fused": {"images": 256, "kernels": times, "environment": GPU}})
+    lines = tables.view_kernels({"tune_fused": {"images": 256, "kernels": times, "environment": GPU}})
     assert cells(lines, "columns")[-1] == "0.500"
     assert cells(lines, "all")[-1] == "3.000"
     assert lines[-1].startswith("- [Times](results/tune_fused.json): NVIDIA H100, 16 cores")
 
 
-def test_a_contender_that_failed_stays_in_the_table() -> None:
+def test_a_failed_implementation_stays_in_the_table() -> None:
     result = train_result()
     del result["contenders"][PLAIN]
     result |= {"failed": {PLAIN: "out of memory"}, "times_plain_with_dataloader": None}
-    lines = step_tables.train({"train_cuda": result})
+    lines = tables.train({"train_cuda": result})
     assert cells(lines, "GPU", PLAIN) == ["failed", "", "", "", ""]
     assert any("mvssl over the plain step with a DataLoader: GPU not measured" in line for line in lines)
 
 
-def test_where_a_result_is_from() -> None:
+def test_origin_of_a_result() -> None:
     assert machine({"device": "cpu", "environment": GPU}) == "16 cores (Xeon)", "the GPU was not used"
     unnamed = GPU | {"processor": None, "machine": "aarch64"}
     assert machine({"device": "cpu", "environment": unnamed}) == "16 cores (aarch64)"
-    assert origin({}, "train_cpu", "CPU", folder="results") == (
-        "- CPU: not measured yet (`python -m benchmarks.bench_train DATA`)."
-    )
+    assert origin({}, "train_cpu", "CPU") == ("- CPU: not measured yet (`python -m benchmarks.bench_train DATA`).")
 
 
 @pytest.mark.parametrize(
@@ -383,4 +384,4 @@ def test_the_command_checks_and_says_what_it_found() -> None:
         check=False,
     )
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == "All tables are what the results say.\n"
+    assert result.stdout == "All tables match the results.\n"

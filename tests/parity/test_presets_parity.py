@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from benchmarks.contenders.baselines.torchvision_views import BICUBIC, MEAN
+from benchmarks.implementations.torchvision_baseline import BICUBIC, MEAN
 from pipelines import (
     DecodedBatch,
     ViewEngine,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from benchmarks.contenders.baselines.torchvision_views import BICUBIC, MEAN, STD
+from benchmarks.implementations.torchvision_baseline import BICUBIC, MEAN, STD
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
 from pipelines.views.reference.center import center_views
 from tests.samples.hard_images import FLOAT_BAR, IMAGES, unnormalised, worst

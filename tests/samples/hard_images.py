@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.contenders.baselines.torchvision_views import MEAN, STD, torchvision_view
+from benchmarks.implementations.torchvision_baseline import MEAN, STD, torchvision_view
 from pipelines import DecodedBatch, ViewEngine, ViewSpec, draw
 from pipelines.views.native.engine import native_obstacle
 

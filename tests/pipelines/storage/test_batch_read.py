@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from benchmarks.measuring.page_cache import cached_share, drop
+from benchmarks.harness.page_cache import cached_fraction, drop
 from pipelines import c_library
 from pipelines.c_library import load_library
 from pipelines.storage import batch_read, open_source
@@ -146,14 +146,14 @@ def test_advised_files_come_into_the_page_cache(tmp_path: Path) -> None:
     os.remove(paths[3])
     files = [Path(path) for path in paths if os.path.exists(path)]
     drop(files)
-    if cached_share(files) > 0.1:
+    if cached_fraction(files) > 0.1:
         pytest.skip("files on this disk are always in the page cache")
     assert advise_files(paths, nbytes, limit=8192)
     for _ in range(100):
-        if cached_share(files) == 1:
+        if cached_fraction(files) == 1:
             return
         time.sleep(0.05)
-    pytest.fail(f"only {cached_share(files):.0%} came into the page cache")
+    pytest.fail(f"only {cached_fraction(files):.0%} came into the page cache")
 
 
 @pytest.mark.usefixtures("_no_compiler")

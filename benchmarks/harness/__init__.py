@@ -1,0 +1,1 @@
+"""How the benchmarks measure: command lines, results, isolated processes, interleaved trials, the page cache."""
