@@ -81,11 +81,7 @@ def release_file(path: Path) -> None:
 
 
 def _call(module: str, *arguments: object) -> None:
-    """Run one of our commands.
-
-    Raises:
-        InputError: it failed.
-    """
+    """Run one of our commands."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     print(f"$ {module} {' '.join(map(str, arguments))}", file=sys.stderr, flush=True)
     if subprocess.run(command, check=False).returncode:

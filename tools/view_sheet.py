@@ -93,11 +93,7 @@ def _specs(options: Options) -> tuple[ViewSpec, ...]:
 
 
 def _read_views(path: Path) -> tuple[ViewSpec, ...]:
-    """The views in a recipe's JSON.
-
-    Raises:
-        InputError: the file cannot be read, or holds no valid views.
-    """
+    """The views in a recipe's JSON."""
     remedy = "write it with mvssl-train RECIPE --print-config"
     try:
         plain = json.loads(sys.stdin.read() if str(path) == "-" else path.read_text())

@@ -110,11 +110,7 @@ class Graph:
 
 
 def check_torch(version: str = torch.__version__) -> None:
-    """Refuse an unknown torch.
-
-    Raises:
-        InputError: it is older or newer than `KNOWN_TORCH`.
-    """
+    """Refuse an unknown torch."""
     found = tuple(int(number) for number in version.split(".")[:2])
     (low, high) = KNOWN_TORCH
     if not low <= found <= high:

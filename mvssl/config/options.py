@@ -197,11 +197,7 @@ def check_bf16_on_cpu(backbone: nn.Module, sizes: Iterable[int]) -> None:
 
 
 def parse_time(text: str) -> int:
-    """Seconds of a duration such as 7h30m, 90m, 1d12h, 45s, 12:00:00 or 1-12:00:00.
-
-    Raises:
-        InputError: it is none, or zero.
-    """
+    """Seconds of a duration such as 7h30m, 90m, 1d12h, 45s, 12:00:00 or 1-12:00:00."""
     found = _CLOCK.fullmatch(text) or _FORM.fullmatch(text)
     seconds = (
         0 if found is None else sum(int(part or 0) * of for part, of in zip(found.groups(), _SECONDS, strict=True))

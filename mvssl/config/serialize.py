@@ -61,11 +61,7 @@ def from_dict(plain: Mapping[str, Any], *, null_word: str | None = None) -> Reci
 
 
 def build(kind: type[T], plain: Any, where: str, *, null_word: str | None = None) -> T:
-    """Build the dataclass `kind` from a mapping of its fields, nested ones included; `where` names it in errors.
-
-    Raises:
-        InputError: as `from_dict`.
-    """
+    """Build the dataclass `kind` from a mapping of its fields, nested ones included; `where` names it in errors."""
     if not isinstance(plain, Mapping):
         raise invalid(where, plain, f"a table of {kind.__name__}'s fields", "write it as a table (an object in JSON)")
     hints = typing.get_type_hints(kind)

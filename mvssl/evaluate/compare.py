@@ -44,11 +44,7 @@ class RunSummary:
 
 
 def summarise(path: Path) -> list[RunSummary]:
-    """Summarise each network of a run folder, or of mvssl-eval's result folder, the trained one first.
-
-    Raises:
-        InputError: it is neither, or damaged.
-    """
+    """Summarise each network of a run folder, or of mvssl-eval's result folder, the trained one first."""
     if not path.is_dir():
         raise InputError(f"{path} is not a folder: give run folders, or folders of results (--out of mvssl-eval).")
     folder = RunFolder(path)

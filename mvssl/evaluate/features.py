@@ -325,11 +325,7 @@ def embed(
 
 
 def _check_decodable(source: Source, images: int, *, bad: int) -> None:
-    """Refuse to measure the few images that a failing disk left, as if they were all.
-
-    Raises:
-        InputError: too many images, of those of all ranks, cannot be decoded.
-    """
+    """Refuse to measure the few images that a failing disk left, as if they were all."""
     if too_many_bad(bad, images):
         raise InputError(
             f"{bad} of the {images} images of {source.location} cannot be decoded, too many to evaluate the others: "

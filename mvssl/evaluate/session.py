@@ -172,11 +172,7 @@ class EvalSession(BackboneSession):
 
 
 def check_labelled(evaluation: str, *sources: Source | None) -> None:
-    """Check that all images have labels, and that there are at least as many images as classes.
-
-    Raises:
-        InputError: they do not.
-    """
+    """Check that all images have labels, and that there are at least as many images as classes."""
     for source in sources:
         if source is None:
             continue

@@ -45,11 +45,7 @@ def write_report(path: Path, folder: RunFolder) -> None:
 
 
 def render(folder: RunFolder) -> str:
-    """The report as HTML.
-
-    Raises:
-        InputError: as `write_report`.
-    """
+    """The report as HTML."""
     recipe, options = folder.recipe(), folder.options()
     rows = _rows(folder.metrics)
     train = [row for row in rows if row["kind"] == "train"]
@@ -92,11 +88,7 @@ def templates() -> Environment:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON Lines file; none if there is no file.
-
-    Raises:
-        InputError: a line is damaged.
-    """
+    """Rows of a JSON Lines file; none if there is no file."""
     try:
         return list(read_jsonl(path)) if path.exists() else []
     except ValueError as error:

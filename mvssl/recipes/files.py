@@ -24,11 +24,7 @@ def is_recipe_file(argument: str) -> bool:
 
 
 def resolve_recipe(argument: str) -> Recipe:
-    """The recipe of this name or in this file.
-
-    Raises:
-        InputError: there is no such recipe, or as `load_recipe`.
-    """
+    """The recipe of this name or in this file."""
     if is_recipe_file(argument):
         return load_recipe(argument)
     if Path(argument).exists() and Path(argument).suffix:

@@ -97,11 +97,7 @@ class RunFolder:
             )
 
     def create(self, recipe: Recipe, options: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Create the folder of a new run, after `check_free`.
-
-        Raises:
-            InputError: as `check_free`, or the folder cannot be written.
-        """
+        """Create the folder of a new run, after `check_free`."""
         self.check_free(overwrite=overwrite)
         try:
             self._delete()

@@ -75,11 +75,7 @@ class ResultFile:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result file's evaluation, network, identity, results and environment.
-
-    Raises:
-        InputError: it is not a result file.
-    """
+    """A result file's evaluation, network, identity, results and environment."""
     try:
         content = json.loads(path.read_text())
         if {"evaluation", "network", "identity", "results"} <= content.keys():

@@ -116,11 +116,7 @@ class Compiler:
         return work()
 
     def _give_up(self, error: Exception) -> None:
-        """Switch to eager mode with a warning.
-
-        Raises:
-            InputError: there are several ranks.
-        """
+        """Switch to eager mode with a warning."""
         told, remedy = describe(error, self._modules)
         if self._ranks > 1:
             raise InputError(

@@ -298,11 +298,7 @@ class TrainStep:
     # What happens on the host before a step.
 
     def _check_views(self, views: Sequence[Tensor]) -> None:
-        """Check the shapes of a batch, which must be those of every batch.
-
-        Raises:
-            InputError: they are not.
-        """
+        """Check the shapes of a batch, which must be those of every batch."""
         specs = self.recipe.views
         if len(views) != len(specs):
             raise InputError(
@@ -506,11 +502,7 @@ def _has_dropout(network: nn.Module) -> bool:
 
 
 def _check_batch(recipe: Recipe, world: World) -> None:
-    """Check that the batch divides among ranks and micro-batches.
-
-    Raises:
-        InputError: it does not, or it leaves BatchNorm a single image.
-    """
+    """Check that the batch divides among ranks and micro-batches."""
     pieces = world.size * recipe.accumulate
     if recipe.batch_size % pieces:
         raise invalid(
