@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from mvssl.config.options import autocast_dtype
+from mvssl.config.device import autocast_dtype
 from mvssl.config.recipe import Optimizer, Recipe
 from mvssl.methods import get_method
 from mvssl.models.backbones import build_backbone, feature_width

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness.processes import Trials
 from benchmarks.implementations.loaders import open_train
 from benchmarks.implementations.training import synthetic
-from mvssl.config.options import autocast_dtype
+from mvssl.config.device import autocast_dtype
 from mvssl.config.recipe import Recipe
 from mvssl.models.encoder import build_networks
 from mvssl.monitor.profiling import profile_steps, synchronize

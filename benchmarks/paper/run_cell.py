@@ -16,7 +16,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.paper.cells import Cell, Point, Setting, make_recipe
-from mvssl.config.options import RunOptions, autocast_dtype, resolve_device
+from mvssl.config.device import autocast_dtype, resolve_device
+from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Recipe
 from mvssl.evaluate.features import extract_features
 from mvssl.evaluate.knn import knn_predictions

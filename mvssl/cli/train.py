@@ -17,7 +17,8 @@ from rich.console import Console
 
 from mvssl.cli.doctor import doctor
 from mvssl.cli.help import print_recipes, print_short_help, with_option
-from mvssl.config.options import RunOptions, resolve_device
+from mvssl.config.device import resolve_device
+from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
 from mvssl.distributed import exit_code_of_rank, process_local_rank, process_rank, rank_count

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-import torch
-from torch import nn
+from typing import Literal, get_args
 
 from pipelines.checks import at_least, at_least_zero, check_fields
 from pipelines.decode import DaliOptions, DecodeOptions, DecoderName
 from pipelines.loading.pixel_cache import Cache
 from pipelines.runtime import InputError, invalid
-
-_FORM = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
-_CLOCK = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")  # as SLURM writes it
-_SECONDS = (86_400, 3_600, 60, 1)
 
 LogTarget = Literal["tensorboard", "csv", "wandb", "none"]
 
@@ -106,102 +97,16 @@ class RunOptions:
         return DecodeOptions(decoder=self.decoder, threads=self.threads, dali=self.dali)
 
 
-def resolve_device(name: str, *, local_rank: int | None = None) -> torch.device:
-    """The device of an option: auto is CUDA where there is one, else the CPU.
-
-    Args:
-        name: auto, cpu, cuda or cuda:N.
-        local_rank: number of this process on its machine where several train together: each takes the GPU of its
-            number.
-
-    Raises:
-        InputError: the device is unknown or not there, or one GPU is named for several processes.
-    """
-    device = _named_device(name)
-    if local_rank is None or device.type != "cuda":
-        return device
-    if device.index is not None:
-        raise invalid("device", name, "auto, cpu or cuda with torchrun", "each process takes the GPU of its number")
-    if local_rank >= torch.cuda.device_count():
-        raise InputError(
-            f"Process {local_rank} of this machine has no GPU: torchrun was told to start more processes than the "
-            f"{torch.cuda.device_count()} GPUs here (--nproc-per-node); start fewer, or use --device cpu."
-        )
-    return torch.device("cuda", local_rank)
-
-
-def _named_device(name: str) -> torch.device:
-    """The device of a name."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise invalid("device", name, "auto, cpu, cuda or cuda:N", "choose one of these") from error
-    if device.type not in ("cpu", "cuda"):
-        raise invalid("device", name, "auto, cpu, cuda or cuda:N", "choose one of these")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"device is {name!r} but PyTorch sees no CUDA device here: use --device cpu or fix the driver."
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise invalid("device", name, f"one of the {torch.cuda.device_count()} CUDA devices", "they count from cuda:0")
-    return device
-
-
-def autocast_dtype(precision: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> torch.dtype | None:
-    """The autocast dtype on a device, None for float32; auto is bf16 on CUDA and fp32 elsewhere.
-
-    Raises:
-        InputError: fp16 without a CUDA device.
-    """
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else None
-    if precision == "fp16" and device.type != "cuda":
-        raise InputError(
-            f"Recipe.precision is 'fp16' but must be fp32 or bf16 on a {device.type} device, where fp16 is slow and "
-            "has no gradient scaler: set precision to fp32, or train on a GPU."
-        )
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def check_bf16_on_cpu(backbone: nn.Module, sizes: Iterable[int]) -> None:
-    """Refuse bf16 training on the CPU if a strided convolution (kernel above 1) is applied to a 1x1 feature map.
-
-    Its weight gradient is uninitialised memory (seen with torch 2.15 and oneDNN on AMX; float32, stride 1 and larger
-    maps are correct), so training would fail at random.
-
-    Raises:
-        InputError: a view size leads to such a map.
-    """
-    shadow = copy.deepcopy(backbone).to("meta").eval()
-    met: list[str] = []
-
-    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if not isinstance(module, nn.Conv2d) or tuple(inputs[0].shape[2:]) != (1, 1):
-            return
-        if max(module.kernel_size) > 1 and max(module.stride) > 1:
-            met.append(f"{module.kernel_size[0]} x {module.kernel_size[1]}")
-
-    for module in shadow.modules():
-        module.register_forward_pre_hook(look)
-    for size in sorted(set(sizes)):
-        with torch.no_grad():
-            shadow(torch.zeros(2, 3, size, size, device="meta"))
-        if met:
-            raise InputError(
-                f"Recipe.precision is 'bf16' but must be fp32 on the CPU for views of {size} pixels, which shrink to "
-                f"one pixel before a strided {met[0]} convolution, where torch's bf16 gradients are wrong: set "
-                "precision to fp32 or enlarge the view."
-            )
+_UNITS = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+_CLOCK = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")  # as SLURM writes it
+_SECONDS = (86_400, 3_600, 60, 1)
 
 
 def parse_time(text: str) -> int:
-    """Seconds of a duration such as 7h30m, 90m, 1d12h, 45s, 12:00:00 or 1-12:00:00."""
-    found = _CLOCK.fullmatch(text) or _FORM.fullmatch(text)
-    seconds = (
-        0 if found is None else sum(int(part or 0) * of for part, of in zip(found.groups(), _SECONDS, strict=True))
-    )
+    """Seconds of a duration such as 7h30m, 90m, 1d12h, 45s, 12:00:00 or 1-12:00:00; more than 0."""
+    found = _CLOCK.fullmatch(text) or _UNITS.fullmatch(text)
+    numbers = found.groups() if found is not None else ()
+    seconds = sum(int(number or 0) * unit for number, unit in zip(numbers, _SECONDS, strict=False))
     if not seconds:
         raise invalid("RunOptions.time", text, "a duration such as 7h30m or 12:00:00", "write hours, minutes, seconds")
     return seconds

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mvssl.config.device import Precision
 from pipelines.checks import Rule, at_least, at_least_zero, check_fields, fraction, positive, ruled
 from pipelines.runtime import InputError, invalid
 from pipelines.views.spec import ViewSpec, check_views, tasks
@@ -183,7 +184,7 @@ class Recipe:
     temperature: float | None = positive(None)
     sync_batchnorm: Literal["none", "online", "target", "both"] = "none"
     seed: int = ruled(Rule(lambda x: 0 <= x < 2**63, "between 0 and 2**63 - 1", "give another seed"), default=0)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     channels_last: bool = True
     step_mode: Literal["joint", "per-view"] = "joint"
     compile: Literal["auto", "on", "off"] = "auto"

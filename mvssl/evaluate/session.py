@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from mvssl.config.options import autocast_dtype, resolve_device
+from mvssl.config.device import autocast_dtype, resolve_device
 from mvssl.distributed import World, join_world, process_local_rank, rank_count
 from mvssl.models.backbones import feature_width
 from mvssl.runs.results import ResultFile, locked_folder

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mvssl.config.options import RunOptions, resolve_device
+from mvssl.config.device import resolve_device
+from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
 from mvssl.distributed import World

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from mvssl.config.options import RunOptions, parse_time, resolve_device
+from mvssl.config.device import resolve_device
+from mvssl.config.options import RunOptions, parse_time
 from mvssl.config.recipe import Recipe
 from mvssl.distributed import join_world, process_local_rank
 from mvssl.monitor.pictures import write_view_sheet

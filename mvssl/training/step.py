@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from mvssl.config.options import autocast_dtype, check_bf16_on_cpu
+from mvssl.config.device import autocast_dtype, check_bf16_on_cpu
 from mvssl.config.recipe import Recipe
 from mvssl.distributed import World
 from mvssl.methods import Method, get_method

@@ -147,5 +147,5 @@ def test_more_processes_than_gpus_are_refused_before_a_gpu_is_used(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     options = RunOptions(data=None, out=tmp_path / "run")
-    with pytest.raises(InputError, match=r"Process 1 of this machine has no GPU.*1 GPUs here.*start fewer"):
+    with pytest.raises(InputError, match=r"Local rank 1 has no GPU.*1 GPUs here.*start fewer"):
         run(tiny_recipe, options)
