@@ -17,14 +17,14 @@ from pipelines.runtime import run_cli
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments:
-    """Write the backbone of a run or a file for other programs.
+    """Export the backbone of a run or a file for other programs.
 
     Attributes:
-        source: which backbone. --crop is the side of the images that onnx and program take.
+        source: which backbone. --crop is the image size of onnx and program.
         out: the file to write: .safetensors (timm), .pth (torchvision), .pkl (detectron2), .onnx, .pt2 (program).
         format: timm's names; torchvision's; Detectron2's for Mask R-CNN; an ONNX program, checked with onnxruntime
             where it is installed; or a program of torch.export.
-        overwrite: replace a file that is there.
+        overwrite: replace an existing file.
     """
 
     source: Annotated[BackboneSource, tyro.conf.arg(name="")]
@@ -37,8 +37,8 @@ def body(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     asked = tyro.cli(ExportArguments, prog="mvssl-export", args=list(arguments))
     loaded = load_backbone(asked.source)
-    said = export(loaded, asked.format, asked.out, overwrite=asked.overwrite)
-    print(f"{asked.out}: {loaded.architecture} ({loaded.about or loaded.name}), {asked.format}\n  {said}")
+    note = export(loaded, asked.format, asked.out, overwrite=asked.overwrite)
+    print(f"{asked.out}: {loaded.architecture} ({loaded.about or loaded.name}), {asked.format}\n  {note}")
     return 0
 
 

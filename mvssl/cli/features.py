@@ -25,16 +25,15 @@ from pipelines.runtime import InputError, run_cli
 class FeatureArguments:
     """Write the features of the centre crop of every image, with keys and labels.
 
-    A stopped command leaves OUT.partial, from which the same command resumes. Images that cannot be decoded are left
-    out and named.
+    If stopped, the same command resumes from OUT.partial. Images that cannot be decoded are left out and named.
 
     Attributes:
         images: a folder of images, a list of files, or converted data; labels are not needed.
         out: the file to write: .npy (with a .csv of keys and labels) or .parquet.
         source: which backbone.
         compute: where and how features are computed.
-        dtype: of the numbers.
-        overwrite: replace OUT if it is there.
+        dtype: of the features.
+        overwrite: replace an existing OUT.
     """
 
     images: tyro.conf.Positional[Path]
@@ -54,7 +53,7 @@ def body(arguments: Sequence[str]) -> int:
 def _write(asked: FeatureArguments) -> None:
     check_ending(asked.out)
     if asked.out.exists() and not asked.overwrite:
-        raise InputError(f"OUT is {str(asked.out)!r}, which exists: add --overwrite to replace it, or name another.")
+        raise InputError(f"OUT is {str(asked.out)!r}, which exists: add --overwrite to replace it, or choose another.")
     partial = asked.out.with_name(f"{asked.out.name}.partial")
     with (
         open_backbone(asked.source, asked.compute) as session,

@@ -36,7 +36,7 @@ def flatten(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Say in words which fields differ between two plain recipes, e.g. ``epochs: 10 -> 20``."""
+    """The fields in which two plain recipes differ, e.g. ``epochs: 10 -> 20``."""
     was, now = dict(flatten(old)), dict(flatten(new))
     absent = "(absent)"
     return [
@@ -50,12 +50,11 @@ def from_dict(plain: Mapping[str, Any], *, null_word: str | None = None) -> Reci
     """The recipe of its plain form; the inverse of `to_dict`.
 
     Args:
-        plain: the plain form, fields with a default may be absent.
-        null_word: a text that stands for None in fields that may be None, for formats that have no null.
+        plain: the plain form; fields with a default may be missing.
+        null_word: text that stands for None, for formats without null.
 
     Raises:
-        InputError: a field is unknown to this version of mvssl, is missing, has a value of the wrong type, or a value a
-            recipe must not have.
+        InputError: a field is unknown, missing, of the wrong type, or not allowed.
     """
     return build(Recipe, plain, "recipe", null_word=null_word)
 
@@ -83,7 +82,7 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def _value(hint: Any, value: Any, where: str, null_word: str | None) -> Any:
-    """Turn one plain value into what the type hint says, or raise InputError."""
+    """One plain value, converted to the type hint."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None or (null_word is not None and value == null_word):
@@ -105,7 +104,7 @@ def _value(hint: Any, value: Any, where: str, null_word: str | None) -> Any:
 
 
 def _tuple(kinds: tuple[Any, ...], value: Any, where: str, null_word: str | None) -> tuple[Any, ...]:
-    """Turn a list into a tuple of these kinds (`kind, ...` is one of any length)."""
+    """A list as a tuple of these types; `type, ...` has any length."""
     any_length = kinds[-1] is Ellipsis
     if not isinstance(value, list):
         of_tables = dataclasses.is_dataclass(kinds[0])
@@ -120,7 +119,7 @@ def _tuple(kinds: tuple[Any, ...], value: Any, where: str, null_word: str | None
 
 
 def _scalar(kind: type, value: Any, where: str) -> Any:
-    """Check a text, truth value or number; whole numbers are numbers, truth values are not."""
+    """A string, bool or number; an int is a float, a bool is neither."""
     if kind is float:
         if isinstance(value, float):
             return value
@@ -129,7 +128,7 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     allowed, remedy = {
-        str: ("a text", "put it in quotation marks"),
+        str: ("a string", "put it in quotation marks"),
         bool: ("true or false", "write it without quotation marks"),
         int: ("a whole number", "write it without quotation marks and decimal point"),
         float: ("a number", "write it without quotation marks"),

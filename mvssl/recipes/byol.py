@@ -75,10 +75,10 @@ def byol_resnet50_200ep_two_view() -> Recipe:
 
 
 def byol_resnet50_200ep_asymmetric() -> Recipe:
-    """BYOL with two views of which the first predicts the second and not the reverse.
+    """BYOL with two views: the first predicts the second, not the reverse.
 
     Source: the code of arXiv 2602.05845 (PAPER.md section 4), which takes this one term twice: hence the weight 2.
-    Cost: 200 epochs of 1.28 M images with 2 views each, one forward less by each network than with two predictions.
+    Cost: 200 epochs of 1.28 M images with 2 views each, one forward fewer per network than with both predictions.
     Command: mvssl-train byol_resnet50_200ep_asymmetric --data IMAGENET --out RUN
     """
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Recipes in files: a TOML or JSON file that is a whole recipe, or that says what differs from a named one."""
+"""Recipe files: TOML or JSON with a whole recipe, or with overrides of a named one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TOML_NULL = "none"  # TOML has no null
 
 
 def is_recipe_file(argument: str) -> bool:
-    """Whether what stands in a recipe's place names a file, by its ending."""
+    """Whether the argument names a recipe file, by its ending."""
     return Path(argument).suffix.lower() in _READERS
 
 
@@ -37,11 +37,10 @@ def load_recipe(path: str | Path) -> Recipe:
 
     The fields are those of `Recipe`, as ``mvssl-train RECIPE --print-config`` writes them. With ``base``, the name of a
     recipe, the others override its fields: tables are merged, lists are replaced, and ``add_views`` adds to its views.
-    Where ``views`` are replaced, the base's weights of tasks that are gone go too. In TOML "none" stands for None.
+    Replacing ``views`` drops the base's weights of tasks that no longer exist. In TOML "none" stands for None.
 
     Raises:
-        InputError: the file is missing or no TOML or JSON, there is no such base, or a field is unknown, missing, of
-            the wrong type or has a value a recipe must not have. The message names the file and the field.
+        InputError: the file cannot be read, or a field is unknown, missing or not allowed; names file and field.
     """
     path = Path(path)
     try:
@@ -59,7 +58,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise InputError(f"the recipe file cannot be read ({error.strerror or error}): check the path.") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"the recipe file is no UTF-8 text ({error}): save it as UTF-8.") from error
+        raise InputError(f"the recipe file is not UTF-8 text ({error}): save it as UTF-8.") from error
     except ValueError as error:
         kind = path.suffix[1:].upper()
         raise InputError(f"the recipe file is not valid {kind} ({error}): correct it there.") from error
@@ -69,7 +68,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _recipe(content: Mapping[str, Any], *, null_word: str | None) -> Recipe:
-    """The recipe that the contents of a file describe."""
+    """The recipe of the contents of a file."""
     own = {name: value for name, value in content.items() if name not in ("base", "add_views")}
     added = content.get("add_views", [])
     if not isinstance(added, list):

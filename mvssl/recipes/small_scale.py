@@ -1,4 +1,4 @@
-"""Runs of our own, from a first look on a laptop to a day on one GPU. Not from the paper."""
+"""Our own recipes for small data, from minutes on a laptop to a day on one GPU; not from the paper."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pipelines.views.presets import paper_views
 def demo() -> Recipe:
     """Multi-task BYOL, ResNet-10-T, small views, for the synthetic data set of tools/make_demo_dataset.py.
 
-    Source: ours, sized for two CPU cores; no published accuracy. Few images and few steps: hence the small batch, the
-    quick target network and AdamW.
+    Source: ours, sized for two CPU cores; no published accuracy. A small batch, a low EMA momentum and AdamW suit its
+    few images and steps.
     Cost: 3 to 4 minutes on two cores.
     Command: tools/demo.sh
     """
@@ -90,11 +90,11 @@ def mocov3_resnet18_tiny_imagenet() -> Recipe:
 
 
 def laptop() -> Recipe:
-    """Multi-task BYOL, ResNet-18, views of 64 and 32 pixels, for a folder of some thousand photographs and no GPU.
+    """Multi-task BYOL, ResNet-18, views of 64 and 32 pixels, for a folder of a few thousand photographs and no GPU.
 
     Source: ours, byol_resnet18_tiny_imagenet with larger views and more epochs; no published accuracy; not run at this
     size. With fewer than 2,000 photographs, train for more epochs.
-    Cost: about an hour on two cores for 5,000 photographs, reckoned from a dry run at 31 images/s.
+    Cost: about an hour on two cores for 5,000 photographs, estimated from a dry run at 31 images/s.
     Command: mvssl-train laptop --data PHOTOS --out RUN
     """
     return dataclasses.replace(
@@ -111,8 +111,8 @@ def laptop() -> Recipe:
 def byol_resnet18_imagenet100() -> Recipe:
     """Multi-task BYOL, ResNet-18, the paper's views, for 100 classes of ImageNet.
 
-    Source: ours, the paper's ImageNet-1k settings with a smaller batch and a quicker target network, since an epoch has
-    a tenth of the images; no published accuracy; not run at this size.
+    Source: ours, the paper's ImageNet-1k settings with a smaller batch and a lower EMA momentum, since an epoch has a
+    tenth of the images; no published accuracy; not run at this size.
     Cost: 200 epochs of 127,000 images with 5 views each, for one GPU; not measured.
     Command: mvssl-train byol_resnet18_imagenet100 --data IMAGENET100 --out RUN
     """
@@ -129,8 +129,8 @@ def byol_resnet18_imagenet100() -> Recipe:
 def byol_resnet18_cifar() -> Recipe:
     """Multi-task BYOL, ResNet-18 for small images, views of 32 and 16 pixels, for CIFAR-10 and CIFAR-100.
 
-    Source: ours, after the paper's settings, with the 3x3 stem that is usual for such images, narrower heads and a
-    quicker target network, since an epoch has few steps; no published accuracy; not run on CIFAR.
+    Source: ours, after the paper's settings, with the usual 3x3 stem for small images, narrower heads and a lower EMA
+    momentum, since an epoch has few steps; no published accuracy; not run on CIFAR.
     Cost: 200 epochs of 50,000 images with 5 small views each, for one GPU; not measured.
     Command: mvssl-train byol_resnet18_cifar --data CIFAR --out RUN --cache auto
     """

@@ -1,4 +1,4 @@
-"""Recipes in TOML and JSON files: whole ones, what differs from a base, and a sentence for every mistake."""
+"""Recipe files in TOML and JSON: whole recipes, overrides of a base, and a clear error for every mistake."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def write(folder: Path, text: str, name: str = "own.toml") -> Path:
 
 
 @pytest.mark.parametrize("name", sorted(all_recipes()))
-def test_what_print_config_writes_is_a_recipe_file(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_print_config_writes_a_recipe_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_cli.body([name, "--print-config"]) == 0
     assert mvssl.load_recipe(write(tmp_path, capsys.readouterr().out, "own.json")) == get_recipe(name)
 
@@ -87,7 +85,7 @@ def test_the_same_in_json(tmp_path: Path) -> None:
     )
 
 
-def test_views_are_replaced_and_weights_of_lost_tasks_go(tmp_path: Path) -> None:
+def test_replacing_views_drops_the_weights_of_their_tasks(tmp_path: Path) -> None:
     views = WHOLE[WHOLE.index("[[views]]") :]
     recipe = mvssl.load_recipe(write(tmp_path, f'base = "simsiam_resnet50_200ep"\n{views}'))
     assert [view.name for view in recipe.views] == ["a", "b"]
@@ -127,7 +125,7 @@ def test_views_are_added(tmp_path: Path) -> None:
         ('base = "demo"\ntarget_decay = true', "recipe.target_decay is True but must be a number"),
         (f'base = "demo"\ntarget_decay = 1{"0" * 400}', "recipe.target_decay is 10*0 but must be a number"),
         ('base = "demo"\nchannels_last = 1', "recipe.channels_last is 1 but must be true or false"),
-        ('base = "demo"\nbackbone.name = 18', "recipe.backbone.name is 18 but must be a text"),
+        ('base = "demo"\nbackbone.name = 18', "recipe.backbone.name is 18 but must be a string"),
         ('base = "demo"\nbackbone = "resnet18"', "recipe.backbone is 'resnet18' but must be a table of Backbone's"),
         ('base = "demo"\nprecision = "fp8"', "recipe.precision is 'fp8' but must be one of auto, fp32, bf16, fp16"),
         ('base = "demo"\nprojector.hidden = 512', "recipe.projector.hidden is 512 but must be a list: .*brackets"),
@@ -149,7 +147,7 @@ def test_views_are_added(tmp_path: Path) -> None:
         ('base = "demo"\nepochs = = 3', r"is not valid TOML \(.*line 2, column 10\)"),
     ],
 )
-def test_mistakes_are_sentences_with_file_and_field(text: str, message: str, tmp_path: Path) -> None:
+def test_errors_name_file_and_field(text: str, message: str, tmp_path: Path) -> None:
     path = write(tmp_path, text)
     with pytest.raises(InputError, match=message) as raised:
         mvssl.load_recipe(path)
@@ -163,7 +161,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"folder.toml: the recipe file cannot be read"):
         mvssl.load_recipe(tmp_path / "folder.toml")
     (tmp_path / "latin.toml").write_bytes('name = "\xfc"'.encode("latin-1"))
-    with pytest.raises(InputError, match=r"latin.toml: the recipe file is no UTF-8 text"):
+    with pytest.raises(InputError, match=r"latin.toml: the recipe file is not UTF-8 text"):
         mvssl.load_recipe(tmp_path / "latin.toml")
     with pytest.raises(InputError, match=r"own.json: the recipe file is not valid JSON \(.*line 2 column 1"):
         mvssl.load_recipe(write(tmp_path, '{"base":\n', "own.json"))
@@ -173,7 +171,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         mvssl.load_recipe(write(tmp_path, "", "own.yaml"))
 
 
-def test_a_recipes_place_takes_names_and_files(tmp_path: Path) -> None:
+def test_a_recipe_is_given_by_name_or_file(tmp_path: Path) -> None:
     assert resolve_recipe("demo") == mvssl.recipes.demo()
     assert resolve_recipe(str(write(tmp_path, 'base = "demo"'))) == mvssl.recipes.demo()
     assert not is_recipe_file("demo")
