@@ -11,7 +11,7 @@ how well the predicted time fits a trace.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +20,8 @@ import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benchmarks.compiled.floor import Floor, floor
-from benchmarks.compiled.gpu_code import Graph, Kernel, capability, check_torch, resources
+from benchmarks.compiled.floor import floor
+from benchmarks.compiled.gpu_code import Graph, capability, check_torch, resources
 from benchmarks.compiled.roofline import MEASURED, Rates, milliseconds
 from benchmarks.compiled.step_code import StepCode, compile_step
 from benchmarks.harness.command import command_of
@@ -40,7 +40,6 @@ LARGEST = 15
 GRAPHS = {"inference": "target forward", "forward": "online forward", "backward": "backward"}
 """Parts of a step by the kind of their graphs."""
 
-VIEW_ENGINE = "view engine"
 _LAYERS = 4  # named of one kernel
 
 
@@ -129,13 +128,11 @@ def summary(code: StepCode, recipe: Recipe, arguments: Arguments) -> dict[str, A
     }
     compiled = _total(parts.values())
     parts |= {
-        name: _part(triton=0, library=0, eager=work.launches, megabytes=work.megabytes, images=images, rates=rates)
+        name: _part(eager=work.launches, megabytes=work.megabytes, images=images, rates=rates)
         for name, work in sorted(code.eager.items())
     }
     total = _total(parts.values())
-    views = _part(
-        triton=code.views.launches, library=0, eager=0, megabytes=code.views.megabytes, images=images, rates=rates
-    )
+    views = _part(triton=code.views.launches, megabytes=code.views.megabytes, images=images, rates=rates)
     if rates is not None:
         views["milliseconds"] = 1e9 * code.views.megabytes / rates.views
     rows = rows_of(code.graphs)
@@ -156,8 +153,8 @@ def summary(code: StepCode, recipe: Recipe, arguments: Arguments) -> dict[str, A
         "views_per_image": len(recipe.views),
         "compiled": compiled,
         "parts": parts,
-        "floor": None if least is None else _of_floor(least),
-        VIEW_ENGINE.replace(" ", "_"): views,
+        "floor": None if least is None else asdict(least) | {"total": least.total},
+        "view_engine": views,
         "kinds": _kinds(rows, images),
         "largest": _largest(rows, images, arguments),
         "resources": _resources(rows, arguments) if arguments.resources == "all" else None,
@@ -170,7 +167,8 @@ def rows_of(graphs: Sequence[Graph]) -> list[Row]:
     rows: dict[tuple[int, str, str], Row] = {}
     for number, graph in enumerate(graphs):
         for kernel in graph.kernels:
-            where = (number, kernel.source or kernel.name, "" if kernel.source else _layer(kernel))
+            layer = "" if kernel.source else next(iter(kernel.layers), "")
+            where = (number, kernel.source or kernel.name, layer)
             row = rows.setdefault(where, Row(part=GRAPHS[graph.kind], name=kernel.source or kernel.name))
             row.launches += graph.calls
             row.megabytes += graph.calls * kernel.megabytes
@@ -180,28 +178,15 @@ def rows_of(graphs: Sequence[Graph]) -> list[Row]:
     return sorted((row for row in rows.values() if row.launches), key=lambda row: -row.megabytes)
 
 
-def _layer(kernel: Kernel) -> str:
-    return kernel.layers[0] if kernel.layers else ""
-
-
 def _of_graphs(graphs: Sequence[Graph], images: int, rates: Rates | None) -> dict[str, Any]:
-    """A part of the step: all runs of its graphs."""
-
-    def over(library: bool, value: str) -> float:
-        return sum(
-            graph.calls * float(getattr(kernel, value))
-            for graph in graphs
-            for kernel in graph.kernels
-            if kernel.library == library
-        )
-
+    """A part of the step: all calls of its graphs."""
+    kernels = [(graph.calls, kernel) for graph in graphs for kernel in graph.kernels]
     return _part(
         triton=sum(graph.calls * graph.triton_launches for graph in graphs),
         library=sum(graph.calls * graph.library_calls for graph in graphs),
-        eager=0,
-        megabytes=over(False, "megabytes"),
-        library_megabytes=over(True, "megabytes"),
-        gflops=over(True, "gflops"),
+        megabytes=sum(calls * kernel.megabytes for calls, kernel in kernels if not kernel.library),
+        library_megabytes=sum(calls * kernel.megabytes for calls, kernel in kernels if kernel.library),
+        gflops=sum(calls * kernel.gflops for calls, kernel in kernels if kernel.library),
         images=images,
         rates=rates,
     )
@@ -209,12 +194,12 @@ def _of_graphs(graphs: Sequence[Graph], images: int, rates: Rates | None) -> dic
 
 def _part(
     *,
-    triton: int,
-    library: int,
-    eager: int,
-    megabytes: float,
     images: int,
     rates: Rates | None,
+    megabytes: float,
+    triton: int = 0,
+    library: int = 0,
+    eager: int = 0,
     library_megabytes: float = 0.0,
     gflops: float = 0.0,
 ) -> dict[str, Any]:
@@ -231,20 +216,11 @@ def _part(
     }
 
 
-def _total(parts: Any) -> dict[str, Any]:
+def _total(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The sum of parts."""
     rows = list(parts)
     return {
         name: None if any(row[name] is None for row in rows) else sum(row[name] for row in rows) for name in rows[0]
-    }
-
-
-def _of_floor(least: Floor) -> dict[str, Any]:
-    return asdict(least) | {
-        "total": {
-            "megabytes_per_image": sum(least.megabytes_per_image.values()),
-            "launches": sum(least.launches.values()),
-        }
     }
 
 

@@ -33,6 +33,14 @@ class Floor:
     megabytes_per_image: dict[str, float]
     launches: dict[str, int]
 
+    @property
+    def total(self) -> dict[str, float]:
+        """The sums over the parts."""
+        return {
+            "megabytes_per_image": sum(self.megabytes_per_image.values()),
+            "launches": sum(self.launches.values()),
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Layers:

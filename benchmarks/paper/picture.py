@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.paper.cells import KIND_TITLES, METHODS, OPTIMIZERS, TITLES, VARIANTS, kind_of
-from benchmarks.paper.results import Results, Row
+from benchmarks.paper.results import Results, Row, cosine
 
 COLOURS = {
     "two-view": "#888888",
@@ -24,63 +24,52 @@ COLOURS = {
     "per-view + cutout": "#7fb069",
 }
 CURVES_OF = "byol"
+STYLES = {"global": ":", "local": "--", "global/local": "-"}
 
 
 def plot(found: Results, out: Path) -> None:
-    """Plot the accuracy of all methods, and curves of BYOL's runs with the paper's optimiser, as a PNG.
-
-    Args:
-        found: finished cells.
-        out: file to write.
-    """
+    """Plot the accuracy of all methods, and curves of BYOL's runs with the paper's optimiser, as a PNG."""
     figure = Figure(figsize=(14.5, 6.6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3, width_ratios=(1.4, 1, 1))
     _accuracy(axes[0, 0], found, "linear", "linear top-1, %")
     _accuracy(axes[1, 0], found, "knn", "kNN top-1, %")
+    loss, norm, angle, rank = axes[0, 1], axes[1, 1], axes[0, 2], axes[1, 2]
     runs = {variant: rows for variant in ("shared", "per-view") if (rows := found.runs(CURVES_OF, variant, "paper"))}
-    title = f"{TITLES[CURVES_OF]}, {KIND_TITLES[kind_of(CURVES_OF, 'paper')]}"
     for task, style in (("global", "-"), ("local", "--")):
         for variant, rows in runs.items():
-            x, y = _curve([row["curves"] for row in rows], f"loss/{task}")
-            axes[0, 1].plot(x, y, style, color=COLOURS[variant], label=f"{variant}, {task}", linewidth=1.2)
-    axes[0, 1].set_title(f"{title}: loss of each task")
+            _line(loss, _curve(rows, f"loss/{task}"), style, COLOURS[variant], f"{variant}, {task}")
     for variant, rows in runs.items():
-        x, y = _curve([row["curves"] for row in rows], "grad_norm")
-        axes[1, 1].plot(x, y, color=COLOURS[variant], label=variant, linewidth=1.2)
-    axes[1, 1].set_title(f"{title}: norm of the gradient")
-    axes[1, 1].set_yscale("log")
-    styles = {"global": ":", "local": "--", "global/local": "-"}
-    for part, variant in (("predictor", "shared"), ("encoder", "shared"), ("encoder", "per-view")):
-        for pair, style in styles.items():
-            if part == "encoder" and pair != "global/local":
-                continue
-            _marks(
-                axes[0, 2],
-                runs.get(variant, []),
-                partial(_cosine, part, pair),
-                style,
-                colour="black" if part == "predictor" else COLOURS[variant],
-                label=f"{variant}, {part}: {pair}",
-            )
-    axes[0, 2].axhline(0, color="#bbbbbb", linewidth=0.8)
-    axes[0, 2].set_title(f"{title}: cosine of two views' gradients")
-    ranks: dict[str, tuple[str, Callable[[Row], float]]] = {
-        "embeddings": ("-", lambda mark: mark["embedding_rank"]),
-        "predictions, global": ("--", lambda mark: mark["prediction_rank"]["global"]),
-        "predictions, local": (":", lambda mark: mark["prediction_rank"]["local"]),
-    }
+        _line(norm, _curve(rows, "grad_norm"), "-", COLOURS[variant], variant)
+    for pair, style in STYLES.items():
+        points = _marks(runs.get("shared", []), partial(cosine, "predictor", pair))
+        _line(angle, points, style, "black", f"shared, predictor: {pair}")
     for variant, rows in runs.items():
-        for what, (style, rank) in ranks.items():
-            _marks(axes[1, 2], rows, rank, style, colour=COLOURS[variant], label=f"{variant}: {what}")
-    axes[1, 2].set_title(f"{title}: effective rank")
-    for place in (axes[0, 1], axes[1, 1], axes[0, 2], axes[1, 2]):
+        points = _marks(rows, partial(cosine, "encoder", "global/local"))
+        _line(angle, points, "-", COLOURS[variant], f"{variant}, encoder: global/local")
+    angle.axhline(0, color="#bbbbbb", linewidth=0.8)
+    for variant, rows in runs.items():
+        for what, style, value in (
+            ("embeddings", "-", lambda mark: mark["embedding_rank"]),
+            ("predictions, global", "--", lambda mark: mark["prediction_rank"]["global"]),
+            ("predictions, local", ":", lambda mark: mark["prediction_rank"]["local"]),
+        ):
+            _line(rank, _marks(rows, value), style, COLOURS[variant], f"{variant}: {what}")
+    about = f"{TITLES[CURVES_OF]}, {KIND_TITLES[kind_of(CURVES_OF, 'paper')]}"
+    for place, title in (
+        (loss, "loss of each task"),
+        (norm, "norm of the gradient"),
+        (angle, "cosine of two views' gradients"),
+        (rank, "effective rank"),
+    ):
+        place.set_title(f"{about}: {title}")
         place.set_xlabel("step")
         place.grid(alpha=0.25)
         if place.get_legend_handles_labels()[0]:
             place.legend(fontsize=7, frameon=False)
+    norm.set_yscale("log")
     if runs:  # between the ranks of embeddings and of predictions
-        axes[1, 2].legend(fontsize=7, frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.4))
+        rank.legend(fontsize=7, frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.4))
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Software": None})  # else the bytes change with the version of matplotlib
 
@@ -112,33 +101,27 @@ def _accuracy(place: Axes, found: Results, measure: str, title: str) -> None:
         place.legend(fontsize=7, frameon=False, ncols=2, loc="upper left")
 
 
-def _curve(curves: Sequence[Mapping[str, Sequence[float | None]]], name: str) -> tuple[list[float], list[float]]:
-    """Steps and the mean over the runs that have a number there."""
-    steps, values = [], []
-    for at, step in enumerate(curves[0]["step"]):
-        found = [curve[name][at] for curve in curves if at < len(curve[name])]
-        numbers = [value for value in found if value is not None]
-        if step is not None and numbers:
-            steps.append(step)
-            values.append(mean(numbers))
-    return steps, values
+def _line(place: Axes, points: dict[float, list[float]], style: str, colour: str, label: str) -> None:
+    """A line of the means over runs, by step."""
+    if points:
+        means = [mean(values) for values in points.values()]
+        place.plot(list(points), means, style, color=colour, label=label, linewidth=1.2)
 
 
-def _cosine(part: str, pair: str, mark: Row) -> float | None:
-    cosine: float | None = mark["cosine"][part].get(pair)
-    return cosine
+def _curve(rows: Sequence[Row], name: str) -> dict[float, list[float]]:
+    """The runs' values of a metric by step, as far as they have one."""
+    points = {}
+    for at, step in enumerate(rows[0]["curves"]["step"]):
+        values = [row["curves"][name][at] for row in rows if at < len(row["curves"][name])]
+        if step is not None and (numbers := [value for value in values if value is not None]):
+            points[step] = numbers
+    return points
 
 
-def _marks(
-    place: Axes, rows: Sequence[Row], value: Callable[[Any], float | None], style: str, *, colour: str, label: str
-) -> None:
-    """A line of the means over runs at their marks."""
-    by_step: dict[int, list[float]] = {}
-    for row in rows:
-        for mark in row["signals"]:
-            found = value(mark)
-            if found is not None:
-                by_step.setdefault(mark["step"], []).append(found)
-    if by_step:
-        steps = sorted(by_step)
-        place.plot(steps, [mean(by_step[step]) for step in steps], style, color=colour, label=label, linewidth=1.2)
+def _marks(rows: Sequence[Row], value: Callable[[Any], float | None]) -> dict[float, list[float]]:
+    """The runs' values at their checkpoints by step."""
+    points: dict[float, list[float]] = {}
+    for mark in (mark for row in rows for mark in row["signals"]):
+        if (found := value(mark)) is not None:
+            points.setdefault(mark["step"], []).append(found)
+    return dict(sorted(points.items()))

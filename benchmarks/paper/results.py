@@ -14,6 +14,12 @@ from pipelines.runtime import InputError
 Row = dict[str, Any]
 
 
+def cosine(part: str, pair: str, mark: Mapping[str, Any]) -> float | None:
+    """The cosine of two views' gradients in the encoder or predictor at a checkpoint, if it has one."""
+    found: float | None = mark["cosine"][part].get(pair)
+    return found
+
+
 class Results:
     """The finished cells.
 

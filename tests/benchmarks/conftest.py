@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+Bench = Callable[..., tuple[dict[str, Any], str]]
 
 TINY = """
 base = "demo"
@@ -33,3 +40,20 @@ def tiny_recipe_file(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
     path.write_text(TINY)
     return path
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
+    """Runs a benchmark's command with these words; returns its result, which stdout and --out share, and stderr."""
+
+    def run(module: ModuleType, *words: object) -> tuple[dict[str, Any], str]:
+        out = tmp_path / "results" / "out.json"
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words), "--out", str(out)])
+        assert module.body() == 0
+        result, told = json.loads(out.read_text()), capsys.readouterr()
+        assert json.loads(told.out) == result
+        assert str(tmp_path.parent) not in told.out, "no path of this machine is recorded"
+        assert {"packages", "cores", "gpus"} <= set(result["environment"])
+        return result, told.err
+
+    return run

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from benchmarks.report import tables
 from pipelines import ViewSpec, draw
 from pipelines.runtime import InputError
 from pipelines.views.native.sampling import native_obstacle
+from tests.benchmarks.conftest import Bench
 
 needs_two_cores = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="the loop and the loader need a core each"
@@ -27,16 +26,9 @@ needs_two_cores = pytest.mark.skipif(
 
 
 @pytest.mark.skipif(native_obstacle() is not None, reason="needs a C compiler")
-def test_sampling_in_c_and_torch_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, threads = tmp_path / "draws.json", torch.get_num_threads()
-    monkeypatch.setattr(
-        sys, "argv", ["bench_micro", "sampling", "--images", "8", "64", "--repeats", "3", "--out", str(out)]
-    )
-    assert bench_micro.body() == 0
-    result = json.loads(out.read_text())
-    assert json.loads(capsys.readouterr().out) == result
+def test_sampling_in_c_and_torch_is_measured(bench: Bench) -> None:
+    threads = torch.get_num_threads()
+    result, _ = bench(bench_micro, "sampling", "--images", 8, 64, "--repeats", 3)
     assert torch.get_num_threads() == threads
     assert list(result["images"]) == ["8", "64"]
     for row in result["images"].values():
@@ -64,23 +56,17 @@ def engine() -> Any:
 
 
 @needs_two_cores
-def test_both_checkouts_are_measured_next_to_a_python_thread(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other, out = tmp_path / "other", tmp_path / "out.json"
+def test_both_checkouts_are_measured_next_to_a_python_thread(folder: Path, tmp_path: Path, bench: Bench) -> None:
+    other = tmp_path / "other"
     other.mkdir()
     (other / "pipelines").symlink_to(ROOT / "pipelines")
-    words = [str(folder), "--other", str(other), "--batch-size", "4", "--size", "32", "--local-size", "16"]
-    more = ["--batches", "3", "--repeats", "1", "--seconds", "60", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["bench_micro", "gil", *words, *more])
-    assert bench_micro.body() == 0
-    result = json.loads(out.read_text())
+    words = ["--other", other, "--batch-size", 4, "--size", 32, "--local-size", 16, "--batches", 3]
+    result, _ = bench(bench_micro, "gil", folder, *words, "--repeats", 1, "--seconds", 60)
     assert result["contenders"].keys() == {"this", "other"}
     for own in result["contenders"].values():
         assert own["images_per_second"] > 0
         assert own["lost_milliseconds"] > -1  # two clocks, and a loop that loses nothing
         assert own["spread"]["n"] == 1
-    assert str(tmp_path) not in result["environment"]["command"]
 
 
 def test_gil_refuses_invalid_arguments(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from benchmarks import bench_start
 from benchmarks.bench_start import PHASES, STARTS, parse, start
 from benchmarks.report import tables
 from pipelines.runtime import InputError
+from tests.benchmarks.conftest import Bench
 
 
 @pytest.mark.slow
@@ -33,15 +33,12 @@ def test_a_failed_start_reports_its_last_words(tiny_recipe_file: Path, tmp_path:
         start(own, "cpu", tmp_path)
 
 
-def test_starts_share_a_cache_and_each_is_kept(
-    tiny_recipe_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_starts_share_a_cache_and_each_is_saved(
+    tiny_recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: Bench
 ) -> None:
     caches: list[tuple[str, Path]] = []
     partial: list[Any] = []
-    out = tmp_path / "start.json"
+    out = tmp_path / "results" / "out.json"
 
     def made_up(own: Any, device: str, cache: Path) -> dict[str, Any]:
         assert cache.is_dir()
@@ -51,22 +48,17 @@ def test_starts_share_a_cache_and_each_is_kept(
         return {phase: float(len(caches)) for phase in PHASES} | {"losses": [1.0]}
 
     monkeypatch.setattr(bench_start, "start", made_up)
-    monkeypatch.setattr(
-        sys, "argv", ["bench_start", "--recipe", str(tiny_recipe_file), "--repeats", "3", "--out", str(out)]
-    )
-    assert bench_start.body() == 0
+    result, said = bench(bench_start, "--recipe", tiny_recipe_file, "--repeats", "3")
     assert [compiles for compiles, _ in caches] == ["on", "on", "off"] * 3
     folders = [cache for _, cache in caches]
     assert folders[0] == folders[1] != folders[3] == folders[4], "a first start finds nothing compiled"
     assert not any(folder.exists() for folder in folders)
     assert partial == [True] * 8
-    result, told = json.loads(out.read_text()), capsys.readouterr()
-    assert json.loads(told.out) == result
     assert not result["partial"]
     assert {kind: own["first_step"] for kind, own in result["starts"].items()} == dict(
         zip(STARTS, (4.0, 5.0, 6.0), strict=True)
     )
-    assert "trial 2 of 3, compiled, second start: training after 5.0 s" in told.err
+    assert "trial 2 of 3, compiled, second start: training after 5.0 s" in said
     lines = tables.start({"start_cpu": result})
     assert "| CPU | not compiled | 6.00 | 6.00 | 6.00 | 6.00 | 6.00 |" in lines
 

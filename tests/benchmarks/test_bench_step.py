@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.runs.environment import environment
 from pipelines.runtime import InputError
 from pipelines.views.presets import paper_views
+from tests.benchmarks.conftest import Bench
 
 TINY = Recipe(
     name="tiny",
@@ -35,21 +35,10 @@ TINY = Recipe(
 
 
 @pytest.mark.slow
-def test_all_modes_do_the_same_and_the_result_is_complete(
-    folder: Path,
-    tiny_recipe_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    recipe, out = tiny_recipe_file, tmp_path / "step.json"
+def test_all_modes_do_the_same_and_the_result_is_complete(folder: Path, tiny_recipe_file: Path, bench: Bench) -> None:
     contenders = ("captured", PLAIN, "grouped", "view by view")  # compiling takes minutes
-    command = ["--recipes", str(recipe), "--contenders", *contenders, "--steps", "2", "--repeats", "1"]
-    monkeypatch.setattr(sys, "argv", ["bench_step", *command, "--data", str(folder), "--out", str(out)])
-    assert bench_step.body() == 0
-    result, told = json.loads(out.read_text()), capfd.readouterr()
-    assert json.loads(told.out) == result
-    assert str(tmp_path) not in told.out
+    command = ["--recipes", tiny_recipe_file, "--contenders", *contenders, "--steps", "2", "--repeats", "1"]
+    result, said = bench(bench_step, *command, "--data", folder)
     assert "--contenders captured 'plain step' grouped" in result["environment"]["command"]
     assert (result["benchmark"], result["partial"], result["device"]) == ("step", False, "cpu")
     (measured,) = result["recipes"]
@@ -70,7 +59,7 @@ def test_all_modes_do_the_same_and_the_result_is_complete(
     ratio = rows["grouped"]["images_per_second"] / rows[PLAIN]["images_per_second"]
     assert measured["times_plain"]["grouped"]["median"] == pytest.approx(ratio)
     for line in ("building grouped ...", "built grouped after", "warm-up of grouped:", "trial 1 of 1 of grouped:"):
-        assert line in told.err
+        assert line in said
     lines = tables.step({"step_cpu": result})
     assert sum(line.startswith("| CPU | demo, batch 4 |") for line in lines) == 3
 

@@ -144,8 +144,8 @@ def test_signs_are_means_over_the_second_half_of_the_runs(results: dict[str, Any
 
 
 def test_power_takes_components_from_the_difference(results: dict[str, Any]) -> None:
-    found = Results(SETTING, results["paper_small_cpu"]["cells"])
-    parts = tables.difference_components(found, "byol", "paper", "per-view", "shared", "knn")
+    (group,) = tables.groups(results)
+    parts = group.components("per-view", "shared", "knn")
     # With kNN the seeds agree on every image, so all variance is that of images: 4 of 200 differ, by 1.
     assert parts is not None
     assert parts.seed == pytest.approx(0.0, abs=1e-12)
