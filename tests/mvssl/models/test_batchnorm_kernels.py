@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mvssl.config.recipe import Backbone, Evaluation, Head, Recipe
 from mvssl.models import batchnorm
+from mvssl.models.backbones import to_memory_format
 from mvssl.models.encoder import Encoder
 from mvssl.models.fused import batchnorm as batchnorm_function
 from mvssl.models.view_batching import make_plan
@@ -337,7 +338,7 @@ def test_compiled_networks_on_a_gpu_equal_plain_ones(dtype: torch.dtype) -> None
         pytest.skip("needs a CUDA device")
     torch.manual_seed(0)
     plain = Encoder(replace(RECIPE, backbone=Backbone(name="resnet18")), drop_path=False).cuda()
-    plain = plain.to(memory_format=torch.channels_last)
+    plain = to_memory_format(plain, torch.channels_last)
     ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
     group = make_plan(RECIPE.views, joint=True, grouped=True, targets_first=False).online[0]
     batches = [

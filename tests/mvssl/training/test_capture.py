@@ -19,6 +19,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 import mvssl.training.step
 from mvssl.config.options import RunOptions
@@ -380,7 +381,7 @@ def replayed_step(graph: Callable[[TrainStep], Graph] | None = None, **changes: 
 
 def scaled(step: TrainStep) -> TrainStep:
     """With the loss scaling of fp16, whose precision the CPU refuses."""
-    step.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+    step.scaler = GradScaler("cpu", init_scale=4.0, growth_interval=3)
     return step
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from mvssl.config.recipe import Optimizer
 from mvssl.training.step import TrainStep
@@ -65,7 +66,7 @@ def test_views_of_one_size_without_grouping_are_ready_too() -> None:
 def test_scaled_gradients_are_read_by_nobody(kind: Any) -> None:
     step = make(optimizer=Optimizer(kind=kind, base_lr=0.1, warmup_epochs=3, clip_grad_norm=1.0))
     # fp16 is refused on the CPU, but its scaler works there.
-    step.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+    step.scaler = GradScaler("cpu", init_scale=4.0, growth_interval=3)
     operations = assert_ready(step, batches(step))
     assert any("_amp_update_scale_" in operation for operation in operations)
 
