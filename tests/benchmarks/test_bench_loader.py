@@ -59,6 +59,7 @@ def test_command_writes_a_complete_result(folder: Path, bench: Bench) -> None:
     assert result["environment"]["command"].endswith("--cold --chunk 2 --window 4 --disk 'any disk'")
 
 
+@pytest.mark.timing
 def test_cached_images_are_loaded_without_reading_or_decoding(folder: Path) -> None:
     planned = setups(Arguments(data=(folder,), decoders=("pillow",), cache=True, **SMALL))  # type: ignore[arg-type]
     assert [name for name in planned if name not in PEERS | DALI] == ["folder + pillow", "folder + pillow, kept"]

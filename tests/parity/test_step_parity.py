@@ -210,6 +210,7 @@ def check(
     return step, norms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("predictors", ["per-view", "shared"])
 @pytest.mark.parametrize("setting", ["multi-task", "two-view", "asymmetric"])

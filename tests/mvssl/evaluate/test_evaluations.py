@@ -167,6 +167,7 @@ def on_ranks(*commands: list[str]) -> None:
         assert eval_cli.body(arguments) == 0
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_the_same_as_one_process(finished: Path, tmp_path: Path) -> None:
     commands = {
         "knn-online": ["knn", "--k", "3", "1"],
@@ -186,6 +187,7 @@ def test_two_ranks_measure_the_same_as_one_process(finished: Path, tmp_path: Pat
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_ranks_finetune_one_network(finished: Path, tmp_path: Path) -> None:
     whole = ["finetune", "--run", str(finished), "--out", str(tmp_path), "--device", "cpu", "--epochs", "12"]
     whole += ["--batch-size", "12", "--lr", "0.05", "--backbone-out", str(tmp_path / "b.safetensors")]

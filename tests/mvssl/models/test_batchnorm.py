@@ -186,6 +186,7 @@ def test_batched_views_equal_sequential_views(name: str) -> None:
     assert_same_networks(batched, sequential)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "step_mode"),
     [

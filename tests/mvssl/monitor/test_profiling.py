@@ -140,6 +140,7 @@ def test_profile_needs_a_folder_and_leaves_none_when_it_fails(
     assert not (tmp_path / "p").exists()
 
 
+@pytest.mark.slow
 def test_a_short_run_is_profiled_beyond_its_end(
     images: Path, tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

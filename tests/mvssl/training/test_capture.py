@@ -404,6 +404,7 @@ def assert_same_state(ours: TrainStep, expected: TrainStep) -> None:
         assert torch.equal(value, theirs[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
 def test_replays_are_the_steps_bit_for_bit(changes: dict[str, Any]) -> None:
     replayed, expected = replayed_step(**changes), make(**changes)

@@ -88,6 +88,7 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
+@pytest.mark.slow
 @compiler
 @pytest.mark.parametrize("step_mode", ["joint", "per-view"])
 def test_compiled_step_is_the_eager_step(step_mode: str) -> None:
@@ -165,6 +166,7 @@ RAISED: dict[str, Callable[[], Exception]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raised", RAISED.values(), ids=RAISED.keys())
 @pytest.mark.parametrize("step_mode", ["joint", "per-view"])
 def test_failure_to_compile_the_backward_leaves_no_trace(
@@ -323,6 +325,7 @@ def test_inductors_own_failure_in_the_backward_is_named(caplog: pytest.LogCaptur
     assert network[0].weight.grad is not None
 
 
+@pytest.mark.slow
 def test_a_process_may_train_many_networks_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch gives up at the ninth version of a function unless it is told otherwise."""
     real = torch.compile

@@ -38,6 +38,7 @@ def failing_on_rank_one() -> tuple[str, bool]:
     return "nothing", dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_alone_ends_the_others() -> None:
     (message, _), (own, connected) = results(run_ranks(failing_on_rank_one, 2))
     assert message.startswith("another process of the run is gone (")
@@ -60,6 +61,7 @@ def errors_of_collective_work(messages: list[str]) -> str:
         return "nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("messages", [["", ""], ["same", "same"], ["one", "two"], ["", "two"], ["one", ""]])
 def test_an_error_on_all_ranks_is_reported_once(messages: list[str]) -> None:
     met = results(run_ranks(errors_of_collective_work, 2, messages))
@@ -83,6 +85,7 @@ def data_paths(data: list[str]) -> tuple[Path, Path | None]:
         return world.run_on_all(partial(_data_paths, Path(data[world.rank]), None, world))
 
 
+@pytest.mark.slow
 def test_validation_images_on_one_machine_only_are_refused_without_a_hang(images: Path, tmp_path: Path) -> None:
     (tmp_path / "train").symlink_to(images / "train")
     first, second = run_ranks(data_paths, 2, [str(images), str(tmp_path)])
@@ -104,6 +107,7 @@ def embed(train: str) -> int:
         return len(features.index)
 
 
+@pytest.mark.slow
 def test_bad_images_are_counted_over_all_ranks(images: Path, tmp_path: Path) -> None:
     """Every other image is bad on one rank only: too many of its own images, but not of all."""
     shutil.copytree(images / "train", tmp_path / "train")

@@ -143,6 +143,7 @@ def test_two_ranks_are_one_process(two: list[dict[str, dict[str, Tensor]]], name
         assert_same(rank[name], expected, tolerance=1e-7 if name == ADAMW else 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_FOUR)
 def test_four_ranks_are_one_process(four: list[dict[str, dict[str, Tensor]]], name: str) -> None:
     expected = trace(SAME[name], World())
@@ -191,6 +192,7 @@ def gathered_loss(predictions: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         return loss, everyone
 
 
+@pytest.mark.slow
 def test_infonce_with_gathered_keys_is_the_formula_of_the_whole_batch() -> None:
     generator = torch.Generator().manual_seed(3)
     predictions, keys = (torch.randn(8, 5, generator=generator, dtype=torch.float64) for _ in range(2))

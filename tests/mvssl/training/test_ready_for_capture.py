@@ -45,6 +45,7 @@ def make(**changes: Any) -> TrainStep:
     return TrainStep(replace(RECIPE, **changes), device="cpu", total_steps=40, steps_per_epoch=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
 def test_two_steps_are_the_same_operations(changes: dict[str, Any]) -> None:
     step = make(**changes)

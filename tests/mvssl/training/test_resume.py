@@ -24,6 +24,7 @@ from pipelines.runtime import InputError
 from tests.samples.tiny_runs import STEPS, CrashError, crash_at, metrics, train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crash", [1, 4, 6, 11])
 def test_resume_after_a_crash_is_bitwise_the_uninterrupted_run(
     finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, crash: int

@@ -79,6 +79,7 @@ def test_a_folder_that_cannot_be_written_leaves_torchs_default(
     assert "set TORCHINDUCTOR_CACHE_DIR" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_caches_its_compiled_code(
     images: Path, tiny_recipe: Recipe, no_caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

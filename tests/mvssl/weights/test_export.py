@@ -99,6 +99,7 @@ def test_detectron2_finds_all_its_tensors(tmp_path: Path) -> None:
     assert held["matching_heuristics"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
 def test_onnxruntime_gives_the_same_features_for_any_batch_size(name: str, tmp_path: Path) -> None:
     crop = 64 if name == "resnet18" else 224
