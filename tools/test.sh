@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs all checks with one command: installation, lint, format, types, tests, and the interpreted Triton kernels.
 #
-#   tools/test.sh                        # everything except timing tests: about 12 minutes on two cores
-#   tools/test.sh -m "not slow"          # the fast lane: about 3 minutes on two cores, without interpreted kernels
+#   tools/test.sh                        # everything except timing tests: 12 to 18 minutes on two cores
+#   tools/test.sh -m "not slow"          # the fast lane: some minutes on two cores, without interpreted kernels
 #   tools/test.sh -m timing              # tests that measure real time: on an idle machine only
 #   tools/test.sh tests/tools -k demo    # arguments go to pytest
 #
