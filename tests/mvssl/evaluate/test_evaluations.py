@@ -161,10 +161,9 @@ def test_stopped_finetuning_resumes_to_the_same_network(
     assert torch.equal(exported.backbone.state_dict()["conv1.0.weight"], expected["backbone.conv1.0.weight"])
 
 
-def on_ranks(*commands: list[str]) -> None:
-    """Run evaluations one after the other in a rank."""
-    for arguments in commands:
-        assert eval_cli.body(arguments) == 0
+def on_ranks(arguments: list[str]) -> None:
+    """Run an evaluation in a rank."""
+    assert eval_cli.body(arguments) == 0
 
 
 @pytest.mark.slow
@@ -176,10 +175,10 @@ def test_two_ranks_measure_the_same_as_one_process(finished: Path, tmp_path: Pat
             *("linear", "--protocol", "release", "--release.epochs", "2", "--release.batch-size", "12")
         ],
     }
-    for ranks in (1, 2):
-        shared = ["--run", str(finished), "--out", str(tmp_path / f"{ranks}"), "--device", "cpu", "--decoder", "pillow"]
-        results_of(run_ranks(on_ranks, ranks, *([*arguments, *shared] for arguments in commands.values())))
-    for name in commands:
+    for name, arguments in commands.items():
+        for ranks in (1, 2):  # processes of their own for each: a port serves one group of ranks
+            whole = [*arguments, "--run", str(finished), "--out", str(tmp_path / f"{ranks}")]
+            results_of(run_ranks(on_ranks, ranks, [*whole, "--device", "cpu", "--decoder", "pillow"]))
         one, two = (read_result(tmp_path / ranks / f"{name}.json")["results"] for ranks in ("1", "2"))
         assert one == two
     for place in ("features.npy", "state.npy"):
