@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from contextlib import suppress
+from typing import Any, NoReturn, TextIO, cast
 
 
 class InputError(ValueError):
@@ -61,12 +63,94 @@ def describe_os_error(error: OSError) -> str:
     return f"{what}{where}: {remedy}." if remedy else f"{what}{where}."
 
 
+class SteadyStream(io.TextIOBase):
+    """Standard output or error that may go away: a closed pipe or terminal, or a full disk behind a redirection.
+
+    Text that cannot be written is dropped, from the first failure on, and the program continues. Characters that the
+    encoding lacks are written as escapes.
+
+    Attributes:
+        failure: why nothing is written any more; None as long as all is well.
+        on_failure: called once with that reason; who sets it tells the user, and results do not depend on the stream.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.failure: OSError | None = None
+        self.on_failure: Callable[[OSError], None] | None = None
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        """Write `text`, or drop it; the number of its characters either way."""
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop what is buffered."""
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, operation: Callable[[], object]) -> None:
+        if self.failure is not None:
+            return
+        try:
+            operation()
+        except OSError as error:
+            self.failure = error
+            with suppress(OSError, ValueError):  # what is buffered, and what libraries print, goes nowhere
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+            if self.on_failure is not None:
+                self.on_failure(error)
+
+    def fileno(self) -> int:
+        """File descriptor of the stream."""
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        """Whether the stream is a terminal."""
+        return self._stream.isatty()
+
+    def writable(self) -> bool:
+        """True: text may be written at any time."""
+        return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Encoding of the stream."""
+        return self._stream.encoding
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def steady(stream: TextIO) -> TextIO:
+    """The stream as a `SteadyStream`."""
+    return stream if isinstance(stream, SteadyStream) else cast("TextIO", SteadyStream(stream))
+
+
+def _keep_standard_streams() -> None:
+    """Open closed standard streams on the null device, lest the next file be opened in their place, and steady them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is `number`
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+    sys.stdout, sys.stderr = steady(sys.stdout), steady(sys.stderr)
+
+
 def run_cli(body: Callable[[], int | None]) -> NoReturn:
     """Run `body` and exit with its code (None means 0).
 
     InputError and OSError are printed to stderr as "error: SENTENCE" without a traceback (exit code 1); Ctrl-C exits
     with 130. Other exceptions are bugs and keep their traceback. The argument parser exits with 2 for usage errors.
+    Output that nobody reads any more stops nothing; if it could not be written for another reason, such as a full disk,
+    the exit code is 1.
     """
+    _keep_standard_streams()
     try:
         code = body() or 0
     except InputError as error:
@@ -78,4 +162,14 @@ def run_cli(body: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("error: interrupted; what was finished is kept.", file=sys.stderr)
         code = EXIT_INTERRUPTED
-    sys.exit(code)
+    sys.exit(code or _output_code())
+
+
+def _output_code() -> int:
+    """Exit code of a command that succeeded: 1 if standard output was to hold its result but could not be written."""
+    sys.stdout.flush()
+    failure = getattr(sys.stdout, "failure", None)
+    if failure is None or failure.errno == errno.EPIPE or sys.stdout.on_failure is not None:  # type: ignore[attr-defined]
+        return 0
+    print(f"error: standard output could not be written: {describe_os_error(failure)}", file=sys.stderr)
+    return EXIT_ERROR

@@ -44,7 +44,7 @@ USAGE = """usage: mvssl-train RECIPE --data PATH --out RUN [overrides]
 
 RECIPE is the name of a recipe, or a .toml or .json recipe file.
 
-exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 75 stopped by SIGINT or SIGTERM after saving
+exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 75 stopped by SIGINT, SIGTERM or SIGHUP after saving
 (run the same command with --resume), 130 stopped by Ctrl-C before training or by a second Ctrl-C."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from pipelines.runtime import SteadyStream, steady
+
 
 @contextmanager
 def run_log(path: Path, console: Console, *, rank: int = 0) -> Iterator[None]:
     """Send records of the logger ``mvssl`` to the console (from INFO) and to the file `path` (from DEBUG).
 
-    Ranks other than 0 write no file; their warnings go to stderr, with the rank.
+    Ranks other than 0 write no file; their warnings go to stderr, with the rank. If the console goes away, the file
+    still has everything, and warnings go to stderr.
     """
     logger = logging.getLogger("mvssl")
     handlers: list[logging.Handler]
@@ -23,6 +27,10 @@ def run_log(path: Path, console: Console, *, rank: int = 0) -> Iterator[None]:
         file = logging.FileHandler(path)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers = [file, _ConsoleHandler(console)]
+        if isinstance(console.file, SteadyStream):
+            console.file.on_failure = lambda error: logger.warning(
+                "the console is gone (%s): going on without it; %s has every line", error.strerror or error, path
+            )
     else:
         handlers = [_ConsoleHandler(Console(stderr=True), level=logging.WARNING, prefix=f"rank {rank}: ")]
     level, propagate = logger.level, logger.propagate
@@ -53,4 +61,9 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         mark = f"[yellow]{record.levelname.lower()}:[/] " if record.levelno >= logging.WARNING else ""
-        self._console.print(mark + escape(self._prefix + record.getMessage()), soft_wrap=True, highlight=False)
+        text = mark + escape(self._prefix + record.getMessage())
+        gone = getattr(self._console.file, "failure", None) is not None
+        if gone and record.levelno >= logging.WARNING:
+            Console(file=steady(sys.stderr)).print(text, soft_wrap=True, highlight=False)
+        else:
+            self._console.print(text, soft_wrap=True, highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -29,7 +30,7 @@ from mvssl.training.memory import explain_out_of_memory
 from mvssl.training.monitor import Diverged, Monitor
 from mvssl.training.shutdown import Interrupted, StopRequest
 from mvssl.weights.init_from import init_from
-from pipelines.runtime import InputError
+from pipelines.runtime import InputError, steady
 
 logger = logging.getLogger("mvssl")
 
@@ -73,7 +74,7 @@ def train(recipe: Recipe, *, data: str | Path, out: str | Path, **options: Any) 
 
     Raises:
         InputError: an argument cannot be used.
-        Interrupted: SIGINT or SIGTERM came, or the time is over; everything is saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came, or the time is over; everything is saved.
         Diverged: the loss became NaN or infinite.
         OtherRankFailed: another rank failed, and reports why, or is gone.
     """
@@ -87,7 +88,7 @@ def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) 
     began, folder = time.monotonic(), RunFolder(options.out)
     device = resolve_device(options.device, local_rank=process_local_rank())
     with join_world(cuda=device.type == "cuda") as world:
-        console = (console or Console()) if world.is_rank0 else Console(quiet=True)
+        console = (console or Console(file=steady(sys.stdout))) if world.is_rank0 else Console(quiet=True)
         world.run_on_rank0(lambda: _check_folder(folder, recipe, options))
         with ExitStack() as lock, open_experiment(recipe, options, console, world) as experiment:
             locked = world.run_on_rank0(lambda: _lock_existing(folder, lock))  # before anything in it is touched

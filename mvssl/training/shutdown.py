@@ -16,8 +16,8 @@ from mvssl.distributed import World
 EXIT_INTERRUPTED = 75
 """Exit code of a run that saved a checkpoint and stopped on request (EX_TEMPFAIL of sysexits.h: run it again)."""
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""SLURM sends SIGUSR1 ahead of a job's end if asked to (sbatch --signal=USR1@120)."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""SIGHUP: the terminal was closed. SLURM sends SIGUSR1 ahead of a job's end if asked to (sbatch --signal=USR1@120)."""
 
 TIME = "The end of --time"
 _TIME_CODE = 1000  # above all signal numbers
@@ -59,7 +59,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self._previous[number] = signal.signal(number, self._handle)
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(

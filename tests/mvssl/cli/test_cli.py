@@ -16,6 +16,7 @@ import timm
 from mvssl.cli import eval as eval_cli
 from mvssl.cli import export as export_cli
 from mvssl.cli import train as train_cli
+from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import read_jsonl
 from mvssl.runs.results import read_result
 from pipelines.runtime import InputError, run_cli
@@ -186,12 +187,16 @@ def wait_for_steps(process: subprocess.Popen[bytes], metrics: Path, lines: int) 
 
 @pytest.mark.slow
 def test_kill_and_sigterm_in_mid_epoch_then_resume_give_the_same_metrics(images: Path, tmp_path: Path) -> None:
-    """A run killed, resumed, stopped with SIGTERM (exit code 75) and resumed equals one that never was."""
+    """A run killed, resumed, stopped with SIGTERM and SIGHUP (exit code 75) and resumed equals one that never was."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     long = ("--epochs", "14", "--evaluation.every-epochs", "7", "--save-every-steps", "5", "--save-every-epochs", "0")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run(command(images, whole, *long), env=environment, check=True, capture_output=True)
-    for number, lines, code in ((signal.SIGKILL, 5, -signal.SIGKILL), (signal.SIGTERM, 14, 75)):
+    for number, lines, code in (
+        (signal.SIGKILL, 5, -signal.SIGKILL),
+        (signal.SIGTERM, 12, 75),
+        (signal.SIGHUP, 16, 75),
+    ):
         more = ("--resume",) if broken.exists() else ()
         process = subprocess.Popen(command(images, broken, *long, *more), env=environment, stdout=subprocess.DEVNULL)
         try:
@@ -203,3 +208,26 @@ def test_kill_and_sigterm_in_mid_epoch_then_resume_give_the_same_metrics(images:
     assert (broken / "metrics.jsonl").read_bytes() != (whole / "metrics.jsonl").read_bytes()
     subprocess.run(command(images, broken, *long, "--resume"), env=environment, check=True, capture_output=True)
     assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("redirection", ["pipe", "full disk"])
+def test_a_run_goes_on_without_its_console(redirection: str, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with open("/dev/full" if redirection == "full disk" else os.devnull, "w") as full:
+        process = subprocess.Popen(
+            command(images, out),
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE if redirection == "pipe" else full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if process.stdout is not None:
+            process.stdout.close()
+            process.stdout = None
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert RunFolder(out).backbone.exists()
+    log = RunFolder(out).log.read_text()
+    assert "INFO done: " in log
+    for text in (said, log):
+        assert text.count("the console is gone") == 1
