@@ -138,7 +138,7 @@ def _keep_standard_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is `number`
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
     sys.stdout, sys.stderr = steady(sys.stdout), steady(sys.stderr)
 
 

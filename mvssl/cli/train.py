@@ -44,8 +44,8 @@ USAGE = """usage: mvssl-train RECIPE --data PATH --out RUN [overrides]
 
 RECIPE is the name of a recipe, or a .toml or .json recipe file.
 
-exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 75 stopped by SIGINT, SIGTERM or SIGHUP after saving
-(run the same command with --resume), 130 stopped by Ctrl-C before training or by a second Ctrl-C."""
+exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 75 stopped by SIGINT, SIGTERM or SIGHUP after
+saving (run the same command with --resume), 130 stopped by Ctrl-C before training or by a second Ctrl-C."""
 
 
 @dataclass(frozen=True, kw_only=True)
