@@ -168,8 +168,9 @@ def run_cli(body: Callable[[], int | None]) -> NoReturn:
 def _output_code() -> int:
     """Exit code of a command that succeeded: 1 if standard output was to hold its result but could not be written."""
     sys.stdout.flush()
-    failure = getattr(sys.stdout, "failure", None)
-    if failure is None or failure.errno == errno.EPIPE or sys.stdout.on_failure is not None:  # type: ignore[attr-defined]
+    stream: Any = sys.stdout
+    failure = stream.failure if isinstance(stream, SteadyStream) else None
+    if failure is None or failure.errno == errno.EPIPE or stream.on_failure is not None:
         return 0
     print(f"error: standard output could not be written: {describe_os_error(failure)}", file=sys.stderr)
     return EXIT_ERROR
