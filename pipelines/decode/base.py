@@ -34,11 +34,11 @@ class Decoded:
 class Decoder(Protocol):
     """Decodes images to 8-bit RGB; on the CPU all decoders give the same pixels.
 
-    Gray and palette images become RGB, CMYK is converted, alpha is dropped, 16-bit values keep their high byte, EXIF
-    orientation is applied, and the first of several frames is taken. Empty, truncated, undecodable and huge
-    (`MAX_PIXELS`) files are failures with a reason, not exceptions. The result for an image does not depend on the
-    others of the call. A JPEG that is damaged inside but complete decodes with its damage, as with libjpeg; a few of
-    those pass with DALI and fail with Pillow.
+    Gray and palette images become RGB, CMYK is converted, alpha is dropped, 16-bit values keep their high byte, the
+    orientation is that of Pillow's `exif_transpose`, and the first of several frames is taken. Empty, truncated,
+    undecodable and huge (`MAX_PIXELS`) files are failures with a reason, not exceptions. The result for an image does
+    not depend on the others of the call. A JPEG that is damaged inside but complete decodes with its damage, as with
+    libjpeg; a few of those pass with DALI and fail with Pillow.
     """
 
     @property

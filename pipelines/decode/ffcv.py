@@ -17,12 +17,11 @@ import numpy as np
 import torch
 
 from pipelines.decode.base import MAX_PIXELS, Decoded, completed_by_pillow
-from pipelines.decode.pillow import UPRIGHT, PillowDecoder, orientation_of
+from pipelines.decode.pillow import PillowDecoder
 from pipelines.decode.sniff import Header, sniff
 
 _RGB = 0  # turbojpeg.h: TJPF_RGB
 _ACCURATE = 4096  # TJFLAG_ACCURATEDCT: the transform of libjpeg, and so of Pillow
-_EXIF = b"Exif\0\0"
 
 
 class FfcvDecoder:
@@ -46,7 +45,7 @@ class FfcvDecoder:
     def __call__(self, encoded: Sequence[np.ndarray]) -> Decoded:
         """Decode N images, uint8 [bytes] each, to pixels on the CPU."""
         headers = [sniff(data) for data in encoded]
-        wanted = [n for n, header in enumerate(headers) if _for_ffcv(encoded[n], header)]
+        wanted = [n for n, header in enumerate(headers) if _for_ffcv(header)]
         sizes = torch.tensor([_size(headers[n]) for n in wanted], dtype=torch.int64).reshape(-1, 2)
         ends = (sizes.prod(dim=1) * 3).cumsum(0)
         pixels = torch.empty(int(ends[-1]) if wanted else 0, dtype=torch.uint8)
@@ -130,13 +129,9 @@ def missing_ffcv() -> str | None:
     return None
 
 
-def _for_ffcv(data: np.ndarray, header: Header | None) -> bool:
+def _for_ffcv(header: Header | None) -> bool:
     """Whether an image is a plain upright JPEG."""
-    if header is None or not header.plain or header.height * header.width > MAX_PIXELS:
-        return False
-    content = data.tobytes()  # other metadata of any length may come first
-    start = content.find(_EXIF)
-    return start < 0 or orientation_of(content[start:]) not in UPRIGHT
+    return header is not None and header.plain and header.upright and header.height * header.width <= MAX_PIXELS
 
 
 def _size(header: Header | None) -> tuple[int, int]:

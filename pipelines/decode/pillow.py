@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipelines.decode.base import MAX_PIXELS, Decoded
 from pipelines.decode.sniff import sniff
@@ -23,8 +23,7 @@ _FORMATS = tuple(
     for name in ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "TGA", "HEIF")
     if name in Image.OPEN
 )
-_ORIENTATION_TAG = 0x0112  # EXIF 2.32, section 4.6.4
-UPRIGHT = {
+_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -86,9 +85,9 @@ def _too_large(width: int, height: int) -> str:
 
 def _rgb(image: Image.Image) -> np.ndarray:
     """Upright 8-bit RGB pixels, uint8 [H, W, 3]."""
-    orientation = _orientation(image)
     image.load()
-    upright = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+    orientation = _orientation(image)  # afterwards: in a PNG it may follow the pixels
+    upright = image if orientation is None else image.transpose(_UPRIGHT[orientation])
     if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
         return _deep_gray(upright)
     upright.info.pop("transparency", None)  # dropped like an alpha channel
@@ -96,20 +95,12 @@ def _rgb(image: Image.Image) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """The EXIF orientation (DALI does not read the XMP one; Pillow applies that of TIFF)."""
-    raw = image.info.get("exif")
-    return orientation_of(raw) if raw and image.format != "TIFF" else None
-
-
-def orientation_of(raw: bytes) -> int | None:
-    """The orientation in EXIF data that begins with "Exif" and two zero bytes; None if there is none."""
-    exif = Image.Exif()
+    """The orientation by which Pillow's `exif_transpose` rotates: of EXIF, else of a PNG's raw profile, else of XMP."""
     try:
-        exif.load(raw)
-        value = exif.get(_ORIENTATION_TAG)
+        value = image.getexif().get(ExifTags.Base.Orientation)
+        return value if value in _UPRIGHT else None
     except Exception:  # broken EXIF data must not lose the image
         return None
-    return value if isinstance(value, int) else None
 
 
 def _deep_gray(image: Image.Image) -> np.ndarray:

@@ -1,7 +1,10 @@
-"""Reads an image header in microseconds: which decoder can handle it, and its size."""
+"""Reads an image header in microseconds: which decoder can handle it, its size and its EXIF orientation."""
 
 from __future__ import annotations
 
+import re
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +12,14 @@ import numpy as np
 _FRAME = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended and progressive Huffman frames (ITU T.81, table B.1)
 _NO_FRAME = frozenset((0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xD8, 0xD9, 0xDA))
 _PNG = b"\x89PNG\r\n\x1a\n"
+_SCAN = 0xDA
+_EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+_XMP_TURNED = re.compile(rb'tiff:Orientation(?:="|>)[2-8]')
+_ORIENTATION = 0x0112  # EXIF 2.32, section 4.6.4
+_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}  # of a value, by TIFF type
+_SHORT = 3
+_segment: Callable[[memoryview, int], tuple[int, int, int]] = struct.Struct(">BBH").unpack_from
+_TIFF = {b"II*\0": "<", b"MM\0*": ">"}  # byte order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,12 +28,15 @@ class Header:
 
     Attributes:
         height, width: in pixels, before any EXIF rotation.
-        plain: whether it is a complete 8-bit gray or YCbCr Huffman JPEG, which all decoders treat alike.
+        plain: whether it is a complete 8-bit gray or YCbCr Huffman JPEG, whose orientation is stated once and as EXIF
+            wants it, which all decoders treat alike.
+        upright: whether a plain image needs no rotation.
     """
 
     height: int
     width: int
     plain: bool
+    upright: bool = False
 
 
 def sniff(data: np.ndarray) -> Header | None:
@@ -40,25 +54,72 @@ def _big(view: memoryview, at: int, count: int) -> int:
 
 
 def _jpeg(view: memoryview) -> Header | None:
-    """Walk the segments up to the frame header."""
-    at, last, stored_rgb = 2, len(view) - 20, False
+    """Walk the segments up to the first scan."""
+    at, last, stored_rgb, frame = 2, len(view) - 20, False, 0
+    metadata: list[bytes] = []  # EXIF and XMP may also follow the frame header
     while at < last:
-        if view[at] != 0xFF:
-            return None
-        marker = view[at + 1]
+        ff, marker, size = _segment(view, at)
+        if ff != 0xFF or marker == _SCAN:
+            break
         if marker == 0xFF:  # a fill byte before the marker
             at += 1
             continue
-        if marker in _FRAME:
-            height, width, parts = _big(view, at + 5, 2), _big(view, at + 7, 2), view[at + 9]
-            ycbcr = parts == 3 and not stored_rgb and view[at + 10] != 0x52  # a first component named "R" means RGB
-            # A file without end marker is truncated or has trailing bytes: Pillow finds out which.
-            complete = view[-2] == 0xFF and view[-1] == 0xD9
-            plain = complete and view[at + 4] == 8 and height > 0 and width > 0 and (parts == 1 or ycbcr)
-            return Header(height=height, width=width, plain=plain)
-        if marker in _NO_FRAME:
+        if marker == 0xE1:
+            metadata.append(bytes(view[at + 4 : at + 2 + size]))
+        elif marker in _FRAME:
+            if frame:
+                return None
+            frame = at
+        elif marker in _NO_FRAME:
             return None
-        if marker == 0xEE and bytes(view[at + 4 : at + 9]) == b"Adobe" and view[at + 15] == 0:  # transform 0: no YCbCr
-            stored_rgb = True
-        at += 2 + _big(view, at + 2, 2)
-    return None
+        elif marker == 0xEE and bytes(view[at + 4 : at + 9]) == b"Adobe" and view[at + 15] == 0:
+            stored_rgb = True  # transform 0: no YCbCr
+        at += 2 + size
+    if not frame:
+        return None
+    height, width, parts = _big(view, frame + 5, 2), _big(view, frame + 7, 2), view[frame + 9]
+    ycbcr = parts == 3 and not stored_rgb and view[frame + 10] != 0x52  # a first component named "R" means RGB
+    # A file without end marker is truncated or has trailing bytes: Pillow finds out which.
+    complete = view[-2] == 0xFF and view[-1] == 0xD9
+    orientation = _agreed_orientation(metadata) if metadata else 1
+    plain = complete and view[frame + 4] == 8 and height > 0 and width > 0 and (parts == 1 or ycbcr)
+    return Header(height=height, width=width, plain=plain and orientation is not None, upright=orientation == 1)
+
+
+def _agreed_orientation(metadata: list[bytes]) -> int | None:
+    """The orientation, 1 to 8, by a JPEG's APP1 segments; None where decoders disagree and Pillow is the reference."""
+    exif = [segment for segment in metadata if segment[:4].lower() == b"exif"]
+    orientation: int | None = 0
+    if exif:
+        orientation = _ifd_orientation(exif[0]) if len(exif) == 1 and exif[0].startswith(_EXIF) else None
+    if orientation == 0:  # Pillow then takes XMP's, DALI does not
+        turned = any(segment.startswith(_XMP) and _XMP_TURNED.search(segment) for segment in metadata)
+        orientation = None if turned else 1
+    return orientation
+
+
+def _ifd_orientation(exif: bytes) -> int | None:
+    """The orientation, 1 to 8, in an EXIF segment; 0 if it has none; None unless its first directory is well-formed."""
+    tiff = exif[len(_EXIF) :]
+    order = _TIFF.get(tiff[:4])
+    if order is None or len(tiff) < 10:
+        return None
+    (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+    if start + 2 > len(tiff):
+        return None
+    (count,) = struct.unpack_from(f"{order}H", tiff, start)
+    entries = tiff[start + 2 : start + 2 + 12 * count]
+    if len(entries) < 12 * count or len(tiff) < start + 6 + 12 * count:  # the offset of the next directory follows
+        return None
+    found = 0
+    for tag, kind, values, place in struct.iter_unpack(f"{order}HHII", entries):
+        if tag == _ORIENTATION:
+            value = place if order == "<" else place >> 16 if not place & 0xFFFF else 0
+            if found or kind != _SHORT or values != 1 or not 1 <= value <= 8:
+                return None
+            found = value
+            continue
+        size = values * _BYTES.get(kind, len(tiff))
+        if size > 4 and place + size > len(tiff):  # Pillow stops reading here
+            return None
+    return found
