@@ -1,16 +1,22 @@
-"""Writes files atomically, locks folders that only one process may write, and names the user's cache folder."""
+"""Writes files atomically, locks folders that only one process may write, and finds a folder for cached files."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
+import logging
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines.runtime import InputError
+
+_log = logging.getLogger("mvssl.data")
+_TRIAL_BYTES = 1 << 20  # written to see whether a folder has room; with a full quota only empty files can be made
 
 
 def temporary_path(path: Path) -> Path:
@@ -115,9 +121,9 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/mvssl``, else ``~/.cache/mvssl``, else ``mvssl-<uid>`` among the temporary files.
+    """The user's cache folder: ``$XDG_CACHE_HOME/mvssl``, else ``~/.cache/mvssl``, else one among the temporary files.
 
-    It need not exist.
+    It need not exist, and it may be unusable: `cache_folders` are for reading, `writable_cache` is for writing.
     """
     base = os.environ.get("XDG_CACHE_HOME")
     if base:
@@ -125,4 +131,87 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "mvssl"
     except RuntimeError:  # no HOME, and a user id without a name: usual in containers
-        return Path(tempfile.gettempdir()) / f"mvssl-{os.getuid()}"
+        return _temporary_cache()
+
+
+def cache_folders(folder: Path) -> list[Path]:
+    """Folders to look for cached files in: `folder`, and the temporary one if nobody else can write to it."""
+    temporary = _temporary_cache()
+    return [path for path in dict.fromkeys((folder, temporary)) if path != temporary or _is_private(path)]
+
+
+def writable_cache(folder: Path, *, execute: bool = False) -> Path:
+    """`folder`, or a temporary folder of this user alone if `folder` cannot be used, which is said once.
+
+    Args:
+        folder: the user's cache folder; created if need be.
+        execute: libraries are to be loaded from it, which file systems can forbid.
+
+    Raises:
+        OSError: the temporary folder cannot be used either; the message says why.
+    """
+    obstacle = cache_obstacle(folder, execute=execute)
+    if obstacle is None:
+        return folder
+    temporary = _temporary_cache()
+    if temporary == folder or cache_obstacle(temporary, execute=execute) is not None:
+        try:
+            temporary = Path(_folder_of_process().name)
+        except OSError as error:
+            raise OSError(f"{obstacle}, and there is no temporary folder ({error.strerror or error})") from error
+        if (second := cache_obstacle(temporary, execute=execute)) is not None:
+            raise OSError(f"{obstacle}, and {second}")
+    _announce(obstacle, temporary)
+    return temporary
+
+
+def cache_obstacle(folder: Path, *, execute: bool = False) -> str | None:
+    """Why `folder` cannot hold cached files (with `execute`: libraries), or None; it is created if need be."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder == _temporary_cache() and not _is_private(folder):
+            return f"{folder} belongs to another user or can be written by others"
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(bytes(_TRIAL_BYTES))
+            file.flush()
+        forbidden = execute and os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)
+    except OSError as error:
+        return f"{folder} cannot be written ({error.strerror or error})"
+    return f"{folder} is on a file system mounted noexec" if forbidden else None
+
+
+def _temporary_cache() -> Path:
+    """``mvssl-<uid>`` among the temporary files: the same for all processes of this user."""
+    try:
+        base = tempfile.gettempdir()
+    except FileNotFoundError:  # no place for temporary files can be written
+        base = "/tmp"
+    return Path(base) / f"mvssl-{os.getuid()}"
+
+
+@functools.cache
+def _folder_of_process() -> tempfile.TemporaryDirectory[str]:
+    """A temporary folder of this process alone, where `_temporary_cache` cannot be used; removed at its end."""
+    return tempfile.TemporaryDirectory(prefix=f"mvssl-{os.getuid()}-")
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether a folder is this user's and no other's: what lies in it can be trusted. Links are not followed."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+@functools.cache
+def _announce(obstacle: str, temporary: Path) -> None:
+    """Warn once per host and reason that the cache is a temporary folder."""
+    level = logging.WARNING if os.environ.get("LOCAL_RANK", "0") in ("", "0") else logging.DEBUG
+    _log.log(
+        level,
+        "the cache folder %s: caching in %s, which may not last; set XDG_CACHE_HOME to a folder that can be written "
+        "and executed from.",
+        obstacle,
+        temporary,
+    )

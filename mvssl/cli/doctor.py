@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mvssl.training.compile import keep_compiled_code
 from pipelines.decode import default_threads
 from pipelines.decode.ffcv import missing_ffcv
-from pipelines.files import cache_folder
+from pipelines.files import cache_folder, cache_obstacle
 from pipelines.runtime import InputError
 from pipelines.storage import open_source, split_paths
 from pipelines.views.native.sampling import native_obstacle
@@ -34,6 +32,7 @@ _DISK_READS = 200  # images read to time the disk
 _SHARED_BYTES = 1 << 30  # shared memory that NCCL and others may need
 _CORES_PER_GPU = 8  # to decode and launch for one GPU without starving it
 _CODE_BYTES = 2 << 30  # free space for compiled code
+_OTHER_CACHE = "set XDG_CACHE_HOME to a folder on a disk that can be written and executed from"
 _COLOURS = {"ok": "green", "slower": "yellow", "missing": "red"}
 
 
@@ -186,15 +185,18 @@ def _compiler() -> Finding:
     if obstacle is None:
         return Finding("ok", "views on the CPU, sampling and reading are compiled C")
     found = f"{obstacle}: views on the CPU and sampling run in Python"
+    folder = cache_obstacle(cache_folder(), execute=True)
+    if folder is not None and folder in obstacle:
+        return Finding("slower", found, _OTHER_CACHE)
     return Finding("slower", found, "apt-get install gcc libc6-dev (or set CC)")
 
 
 def _compiled_code() -> Finding:
-    keep_compiled_code()
     folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    obstacle = cache_obstacle(folder, execute=True)
+    if obstacle is not None:
+        found = f"{obstacle}: what is compiled is cached among the temporary files, which may not last"
+        return Finding("slower", found, _OTHER_CACHE)
     free = shutil.disk_usage(folder).free
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     if free < _CODE_BYTES:

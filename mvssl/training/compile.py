@@ -15,7 +15,7 @@ from torch import nn
 
 from mvssl.config.recipe import Recipe
 from mvssl.training.compile_errors import describe, is_compile_error
-from pipelines.files import cache_folder
+from pipelines.files import cache_folder, cache_obstacle, writable_cache
 from pipelines.runtime import InputError
 
 logger = logging.getLogger("mvssl")
@@ -162,20 +162,17 @@ def keep_compiled_code() -> None:
     """Let torch.compile and Triton cache compiled code in the user's cache folder.
 
     By default torch keeps it among the temporary files, which do not survive a reboot or a new container. Variables
-    that are set already stay; so does torch's default if the folder cannot be written.
+    that are set already stay; so does torch's default if no cache folder can be used.
     """
     for variable, name in CACHE_FOLDERS.items():
         if variable in os.environ:
             continue
-        folder = cache_folder() / name
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            writable = os.access(folder, os.W_OK)
-        except OSError:
-            writable = False
-        if writable:
+            folder = writable_cache(cache_folder(), execute=True) / name
+            obstacle = cache_obstacle(folder, execute=True)
+        except OSError as error:
+            obstacle = str(error)
+        if obstacle is None:
             os.environ[variable] = str(folder)
         else:
-            logger.warning(
-                "compiled code is not cached for the next start: %s is not writable; set %s", folder, variable
-            )
+            logger.warning("compiled code is not cached for the next start: %s; set %s", obstacle, variable)

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.files import cache_folder
-from pipelines.runtime import InputError
+from pipelines.files import cache_folder, cache_folders, publish, writable_cache
+from pipelines.runtime import InputError, describe_os_error
 from pipelines.storage.batch_read import RandomAccessFile, advise_files, max_read_ahead, read_files
 from pipelines.storage.file_index import IMAGE_EXTENSIONS, FileIndex, read_list, scan_folder
 from pipelines.storage.source import KeyTable, fingerprint
@@ -116,8 +116,15 @@ def cache_file(path: Path) -> Path:
 
 def load_index(path: Path) -> FileIndex | None:
     """The cached index of the folder or list at `path`; None if it is missing, stale or damaged."""
+    cache = cache_file(path)
+    indices = (_load(folder / cache.name) for folder in cache_folders(cache.parent))
+    return next((index for index in indices if index is not None), None)
+
+
+def _load(cache: Path) -> FileIndex | None:
+    """The index in a cache file; None if it is missing, stale or damaged."""
     try:
-        with np.load(cache_file(path), allow_pickle=False) as data:
+        with np.load(cache, allow_pickle=False) as data:
             if int(data["version"]) != _VERSION:
                 return None
             index = FileIndex(
@@ -131,13 +138,13 @@ def load_index(path: Path) -> FileIndex | None:
             )
         mtimes = zip(index.watched, index.watched_mtime.tolist(), strict=True)
         fresh = all(os.stat(watched).st_mtime_ns == mtime for watched, mtime in mtimes)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):  # zipfile raises all of these
         return None
     return index if fresh else None
 
 
 def save_index(path: Path, index: FileIndex) -> None:
-    """Cache `index`, if the cache can be written.
+    """Cache `index`; a warning says so if that is not possible.
 
     Data changed in the last two seconds is not cached: a further change might not change the modification time.
     """
@@ -145,8 +152,8 @@ def save_index(path: Path, index: FileIndex) -> None:
         return
     classes = KeyTable.of(index.classes)
     target = cache_file(path)
-    with contextlib.suppress(OSError):
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        target = writable_cache(target.parent) / target.name
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # several ranks may write at once
             temporary = Path(folder) / target.name
             np.savez(
@@ -163,4 +170,6 @@ def save_index(path: Path, index: FileIndex) -> None:
                 watched_ends=index.watched.ends,
                 watched_mtime=index.watched_mtime,
             )
-            temporary.replace(target)
+            publish(temporary, target)
+    except OSError as error:
+        _log.warning("%s is indexed at every start: its index is not cached: %s", path, describe_os_error(error))

@@ -10,6 +10,7 @@ import torch
 
 from mvssl.cli import doctor
 from mvssl.cli import train as train_cli
+from pipelines.files import cache_folder, cache_obstacle
 
 
 def test_the_doctor_checks_everything(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,3 +43,23 @@ def test_the_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert gpu.state == "missing"
     assert "driver gone" in gpu.found
     assert "more" not in gpu.found
+
+
+def test_the_doctor_tells_a_cache_that_cannot_be_used_from_a_missing_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for obstacle, remedy in (
+        (f"it could not be built ({cache_obstacle(cache_folder())}, and so on)", "set XDG_CACHE_HOME"),
+        ("no C compiler was found", "apt-get install gcc"),
+    ):
+        monkeypatch.setattr(doctor, "native_obstacle", lambda obstacle=obstacle: obstacle)
+        compiler = doctor.examine()["C compiler"]
+        assert compiler.state == "slower"
+        assert compiler.remedy.startswith(remedy)
+    monkeypatch.setattr(doctor, "native_obstacle", lambda: None)
+    found = doctor.examine()
+    assert found["C compiler"].state == "ok"
+    assert (found["compiled code"].state, found["compiled code"].remedy[:18]) == ("slower", "set XDG_CACHE_HOME")
+    assert "Not a directory" in found["compiled code"].found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,24 @@ def test_compiled_code_is_cached_in_the_users_cache_folder(no_caches: Path) -> N
     assert os.environ["TRITON_CACHE_DIR"] == "elsewhere"
 
 
+def test_where_the_cache_cannot_be_written_compiled_code_is_cached_among_temporary_files(
+    no_caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    no_caches.write_text("a file where the folder should be")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / f"mvssl-{os.getuid()}" / "inductor")
+    assert [record.getMessage().count("cannot be written (File exists)") for record in caplog.records] == [1]
+
+
 def test_a_folder_that_cannot_be_written_leaves_torchs_default(
     no_caches: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    no_caches.write_text("a file where the folder should be")
+    no_caches.mkdir()
+    (no_caches / "inductor").write_text("a file where the folder should be")
     keep_compiled_code()
-    assert not any(variable in os.environ for variable in CACHE_FOLDERS)
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert os.environ["TRITON_CACHE_DIR"] == str(no_caches / "triton")
     assert "not cached for the next start" in caplog.text
     assert "set TORCHINDUCTOR_CACHE_DIR" in caplog.text
 

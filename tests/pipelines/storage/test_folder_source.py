@@ -17,7 +17,7 @@ from PIL import Image
 from pipelines.files import cache_folder
 from pipelines.runtime import InputError
 from pipelines.storage import align_labels, file_index, folder, open_source, split_paths
-from pipelines.storage.folder import cache_file
+from pipelines.storage.folder import cache_file, load_index
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +169,20 @@ def test_damaged_cache_is_rebuilt(tree: Path, content: bytes) -> None:
     cache_file(tree).write_bytes(content)
     assert open_source(tree).fingerprint == first.fingerprint
     assert cache_file(tree).stat().st_size > len(content)
+
+
+def test_any_damage_of_a_cached_index_is_noticed(tree: Path) -> None:
+    """Also damage that zipfile calls an unknown compression or an encrypted file."""
+    settle(tree)
+    source = open_source(tree)
+    expected = [source.key(i) for i in range(len(source))]
+    cache, content = cache_file(tree), cache_file(tree).read_bytes()
+    for position in range(0, len(content), 5):
+        for bit in (1, 16):
+            damaged = content[:position] + bytes([content[position] ^ bit]) + content[position + 1 :]
+            cache.write_bytes(damaged)
+            index = load_index(tree)
+            assert index is None or [*index.keys] == expected
 
 
 def test_unwritable_cache_is_no_error(tree: Path, tmp_path: Path) -> None:
