@@ -18,7 +18,7 @@ from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, pape
 from pipelines.decode import make_decoder
 from pipelines.order import Order
 from pipelines.runtime import run_cli
-from pipelines.storage import open_source
+from pipelines.storage import check_outside, open_source
 from pipelines.views.sheet import view_sheet
 
 
@@ -59,6 +59,7 @@ def run(options: Options) -> None:
         OSError: the file cannot be written.
     """
     specs = _specs(options)
+    check_outside(options.out, options.data, field="out")
     source = open_source(options.data)
     if options.num_images > len(source):
         raise InputError(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from mvssl.config.recipe import Evaluation
@@ -12,15 +14,46 @@ from mvssl.evaluate.features import extract_features
 from mvssl.evaluate.knn import knn_accuracy
 from mvssl.evaluate.session import Session
 from pipelines.runtime import InputError, invalid
-from pipelines.storage import align_labels
-from pipelines.storage.source import Source
+from pipelines.storage.source import Source, SubsetSource
+
+
+def scorable(train: Source, val: Source | None) -> tuple[bool, Source | None, str]:
+    """Whether kNN accuracy of these images says anything, the validation images that it is of, and what is left out.
+
+    The images need labels of two classes or more. Validation images of classes that train lacks are left out.
+
+    Returns:
+        Whether there is an accuracy, the validation images, and a note for the user; "" if nothing is left out.
+    """
+    sources = [source for source in (train, val) if source is not None]
+    if any(bool((source.labels < 0).any()) for source in sources):
+        return False, val, "no kNN: the images have no labels"
+    present = np.unique(train.labels)
+    if len(present) < 2:
+        return False, val, f"no kNN: all training images are of the one class {train.classes[present[0]]!r}"
+    if val is None:
+        return True, None, ""
+    names = {train.classes[label] for label in present}
+    known = np.array([name in names for name in val.classes])[val.labels]  # bool [len(val)]
+    if known.all():
+        return True, val, ""
+    others = sorted({val.classes[label] for label in np.unique(val.labels[~known])})
+    classes = f"{len(others)} {'classes' if len(others) > 1 else 'class'}"
+    example = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+    if not known.any():
+        return False, val, f"no kNN: the validation images are of {classes} that no training image has ({example})"
+    note = (
+        f"kNN leaves out {int((~known).sum()):,} of {len(val):,} validation images, of {classes} that no training "
+        f"image has ({example})"
+    )
+    return True, SubsetSource(val, np.flatnonzero(known)), note
 
 
 def check_knn_data(train: Source, val: Source | None, evaluation: Evaluation) -> None:
     """Check that kNN accuracy can be computed, before anything is embedded.
 
     Raises:
-        InputError: images have no labels, val has a class that train lacks, or there are fewer images than neighbours.
+        InputError: images have no labels, or there are fewer images than neighbours.
     """
     for split, source in (("training", train), ("validation", val)):
         if source is not None and bool((source.labels < 0).any()):
@@ -28,8 +61,6 @@ def check_knn_data(train: Source, val: Source | None, evaluation: Evaluation) ->
                 f"kNN needs labels but the {split} data ({source.location}) has images without one: put the images "
                 "into one folder per class, or turn kNN off (--evaluation.every-epochs 0)."
             )
-    if val is not None:
-        align_labels(val, train.classes)
     bank = min(len(train), evaluation.max_train or len(train)) - (val is None)
     if max(evaluation.k) > bank:
         raise invalid(
@@ -62,7 +93,13 @@ def evaluate_knn(
     if val is not None:
         queries = extract_features(session, backbone, val, evaluation, progress=progress)
         test_features = queries.values
-        test_labels = torch.from_numpy(align_labels(val, train.classes))[queries.index].to(session.device)  # [M]
+        test_labels = torch.from_numpy(_labels(val, train))[queries.index].to(session.device)  # [M]
     return knn_accuracy(
         bank.values, bank.labels, test_features, test_labels, k=evaluation.k, temperature=evaluation.temperature
     )
+
+
+def _labels(val: Source, train: Source) -> NDArray[np.int64]:
+    """Labels of `val`, int64 [M], in the numbering of train's classes; class names without an image do not matter."""
+    number = {name: label for label, name in enumerate(train.classes)}
+    return np.array([number.get(name, -1) for name in val.classes], dtype=np.int64)[val.labels]

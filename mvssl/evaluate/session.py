@@ -172,7 +172,7 @@ class EvalSession(BackboneSession):
 
 
 def check_labelled(evaluation: str, *sources: Source | None) -> None:
-    """Check that all images have labels, and that there are at least as many images as classes."""
+    """Check that all images have labels, of two classes or more, and that there are at least as many as classes."""
     for source in sources:
         if source is None:
             continue
@@ -181,6 +181,12 @@ def check_labelled(evaluation: str, *sources: Source | None) -> None:
             raise InputError(
                 f"{evaluation} needs labels but {missing:,} of the {len(source):,} images of {source.location} have "
                 "none: put the images into one folder per class."
+            )
+        present = np.unique(source.labels)
+        if len(present) < 2:
+            raise InputError(
+                f"{evaluation} needs images of two classes or more but all {len(source):,} of {source.location} are of "
+                f"the class {source.classes[present[0]]!r}: put the images into one folder per class."
             )
         if len(source) < len(source.classes):
             raise InputError(

@@ -28,6 +28,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.json"
         self.environment = path / "environment.json"
+        self.data = path / "data.npz"
         self.metrics = path / "metrics.jsonl"
         self.throughput = path / "throughput.jsonl"
         self.log = path / "train.log"

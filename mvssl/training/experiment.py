@@ -17,8 +17,9 @@ from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
 from mvssl.distributed import World
-from mvssl.evaluate.online_knn import check_knn_data
+from mvssl.evaluate.online_knn import check_knn_data, scorable
 from mvssl.runs import checkpoint
+from mvssl.runs.data_record import DataRecord
 from mvssl.runs.folder import RunFolder
 from mvssl.training.compile import keep_compiled_code
 from mvssl.training.cuda_graph import wants_capture
@@ -31,6 +32,7 @@ from pipelines.order import Order
 from pipelines.progress import Progress
 from pipelines.runtime import InputError
 from pipelines.storage import open_source, split_paths
+from pipelines.storage.folder import forget_changed_index
 from pipelines.storage.source import Source
 
 
@@ -60,12 +62,14 @@ class Experiment:
         options: where to read and how to report.
         device: where the step runs.
         source: the training images.
-        val: the validation images, if any.
+        val: the validation images, if any; without those of classes that no training image has.
+        evaluates: whether the run computes kNN: the recipe asks for it and the labels allow it.
         order: the order of the images.
         loader: batches of views in that order.
         step: one optimiser update.
         world: the ranks of the run.
         cache: a sentence on where decoded images are cached; "" without a cache.
+        notes: what the user should know of the data, for the log.
     """
 
     recipe: Recipe
@@ -77,17 +81,14 @@ class Experiment:
     loader: Loader
     step: TrainStep
     world: World
+    evaluates: bool
     cache: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
         return self.recipe.epochs * self.order.steps_per_epoch
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether the run computes kNN: the recipe asks for it and all images have labels."""
-        return self.recipe.evaluation.every_epochs > 0 and _labelled(self.source, self.val)
 
     def save(self, folder: RunFolder, position: Position) -> None:
         """Write a checkpoint, then the exported backbone. If that fails, earlier checkpoints are untouched."""
@@ -112,10 +113,9 @@ class Experiment:
         """
         saved = self.world.run_on_rank0(lambda: checkpoint.load(folder.last))
         if saved.meta["data"] != self.source.fingerprint:
-            raise InputError(
-                f"data is {str(self.options.data)!r} but the run was started with other images (their names, sizes or "
-                "labels differ): give the data set the run was started with, or start a new run."
-            )
+            self.world.run_on_rank0(lambda: self._check_other_form(folder))
+        elif not folder.data.exists():  # a run of an earlier version
+            self.world.run_on_rank0(lambda: DataRecord.of(self.source).save(folder.data))
         self.step.load_state_dict(saved.state["step"])
         self.world.run_on_rank0(lambda: self._export(folder))
         return Position(
@@ -123,6 +123,19 @@ class Experiment:
             metrics_bytes=int(saved.meta["metrics_bytes"]),
             evaluated=bool(saved.meta["evaluated"]),
             buffer=saved.state["window"],
+        )
+
+    def _check_other_form(self, folder: RunFolder) -> None:
+        """Check that data of another fingerprint are the images of the run in another form, such as converted."""
+        recorded = DataRecord.load(folder.data)
+        found = [] if recorded is None else recorded.differences(DataRecord.of(self.source))
+        if recorded is not None and not found:
+            return
+        how = "; ".join(found) or "their names, sizes or labels differ"
+        raise InputError(
+            f"data is {str(self.options.data)!r} but the run was started with other images ({how}): give the data set "
+            "the run was started with, or start a new run with another --out (--init-from loads its weights).",
+            field="data",
         )
 
     def _export(self, folder: RunFolder) -> None:
@@ -148,7 +161,12 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
             stack.callback(val.close)
             _check_same_images(val, world)
         _check_same_images(source, world)
-        order = world.run_on_all(partial(_make_order, recipe, source, val, world))
+        evaluates, note = False, ""
+        if recipe.evaluation.every_epochs:
+            evaluates, val, note = scorable(source, val)
+        if evaluates:
+            world.run_on_all(partial(check_knn_data, source, val, recipe.evaluation))
+        order = world.run_on_all(partial(_make_order, recipe, source, world))
         peak = world.run_on_all(partial(_peak_memory, recipe, options, device, world))
         step = TrainStep(
             recipe,
@@ -185,7 +203,9 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
             loader=loader,
             step=step,
             world=world,
+            evaluates=evaluates,
             cache=cache,
+            notes=(note,) if note else (),
         )
 
 
@@ -210,7 +230,12 @@ def _data_paths(data: Path, val: Path | None, world: World) -> tuple[Path, Path 
 
 
 def _open_source(path: Path, console: Console, world: World) -> Source:
-    """Open images; rank 0 indexes a folder first, the others then find its index in the cache."""
+    """Open images; rank 0 indexes a folder first, the others then find its index in the cache.
+
+    A cached index does not show that images were replaced in place, so the first rank of a host compares sizes.
+    """
+    if world.local_rank == 0:
+        forget_changed_index(path)
     return world.run_on_rank0_first(lambda: open_source(path, progress=Progress(console, f"indexing {path}").update))
 
 
@@ -228,15 +253,8 @@ def _check_same_images(source: Source, world: World) -> None:
     world.run_on_all(compare)
 
 
-def _labelled(*sources: Source | None) -> bool:
-    """Whether every image of every source has a label."""
-    return all(bool((source.labels >= 0).all()) for source in sources if source is not None)
-
-
-def _make_order(recipe: Recipe, source: Source, val: Source | None, world: World) -> Order:
+def _make_order(recipe: Recipe, source: Source, world: World) -> Order:
     """The order of the images; checks recipe, data and ranks against each other."""
-    if recipe.evaluation.every_epochs and _labelled(source, val):
-        check_knn_data(source, val, recipe.evaluation)
     order = Order(
         num_images=len(source),
         batch_size=recipe.batch_size,

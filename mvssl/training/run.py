@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from mvssl.distributed import join_world, process_local_rank
 from mvssl.monitor.pictures import write_view_sheet
 from mvssl.monitor.report import write_report
 from mvssl.optim.schedule import learning_rate
+from mvssl.runs.data_record import DataRecord
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import read_jsonl
 from mvssl.runs.run_log import run_log
@@ -31,8 +33,10 @@ from mvssl.training.monitor import Diverged, Monitor
 from mvssl.training.shutdown import Interrupted, StopRequest
 from mvssl.weights.init_from import init_from
 from pipelines.runtime import InputError, steady
+from pipelines.storage import Source, check_outside, split_paths
 
 logger = logging.getLogger("mvssl")
+_TRAINING = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +89,20 @@ def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) 
     """Train `recipe` with `options`; see `train`."""
     if options.out is None:
         raise InputError("out is missing: name the run folder with --out PATH.")
-    began, folder = time.monotonic(), RunFolder(options.out)
+    if not _TRAINING.acquire(blocking=False):
+        raise InputError(
+            "Another training runs in this process and both would use its random generators: wait until it is done, or "
+            "start this one in a process of its own."
+        )
+    try:
+        return _run(recipe, options, options.out, console)
+    finally:
+        _TRAINING.release()
+
+
+def _run(recipe: Recipe, options: RunOptions, out: Path, console: Console | None) -> TrainResult:
+    """As `run`, which admits one training at a time."""
+    began, folder = time.monotonic(), RunFolder(out)
     device = resolve_device(options.device, local_rank=process_local_rank())
     with join_world(cuda=device.type == "cuda") as world:
         console = (console or Console(file=steady(sys.stdout))) if world.is_rank0 else Console(quiet=True)
@@ -113,6 +130,10 @@ def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) 
 
 def _check_folder(folder: RunFolder, recipe: Recipe, options: RunOptions) -> None:
     """Check that the run may start or resume in this folder, before any work is done for it."""
+    if options.data is not None and options.data.is_dir():
+        train, found = split_paths(options.data)
+        for images in filter(None, (train, options.val or found)):
+            check_outside(folder.path, images, field="out")
     if options.resume:
         folder.check_same_recipe(recipe, extend=options.extend)
     else:
@@ -144,6 +165,7 @@ def _start_or_resume(experiment: Experiment, folder: RunFolder) -> tuple[Positio
             name: str(value.resolve()) if isinstance(value, Path) else value for name, value in asdict(options).items()
         }
         world.run_on_rank0(lambda: folder.create(recipe, plain, overwrite=options.overwrite))
+        world.run_on_rank0(lambda: DataRecord.of(experiment.source).save(folder.data))
     return Position(), earlier_epochs
 
 
@@ -152,11 +174,11 @@ def _announce(experiment: Experiment, folder: RunFolder, step: int, earlier_epoc
     recipe, order, ranks = experiment.recipe, experiment.order, experiment.world.size
     per_rank = f" ({recipe.batch_size // ranks} on each of {ranks} processes)" if ranks > 1 else ""
     logger.info(
-        "%s %s: %s, %s images, %d views an image, batch %d%s, %d epochs of %d steps, on %s with %s",
+        "%s %s: %s, %s, %d views an image, batch %d%s, %d epochs of %d steps, on %s with %s",
         "Resuming" if step else "Training",
         recipe.name,
         recipe.backbone.name,
-        f"{len(experiment.source):,}",
+        describe_images(experiment.source),
         len(recipe.views),
         recipe.batch_size,
         per_rank,
@@ -182,11 +204,10 @@ def _announce(experiment: Experiment, folder: RunFolder, step: int, earlier_epoc
             "sequential views, slower than batched ones: %s has batch statistics that cannot be computed per view",
             experiment.step.view_by_view,
         )
+    for note in experiment.notes:
+        logger.info("%s", note)
     if recipe.evaluation.every_epochs and not experiment.evaluates:
-        logger.info(
-            "no kNN: the images have no labels; collapse is still detected by the embeddings' standard deviation and "
-            "effective rank"
-        )
+        logger.info("collapse is still detected, by the embeddings' standard deviation and effective rank")
     logger.info("run folder: %s", folder.path)
     if earlier_epochs is not None:
         logger.info(
@@ -196,6 +217,25 @@ def _announce(experiment: Experiment, folder: RunFolder, step: int, earlier_epoc
             recipe.epochs,
             *(_learning_rate(experiment, step, epochs) for epochs in (recipe.epochs, earlier_epochs)),
         )
+
+
+def describe_images(source: Source) -> str:
+    """Number of images and classes, e.g. "48 images of 2 classes (a 24, b 24)"."""
+    images = f"{len(source):,} images"
+    labelled = source.labels[source.labels >= 0]
+    if not len(labelled):
+        return f"{images} without labels"
+    labels, counts = np.unique(labelled, return_counts=True)
+    if len(labels) <= 4:
+        each = ", ".join(f"{source.classes[label]} {count:,}" for label, count in zip(labels, counts, strict=True))
+    else:
+        each = f"{counts.min():,} to {counts.max():,} each" if counts.min() < counts.max() else f"{counts[0]:,} each"
+    missing = len(source) - len(labelled)
+    return (
+        f"{images} of {len(labels):,} {'classes' if len(labels) > 1 else 'class'} ({each}"
+        + (f"; {missing:,} without a label" if missing else "")
+        + ")"
+    )
 
 
 def _learning_rate(experiment: Experiment, step: int, epochs: int) -> float:

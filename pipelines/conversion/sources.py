@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy.typing as npt
 from pipelines.conversion.imagenet import TRAIN_ARCHIVE, VAL_ARCHIVE, open_archive, read_classes
 from pipelines.runtime import InputError
 from pipelines.storage import Source, align_labels, beton, folder, shards, split_paths
+
+_log = logging.getLogger("mvssl.data")
 
 # Errors of the machine or the mount, which every other read would meet too.
 _FATAL = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOSPC}
@@ -27,7 +30,7 @@ class Job:
         name: folder below DST, "train" or "val"; "" for DST itself.
         source: the images.
         labels: int64 [len(source)], numbered by `classes`.
-        classes: class names in sorted order.
+        classes: class names, sorted; those that only val has come last.
     """
 
     name: str
@@ -61,7 +64,14 @@ def find_jobs(
         else:  # without the cache, whose sizes may be out of date
             source = folder.open_path(path, progress=progress, use_cache=False)
         if classes is None and name == "val" and jobs[0].classes and source.classes:
-            classes = jobs[0].classes
+            others = tuple(other for other in source.classes if other not in jobs[0].classes)
+            classes = jobs[0].classes + others
+            if others:
+                _log.warning(
+                    "%s has classes that train lacks (%s): they are numbered after those of train; kNN leaves them out",
+                    path,
+                    ", ".join(others[:3]) + (", ..." if len(others) > 3 else ""),
+                )
         if classes is None or not source.classes:
             jobs.append(Job(name=name, source=source, labels=source.labels, classes=source.classes))
         else:

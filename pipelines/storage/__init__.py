@@ -15,7 +15,7 @@ from pipelines.runtime import InputError
 from pipelines.storage.source import Source
 from pipelines.storage.splits import align_labels, split_paths
 
-__all__ = ["Source", "align_labels", "open_source", "split_paths"]
+__all__ = ["Source", "align_labels", "check_outside", "open_source", "split_paths"]
 
 
 def open_source(path: str | os.PathLike[str], *, progress: Callable[[int], None] | None = None) -> Source:
@@ -39,6 +39,26 @@ def open_source(path: str | os.PathLike[str], *, progress: Callable[[int], None]
         if storage.can_open(where):
             return cast(Source, storage.open_path(where, progress=progress))
     raise InputError(f"{where} is neither a folder nor a file: give a folder of images, a list, or converted data.")
+
+
+def check_outside(out: Path, data: Path, *, field: str) -> None:
+    """Check that what is written to `out` does not become an image of the folder `data`, as the pictures of a run do.
+
+    Converted data and lists name their images, so files beside those are no images.
+
+    Raises:
+        InputError: `out` is in a folder of images, or is that folder.
+    """
+    images, written = data.expanduser().resolve(), out.expanduser().resolve()
+    if not images.is_dir() or not (written == images or images in written.parents):
+        return
+    if any(storage.can_open(images) for storage in _storages() if not getattr(storage, "FALLBACK", False)):
+        return
+    raise InputError(
+        f"{field} is {str(out)!r} but must be outside the images in {data}, or pictures written there become images: "
+        f"choose another place, such as {images.parent / (images.name + '-' + (written.name or 'out'))}.",
+        field=field,
+    )
 
 
 @cache

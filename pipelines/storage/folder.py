@@ -11,6 +11,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -101,10 +102,11 @@ class FolderSource:
 
 # The index is cached in the user's cache folder: data sets are often shared or read-only, and a file among the images
 # would change the folder's modification time. An index is stale if the modification time of any folder in it (or of
-# the list) has changed, that is, if an image was added, removed or renamed. Overwriting a file in place is not noticed;
-# only its size is then out of date.
+# the list) has changed, that is, if an image was added, removed or renamed. Overwriting a file in place is not noticed,
+# and its size is then out of date: `forget_changed_index` looks, at the start of a training.
 
 _VERSION = zlib.crc32(repr((2, IMAGE_EXTENSIONS)).encode())  # other extensions find other files
+_THREADS, _CHUNK = 8, 1024  # concurrent stat calls, files of a chunk: hides the latency of network file systems
 _MTIME_RESOLUTION = 2_000_000_000  # nanoseconds; FAT and some NFS servers have 2 s
 
 
@@ -141,6 +143,29 @@ def _load(cache: Path) -> FileIndex | None:
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):  # zipfile raises all of these
         return None
     return index if fresh else None
+
+
+def forget_changed_index(path: Path) -> None:
+    """Delete the cached index of the folder or list at `path` if the size of a file is no longer the one in it."""
+    index = load_index(path)
+    if index is None:
+        return
+
+    def changed(start: int) -> bool:
+        for number in range(start, min(start + _CHUNK, len(index.keys))):
+            try:
+                size = os.stat(os.path.join(index.root, index.keys[number])).st_size
+            except OSError:
+                size = 0  # as in the index
+            if size != index.nbytes[number]:
+                return True
+        return False
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        stale = any(pool.map(changed, range(0, len(index.keys), _CHUNK)))
+    if stale:
+        with contextlib.suppress(OSError):
+            cache_file(path).unlink()
 
 
 def save_index(path: Path, index: FileIndex) -> None:

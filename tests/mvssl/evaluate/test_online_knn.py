@@ -10,7 +10,7 @@ import torch
 
 from mvssl.config.recipe import Evaluation
 from mvssl.evaluate.features import extract_features
-from mvssl.evaluate.online_knn import check_knn_data, evaluate_knn
+from mvssl.evaluate.online_knn import check_knn_data, evaluate_knn, scorable
 from mvssl.evaluate.session import Session
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
@@ -45,7 +45,7 @@ def test_features_are_in_dataset_order_and_the_training_mode_is_restored(images:
     assert torch.equal(some.values, whole.values[some.index])
 
 
-def test_unsuitable_data_is_an_input_error(images: Path, tmp_path: Path) -> None:
+def test_unsuitable_data_is_an_input_error(images: Path) -> None:
     train, val = open_source(images / "train"), open_source(images / "val")
     with pytest.raises(InputError, match="at most 36"):
         check_knn_data(train, val, Evaluation(k=(37,)))
@@ -53,7 +53,16 @@ def test_unsuitable_data_is_an_input_error(images: Path, tmp_path: Path) -> None
         check_knn_data(train, None, Evaluation(k=(36,)))
     with pytest.raises(InputError, match="needs labels but the validation data"):
         check_knn_data(train, open_source(images / "val" / "class_0"), EVALUATION)
+
+
+def test_images_of_classes_that_train_lacks_are_not_scored(images: Path, tmp_path: Path) -> None:
     shutil.copytree(images / "val", tmp_path / "val")
     (tmp_path / "val" / "class_0").rename(tmp_path / "val" / "class_9")
-    with pytest.raises(InputError, match="'class_9'"):
-        check_knn_data(train, open_source(tmp_path / "val"), EVALUATION)
+    train, val = open_source(images / "train"), open_source(tmp_path / "val")
+    possible, scored, note = scorable(train, val)
+    assert possible
+    assert scored is not None
+    assert [scored.key(index).split("/")[0] for index in range(len(scored))] == ["class_1"] * 4 + ["class_2"] * 4
+    assert note == ("kNN leaves out 4 of 12 validation images, of 1 class that no training image has (class_9)")
+    assert evaluate_knn(SESSION, Brightness(), train, scored, EVALUATION) == {3: 1.0}
+    assert scorable(train, open_source(images / "val"))[2] == ""

@@ -1,0 +1,112 @@
+"""The images a run was started with, kept in its folder, so that a resumed run can say how other images differ."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.conversion.tar_writer import member_keys
+from pipelines.files import write_whole
+from pipelines.storage.source import KeyTable, Source
+
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DataRecord:
+    """Names, sizes and labels of images, in the order of their indices.
+
+    Attributes:
+        keys: name of each image without its extension, as converted data have it.
+        nbytes: int64 [len], encoded sizes.
+        labels: int64 [len], -1 for none.
+        classes: class names by label.
+    """
+
+    keys: KeyTable
+    nbytes: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, source: Source) -> DataRecord:
+        """The record of a source."""
+        keys = KeyTable.of(member_keys(source.key(index) for index in range(len(source))))
+        return cls(keys=keys, nbytes=source.nbytes, labels=source.labels, classes=source.classes)
+
+    @classmethod
+    def load(cls, path: Path) -> DataRecord | None:
+        """The record in a file; None if there is none (runs of earlier versions) or it is damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                return cls(
+                    keys=KeyTable(blob=data["key_blob"], ends=data["key_ends"]),
+                    nbytes=data["nbytes"],
+                    labels=data["labels"],
+                    classes=tuple(KeyTable(blob=data["class_blob"], ends=data["class_ends"])),
+                )
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def save(self, path: Path) -> None:
+        """Write the record to a file, durably; some 6 bytes an image."""
+        classes, content = KeyTable.of(self.classes), io.BytesIO()
+        np.savez_compressed(
+            content,
+            key_blob=self.keys.blob,
+            key_ends=self.keys.ends,
+            nbytes=self.nbytes,
+            labels=self.labels,
+            class_blob=classes.blob,
+            class_ends=classes.ends,
+        )
+        write_whole(path, content.getvalue())
+
+    def differences(self, now: DataRecord) -> list[str]:
+        """How the images `now` differ from these, e.g. "1 image more (a/zz)"; [] if views and labels are the same."""
+        before = {key: index for index, key in enumerate(self.keys)}
+        after = {key: index for index, key in enumerate(now.keys)}
+        common = [key for key in before if key in after]
+        here = np.array([before[key] for key in common], dtype=np.int64)
+        there = np.array([after[key] for key in common], dtype=np.int64)
+        found = [
+            _named("more", [key for key in after if key not in before]),
+            _named("fewer", [key for key in before if key not in after]),
+        ]
+        size_before, size = self.nbytes[here], now.nbytes[there]
+        found.append(
+            _named(
+                "of another size",
+                [f"{common[i]}: {size[i]} bytes, not {size_before[i]}" for i in np.flatnonzero(size_before != size)],
+            )
+        )
+        label_before, label = self.class_names(here), now.class_names(there)
+        found.append(
+            _named(
+                "with another label",
+                [f"{common[i]}: {label[i]}, not {label_before[i]}" for i in np.flatnonzero(label != label_before)],
+            )
+        )
+        found = [text for text in found if text]
+        if not found and not np.array_equal(here, there):
+            first = int(np.flatnonzero(here != there)[0])
+            found = [f"the same images in another order (from image {first}, {common[first]}, on)"]
+        return found
+
+    def class_names(self, indices: NDArray[np.int64]) -> NDArray[np.object_]:
+        """Class name of each of these images, object [len(indices)]; "no label" for none."""
+        return np.array([*self.classes, "no label"], dtype=object)[self.labels[indices]]
+
+
+def _named(what: str, examples: Sequence[str]) -> str:
+    """ "2 images more (a, b)", with a few examples; "" without any."""
+    if not examples:
+        return ""
+    shown = ", ".join(examples[:_EXAMPLES]) + (", ..." if len(examples) > _EXAMPLES else "")
+    return f"{len(examples):,} {'images' if len(examples) > 1 else 'image'} {what} ({shown})"
