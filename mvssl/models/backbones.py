@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mvssl.config.recipe import Backbone
-from mvssl.models import small_resnets  # noqa: F401  (registers their names with timm)
+from mvssl.models import small_resnets, wide_resnets  # noqa: F401  (register their names with timm)
 from pipelines.runtime import InputError
 
 Module = TypeVar("Module", bound=nn.Module)

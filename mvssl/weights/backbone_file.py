@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
 
-from mvssl.models.small_resnets import NAMES
+from mvssl.models import small_resnets, wide_resnets
 from pipelines.files import write_whole
 from pipelines.runtime import InputError
 
@@ -37,6 +37,10 @@ def export_backbone(backbone: nn.Module, architecture: str, out: Path) -> None:
 
 def loading_code(architecture: str, file: str) -> list[str]:
     """Lines of Python that load an exported backbone through timm."""
-    register = ["import mvssl.models.small_resnets  # registers the name with timm"] if architecture in NAMES else []
+    register = [
+        f"import {module.__name__}  # registers the name with timm"
+        for module in (small_resnets, wide_resnets)
+        if architecture in module.NAMES
+    ]
     model = f'timm.create_model("{architecture}", num_classes=0, checkpoint_path="{file}")'
     return ["import timm", *register, f"backbone = {model}"]

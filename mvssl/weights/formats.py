@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from mvssl.models import wide_resnets
 from pipelines.runtime import InputError
 
 Network = Literal["online", "target"]
@@ -158,16 +159,19 @@ def _tensors(content: Mapping[str, Any], key: str | None) -> Tensors:
     section = None if key is None else content if key == "" else content.get(key)
     if not isinstance(section, Mapping):
         return {}
-    tensors = {str(name): value for name, value in section.items() if isinstance(value, Tensor)}
-    for wrapper in ("module.", "_orig_mod."):
-        if tensors and all(name.startswith(wrapper) for name in tensors):
-            tensors = _below(tensors, wrapper)
-    return tensors
+    return {_unwrapped(str(name)): value for name, value in section.items() if isinstance(value, Tensor)}
+
+
+def _unwrapped(name: str) -> str:
+    """A tensor's name without what DistributedDataParallel (in front) and torch.compile (anywhere) add to it."""
+    name = name.replace("_orig_mod.", "")
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
 
 
 def _below(tensors: Tensors, prefix: str) -> Tensors:
-    below = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    return {name.removeprefix("module."): value for name, value in below.items()}
+    return {_unwrapped(name.removeprefix(prefix)): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _head(tensors: Tensors, prefixes: tuple[str, ...]) -> Tensors:
@@ -176,7 +180,8 @@ def _head(tensors: Tensors, prefixes: tuple[str, ...]) -> Tensors:
 
 def _stated_architecture(content: Mapping[str, Any]) -> str | None:
     """The architecture that training scripts store with the weights: MoCo and SimSiam as "arch", DINO as args.arch."""
-    stated = content.get("arch", getattr(content.get("args"), "arch", None))
+    arguments = content.get("args")  # an argparse.Namespace, read as a dict
+    stated = content.get("arch", arguments.get("arch") if isinstance(arguments, Mapping) else None)
     return stated if isinstance(stated, str) else None
 
 
@@ -278,10 +283,10 @@ def _is_resnet(tensors: Mapping[str, Tensor]) -> bool:
 
 def _check_stem(tensors: Mapping[str, Tensor], format_name: str, architecture: str) -> None:
     stem = tensors.get("conv1.weight")
-    if stem is None or tuple(stem.shape[2:]) != (7, 7):
+    if stem is None or stem.shape[0] != 64 or tuple(stem.shape[2:]) != (7, 7):
         raise InputError(
-            f"format is {format_name!r} but {architecture} does not start with one 7x7 convolution, as all ResNets of "
-            "that library do: export it with --format timm, onnx or program."
+            f"format is {format_name!r} but {architecture} does not start with one 7x7 convolution of 64 channels, as "
+            "all ResNets of that library do: export it with --format timm, onnx or program."
         )
 
 
@@ -305,10 +310,7 @@ def _replace_prefix(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 _RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (False, (2, 2, 2, 2)): "resnet18",
     (False, (3, 4, 6, 3)): "resnet34",
-    (True, (3, 4, 6, 3)): "resnet50",
-    (True, (3, 4, 23, 3)): "resnet101",
-    (True, (3, 8, 36, 3)): "resnet152",
-    (True, (3, 24, 36, 3)): "resnet200",
+    **{(True, blocks): f"resnet{depth}" for depth, blocks in wide_resnets.DEPTHS.items()},
 }
 # Width and depth of the vision transformers (Dosovitskiy et al., arXiv 2010.11929, table 1; DeiT's for tiny and small).
 _VITS = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
@@ -334,10 +336,13 @@ def _guess_resnet(tensors: Mapping[str, Tensor]) -> str | None:
         for stage in (1, 2, 3, 4)
     )
     bottleneck = "layer1.0.conv3.weight" in tensors
-    width = tensors["layer1.0.conv1.weight"].shape[0]
-    if tensors["conv1.weight"].shape[2:] != (7, 7) or width not in (64, 128):
-        return None
     name = _RESNETS.get((bottleneck, blocks))
-    if name is None or width == 64:
+    if name is None or tensors["conv1.weight"].shape[2:] != (7, 7):
+        return None
+    stem, inner = tensors["conv1.weight"].shape[0], tensors["layer1.0.conv1.weight"].shape[0]
+    if (stem, inner) == (64, 64):
         return name
-    return f"wide_{name}_2" if name in ("resnet50", "resnet101") else None  # the only wide ones in timm
+    if (stem, inner) == (64, 128) and name in ("resnet50", "resnet101"):
+        return f"wide_{name}_2"  # the only ones in timm
+    multiplied = f"{name}x{stem // 64}"
+    return multiplied if stem == inner and multiplied in wide_resnets.NAMES and stem % 64 == 0 else None

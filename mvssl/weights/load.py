@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import pickle
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +21,8 @@ from mvssl.models.encoder import initial_backbone
 from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
 from mvssl.weights.formats import Network, find_network, from_torchvision, guess_architecture
+from mvssl.weights.safe_pickle import Global, Inert
+from mvssl.weights.torch_file import read_torch_file
 from pipelines.runtime import InputError
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD
 
@@ -259,26 +258,14 @@ def load_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], name: str, 
     backbone.load_state_dict(given)
 
 
-# Plain values that training scripts store with their weights (DINO its arguments, many a numpy number). Building them
-# runs no code of the file.
-_SCALAR: Any = type(np.float64(0)).__reduce__(np.float64(0))[0]  # numpy's own constructor of numbers, under two names
-_HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    argparse.Namespace,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")),
-    (_SCALAR, "numpy.core.multiarray.scalar"),
-    (_SCALAR, "numpy._core.multiarray.scalar"),
-]
-
-
 def read_weights(path: Path) -> Mapping[str, Any]:
-    """Read a .safetensors file, or one that torch.save wrote (any other ending), without running its code.
+    """Read a .safetensors file, or one that torch.save or pickle wrote (any other ending), without running its code.
 
     Returns:
-        Tensors on the CPU by name, or mappings of such.
+        Tensors on the CPU by name, or mappings of such; plain values and `Inert` objects may lie between them.
 
     Raises:
-        InputError: the file is missing, damaged, or holds objects other than tensors and plain values.
+        InputError: the file is missing or damaged, or is no mapping with tensors.
     """
     if not path.is_file():
         raise InputError(
@@ -289,16 +276,20 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        with torch.serialization.safe_globals(_HARMLESS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path} {_refusal(str(error))}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+        content = read_torch_file(path)
+    except (OSError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{path} cannot be read as a file of weights ({reason}): copy or download it again; it must be a "
             ".safetensors file or written by torch.save."
         ) from error
+    values = content.values() if isinstance(content, Mapping) else [content]
+    code = list(dict.fromkeys(value.name for value in values if isinstance(value, (Global, Inert))))
+    if code and not any(isinstance(value, (Tensor, Mapping)) for value in values):
+        raise InputError(
+            f"{path} holds no tensors but {', '.join(code[:3])}, which is code and is not run here: load it where you "
+            "trust it and save only the network's state_dict()."
+        )
     if not isinstance(content, Mapping):
         raise InputError(
             f"{path} holds a {type(content).__name__} but must hold a mapping of names to tensors: save the network's "
@@ -316,18 +307,3 @@ def read_metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (OSError, SafetensorError, json.JSONDecodeError):
         return {}  # read_weights says why
-
-
-def _refusal(message: str) -> str:
-    """Why torch refused to unpickle a file."""
-    marker = "GLOBAL "
-    if marker in message:
-        name = message.split(marker, 1)[1].split(" ", 1)[0]
-        return (
-            f"holds {name}, which is code and is not run here: load it where you trust it and save only the network's "
-            "state_dict()."
-        )
-    return (
-        "cannot be read as a file of weights (it holds no tensors that torch can load safely): give a .safetensors "
-        "file or a state_dict() written by torch.save."
-    )

@@ -45,6 +45,9 @@ def parameter_count(model: nn.Module) -> int:
         ("resnet101", 42_500_160),
         ("resnet152", 58_143_808),
         ("wide_resnet50_2", 66_834_240),
+        ("resnet50x2", 93_907_072),  # BYOL's table (arXiv 2006.07733): 94, 375 and 250 million
+        ("resnet50x4", 375_378_176),
+        ("resnet200x2", 250_128_512),
         ("vit_tiny_patch16_224", 5_524_416),
         ("vit_small_patch16_224", 21_665_664),
         ("vit_base_patch16_224", 85_798_656),
@@ -53,6 +56,33 @@ def parameter_count(model: nn.Module) -> int:
 )
 def test_parameter_counts_are_the_published_ones(name: str, count: int) -> None:
     assert parameter_count(on_meta(name)) == count
+
+
+class WideResNet(torchvision.models.ResNet):
+    """torchvision's ResNet-50 with two times the channels everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__(torchvision.models.resnet.Bottleneck, [3, 4, 6, 3])
+        self.conv1 = nn.Conv2d(3, 128, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(128)
+        self.fc: nn.Module = nn.Identity()
+
+    def _make_layer(self, block: Any, planes: int, *rest: Any, **options: Any) -> nn.Sequential:
+        self.inplanes = 128 if planes == 64 else self.inplanes
+        return super()._make_layer(block, 2 * planes, *rest, **options)
+
+
+def test_wide_resnets_give_the_features_of_torchvisions_blocks() -> None:
+    torch.manual_seed(0)
+    reference = WideResNet()
+    ours = build_backbone(Backbone(name="resnet50x2"))
+    ours.load_state_dict(reference.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    for model in (reference, ours):
+        model.train()(x)  # changes the running statistics
+        model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), reference(x), rtol=1e-4, atol=1e-5)
 
 
 def bottleneck_resnet(depths: tuple[int, ...], factor: int) -> int:

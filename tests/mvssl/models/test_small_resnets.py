@@ -91,7 +91,7 @@ def test_printed_loading_code_loads_an_export(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "ending"), [("torchvision", ".pth"), ("detectron2", ".pkl")])
-@pytest.mark.parametrize("name", ["resnet18_small", "resnet10t"])
+@pytest.mark.parametrize("name", ["resnet18_small", "resnet10t", "resnet50x2"])
 def test_formats_without_such_a_stem_refuse_it(tmp_path: Path, kind: str, ending: str, name: str) -> None:
     measured = load_backbone(BackboneSource(untrained=True, arch=name))
     assert isinstance(measured, LoadedBackbone)

@@ -145,7 +145,13 @@ def test_images_are_normalised_as_the_weights_expect(tmp_path: Path) -> None:
     assert (loaded.evaluation.resize, loaded.evaluation.crop) == (248, 224)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet101", "wide_resnet50_2", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet18", "resnet50", "resnet101", "wide_resnet50_2", "resnet50x2", "resnet101x3", "resnet200x2"),
+        "vit_tiny_patch16_224",
+    ],
+)
 def test_architectures_are_guessed_from_their_tensors(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0)
