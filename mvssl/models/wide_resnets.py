@@ -36,7 +36,8 @@ def _wide_resnet(*, factor: int, in_chans: int = 3, **options: Any) -> ResNet:
     width = 64 * factor
     stages = tuple(width * times for times in (1, 2, 4, 8))
     # timm's plain stem always has 64 channels, its deep one 2 * stem_width; its convolutions are replaced here.
-    model = ResNet(Bottleneck, channels=stages, stem_type="deep", stem_width=width // 2, in_chans=in_chans, **options)
+    options |= {"channels": stages, "stem_type": "deep", "stem_width": width // 2, "in_chans": in_chans}
+    model = ResNet(**options)
     stem = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as timm's
     model.add_module("conv1", stem)
@@ -48,7 +49,7 @@ def _constructor(name: str, depth: int, factor: int) -> Callable[..., ResNet]:
 
     def build(pretrained: bool = False, **options: Any) -> ResNet:
         model: ResNet = build_model_with_cfg(
-            _wide_resnet, name, pretrained, layers=DEPTHS[depth], factor=factor, **options
+            _wide_resnet, name, pretrained, block=Bottleneck, layers=DEPTHS[depth], factor=factor, **options
         )
         return model
 

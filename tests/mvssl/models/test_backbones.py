@@ -58,7 +58,7 @@ def test_parameter_counts_are_the_published_ones(name: str, count: int) -> None:
     assert parameter_count(on_meta(name)) == count
 
 
-class WideResNet(torchvision.models.ResNet):
+class WideResNet(torchvision.models.ResNet):  # type: ignore[misc]
     """torchvision's ResNet-50 with two times the channels everywhere."""
 
     def __init__(self) -> None:
@@ -68,8 +68,10 @@ class WideResNet(torchvision.models.ResNet):
         self.fc: nn.Module = nn.Identity()
 
     def _make_layer(self, block: Any, planes: int, *rest: Any, **options: Any) -> nn.Sequential:
-        self.inplanes = 128 if planes == 64 else self.inplanes
-        return super()._make_layer(block, 2 * planes, *rest, **options)
+        if planes == 64:
+            self.inplanes = 128
+        layer: nn.Sequential = super()._make_layer(block, 2 * planes, *rest, **options)
+        return layer
 
 
 def test_wide_resnets_give_the_features_of_torchvisions_blocks() -> None:

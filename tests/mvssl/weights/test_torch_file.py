@@ -173,7 +173,7 @@ def test_torchscript_and_objects_derived_from_dict(tmp_path: Path) -> None:
     model = random_backbone("resnet18", seed=3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.trace(model, torch.zeros(1, 3, 32, 32)).save(tmp_path / "script.pt")  # type: ignore[no-untyped-call]
+        torch.jit.trace(model, torch.zeros(1, 3, 32, 32)).save(tmp_path / "script.pt")
     derived = saved(tmp_path / "derived.pt", Attributes(model=Attributes(model.state_dict())))
     arrays = tmp_path / "arrays.pkl"
     columns = {name: np.array(tensor.numpy(), order="F") for name, tensor in model.state_dict().items()}
