@@ -89,8 +89,12 @@ class OnlineNetwork(Encoder):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe, drop_path=True)
         # Initialised last, so that the encoder's weights do not depend on the number of predictors.
-        keys = tasks(recipe.views) if recipe.predictors == "per-view" else ("shared",)
-        self.predictors = PredictorBank(keys, recipe.projector.out, recipe.predictor)
+        self.predictors = PredictorBank(predictor_tasks(recipe), recipe.projector.out, recipe.predictor)
+
+
+def predictor_tasks(recipe: Recipe) -> tuple[str, ...]:
+    """The tasks of a recipe's predictor bank, in the order of its slots."""
+    return tasks(recipe.views) if recipe.predictors == "per-view" else ("shared",)
 
 
 class TargetNetwork(Encoder):

@@ -215,7 +215,9 @@ def open_trial(
         world.run_on_rank0(lambda: check(console))
         experiment = stack.enter_context(open_experiment(recipe, options, console, world))
         stack.enter_context(explain_out_of_memory())
-        init_from(experiment.step.online, experiment.step.target, recipe, options.init_from)
+        taken = init_from(experiment.step.online, experiment.step.target, recipe, options.init_from)
+        if taken is not None:
+            console.print(taken, highlight=False, markup=False, soft_wrap=True)
         if experiment.total_steps < FIRST:
             raise InputError(
                 f"The whole run is {experiment.total_steps} step but must be {FIRST} or more to measure one: lower "

@@ -109,12 +109,14 @@ def _run(recipe: Recipe, options: RunOptions, out: Path, console: Console | None
         world.run_on_rank0(lambda: _check_folder(folder, recipe, options))
         with ExitStack() as lock, open_experiment(recipe, options, console, world) as experiment:
             locked = world.run_on_rank0(lambda: _lock_existing(folder, lock))  # before anything in it is touched
-            position, earlier_epochs = _start_or_resume(experiment, folder)
+            position, earlier_epochs, weights = _start_or_resume(experiment, folder)
             if not locked:
                 world.run_on_rank0(lambda: _lock_existing(folder, lock))
             seconds = None if options.time is None else parse_time(options.time) - (time.monotonic() - began)
             with run_log(folder.log, console, rank=world.rank), StopRequest(world, seconds=seconds) as stop:
                 _announce(experiment, folder, position.step, earlier_epochs)
+                if weights is not None:
+                    logger.info("%s", weights)
                 if position.step == 0:
                     images = experiment.order.permutation(0)[:4]
                     world.run_on_rank0(lambda: write_view_sheet(recipe, experiment.source, images, folder.views))
@@ -148,25 +150,26 @@ def _lock_existing(folder: RunFolder, lock: ExitStack) -> bool:
     return True
 
 
-def _start_or_resume(experiment: Experiment, folder: RunFolder) -> tuple[Position, int | None]:
+def _start_or_resume(experiment: Experiment, folder: RunFolder) -> tuple[Position, int | None, str | None]:
     """Restore the run in the folder, or create the folder of a new one.
 
-    Returns the position, and if the run is being extended, its earlier number of epochs.
+    Returns the position; if the run is being extended, its earlier number of epochs; and what was taken from the
+    weights that it starts from, if it does.
     """
     recipe, options, world = experiment.recipe, experiment.options, experiment.world
     earlier_epochs = world.run_on_rank0(lambda: folder.extend(recipe)) if options.resume else None
     if options.resume and world.run_on_rank0(folder.has_checkpoint):
-        return experiment.restore(folder), earlier_epochs
+        return experiment.restore(folder), earlier_epochs, None
     # A run that was stopped before its first checkpoint starts again.
     weights = world.run_on_rank0(lambda: folder.option("init_from")) if options.resume else options.init_from
-    init_from(experiment.step.online, experiment.step.target, recipe, weights)
+    taken = init_from(experiment.step.online, experiment.step.target, recipe, weights)
     if not options.resume:
         plain = {  # absolute paths, so that they hold in any working directory
             name: str(value.resolve()) if isinstance(value, Path) else value for name, value in asdict(options).items()
         }
         world.run_on_rank0(lambda: folder.create(recipe, plain, overwrite=options.overwrite))
         world.run_on_rank0(lambda: DataRecord.of(experiment.source).save(folder.data))
-    return Position(), earlier_epochs
+    return Position(), earlier_epochs, taken
 
 
 def _announce(experiment: Experiment, folder: RunFolder, step: int, earlier_epochs: int | None) -> None:

@@ -175,7 +175,7 @@ def _below(tensors: Tensors, prefix: str) -> Tensors:
 
 
 def _head(tensors: Tensors, prefixes: tuple[str, ...]) -> Tensors:
-    return {name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith(prefixes)}
+    return {_unwrapped(name.split(".", 1)[1]): value for name, value in tensors.items() if name.startswith(prefixes)}
 
 
 def _stated_architecture(content: Mapping[str, Any]) -> str | None:

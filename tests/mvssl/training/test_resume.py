@@ -164,7 +164,12 @@ def test_a_damaged_checkpoint_is_reported_and_an_earlier_one_resumes(
 
 
 def test_init_from_loads_weights_and_starts_at_step_zero(
-    finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path,
+    images: Path,
+    tiny_recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     first: dict[str, torch.Tensor] = {}
     original = TrainStep.__call__
@@ -178,6 +183,9 @@ def test_init_from_loads_weights_and_starts_at_step_zero(
     recipe = dataclasses.replace(tiny_recipe, epochs=1)
     saved = checkpoint.load(finished / "checkpoints" / "last").state["step"]["online"]
     train(recipe, images, tmp_path / "a", init_from=finished)
+    said = "projector, predictors of global, local, cutout"
+    assert said in (tmp_path / "a" / "train.log").read_text()
+    assert said in " ".join(capsys.readouterr().out.split())
     assert all(torch.equal(first[name], saved[name]) for name in saved)
     train(recipe, images, tmp_path / "b", init_from=finished / "backbone.safetensors")
     assert all(torch.equal(first[name], saved[name]) for name in saved if name.startswith("backbone."))

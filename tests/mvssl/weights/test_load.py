@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -277,26 +278,91 @@ def test_training_starts_from_a_checkpoint_of_the_reference_implementation(tiny_
     torch.testing.assert_close(step.online.projector.eval()(x), projector.eval()(x))
 
 
-def test_heads_that_do_not_fit_are_freshly_initialised(
-    tiny_recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", logger="mvssl")
+def test_heads_that_do_not_fit_are_freshly_initialised(tiny_recipe: Recipe, tmp_path: Path) -> None:
     step = step_of(tiny_recipe)
     before = {name: value.clone() for name, value in step.online.predictors.state_dict().items()}
     backbone = random_backbone("test_resnet", seed=6)
     heads = put("projector.", MLP(step.online.feature_width, Head(hidden=(8,), out=4)).state_dict())
     content = release(backbone.state_dict(), backbone.state_dict(), heads, module=False)
-    init_from(step.online, step.target, tiny_recipe, write(tmp_path / "release.pth", content))
-    assert (
-        "loaded: online backbone of the reference implementation; freshly initialised: projector, predictors"
-        in caplog.text
+    said = init_from(step.online, step.target, tiny_recipe, write(tmp_path / "release.pth", content))
+    hidden, out = tiny_recipe.projector.hidden[0], tiny_recipe.projector.out
+    width, count = step.online.feature_width, len(backbone.state_dict())
+    assert said == (
+        f"initial weights from {tmp_path / 'release.pth'} (the reference implementation, online network): loaded: "
+        f"backbone ({count} tensors); freshly initialised: projector (it is {width}-8-4 wide in the file and "
+        f"{width}-{hidden}-{out} in the recipe), predictors (the file has none); not taken: the target network (a copy "
+        "of the online one is used)"
     )
     assert all(torch.equal(value, before[name]) for name, value in step.online.predictors.state_dict().items())
 
 
-def test_a_shared_predictor_without_bias_is_loaded(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    import dataclasses
+def predictions(step: TrainStep, tasks: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Predictions from the same embeddings, by task."""
+    bank, z = step.online.predictors.eval(), torch.randn(4, 16, generator=torch.Generator().manual_seed(3))
+    return {task: bank(z[None, :, : bank.in_features], (bank.tasks.index(task),))[0] for task in tasks}
 
+
+SINGLE = "its only predictor, for each of global, local, cutout"
+GIVEN: dict[str, tuple[tuple[str, ...], str, str]] = {  # predictors in the file, how the recipe has them, words
+    "single": (("",), "per-view", f"projector, {SINGLE}; not taken"),
+    "one of two": (
+        ("global.", "extra."),
+        "per-view",
+        "predictors of global; freshly initialised: predictor of local (the file has those of global, extra), "
+        "predictor of cutout (the file has those of global, extra); not taken: predictors of extra (the recipe has "
+        "none), the target",
+    ),
+    "another order": (("cutout.", "global.", "local."), "per-view", "predictors of global, local, cutout; not taken"),
+    "one for the shared one": (("global.",), "shared", "its predictor of global, as the shared one; not taken"),
+    "several for the shared one": (
+        ("global.", "local."),
+        "shared",
+        "freshly initialised: shared predictor (the file has those of global, local); not taken: predictors of glo",
+    ),
+    "single for the shared one": (("",), "shared", "projector, shared predictor; not taken"),
+}
+
+
+@pytest.mark.parametrize("module", [True, False])
+@pytest.mark.parametrize("case", GIVEN)
+def test_what_becomes_of_predictors_is_said(case: str, module: bool, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    prefixes, kind, words = GIVEN[case]
+    recipe = dataclasses.replace(tiny_recipe, predictors=kind)  # type: ignore[arg-type]
+    step = step_of(recipe)
+    fresh = predictions(step, step.online.predictors.tasks)
+    torch.manual_seed(5)
+    projector = MLP(step.online.feature_width, recipe.projector)
+    mlps = {prefix: MLP(recipe.projector.out, recipe.predictor).eval() for prefix in prefixes}
+    heads = put("projector.", projector.state_dict())
+    for prefix, mlp in mlps.items():
+        heads |= put(f"predictor{'s' * bool(prefix)}.{prefix}", mlp.state_dict())
+    if module:
+        heads = put("module.", heads)
+    tensors = random_backbone("test_resnet", seed=6).state_dict()
+    path = write(tmp_path / "release.pth", release(tensors, tensors, heads, module=module))
+    said = init_from(step.online, step.target, recipe, path)
+    assert words in str(said)
+    z = torch.randn(4, 16, generator=torch.Generator().manual_seed(3))[:, : recipe.projector.out]
+    for task, found in predictions(step, step.online.predictors.tasks).items():
+        own = mlps.get("") or mlps.get(f"{task}.") or (mlps["global."] if kind == "shared" and len(mlps) == 1 else None)
+        torch.testing.assert_close(found, fresh[task] if own is None else own(z))
+
+
+def test_predictors_of_a_run_are_taken_by_view_type(finished: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    views = tiny_recipe.views
+    recipe = dataclasses.replace(tiny_recipe, views=tuple(sorted(views, key=lambda view: view.task != "cutout")))
+    step, saved = step_of(recipe), step_of(tiny_recipe)
+    saved.online.load_state_dict(
+        torch.load(finished / "checkpoints/last/state.pt", weights_only=True)["step"]["online"]
+    )
+    said = init_from(step.online, step.target, recipe, finished)
+    assert step.online.predictors.tasks == ("cutout", "global", "local") != saved.online.predictors.tasks
+    for task, found in predictions(step, step.online.predictors.tasks).items():
+        torch.testing.assert_close(found, predictions(saved, (task,))[task])
+    assert "projector, predictors of cutout, global, local; not taken: the target network" in str(said)
+
+
+def test_a_shared_predictor_without_bias_is_loaded(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = dataclasses.replace(tiny_recipe, predictors="shared", backbone=Backbone(name="resnet18"))
     step = step_of(recipe)
     backbone = random_backbone("resnet18", seed=6)
