@@ -187,7 +187,7 @@ shards=
 convert() { # once, into shards; data that takes more than a minute is read as it is
     [ -n "$shards" ] && return
     shards=$scratch/shards
-    if ! timeout --kill-after=10 "$((limit < 60 ? limit : 60))" "$python" -m tools.convert "$data" "$shards" > /dev/null 2>> "$results/suite.log"; then
+    if ! timeout --kill-after=10 "$((limit < 60 ? limit : 60))" "$python" -m mvssl.cli.convert "$data" "$shards" > /dev/null 2>> "$results/suite.log"; then
         say "DATA is read as it is: it could not be converted into shards within a minute, or is converted already."
         shards=$data
     fi

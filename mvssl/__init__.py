@@ -5,13 +5,19 @@
 
 from __future__ import annotations
 
-from mvssl import recipes
-from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from mvssl.recipes.files import load_recipe
-from mvssl.training.monitor import Diverged
-from mvssl.training.run import TrainResult, train
-from mvssl.training.shutdown import Interrupted
-from pipelines.runtime import InputError
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import mvssl.own_pipelines  # noqa: F401  (before anything imports `pipelines`)
+
+if TYPE_CHECKING:
+    from mvssl import recipes
+    from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+    from mvssl.recipes.files import load_recipe
+    from mvssl.training.monitor import Diverged
+    from mvssl.training.run import TrainResult, train
+    from mvssl.training.shutdown import Interrupted
+    from pipelines.runtime import InputError
 
 __all__ = [
     "Backbone",
@@ -27,3 +33,27 @@ __all__ = [
     "recipes",
     "train",
 ]
+
+_MODULES = {
+    **dict.fromkeys(("Backbone", "Evaluation", "Head", "Optimizer", "Recipe"), "mvssl.config.recipe"),
+    "Diverged": "mvssl.training.monitor",
+    "InputError": "pipelines.runtime",
+    "Interrupted": "mvssl.training.shutdown",
+    "TrainResult": "mvssl.training.run",
+    "load_recipe": "mvssl.recipes.files",
+    "train": "mvssl.training.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a package of mvssl, when it is first used: mvssl-convert needs none of them."""
+    if name in _MODULES:
+        globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+        return globals()[name]
+    if not name.startswith("_") and importlib.util.find_spec(f"mvssl.{name}") is not None:
+        return importlib.import_module(f"mvssl.{name}")
+    raise AttributeError(f"module 'mvssl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

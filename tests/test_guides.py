@@ -21,8 +21,8 @@ from mvssl.cli import train as train_cli
 from mvssl.cli.eval import CompareArguments, LinearArguments
 from mvssl.config.recipe import Recipe
 from mvssl.recipes import all_recipes
+from pipelines.conversion.command import Convert
 from pipelines.views.spec import tasks
-from tools.convert import Convert
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,7 @@ import tyro
 import pipelines
 from mvssl.cli import train as train_cli
 from mvssl.recipes import PUBLISHED, all_recipes
-from tools.convert import Convert
+from pipelines.conversion.command import Convert
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {

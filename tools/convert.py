@@ -1,106 +1,10 @@
-"""`mvssl-convert`: converts a folder of images, a list or ImageNet's archives to tar shards or an FFCV file."""
+"""`python -m tools.convert` in a clone: `mvssl-convert`, whose code is in `pipelines.conversion.command`."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+from pipelines.conversion.command import Convert, convert, main
 
-import tyro
-from rich.console import Console
-
-from pipelines.conversion.conversion import Conversion, Options
-from pipelines.conversion.sources import find_jobs
-from pipelines.progress import Progress
-from pipelines.runtime import InputError, invalid, run_cli
-from pipelines.storage.beton_format import BETON, is_beton_name
-
-_MEGABYTE = 1_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Convert:
-    """Convert images to tar shards with an index: few large files, random access, readable by tar and WebDataset.
-    Or to a .beton file, which FFCV reads.
-
-    Every image is decoded once; images that cannot be decoded are left out and listed in quarantine.jsonl with the
-    reason. After an interruption the same command resumes the conversion.
-    """
-
-    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """A folder of images (labels are its first level of folders), a folder with train/ and val/, a text list of files,
-    ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, a folder with these two archives, or converted data."""
-    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """New or empty folder to write to; DST/train and DST/val if SRC has both."""
-    format: Literal["shards", "beton"] = "shards"
-    """Tar shards and their index, or one images.beton, which FFCV also reads."""
-    max_size: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
-    """Longest side in pixels: larger images are scaled down and encoded again (JPEG, quality 95 or --quality). Without
-    it, bytes pass through unchanged (in .beton only of gray and RGB JPEGs; other images are stored as pixels)."""
-    quality: Annotated[int | None, tyro.conf.arg(metavar="Q", help_behavior_hint="(default: bytes pass through)")] = (
-        None
-    )
-    """Encode every image again as JPEG of this quality, 1 to 100."""
-    shard_size: Annotated[float, tyro.conf.arg(metavar="MB")] = 512.0
-    """MB of images per shard; a kill loses at most one shard's work. (In .beton: the work between two saves.)"""
-    workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one per core)")] = None
-    """Threads that read and check images."""
-    val_labels: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """For ILSVRC2012_img_val.tar: one wnid per line in the order of the file names, or lines of NAME WNID (also
-    LOC_val_solution.csv); integers in place of wnids need --classes."""
-    classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """All classes, one per line: labels are numbered by their sorted order, and integers in --val-labels count by their
-    order in this file."""
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Remove converted data from DST and start again."""
-
-
-def convert(config: Convert) -> None:
-    """Convert every split and print one summary line for each.
-
-    Raises:
-        InputError: an option, SRC or DST cannot be used.
-        OSError: reading or writing failed; finished shards are kept.
-    """
-    if config.max_size is not None and config.max_size < 1:
-        raise invalid("--max-size", config.max_size, "1 or more pixels", "give the longest side, e.g. 512")
-    if config.quality is not None and not 1 <= config.quality <= 100:
-        raise invalid("--quality", config.quality, "1 to 100", "95 is close to the original, 75 small")
-    if config.format == "beton" and is_beton_name(config.dst):
-        raise InputError(f"DST {config.dst} is the name of a file: give a folder; {BETON} is written in it.")
-    if not config.shard_size > 0:
-        raise invalid("--shard-size", config.shard_size, "above 0 MB", "give megabytes, e.g. 512")
-    if config.workers is not None and config.workers < 1:
-        raise invalid("--workers", config.workers, "1 or more", "give a number of threads or leave it out")
-    if config.dst.resolve().is_relative_to(config.src.resolve()):
-        raise InputError(f"DST {config.dst} lies in SRC {config.src}: give a DST outside of it.")
-    options = Options(
-        max_size=config.max_size,
-        quality=config.quality,
-        shard_bytes=max(1, round(config.shard_size * _MEGABYTE)),
-        format=config.format,
-    )
-    progress = Progress(Console(stderr=True), f"indexing {config.src}").update
-    jobs = find_jobs(config.src, val_labels=config.val_labels, classes_file=config.classes, progress=progress)
-    conversions = [Conversion(job, config.dst / job.name, options) for job in jobs]
-    for conversion in conversions:  # all before the first runs, so that no error comes after hours
-        conversion.prepare(overwrite=config.overwrite)
-    for conversion in conversions:
-        print(conversion.run(workers=config.workers or _cores()), flush=True)
-
-
-def _cores() -> int:
-    # Cores of this process: a container often has fewer than the machine.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `mvssl-convert`; exits the process."""
-    config = tyro.cli(Convert, args=arguments, prog="mvssl-convert")
-    run_cli(lambda: convert(config))
-
+__all__ = ["Convert", "convert", "main"]
 
 if __name__ == "__main__":
     main()

@@ -14,10 +14,10 @@ from PIL import Image
 from benchmarks import bench_loader
 from benchmarks.bench_loader import Arguments, setups
 from benchmarks.implementations.loaders import indices_of, our_loader, passes_of_trial
+from pipelines.conversion.command import Convert, convert
 from pipelines.order import Order
 from pipelines.runtime import InputError
 from tests.benchmarks.conftest import Bench
-from tools.convert import Convert, convert
 
 needs_ffcv = pytest.mark.skipif(
     importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed: run tools/install_ffcv.sh"

@@ -20,7 +20,7 @@ from benchmarks.compiled import view_kernels
 from benchmarks.harness import synthetic_photos
 from benchmarks.report.origins import MADE_BY, SUITE, load
 from benchmarks.tables import render
-from tools.convert import Convert
+from pipelines.conversion.command import Convert
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["step", "loader", "training", "views", "tests", "steps", "tiny", "kernels", "views32", "start"]

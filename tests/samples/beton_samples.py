@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipelines.conversion.command import Convert, convert
 from tests.samples.decode_samples import encode, picture
-from tools.convert import Convert, convert
 
 COUNT = 24
 

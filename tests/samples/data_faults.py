@@ -22,10 +22,10 @@ from mvssl.config.recipe import Recipe
 from mvssl.evaluate import online_knn
 from mvssl.runs import checkpoint
 from mvssl.training import loop
+from pipelines.conversion.command import Convert, convert
 from pipelines.loading import fetch
 from pipelines.order import Order
 from pipelines.storage import batch_read, open_source
-from tools.convert import Convert, convert
 
 CONVERTED = ("shards", "beton")
 FORMS = ("folder", *CONVERTED)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tyro
 
-import tools.convert
+from mvssl.cli import convert as convert_cli
 from mvssl.cli import eval as eval_cli
 from mvssl.cli import export as export_cli
 from mvssl.cli import features as features_cli
@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[ModuleType, list[str]]] = {
     "mvssl-eval compare": (eval_cli, ["compare"]),
     "mvssl-features": (features_cli, []),
     "mvssl-export": (export_cli, []),
-    "mvssl-convert": (tools.convert, []),
+    "mvssl-convert": (convert_cli, []),
 }
 
 

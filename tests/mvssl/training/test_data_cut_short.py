@@ -16,6 +16,7 @@ from PIL import Image
 
 from mvssl.config.recipe import Recipe
 from mvssl.runs import checkpoint
+from pipelines.conversion.command import Convert, convert
 from pipelines.runtime import InputError
 from tests.samples.data_faults import (
     CONVERTED,
@@ -29,7 +30,6 @@ from tests.samples.data_faults import (
     write_forms,
 )
 from tests.samples.tiny_runs import STEPS, metrics, train, write_images
-from tools.convert import Convert, convert
 
 LEFT = 5000  # bytes of a truncated file
 

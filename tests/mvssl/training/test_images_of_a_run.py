@@ -16,11 +16,11 @@ from mvssl.runs.folder import RunFolder
 from mvssl.training.loop import Loop
 from mvssl.training.run import describe_images
 from mvssl.training.shutdown import StopRequest
+from pipelines.conversion.command import Convert, convert
 from pipelines.runtime import InputError
 from pipelines.storage import check_outside, open_source
 from pipelines.storage.folder import forget_changed_index, load_index
 from tests.samples.tiny_runs import metrics, train
-from tools.convert import Convert, convert
 
 
 @pytest.fixture

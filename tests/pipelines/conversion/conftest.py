@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.conversion.command import main
 from tests.samples.convert_runs import COUNT, Outcome, Run
-from tools.convert import main
 
 
 @pytest.fixture

@@ -57,7 +57,8 @@ def test_kill_and_resume(run: Run, folder: Path, tmp_path: Path) -> None:
     command = [folder, dst, "--shard-size", "0.1", "--workers", "1"]
     # The first image after the first finished shard blocks, so the kill always comes in the middle.
     slow = (
-        "import sys, time, pathlib\nfrom pipelines.storage.folder import FolderSource\nfrom tools.convert import main\n"
+        "import sys, time, pathlib\nfrom pipelines.storage.folder import FolderSource\n"
+        "from pipelines.conversion.command import main\n"
         "read = FolderSource.read\n"
         "def waiting(self, index):\n"
         "    if list(pathlib.Path(sys.argv[2]).glob('.convert/part-*.npz')): time.sleep(600)\n"

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.conversion.command import Convert, convert
 from pipelines.decode.pillow import decode_one
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from pipelines.storage.beton import BetonSource
 from tests.samples.decode_samples import picture
 from tests.samples.ffcv_programs import MODES, ffcv_read, ffcv_write, needs_ffcv
-from tools.convert import Convert, convert
 
 pytestmark = [needs_ffcv, pytest.mark.slow]
 

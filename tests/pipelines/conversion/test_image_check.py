@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from pipelines.conversion.command import Convert, convert, main
 from pipelines.conversion.conversion import shard_bounds
 from pipelines.conversion.image_check import has_end_marker
 from pipelines.conversion.tar_writer import member_keys
 from pipelines.decode.pillow import decode_one
 from pipelines.storage import open_source
 from pipelines.storage.shards import ShardSource
-from tools.convert import Convert, convert, main
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.conversion.command import Convert, convert
 from pipelines.conversion.imagenet import read_classes
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
-from tools.convert import Convert, convert
 
 WNIDS = ["n01440764", "n01443537", "n02105855"]
 # Class of each image of the val archive, whose file names count from 1.

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from pipelines.conversion.command import Convert, convert
 from pipelines.decode import DecodeOptions
 from pipelines.loader import Loader
 from pipelines.order import Order
@@ -27,7 +28,6 @@ from pipelines.storage import Source, open_source
 from pipelines.views.spec import ViewSpec
 from tests.samples.decode_samples import encode, needs_dali, picture
 from tests.samples.loader_samples import source_with
-from tools.convert import Convert, convert
 
 ROUNDS = int(os.environ.get("MVSSL_SOAK_ROUNDS", "200"))
 RENEWED = 8  # rounds of one loader

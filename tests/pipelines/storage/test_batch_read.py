@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from benchmarks.harness.page_cache import cached_fraction, drop
 from pipelines import c_library
 from pipelines.c_library import load_library
+from pipelines.conversion.command import Convert, convert
 from pipelines.storage import batch_read, open_source
 from pipelines.storage.batch_read import (
     READERS,
@@ -29,7 +30,6 @@ from pipelines.storage.batch_read import (
 )
 from pipelines.storage.source import ReadsBatches, Source
 from tests.samples.beton_samples import make_beton, with_pixels
-from tools.convert import Convert, convert
 
 MIB = 1 << 20
 needs_compiler = pytest.mark.skipif(

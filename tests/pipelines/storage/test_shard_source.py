@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.conversion.command import Convert, convert
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from pipelines.storage.shards import ShardSource
-from tools.convert import Convert, convert
 
 COUNT = 30
 MANY = 40  # shards of one image each

@@ -17,8 +17,8 @@ from PIL import Image, ImageColor
 import mvssl
 from mvssl.config.serialize import to_dict
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw
+from pipelines.view_sheet import Options, run
 from pipelines.views.sheet import view_sheet
-from tools.view_sheet import Options, run
 
 
 def test_sheet_shows_views_and_boxes() -> None:
@@ -46,7 +46,7 @@ def test_command_writes_a_picture_or_says_why_not(tmp_path: Path) -> None:
     for n in range(3):
         Image.new("RGB", (50 + n, 40), (n * 80, 100, 20)).save(data / f"{n}.jpg")
     out = tmp_path / "sheet.png"
-    command = [sys.executable, "-m", "tools.view_sheet", str(data), str(out), "--size", "64", "--local-size", "32"]
+    command = [sys.executable, "-m", "pipelines.view_sheet", str(data), str(out), "--size", "64", "--local-size", "32"]
     root = Path(__file__).parents[3]
 
     done = subprocess.run([*command, "--num-images", "3"], cwd=root, capture_output=True, text=True, check=False)
