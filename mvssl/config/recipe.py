@@ -26,6 +26,8 @@ class Backbone:
         freeze_stem: whether the first convolution (a vision transformer's patch embedding) keeps its initial weights.
         init: initialisation of timm (a ResNet's residual branches start at zero) or of the reference implementation
             (at full strength); they differ for ResNets and plain vision transformers.
+        pos_embed: how a plain vision transformer's position embedding is interpolated to views of other sizes: timm
+            (antialiased, to the exact size) or release (as the reference implementation, PAPER.md section 3).
     """
 
     name: str = "resnet50"
@@ -34,6 +36,7 @@ class Backbone:
     )
     freeze_stem: bool = False
     init: Literal["timm", "release"] = "timm"
+    pos_embed: Literal["timm", "release"] = "timm"
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from mvssl.config.recipe import Backbone
 from mvssl.models import small_resnets, wide_resnets  # noqa: F401  (register their names with timm)
@@ -30,8 +31,8 @@ def build_backbone(config: Backbone, *, drop_path: bool = True) -> nn.Module:
 
     Returns:
         A module from images [B, 3, S, S] to pooled features [B, D], float32, on the CPU. Vision transformers accept any
-        multiple of their patch size: timm interpolates the learned position embedding bicubically with antialiasing
-        (14 x 14 to 6 x 6 for 96 pixels), the reference implementation without.
+        multiple of their patch size, to which the learned position embedding is interpolated (14 x 14 to 6 x 6 for 96
+        pixels) as `config.pos_embed` says.
 
     Raises:
         InputError: timm has no such model, or it lacks stochastic depth or a convolution that the recipe requires.
@@ -43,6 +44,8 @@ def build_backbone(config: Backbone, *, drop_path: bool = True) -> nn.Module:
     model = _create(config, {"drop_path_rate": config.drop_path} if drop_path and config.drop_path > 0 else {})
     if config.init == "release":
         init_as_reference(model)
+    if config.pos_embed == "release":
+        _interpolate_as_reference(model, config.name)
     if config.freeze_stem:
         _freeze_stem(model, config.name)
     return model
@@ -80,6 +83,49 @@ def _freeze_stem(model: nn.Module, name: str) -> None:
             "backbone."
         )
     stem.requires_grad_(False)
+
+
+class ReferencePositions(VisionTransformer):
+    """timm's plain vision transformer whose position embedding is interpolated as by the reference implementation.
+
+    Bicubically without antialiasing, and by the factor (target + 0.1) / source instead of to the exact size (PAPER.md
+    section 3); 0.1 keeps the rounded size right. At the embedding's own size it equals timm's.
+    """
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Add position embeddings to patches [B, H, W, C]; [B, 1 + H * W, C]."""
+        batch, height, width, features = x.shape
+        rows, columns = self.patch_embed.grid_size
+        positions: Tensor | None = self.pos_embed
+        if (height, width) == (rows, columns) or positions is None or self.cls_token is None:
+            unchanged: Tensor = super()._pos_embed(x)
+            return unchanged
+        grid = positions[:, 1:].reshape(1, rows, columns, features).permute(0, 3, 1, 2)  # [1, C, rows, columns]
+        grid = F.interpolate(
+            grid.to(torch.promote_types(grid.dtype, torch.float32)),
+            scale_factor=((height + 0.1) / rows, (width + 0.1) / columns),
+            mode="bicubic",
+        ).to(grid.dtype)
+        positions = torch.cat([positions[:, :1], grid.flatten(2).mT], dim=1)  # [1, 1 + H * W, C]
+        tokens = torch.cat([self.cls_token.expand(batch, -1, -1), x.reshape(batch, -1, features)], dim=1)
+        embedded: Tensor = self.pos_drop(tokens + positions)
+        return embedded
+
+
+def _interpolate_as_reference(model: nn.Module, name: str) -> None:
+    """Make a plain vision transformer interpolate its position embedding as the reference implementation, in place."""
+    if (
+        type(model) is not VisionTransformer
+        or model.pos_embed is None
+        or model.cls_token is None
+        or model.num_prefix_tokens != 1
+        or model.no_embed_class
+    ):
+        raise InputError(
+            f"Backbone.pos_embed is 'release' but {name} is not a plain vision transformer with a class token and a "
+            "learned position embedding: set it to 'timm' (--backbone.pos-embed timm)."
+        )
+    model.__class__ = ReferencePositions
 
 
 @torch.no_grad()

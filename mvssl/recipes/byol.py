@@ -99,7 +99,7 @@ def byol_vits16_200ep() -> Recipe:
     return dataclasses.replace(
         byol_resnet50_200ep(),
         name="byol_vits16_200ep",
-        backbone=Backbone(name="vit_small_patch16_224", init="release", drop_path=0.1),
+        backbone=Backbone(name="vit_small_patch16_224", init="release", pos_embed="release", drop_path=0.1),
         projector=Head(hidden=(4096, 4096), out=256),
         optimizer=Optimizer(
             kind="adamw",
@@ -124,5 +124,5 @@ def byol_vitb16_200ep() -> Recipe:
     return dataclasses.replace(
         byol_vits16_200ep(),
         name="byol_vitb16_200ep",
-        backbone=Backbone(name="vit_base_patch16_224", init="release", drop_path=0.1),
+        backbone=Backbone(name="vit_base_patch16_224", init="release", pos_embed="release", drop_path=0.1),
     )

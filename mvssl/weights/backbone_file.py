@@ -9,6 +9,7 @@ from safetensors.torch import save
 from torch import nn
 
 from mvssl.models import small_resnets, wide_resnets
+from mvssl.models.backbones import ReferencePositions
 from pipelines.files import write_whole
 from pipelines.runtime import InputError
 
@@ -26,6 +27,8 @@ def export_backbone(backbone: nn.Module, architecture: str, out: Path) -> None:
         for name, tensor in backbone.state_dict().items()
     }
     metadata = {"architecture": architecture, "format": "pt", "source": "mvssl"}
+    if isinstance(backbone, ReferencePositions):
+        metadata["pos_embed"] = "release"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, save(tensors, metadata=metadata))  # save_file's files are readable by their owner only

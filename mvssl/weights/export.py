@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mvssl.models.backbones import ReferencePositions
 from mvssl.weights.backbone_file import export_backbone, loading_code
 from mvssl.weights.formats import to_detectron2, to_torchvision
 from mvssl.weights.load import LoadedBackbone
@@ -59,7 +60,14 @@ def _timm(loaded: LoadedBackbone, out: Path) -> str:
             "architecture without a tag (--arch), or use them through timm itself."
         )
     export_backbone(loaded.backbone, loaded.architecture, out)
-    return "; ".join(line.partition("  #")[0] for line in loading_code(loaded.architecture, "FILE"))
+    usage = "; ".join(line.partition("  #")[0] for line in loading_code(loaded.architecture, "FILE"))
+    if isinstance(loaded.backbone, ReferencePositions):
+        own = loaded.backbone.patch_embed.img_size[0]
+        usage += (
+            f" (for images of {own} pixels; at other sizes timm interpolates position embeddings another way than this "
+            "backbone was trained with, which --format onnx and program keep)"
+        )
+    return usage
 
 
 def _torchvision(loaded: LoadedBackbone, out: Path) -> str:

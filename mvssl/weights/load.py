@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -170,8 +170,8 @@ _MOCO_V3_SMALL_HEADS = 12  # attention heads of its small vision transformer (ar
 
 def _from_file(source: BackboneSource, path: Path, recipe: Recipe | None) -> LoadedBackbone:
     found = find_network(read_weights(path), network=source.network, where=str(path))
-    tensors = from_torchvision(found.backbone)
-    name = source.arch or read_metadata(path).get("architecture") or (recipe and recipe.backbone.name)
+    tensors, metadata = from_torchvision(found.backbone), read_metadata(path)
+    name = source.arch or metadata.get("architecture") or (recipe and recipe.backbone.name)
     if not name:  # the tensors come before the file's own name, which differs between projects
         stated = _FOREIGN_NAMES.get(found.architecture or "", found.architecture)
         name = guess_architecture(tensors) or (stated if stated and timm.is_model(stated) else None)
@@ -181,7 +181,11 @@ def _from_file(source: BackboneSource, path: Path, recipe: Recipe | None) -> Loa
             "--arch resnet50."
         )
     heads = _MOCO_V3_SMALL_HEADS if found.format == "MoCo v3" and name.startswith("vit_small") else None
-    backbone = _random_backbone(name, heads=heads)
+    as_release = found.format == "the reference implementation" and "cls_token" in tensors
+    pos_embed: Literal["timm", "release"] = (
+        "release" if as_release or metadata.get("pos_embed") == "release" else "timm"
+    )
+    backbone = _random_backbone(name, heads=heads, pos_embed=pos_embed)
     load_tensors(backbone, tensors, name, str(path))
     evaluation = Evaluation()
     config = timm.models.get_pretrained_cfg(name) if "." in name else None
@@ -194,12 +198,14 @@ def _from_file(source: BackboneSource, path: Path, recipe: Recipe | None) -> Loa
     return LoadedBackbone(name=path.stem, backbone=backbone, architecture=name, evaluation=evaluation, about=about)
 
 
-def _random_backbone(name: str, *, heads: int | None = None) -> nn.Module:
+def _random_backbone(
+    name: str, *, heads: int | None = None, pos_embed: Literal["timm", "release"] = "timm"
+) -> nn.Module:
     """A backbone with the same random weights each time; `heads` overrides timm's number of attention heads."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         if heads is None:
-            return build_backbone(Backbone(name=name), drop_path=False)
+            return build_backbone(Backbone(name=name, pos_embed=pos_embed), drop_path=False)
         backbone: nn.Module = timm.create_model(name, num_classes=0, dynamic_img_size=True, num_heads=heads)
         return backbone
 

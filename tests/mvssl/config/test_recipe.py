@@ -87,7 +87,10 @@ ADAMW = Optimizer(
 )
 SMALL, SMALL_NORM = Head(hidden=(4096,), out=256), Head(hidden=(4096,), out=256, output_norm=True)
 DEEP = Head(hidden=(4096, 4096), out=256)
-VITS, VITB = (Backbone(name=f"vit_{size}_patch16_224", drop_path=0.1, init="release") for size in ("small", "base"))
+VITS, VITB = (
+    Backbone(name=f"vit_{size}_patch16_224", drop_path=0.1, init="release", pos_embed="release")
+    for size in ("small", "base")
+)
 R50 = Backbone(name="resnet50", drop_path=0.0, init="release")
 THIRDS = {"global": 1 / 3, "local": 1 / 3, "cutout": 1 / 3}
 

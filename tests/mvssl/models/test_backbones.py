@@ -177,6 +177,77 @@ def test_position_embedding_is_interpolated_for_local_views() -> None:
     torch.testing.assert_close(tokens[1][0].double(), torch.cat([embedding[:1], small]), rtol=1e-5, atol=1e-5)
 
 
+def cubic(source: int, target: int, factor: float) -> Tensor:
+    """Weights [target, source] of bicubic interpolation without antialiasing (a = -0.75, border repeated), float64.
+
+    Position i of the target lies at (i + 0.5) / factor - 0.5 of the source.
+    """
+    rows = torch.zeros(target, source, dtype=torch.float64)
+    for i in range(target):
+        x = (i + 0.5) / factor - 0.5
+        for j in range(math.floor(x) - 1, math.floor(x) + 3):
+            d = abs(x - j)
+            near, far = 1.25 * d**3 - 2.25 * d**2 + 1, -0.75 * d**3 + 3.75 * d**2 - 6 * d + 3
+            rows[i, min(max(j, 0), source - 1)] += near if d <= 1 else far
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("vit_tiny_patch16_224", ((96, 96), (96, 160), (224, 96), (240, 384))),
+        ("test_vit", ((32, 32), (96, 64))),
+        ("vit_small_patch8_224", ((96, 96),)),
+    ],
+)
+def test_positions_as_by_the_reference_implementation(name: str, sizes: tuple[tuple[int, int], ...]) -> None:
+    """Values and gradients, by a separable formula; SPEC of the factor: (target + 0.1) / source."""
+    backbone: Any = build_backbone(Backbone(name=name, pos_embed="release")).double().eval()
+    tokens: list[Tensor] = []
+    backbone.pos_drop.register_forward_hook(lambda module, inputs, output: tokens.append(output))
+    with torch.no_grad():
+        for p in (*backbone.patch_embed.parameters(), backbone.cls_token):
+            p.zero_()  # leaves the position embedding only
+        torch.nn.init.normal_(backbone.pos_embed)
+    side, patch = backbone.patch_embed.grid_size[0], backbone.patch_embed.patch_size[0]
+    for height, width in sizes:
+        backbone(torch.zeros(2, 3, height, width, dtype=torch.float64))
+        embedding = backbone.pos_embed.detach()[0].requires_grad_()
+        grid = embedding[1:].view(side, side, -1)
+        h, w = height // patch, width // patch
+        rows, columns = (cubic(side, n, (n + 0.1) / side) if (h, w) != (side, side) else torch.eye(n) for n in (h, w))
+        wanted = torch.cat([embedding[:1], torch.einsum("ai,bj,ijc->abc", rows, columns, grid).flatten(0, 1)])
+        found = tokens.pop()
+        torch.testing.assert_close(found, wanted.expand(2, -1, -1), rtol=1e-9, atol=1e-9)
+        weights = torch.randn_like(wanted)
+        (ours,) = torch.autograd.grad((found * weights).sum(), backbone.pos_embed)
+        (theirs,) = torch.autograd.grad(2 * (wanted * weights).sum(), embedding)
+        torch.testing.assert_close(ours[0], theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_reference_positions_change_small_views_only_and_compile_as_one_graph() -> None:
+    theirs: Any = build_backbone(Backbone(name="test_vit")).eval()
+    ours: Any = build_backbone(Backbone(name="test_vit", pos_embed="release")).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    ours.load_state_dict(theirs.state_dict())
+    side = theirs.patch_embed.img_size[0]
+    whole, small = torch.randn(2, 3, side, side), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(ours(whole), theirs(whole))
+        assert not torch.allclose(ours(small), theirs(small), rtol=1e-2)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(small), ours(small))
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "vit_small_patch16_dinov3", "deit3_small_patch16_224", "swin_tiny_patch4_window7_224"]
+)
+def test_reference_positions_need_a_plain_transformer(name: str) -> None:
+    with pytest.raises(InputError, match=rf"Backbone\.pos_embed is 'release' but {name} is not a plain vision transf"):
+        build_backbone(Backbone(name=name, pos_embed="release"))
+
+
 @pytest.mark.parametrize(("name", "width"), [("convnext_tiny", 768), ("convnext_atto", 320), ("pvt_v2_b0", 256)])
 def test_other_models_have_pooled_features(name: str, width: int) -> None:
     assert feature_width(on_meta(name), (96, 224), name=name) == width

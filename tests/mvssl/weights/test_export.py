@@ -14,12 +14,13 @@ import torch
 import torchvision
 from torch import nn
 
-from mvssl.config.recipe import Evaluation
+from mvssl.config.recipe import Backbone, Evaluation
+from mvssl.models.backbones import build_backbone
 from mvssl.weights import export as exporting
 from mvssl.weights.export import export
 from mvssl.weights.load import BackboneSource, LoadedBackbone, load_backbone
 from pipelines.runtime import InputError
-from tests.samples.checkpoint_samples import random_backbone, write
+from tests.samples.checkpoint_samples import random_backbone, release, write
 
 
 def a_backbone(name: str, *, crop: int = 64) -> LoadedBackbone:
@@ -45,6 +46,28 @@ def test_timm_loads_it(tmp_path: Path) -> None:
     assert usage == f'import timm; backbone = timm.create_model("resnet18", num_classes=0, checkpoint_path="{path}")'
     loaded = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(tmp_path / "b.safetensors"))
     assert torch.equal(features(loaded, 64), features(original.backbone, 64))
+
+
+def test_positions_as_by_the_reference_implementation_are_kept(tmp_path: Path) -> None:
+    """By our own file, a checkpoint of the reference implementation, and the program for images of another size."""
+    backbone = build_backbone(Backbone(name="vit_tiny_patch16_224", pos_embed="release")).eval()
+    backbone.load_state_dict(random_backbone("vit_tiny_patch16_224", seed=1).state_dict())
+    settings = Evaluation(resize=96, crop=96)
+    original = LoadedBackbone(
+        name="x", backbone=backbone, architecture="vit_tiny_patch16_224", evaluation=settings, about=""
+    )
+    assert "at other sizes timm interpolates" in export(original, "timm", tmp_path / "b.safetensors")
+    tensors = backbone.state_dict()
+    theirs = write(tmp_path / "release.pth", release(tensors, tensors, {}, module=True))
+    plain = write(tmp_path / "plain.pth", dict(tensors))
+    expected = features(backbone, 96)
+    for path in (tmp_path / "b.safetensors", theirs):
+        assert torch.equal(features(load_backbone(BackboneSource(weights=path)).backbone, 96), expected)
+    assert not torch.allclose(features(load_backbone(BackboneSource(weights=plain)).backbone, 96), expected, rtol=0.01)
+    export(original, "program", tmp_path / "b.pt2")
+    with torch.no_grad():
+        images = torch.randn(3, 3, 96, 96, generator=torch.Generator().manual_seed(3))
+        torch.testing.assert_close(torch.export.load(tmp_path / "b.pt2").module()(images), expected)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
