@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.batch import ViewBatch, with_index
-from pipelines.decode import DecodeOptions, decoder_of
+from pipelines.decode import DecodeOptions, decoder_of, thread_count
 from pipelines.loading.fetch import CompleteBatch, Encoded, Fetcher, fetch_complete, usable_indices
 from pipelines.loading.threads import BATCHES_AHEAD, Prefetcher, ReadAhead, SideStream, receive
 from pipelines.order import SINGLE, Order, Ranks
@@ -145,7 +145,7 @@ class Loader:
         self._engine = ViewEngine(self._specs, device=self._device, backend=backend, dtype=dtype)
         self._stream = SideStream(self._device)
         decoder = decoder_of(decode, device=self._device, batch_size=share.stop - share.start)
-        self._fetch = Fetcher(source, decoder)
+        self._fetch = Fetcher(source, decoder, threads=thread_count(decode))
         self._bad: dict[int, str] = {}  # dataset index -> reason
         self._activity = _Activity(source.location)
         self._producer: Prefetcher[_Prepared] | None = None

@@ -189,8 +189,11 @@ def adapt_to_ffcv(image: CheckedImage, *, page: int, quality: int | None) -> Che
         return dataclasses.replace(image, data=np.ascontiguousarray(pixels).reshape(-1), extension=PIXELS)
     quality = quality or QUALITY
     note = f"its pixels do not fit a page of the .beton file: stored as JPEG of quality {quality}"
-    encoded = as_jpeg(pixels, quality=quality, warned="; ".join(filter(None, (image.warned, note))))
-    return encoded if encoded.data.nbytes <= page else CheckedImage(bad=_too_large(encoded.data.nbytes, page))
+    encoded = as_jpeg(pixels, quality=quality)
+    if encoded.data.nbytes > page:
+        return CheckedImage(bad=_too_large(encoded.data.nbytes, page))
+    warned = "; ".join(filter(None, (image.warned, note)))
+    return encoded if encoded.bad else dataclasses.replace(encoded, warned=warned, damage=image.damage)
 
 
 def _is_gray_or_rgb(image: CheckedImage) -> bool:

@@ -53,6 +53,9 @@ class Convert:
     classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """All classes, one per line: labels are numbered by their sorted order, and integers in --val-labels count by their
     order in this file."""
+    strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Quarantine JPEGs that decode although their data are damaged (parts of them are gray or torn). Otherwise they are
+    stored, and listed in warnings.jsonl."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Remove converted data from DST and start again."""
 
@@ -81,6 +84,7 @@ def convert(config: Convert) -> None:
         quality=config.quality,
         shard_bytes=max(1, round(config.shard_size * _MEGABYTE)),
         format=config.format,
+        strict=config.strict,
     )
     progress = Progress(Console(stderr=True), f"indexing {config.src}").update
     jobs = find_jobs(config.src, val_labels=config.val_labels, classes_file=config.classes, progress=progress)

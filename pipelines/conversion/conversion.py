@@ -24,6 +24,7 @@ from pipelines.conversion.image_check import CheckedImage, WarningLog, check_ima
 from pipelines.conversion.shard_state import Format, Merged, ShardState
 from pipelines.conversion.sources import Job, ReadErrors, SourceGoneError, read
 from pipelines.conversion.tar_writer import TarFormat, member_keys
+from pipelines.decode.damage import ODD, can_find_damage
 from pipelines.files import write_whole
 from pipelines.progress import Progress
 from pipelines.runtime import InputError
@@ -44,12 +45,14 @@ class Options:
         quality: encode every image as JPEG of this quality; None: bytes pass through.
         shard_bytes: bytes of images per shard.
         format: "shards" or "beton".
+        strict: leave out images that are damaged but decode.
     """
 
     max_size: int | None
     quality: int | None
     shard_bytes: int
     format: str
+    strict: bool = False
 
 
 class Conversion:
@@ -74,6 +77,7 @@ class Conversion:
             "shard_bytes": options.shard_bytes,
             **({} if options.quality is None else {"quality": options.quality}),
             **({} if options.format == "shards" else {"form": options.format}),
+            **({"strict": True} if options.strict else {}),
         }
         self._format: Format = TarFormat(self._destination)
         if options.format == "beton":
@@ -120,11 +124,14 @@ class Conversion:
             self._destination.finish(manifest)
         finally:
             self._destination.release()
-        bad, seconds = manifest["quarantined"], progress.seconds
+        bad, warned, seconds = manifest["quarantined"], manifest["warnings"], progress.seconds
         listed = f" (see {folder / QUARANTINE})" if bad else ""
+        damaged = sum(damage != ODD for damage in manifest.get("damage", {}).values())
+        told = f" (see {folder / WARNINGS}; {damaged} damaged, which --strict leaves out)" if damaged else ""
+        told = told or (f" (see {folder / WARNINGS})" if warned else "")
         return (
             f"{folder}: {manifest['count']} images ({manifest['image_bytes'] / 1e6:.1f} MB) {merged.summary}, "
-            f"{bad} quarantined{listed}, {manifest['warnings']} with warnings; "
+            f"{bad} quarantined{listed}, {warned} with warnings{told}; "
             f"{progress.done_now} images in {seconds:.1f} s, {progress.done_now / seconds:.0f} images/s"
         )
 
@@ -166,7 +173,10 @@ class Conversion:
         if isinstance(data, str):
             return CheckedImage(bad=data, unread=True)
         options = self._options
-        return self._format.adapt(check_image(data, max_size=options.max_size, quality=options.quality, log=self._log))
+        image = check_image(
+            data, max_size=options.max_size, quality=options.quality, strict=options.strict, log=self._log
+        )
+        return self._format.adapt(image)
 
     def _write_shard(
         self,
@@ -181,6 +191,7 @@ class Conversion:
         keys: list[str] = []
         bad: list[tuple[str, str]] = []
         warned: list[tuple[str, str]] = []
+        damage: list[tuple[int, str]] = []
         writer = self._format.writer(number, before)
         try:
             for _ in range(start, stop):
@@ -192,6 +203,8 @@ class Conversion:
                 else:
                     if image.warned:
                         warned.append((self.job.source.key(index), image.warned))
+                    if image.damage is not None:
+                        damage.append((len(keys), image.damage))
                     label = int(self.job.labels[index])
                     row = rows[len(keys)]
                     row["offset"] = writer.add(self._keys[index], image, label=label)
@@ -202,7 +215,14 @@ class Conversion:
             shard = writer.finish() if keys else None
         finally:
             writer.discard()  # has no effect on a finished shard
-        state = ShardState(shard=shard, rows=rows[: len(keys)], keys=keys, bad=bad, warned=warned)
+        state = ShardState(
+            shard=shard,
+            rows=rows[: len(keys)],
+            keys=keys,
+            bad=bad,
+            warned=warned,
+            damage=damage if can_find_damage() else None,
+        )
         state.save(self._destination.state(number))
         return state
 
@@ -258,6 +278,7 @@ class Conversion:
             "shards": [dataclasses.asdict(shard) for shard in merged.shards],
             "classes": list(classes),
             "class_counts": np.bincount(labels[labels >= 0], minlength=len(classes)).tolist(),
+            **_damage(states),
         }
 
 
@@ -275,6 +296,18 @@ def shard_bounds(nbytes: npt.NDArray[np.int64], shard_bytes: int) -> npt.NDArray
             filled = 0
         filled += size
     return np.array([*bounds, len(nbytes)], dtype=np.int64)
+
+
+def _damage(states: Sequence[ShardState]) -> dict[str, dict[int, str]]:
+    """Entry of the manifest: damage of stored images by index; none unless all were examined."""
+    damage: dict[int, str] = {}
+    first = 0
+    for state in states:
+        if state.damage is None:
+            return {}
+        damage.update((first + row, text) for row, text in state.damage)
+        first += len(state.rows)
+    return {"damage": damage}
 
 
 def _json_lines(items: Iterable[tuple[str, str]], name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import threading
 import warnings
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pipelines.decode.damage import find_damage
 from pipelines.decode.pillow import decode_one
 
 QUALITY = 95  # of re-encoded JPEGs: the loss is below that of the views' resize
@@ -37,7 +39,8 @@ class CheckedImage:
         extension: by content, not by name (ImageNet has a PNG called .JPEG).
         bad: why the image cannot be used, or "".
         unread: whether it is bad because its bytes could not be read.
-        warned: the decoder's warnings about an image that it decoded completely, or "".
+        warned: warnings about an image that decodes, or "".
+        damage: what `find_damage` says about an image that decodes, None if nothing; also in `warned`.
     """
 
     data: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
@@ -47,10 +50,16 @@ class CheckedImage:
     bad: str = ""
     unread: bool = False
     warned: str = ""
+    damage: str | None = None
 
 
 def check_image(
-    data: npt.NDArray[np.uint8], *, max_size: int | None, quality: int | None = None, log: WarningLog
+    data: npt.NDArray[np.uint8],
+    *,
+    max_size: int | None,
+    quality: int | None = None,
+    strict: bool = False,
+    log: WarningLog,
 ) -> CheckedImage:
     """Decode an encoded image completely, as training would, and return the bytes to store.
 
@@ -59,6 +68,7 @@ def check_image(
         max_size: longest side in pixels; a larger image is turned upright, scaled down (Lanczos) and encoded as JPEG of
             `quality` or `QUALITY`. None: no limit.
         quality: JPEG quality at which every image is encoded again, upright. None: bytes pass through.
+        strict: an image that is damaged but decodes is bad.
         log: collects this thread's warnings.
     """
     log.take()
@@ -69,17 +79,31 @@ def check_image(
     content = data.tobytes()
     if content.startswith(b"\xff\xd8") and not has_end_marker(content):
         return CheckedImage(bad="truncated JPEG: the end-of-image marker is missing")
+    damage = find_damage([data]).get(0)
+    if damage:
+        text = f"damaged: {damage}"
+        if strict:
+            return CheckedImage(bad=text)
+        warned = "; ".join(filter(None, (warned, text)))
+    stored = _stored(data, pixels, max_size=max_size, quality=quality)
+    return stored if stored.bad else dataclasses.replace(stored, warned=warned, damage=damage)
+
+
+def _stored(
+    data: npt.NDArray[np.uint8], pixels: npt.NDArray[np.uint8], *, max_size: int | None, quality: int | None
+) -> CheckedImage:
+    """The bytes to store of an image and its pixels, uint8 [H, W, 3]."""
     height, width = pixels.shape[:2]
     scale = 1.0 if max_size is None else min(1.0, max_size / max(height, width))
     if scale == 1.0 and quality is None:
-        return CheckedImage(data=data, height=height, width=width, extension=_extension(content), warned=warned)
+        return CheckedImage(data=data, height=height, width=width, extension=_extension(data[:12].tobytes()))
     if scale < 1.0:
         small = (max(1, round(width * scale)), max(1, round(height * scale)))
         pixels = np.asarray(Image.fromarray(pixels).resize(small, Image.Resampling.LANCZOS))
-    return as_jpeg(pixels, quality=quality or QUALITY, warned=warned)
+    return as_jpeg(pixels, quality=quality or QUALITY)
 
 
-def as_jpeg(pixels: npt.NDArray[np.uint8], *, quality: int, warned: str = "") -> CheckedImage:
+def as_jpeg(pixels: npt.NDArray[np.uint8], *, quality: int) -> CheckedImage:
     """Encode uint8 [H, W, 3]; an image with a side above 65,535, JPEG's limit, is bad."""
     encoded = io.BytesIO()
     try:
@@ -88,7 +112,7 @@ def as_jpeg(pixels: npt.NDArray[np.uint8], *, quality: int, warned: str = "") ->
         return CheckedImage(bad=f"it cannot be encoded as JPEG: {error}")
     stored = np.frombuffer(encoded.getvalue(), dtype=np.uint8)
     height, width = pixels.shape[:2]
-    return CheckedImage(data=stored, height=height, width=width, extension="jpg", warned=warned)
+    return CheckedImage(data=stored, height=height, width=width, extension="jpg")
 
 
 def has_end_marker(jpeg: bytes) -> bool:

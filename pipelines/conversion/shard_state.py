@@ -28,7 +28,8 @@ class ShardState:
         rows: INDEX_DTYPE [count]; `shard` and `key_end` are set when the shards are merged.
         keys: key of each row.
         bad: (source key, reason) of each image left out.
-        warned: (source key, warning) of each image that was stored despite a warning of the decoder.
+        warned: (source key, warning) of each image that was stored despite a warning.
+        damage: (row, damage) of each image that was stored although it is damaged; None if they were not examined.
     """
 
     shard: Shard | None
@@ -36,6 +37,7 @@ class ShardState:
     keys: Sequence[str]
     bad: Sequence[tuple[str, str]]
     warned: Sequence[tuple[str, str]]
+    damage: Sequence[tuple[int, str]] | None = None
 
     def save(self, path: Path) -> None:
         """Write the state atomically."""
@@ -44,6 +46,7 @@ class ShardState:
             "keys": list(self.keys),
             "bad": list(self.bad),
             "warned": list(self.warned),
+            "damage": None if self.damage is None else list(self.damage),
         }
         file = io.BytesIO()
         np.savez(file, rows=self.rows, meta=np.frombuffer(json.dumps(meta).encode("ascii"), dtype=np.uint8))
@@ -64,6 +67,7 @@ class ShardState:
                 keys=meta["keys"],
                 bad=[(key, reason) for key, reason in meta["bad"]],
                 warned=[(key, warning) for key, warning in meta["warned"]],
+                damage=None if meta.get("damage") is None else [(int(row), text) for row, text in meta["damage"]],
             )
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             return None

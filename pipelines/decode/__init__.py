@@ -26,6 +26,7 @@ __all__ = [
     "decoder_of",
     "default_threads",
     "make_decoder",
+    "thread_count",
 ]
 
 _log = logging.getLogger("mvssl.data")
@@ -88,8 +89,14 @@ def make_decoder(
 def decoder_of(options: DecodeOptions | None, *, device: str | torch.device, batch_size: int) -> Decoder:
     """The decoder for these options (None for the defaults); raises as `make_decoder`."""
     options = options or DecodeOptions()
-    threads = default_threads() if options.threads is None else options.threads
-    return make_decoder(options.decoder, device=device, batch_size=batch_size, threads=threads, dali=options.dali)
+    return make_decoder(
+        options.decoder, device=device, batch_size=batch_size, threads=thread_count(options), dali=options.dali
+    )
+
+
+def thread_count(options: DecodeOptions | None) -> int:
+    """CPU threads by these options (None for the defaults)."""
+    return default_threads() if options is None or options.threads is None else options.threads
 
 
 def default_threads() -> int:

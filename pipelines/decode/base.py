@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
@@ -38,17 +38,21 @@ class Decoder(Protocol):
     orientation is that of Pillow's `exif_transpose`, and the first of several frames is taken. Empty, truncated,
     undecodable and huge (`MAX_PIXELS`) files are failures with a reason, not exceptions. The result for an image does
     not depend on the others of the call. A JPEG that is damaged inside but complete decodes with its damage, as with
-    libjpeg; a few of those pass with DALI and fail with Pillow.
+    libjpeg; some of those pass with DALI, which complains on standard error, and fail with Pillow, which is silent.
     """
 
     @property
     def name(self) -> str:
         """ "dali-cpu", "dali-mixed", "ffcv" or "pillow"."""
 
-    def __call__(self, encoded: Sequence[np.ndarray]) -> Decoded:
+    def __call__(self, encoded: Sequence[np.ndarray], by_pillow: Collection[int] = ()) -> Decoded:
         """Decode N images, each uint8 [bytes]; called from one thread at a time.
 
         With "dali-mixed" the pixels are ready on torch's current CUDA stream, and `encoded` must live until then.
+
+        Args:
+            encoded: the images.
+            by_pillow: positions of images that Pillow decodes, as those that are known to be damaged.
 
         Raises:
             InputError: the decoder itself fails, for example by lack of memory, or the call is too large.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -51,15 +51,15 @@ class DaliDecoder:
         """ "dali-mixed" with pixels on the GPU, "dali-cpu" else."""
         return "dali-mixed" if self._device.type == "cuda" else "dali-cpu"
 
-    def __call__(self, encoded: Sequence[np.ndarray]) -> Decoded:
-        """Decode at most `batch_size` images, uint8 [bytes] each.
+    def __call__(self, encoded: Sequence[np.ndarray], by_pillow: Collection[int] = ()) -> Decoded:
+        """Decode at most `batch_size` images, uint8 [bytes] each; see `Decoder`.
 
         Raises:
             InputError: more images than `batch_size`, or DALI fails on valid images.
         """
         if len(encoded) > self._batch_size:
             raise invalid("encoded", len(encoded), f"at most {self._batch_size} images", "make a larger decoder")
-        parts = self._decode(encoded, [n for n, data in enumerate(encoded) if _for_dali(data)])
+        parts = self._decode(encoded, [n for n, data in enumerate(encoded) if n not in by_pillow and _for_dali(data)])
         return completed_by_pillow(parts, encoded, pillow=self._pillow, upload=self._upload)
 
     def close(self) -> None:

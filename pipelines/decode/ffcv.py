@@ -9,7 +9,7 @@ import ctypes
 import functools
 import importlib.util
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,10 +42,10 @@ class FfcvDecoder:
         self._local = threading.local()
         self._handles: list[ctypes.c_void_p] = []
 
-    def __call__(self, encoded: Sequence[np.ndarray]) -> Decoded:
-        """Decode N images, uint8 [bytes] each, to pixels on the CPU."""
+    def __call__(self, encoded: Sequence[np.ndarray], by_pillow: Collection[int] = ()) -> Decoded:
+        """Decode N images, uint8 [bytes] each, to pixels on the CPU; see `Decoder`."""
         headers = [sniff(data) for data in encoded]
-        wanted = [n for n, header in enumerate(headers) if _for_ffcv(header)]
+        wanted = [n for n, header in enumerate(headers) if n not in by_pillow and _for_ffcv(header)]
         sizes = torch.tensor([_size(headers[n]) for n in wanted], dtype=torch.int64).reshape(-1, 2)
         ends = (sizes.prod(dim=1) * 3).cumsum(0)
         pixels = torch.empty(int(ends[-1]) if wanted else 0, dtype=torch.uint8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -42,8 +42,9 @@ class PillowDecoder:
     def __init__(self, *, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mvssl-pillow")
 
-    def __call__(self, encoded: Sequence[np.ndarray]) -> Decoded:
+    def __call__(self, encoded: Sequence[np.ndarray], by_pillow: Collection[int] = ()) -> Decoded:
         """Decode N images, uint8 [bytes] each, to pixels on the CPU."""
+        del by_pillow
         results = list(self._pool.map(decode_one, encoded))
         images = [image for image in results if not isinstance(image, str)]
         flat = np.concatenate([image.reshape(-1) for image in images]) if images else np.empty(0, np.uint8)

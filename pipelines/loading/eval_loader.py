@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import DecodedBatch, with_index
-from pipelines.decode import DecodeOptions, decoder_of
+from pipelines.decode import DecodeOptions, decoder_of, thread_count
 from pipelines.loading.fetch import Fetcher
 from pipelines.loading.threads import BATCHES_AHEAD, Prefetcher, ReadAhead, SideStream, receive
 from pipelines.runtime import InputError, invalid
@@ -106,7 +106,8 @@ def _iterate(
         outside = wanted[(wanted < 0) | (wanted >= len(source))]
         raise invalid("indices", int(outside[0]), f"in [0, {len(source)})", "give indices of this data set")
     device = with_index(device)
-    fetch = Fetcher(source, decoder_of(decode, device=device, batch_size=batch_size))
+    decoder = decoder_of(decode, device=device, batch_size=batch_size)
+    fetch = Fetcher(source, decoder, threads=thread_count(decode))
     batches = [wanted[at : at + batch_size].tolist() for at in range(0, len(wanted), batch_size)]
     side = SideStream(device)
     return _consume(_produce(source, fetch, batches, side, make), fetch, prefetch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -16,15 +17,18 @@ from numpy.typing import NDArray
 
 from pipelines.batch import DecodedBatch
 from pipelines.decode import Decoder
+from pipelines.decode.damage import ODD, can_find_damage, find_damage
 from pipelines.loading.pixel_cache import CachedSource, PixelCache
 from pipelines.order import replacement
 from pipelines.runtime import InputError
 from pipelines.storage.batch_read import READERS
+from pipelines.storage.image_facts import facts_of
 from pipelines.storage.source import ReadsBatches, Source
 
 Encoded = np.ndarray | str
 """An image's bytes, uint8 [bytes], or in a few words why they cannot be read."""
 
+_log = logging.getLogger("mvssl.data")
 _NOT_THE_IMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the process or machine ran out of something
 _TOLERATED = 0.1  # fraction of the data set that may be bad
 _DEVIATIONS = 6  # standard deviations above it that a batch may have; the tests compute how rarely chance exceeds them
@@ -50,13 +54,20 @@ class Fetched:
 class Fetcher:
     """Reads and decodes images. One thread may read ahead while another one decodes.
 
+    A JPEG is examined for damage when it is decoded for the first time, unless `mvssl-convert` has examined it. The log
+    names damaged ones once. Pillow decodes them every time: it is silent, where libjpeg in DALI writes to standard
+    error.
+
     Attributes:
         reading_seconds, decoding_seconds: time spent in `read` and in calls (monotonic clock).
     """
 
-    def __init__(self, source: Source, decoder: Decoder) -> None:
+    def __init__(self, source: Source, decoder: Decoder, *, threads: int = 1) -> None:
+        """`threads` examine JPEGs for damage."""
         self._source = source
         self._decoder = decoder
+        self._threads = threads
+        self._facts = facts_of(source)
         self._cache = source.cache if isinstance(source, CachedSource) else None
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="mvssl-read")
         self.reading_seconds = 0.0
@@ -126,9 +137,11 @@ class Fetcher:
         failures = {n: item for n, item in enumerate(items) if isinstance(item, str)}
         positions = [n for n in range(len(items)) if n not in failures]
         encoded = [item for item in items if not isinstance(item, str)]
-        decoded = self._decoder(encoded)
+        damaged = self._damaged([indices[n] for n in positions], encoded)
+        decoded = self._decoder(encoded, damaged)
         failures.update((positions[n], reason) for n, reason in decoded.failures.items())
         good = [i for n, i in enumerate(indices) if n not in failures]
+        self._name_damaged([indices[positions[n]] for n in damaged if n not in decoded.failures])
         batch = DecodedBatch.packed(
             decoded.pixels,
             sizes=decoded.sizes,
@@ -136,6 +149,24 @@ class Fetcher:
             labels=torch.from_numpy(self._labels(good)),
         )
         return Fetched(batch=batch, failures=failures, encoded=encoded)
+
+    def _damaged(self, indices: Sequence[int], encoded: Sequence[np.ndarray]) -> list[int]:
+        """Positions of damaged JPEGs among the images of these dataset indices, which are examined if need be."""
+        facts = self._facts
+        new = [n for n, index in enumerate(indices) if not facts.examined[index]]
+        if new and can_find_damage():
+            for n, damage in find_damage([encoded[n] for n in new], threads=self._threads).items():
+                facts.damage[indices[new[n]]] = damage
+            facts.examined[[indices[n] for n in new]] = True
+        return [n for n, index in enumerate(indices) if index in facts.damage] if facts.damage else []
+
+    def _name_damaged(self, indices: Sequence[int]) -> None:
+        facts = self._facts
+        for index in indices:
+            if index not in facts.named and facts.damage[index] != ODD:
+                facts.named.add(index)
+                key, damage = self._source.key(index), facts.damage[index]
+                _log.warning("Image %s is damaged (%s): it is used as it decodes.", key, damage)
 
     def _cached(self, cache: PixelCache, indices: Sequence[int], read: Mapping[int, Encoded]) -> Fetched:
         """Decode and cache what is not cached yet; the whole batch from the cache."""

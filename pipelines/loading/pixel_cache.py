@@ -20,6 +20,7 @@ from pipelines.batch import DecodedBatch
 from pipelines.decode.base import MAX_PIXELS
 from pipelines.decode.sniff import sniff
 from pipelines.runtime import InputError, invalid
+from pipelines.storage.image_facts import facts_of
 from pipelines.storage.source import ReadsAhead, ReadsBatches, Source
 
 Cache = Literal["off", "host", "device", "auto"]
@@ -141,6 +142,7 @@ class CachedSource:
         self._source = source
         self.labels, self.classes, self.nbytes = source.labels, source.classes, source.nbytes
         self.fingerprint, self.location = source.fingerprint, source.location
+        self.facts = facts_of(source)
 
     def __len__(self) -> int:
         return len(self._source)

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from pipelines.storage.batch_read import RandomAccessFile, raise_file_limit, read_ranges
 from pipelines.storage.beton_format import BETON, RAW, class_labels, damaged, is_beton_name, load_index, read_layout
-from pipelines.storage.manifest import BETON_FORMAT, format_of
+from pipelines.storage.image_facts import ImageFacts
+from pipelines.storage.manifest import BETON_FORMAT, Manifest, format_of
 from pipelines.storage.source import KeyTable, fingerprint
 
 
@@ -27,7 +28,12 @@ def open_path(path: Path, *, progress: Callable[[int], None] | None = None) -> B
     file = path / BETON if path.is_dir() else path
     if not file.exists():
         raise damaged(file, "is missing")
-    return BetonSource(file)
+    source = BetonSource(file)
+    if path.is_dir() and format_of(path) == BETON_FORMAT:
+        manifest = Manifest.load(path, formats=(BETON_FORMAT,))
+        if manifest.fingerprint == source.fingerprint:
+            source.facts = ImageFacts.of(len(source), damage=manifest.damage)
+    return source
 
 
 class BetonSource:
@@ -57,6 +63,7 @@ class BetonSource:
             if not -1 <= int(np.min(self.labels)) <= int(np.max(self.labels)) < len(index.classes):
                 raise damaged(path, f"has labels that are not among its {len(index.classes)} classes")
         self.nbytes = layout.nbytes
+        self.facts = ImageFacts.of(count)
         self.sizes = sizes
         """int64 [len, 2]: (height, width) of each image in pixels; EXIF orientation applied in our own files."""
         self.fingerprint = fingerprint(self._keys, labels=self.labels, nbytes=self.nbytes, classes=self.classes)

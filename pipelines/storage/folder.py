@@ -21,6 +21,7 @@ from pipelines.files import cache_folder, cache_folders, publish, writable_cache
 from pipelines.runtime import InputError, describe_os_error
 from pipelines.storage.batch_read import RandomAccessFile, advise_files, max_read_ahead, read_files
 from pipelines.storage.file_index import IMAGE_EXTENSIONS, FileIndex, read_list, scan_folder
+from pipelines.storage.image_facts import ImageFacts
 from pipelines.storage.source import KeyTable, fingerprint
 
 FALLBACK = True  # the other storages are folders or files too
@@ -65,6 +66,7 @@ class FolderSource:
         self.labels = index.labels
         self.classes = index.classes
         self.nbytes = index.nbytes
+        self.facts = ImageFacts.of(len(index.keys))
         self.fingerprint = fingerprint(index.keys, labels=index.labels, nbytes=index.nbytes, classes=index.classes)
 
     def __len__(self) -> int:

@@ -70,6 +70,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     sha256: Mapping[str, str]  # of index.npy and keys.npy
     plan: Mapping[str, Any]  # source and options of the conversion
+    damage: Mapping[int, str] | None = None  # by index, of images that decode nevertheless; None: not examined
 
     @classmethod
     def load(cls, folder: Path, *, formats: Collection[str] = (FORMAT,)) -> Manifest:
@@ -96,6 +97,7 @@ class Manifest:
                 shards=tuple(Shard(**shard) for shard in content["shards"]),
                 sha256=dict(content["sha256"]),
                 plan=dict(content["plan"]),
+                damage=_damage(content.get("damage")),
             )
         except FileNotFoundError:
             raise InputError(
@@ -109,6 +111,10 @@ class Manifest:
                 f"{path} is damaged ({type(error).__name__}: {error}): restore it or convert the data again with "
                 "--overwrite."
             ) from error
+
+
+def _damage(stored: Mapping[str, str] | None) -> dict[int, str] | None:
+    return None if stored is None else {int(index): str(text) for index, text in stored.items()}
 
 
 def is_converted(folder: Path) -> bool:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from pipelines.runtime import InputError
 from pipelines.storage.batch_read import RandomAccessFile, max_open_files, raise_file_limit, read_ranges
+from pipelines.storage.image_facts import ImageFacts
 from pipelines.storage.manifest import HEAD_BYTES, INDEX, INDEX_DTYPE, KEYS, MANIFEST, Manifest, Shard, is_converted
 from pipelines.storage.source import KeyTable
 
@@ -44,6 +45,7 @@ class ShardSource:
         self.manifest = Manifest.load(folder)
         self.classes = self.manifest.classes
         self.fingerprint = self.manifest.fingerprint
+        self.facts = ImageFacts.of(self.manifest.count, damage=self.manifest.damage)
         rows = self._load_checked(INDEX)  # [len]
         blob: npt.NDArray[np.uint8] = self._load_checked(KEYS)
         if rows.dtype != INDEX_DTYPE or rows.shape != (self.manifest.count,):

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.runtime import InputError
+from pipelines.storage.image_facts import facts_of
 
 
 class Source(Protocol):
@@ -92,6 +93,7 @@ class SubsetSource:
         self.labels = source.labels[self.indices]
         self.classes = source.classes
         self.nbytes = source.nbytes[self.indices]
+        self.facts = facts_of(source).subset(self.indices)
         self.fingerprint = hashlib.sha256(source.fingerprint.encode() + self.indices.tobytes()).hexdigest()
 
     def __len__(self) -> int:

@@ -109,3 +109,9 @@ class MemorySource:
 
     def close(self) -> None:
         pass
+
+
+def half_jpeg(seed: int = 0) -> np.ndarray:
+    """A JPEG cut at half that ends with an end marker: decoders paint the rest gray."""
+    data = encode(picture(64, 64, seed), subsampling=0).tobytes()
+    return np.frombuffer(data[: (data.index(b"\xff\xda") + len(data)) // 2] + b"\xff\xd9", np.uint8)

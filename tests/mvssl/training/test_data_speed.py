@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,10 @@ def decoder(act: Callable[[int], object]) -> Iterator[None]:
         class Acting:
             name, close, calls = made.name, made.close, 0
 
-            def __call__(self, encoded: Sequence[np.ndarray]) -> Decoded:
+            def __call__(self, encoded: Sequence[np.ndarray], by_pillow: Collection[int] = ()) -> Decoded:
                 self.calls += 1
                 act(self.calls - 1)
-                return made(encoded)
+                return made(encoded, by_pillow)
 
         return Acting()
 

@@ -1,0 +1,439 @@
+/* Follows the Huffman codes of JPEGs without computing pixels, to find damage that decoders paint gray (ITU T.81).
+ * Baseline, extended and progressive frames of 8 bits; other files are not examined. */
+
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { FINE, PADDED, SHORT, INVALID, EXTRA, RESTART, MISSING }; /* verdicts, in the order of damage.py */
+enum { LOOK = 9, MAX_THREADS = 64, MAX_PIXELS = 1 << 28 };
+
+/* Same layout as _REQUEST in damage.py. */
+typedef struct {
+    const uint8_t *data;
+    int64_t size;
+    int32_t verdict, scan; /* the number of the damaged scan, from 1 */
+    int32_t whole;         /* whether that scan holds the whole picture */
+    float done;            /* fraction of that scan before the damage */
+} Request;
+
+typedef struct {
+    uint16_t look[1 << LOOK]; /* length << 8 | symbol of the codes of up to LOOK bits; 0: longer */
+    int32_t last[17], shift[17]; /* by length: the largest code, -1 if none; index of its symbol less the code */
+    uint8_t symbols[256];
+    int known;
+} Table;
+
+typedef struct {
+    int id, h, v, table[2];
+    int64_t width, height; /* in blocks */
+    uint64_t *nonzero;     /* of progressive files, by block: which coefficients are not zero so far */
+    int8_t precision[64];  /* lowest bit coded so far, -1: none */
+} Component;
+
+typedef struct {
+    const uint8_t *at, *end;
+    uint64_t bits;   /* from the highest bit on */
+    int count, fake; /* bits in there; how many of them are zeros behind the data */
+    int marker;      /* where the data ended: a marker, or -1 for the end of the file */
+} Bits;
+
+typedef struct {
+    Bits bits;
+    Table tables[2][4]; /* DC, AC */
+    Component parts[4];
+    int count, progressive, interval, hmax, vmax;
+    int64_t width, height;
+    int from, to, high, low, run; /* of the scan; blocks left of an end-of-band run */
+} Jpeg;
+
+static void fill(Bits *b) {
+    if (b->count > 56) return;
+    if (!b->marker && b->end - b->at >= 8) { /* whole bytes at once, if none of eight is 0xFF */
+        uint64_t next = 0, inverse;
+        for (int n = 0; n < 8; n++) next = next << 8 | b->at[n];
+        inverse = ~next;
+        if (!((inverse - 0x0101010101010101ull) & ~inverse & 0x8080808080808080ull)) {
+            int bytes = (64 - b->count) >> 3, rest = 64 - 8 * bytes;
+            b->bits |= next >> rest << rest >> b->count;
+            b->at += bytes;
+            b->count += 8 * bytes;
+            return;
+        }
+    }
+    while (b->count <= 56) {
+        uint64_t byte = 0;
+        if (!b->marker) {
+            const uint8_t *at = b->at;
+            if (at >= b->end) b->marker = -1;
+            else if (*at != 0xFF) byte = *b->at++;
+            else {
+                while (at < b->end && *at == 0xFF) at++; /* fill bytes */
+                if (at >= b->end) b->marker = -1;
+                else if (*at) b->marker = *at;
+                else byte = 0xFF, b->at = at + 1;
+            }
+        }
+        if (b->marker) b->fake += 8;
+        b->bits |= byte << (56 - b->count);
+        b->count += 8;
+    }
+}
+
+static inline uint32_t take(Bits *b, int count) {
+    if (!count) return 0;
+    if (b->count < count) fill(b);
+    uint32_t value = (uint32_t)(b->bits >> (64 - count));
+    b->bits <<= count;
+    b->count -= count;
+    return value;
+}
+
+/* A symbol, or -1 for bits that are no code. */
+static inline int decode(Bits *b, const Table *table) {
+    if (b->count < 16) fill(b);
+    uint16_t found = table->look[b->bits >> (64 - LOOK)];
+    int length = found >> 8;
+    if (__builtin_expect(length, 1)) {
+        b->bits <<= length;
+        b->count -= length;
+        return found & 0xFF;
+    }
+    for (length = LOOK + 1; length <= 16; length++) {
+        int32_t code = (int32_t)(b->bits >> (64 - length));
+        if (code <= table->last[length]) {
+            take(b, length);
+            return table->symbols[(code + table->shift[length]) & 0xFF];
+        }
+    }
+    return -1;
+}
+
+static int exhausted(const Bits *b) { return b->count < b->fake; }
+
+static int number(const uint8_t *at) { return at[0] << 8 | at[1]; }
+
+static int define(Jpeg *jpeg, const uint8_t *at, const uint8_t *end) {
+    while (at + 17 <= end) {
+        if ((*at >> 4) > 1 || (*at & 15) > 3) return 0;
+        Table *table = &jpeg->tables[*at >> 4][*at & 15];
+        const uint8_t *counts = at;
+        int total = 0, code = 0;
+        for (int n = 1; n <= 16; n++) total += counts[n];
+        at += 17;
+        if (total > 256 || at + total > end) return 0;
+        memset(table, 0, sizeof *table);
+        memcpy(table->symbols, at, (size_t)total);
+        for (int n = 1, index = 0; n <= 16; n++, code <<= 1) {
+            table->shift[n] = index - code;
+            for (int k = 0; k < counts[n]; k++, code++, index++) {
+                if (code >= 1 << n) return 0;
+                if (n <= LOOK)
+                    for (int low = 0; low < 1 << (LOOK - n); low++)
+                        table->look[(code << (LOOK - n)) + low] = (uint16_t)(n << 8 | table->symbols[index]);
+            }
+            table->last[n] = counts[n] ? code - 1 : -1;
+        }
+        table->known = 1;
+        at += total;
+    }
+    return at == end;
+}
+
+static int frame(Jpeg *jpeg, const uint8_t *at, const uint8_t *end, int progressive) {
+    if (jpeg->count || end - at < 6 || at[0] != 8) return 0;
+    jpeg->height = number(at + 1);
+    jpeg->width = number(at + 3);
+    jpeg->count = at[5];
+    jpeg->progressive = progressive;
+    if (jpeg->count < 1 || jpeg->count > 4 || end - at < 6 + 3 * jpeg->count) return 0;
+    if (!jpeg->height || !jpeg->width || jpeg->height * jpeg->width > MAX_PIXELS) return 0;
+    for (int n = 0; n < jpeg->count; n++) {
+        Component *part = &jpeg->parts[n];
+        part->id = at[6 + 3 * n], part->h = at[7 + 3 * n] >> 4, part->v = at[7 + 3 * n] & 15;
+        if (part->h < 1 || part->h > 4 || part->v < 1 || part->v > 4) return 0;
+        if (part->h > jpeg->hmax) jpeg->hmax = part->h;
+        if (part->v > jpeg->vmax) jpeg->vmax = part->v;
+        memset(part->precision, -1, sizeof part->precision);
+    }
+    for (int n = 0; n < jpeg->count; n++) {
+        Component *part = &jpeg->parts[n];
+        part->width = ((jpeg->width * part->h + jpeg->hmax - 1) / jpeg->hmax + 7) / 8;
+        part->height = ((jpeg->height * part->v + jpeg->vmax - 1) / jpeg->vmax + 7) / 8;
+        if (progressive) {
+            part->nonzero = calloc((size_t)(part->width * part->height), sizeof *part->nonzero);
+            if (!part->nonzero) return 0;
+        }
+    }
+    return 1;
+}
+
+/* The blocks of one kind of scan each: 0 if the codes are invalid. */
+
+static int sequential(Jpeg *jpeg, const Component *part) {
+    Bits *b = &jpeg->bits;
+    const Table *ac = &jpeg->tables[1][part->table[1]];
+    int size = decode(b, &jpeg->tables[0][part->table[0]]);
+    if (size < 0 || size > 15) return 0;
+    take(b, size);
+    for (int k = 1; k < 64;) {
+        int symbol = decode(b, ac);
+        if (symbol < 0) return 0;
+        int run = symbol >> 4;
+        size = symbol & 15;
+        if (!size && run != 15) return 1;
+        k += run + 1;
+        if (k > 64) return 0;
+        take(b, size);
+    }
+    return 1;
+}
+
+static int direct(Jpeg *jpeg, const Component *part) {
+    if (jpeg->high) {
+        take(&jpeg->bits, 1);
+        return 1;
+    }
+    int size = decode(&jpeg->bits, &jpeg->tables[0][part->table[0]]);
+    if (size < 0 || size > 15) return 0;
+    take(&jpeg->bits, size);
+    return 1;
+}
+
+static int band(Jpeg *jpeg, const Component *part, uint64_t *nonzero) {
+    Bits *b = &jpeg->bits;
+    const Table *ac = &jpeg->tables[1][part->table[1]];
+    for (int k = jpeg->from; k <= jpeg->to && !jpeg->run;) {
+        int symbol = decode(b, ac);
+        if (symbol < 0) return 0;
+        int run = symbol >> 4, size = symbol & 15;
+        if (!size && run != 15) {
+            jpeg->run = (1 << run) + (int)take(b, run);
+            break;
+        }
+        k += run;
+        if (k > jpeg->to) return 0;
+        if (size) *nonzero |= 1ull << k;
+        take(b, size);
+        k++;
+    }
+    if (jpeg->run) jpeg->run--;
+    return 1;
+}
+
+static int refinement(Jpeg *jpeg, const Component *part, uint64_t *nonzero) {
+    Bits *b = &jpeg->bits;
+    const Table *ac = &jpeg->tables[1][part->table[1]];
+    int k = jpeg->from;
+    while (!jpeg->run && k <= jpeg->to) {
+        int symbol = decode(b, ac);
+        if (symbol < 0 || (symbol & 15) > 1) return 0;
+        int run = symbol >> 4, fresh = symbol & 15;
+        if (!fresh && run != 15) {
+            jpeg->run = (1 << run) + (int)take(b, run);
+            break;
+        }
+        take(b, fresh); /* its sign */
+        for (; k <= jpeg->to; k++) {
+            if (*nonzero >> k & 1) take(b, 1);
+            else if (--run < 0) break;
+        }
+        if (fresh && k > jpeg->to) return 0;
+        if (fresh) *nonzero |= 1ull << k;
+        k++;
+    }
+    if (jpeg->run) {
+        for (; k <= jpeg->to; k++)
+            if (*nonzero >> k & 1) take(b, 1);
+        jpeg->run--;
+    }
+    return 1;
+}
+
+static int block(Jpeg *jpeg, const Component *part, int64_t index) {
+    if (!jpeg->progressive) return sequential(jpeg, part);
+    if (jpeg->from == 0) return direct(jpeg, part);
+    return jpeg->high ? refinement(jpeg, part, part->nonzero + index) : band(jpeg, part, part->nonzero + index);
+}
+
+/* Go to the marker that must follow: FINE, PADDED by zeros or ones, or EXTRA data are in between. */
+static int to_marker(Bits *b) {
+    int found = FINE;
+    take(b, b->count & 7);
+    for (fill(b); b->count > b->fake || !b->marker; fill(b)) {
+        uint32_t byte = take(b, 8);
+        if (byte && byte != 0xFF) return EXTRA;
+        found = PADDED;
+    }
+    return found;
+}
+
+static void reset(Bits *b, const uint8_t *at) {
+    b->at = at;
+    b->bits = 0;
+    b->count = b->fake = b->marker = 0;
+}
+
+/* The byte behind a marker at or after `at`, which only fill bytes may precede. */
+static const uint8_t *behind_marker(const uint8_t *at, const uint8_t *end) {
+    while (at < end && *at == 0xFF) at++;
+    return at < end ? at + 1 : end;
+}
+
+static int scan(Jpeg *jpeg, const uint8_t *at, const uint8_t *end, Request *request) {
+    int count = end - at < 1 ? 0 : at[0];
+    if (!jpeg->count || count < 1 || count > 4 || end - at < 4 + 2 * count) return -1;
+    Component *chosen[4];
+    int order = FINE;
+    for (int n = 0; n < count; n++) {
+        chosen[n] = NULL;
+        for (int p = 0; p < jpeg->count; p++)
+            if (jpeg->parts[p].id == at[1 + 2 * n]) chosen[n] = &jpeg->parts[p];
+        if (!chosen[n] || (at[2 + 2 * n] >> 4) > 3 || (at[2 + 2 * n] & 15) > 3) return -1;
+        chosen[n]->table[0] = at[2 + 2 * n] >> 4;
+        chosen[n]->table[1] = at[2 + 2 * n] & 15;
+    }
+    at += 1 + 2 * count;
+    jpeg->from = 0, jpeg->to = 63, jpeg->high = jpeg->low = jpeg->run = 0;
+    if (jpeg->progressive) {
+        jpeg->from = at[0], jpeg->to = at[1], jpeg->high = at[2] >> 4, jpeg->low = at[2] & 15;
+        if (jpeg->from > jpeg->to || jpeg->to > 63 || (jpeg->from == 0) != (jpeg->to == 0)) return -1;
+        if (jpeg->from && count > 1) return -1;
+    }
+    for (int n = 0; n < count; n++) {
+        int dc = jpeg->from == 0 && !jpeg->high, ac = jpeg->to > 0;
+        if (dc && !jpeg->tables[0][chosen[n]->table[0]].known) return -1;
+        if (ac && !jpeg->tables[1][chosen[n]->table[1]].known) return -1;
+        for (int k = jpeg->from; k <= jpeg->to; k++)
+            if (jpeg->high != (chosen[n]->precision[k] < 0 ? 0 : chosen[n]->precision[k])) order = INVALID;
+        memset(chosen[n]->precision + jpeg->from, jpeg->low, (size_t)(jpeg->to - jpeg->from + 1));
+    }
+    int64_t across = chosen[0]->width, down = chosen[0]->height;
+    if (count > 1) {
+        across = (jpeg->width + 8 * jpeg->hmax - 1) / (8 * jpeg->hmax);
+        down = (jpeg->height + 8 * jpeg->vmax - 1) / (8 * jpeg->vmax);
+    }
+    int64_t units = across * down;
+    int padded = FINE, gap;
+    request->scan++;
+    request->whole = !jpeg->progressive && count == jpeg->count;
+    if (order) return order;
+    reset(&jpeg->bits, end);
+    for (int64_t unit = 0; unit < units; unit++) {
+        request->done = (float)unit / (float)units;
+        if (jpeg->interval && unit && unit % jpeg->interval == 0) {
+            if ((gap = to_marker(&jpeg->bits)) == EXTRA) return EXTRA;
+            padded |= gap;
+            if (jpeg->bits.marker != 0xD0 + (int)((unit / jpeg->interval - 1) & 7)) return RESTART;
+            reset(&jpeg->bits, behind_marker(jpeg->bits.at, jpeg->bits.end));
+            jpeg->run = 0;
+        }
+        int fine = 1;
+        if (count == 1) fine = block(jpeg, chosen[0], unit);
+        else
+            for (int n = 0; n < count && fine; n++)
+                for (int k = chosen[n]->h * chosen[n]->v; k > 0 && fine; k--) fine = block(jpeg, chosen[n], 0);
+        if (exhausted(&jpeg->bits)) return SHORT;
+        if (!fine) return INVALID;
+    }
+    request->done = 1;
+    gap = to_marker(&jpeg->bits);
+    return gap == EXTRA ? EXTRA : gap | padded;
+}
+
+/* FINE also if the file cannot be examined: decoders then say what is wrong. */
+static int examine(Jpeg *jpeg, Request *request) {
+    const uint8_t *at = request->data + 2, *end = request->data + request->size;
+    int padded = FINE;
+    jpeg->bits.end = end;
+    while (end - at >= 2) {
+        if (*at != 0xFF) {
+            if (request->scan && *at) return EXTRA;
+            padded = PADDED;
+            at++;
+            continue;
+        }
+        int marker = at[1];
+        if (marker == 0xFF) {
+            at++;
+            continue;
+        }
+        if (marker == 0xD9) {
+            for (int n = 0; n < jpeg->count && request->scan; n++)
+                for (int k = 0; k < 64; k++)
+                    if (jpeg->parts[n].precision[k]) return MISSING;
+            return padded;
+        }
+        at += 2;
+        if (marker == 0 || marker == 0x01 || (marker >= 0xD0 && marker <= 0xD7)) continue;
+        if (marker == 0xD8) return request->scan ? SHORT : FINE;
+        int broken = request->scan ? SHORT : FINE; /* a file that ends before its first scan is no image */
+        if (end - at < 2) return broken;
+        const uint8_t *next = at + number(at);
+        at += 2;
+        if (next < at || next > end) return broken;
+        if (marker == 0xC4) {
+            if (!define(jpeg, at, next)) return broken;
+        } else if (marker >= 0xC0 && marker <= 0xC2) {
+            if (!frame(jpeg, at, next, marker == 0xC2)) return FINE;
+        } else if (marker >= 0xC0 && marker <= 0xCF) {
+            return FINE;
+        } else if (marker == 0xDD && next - at >= 2) {
+            jpeg->interval = number(at);
+        } else if (marker == 0xDA) {
+            int verdict = scan(jpeg, at, next, request);
+            if (verdict < 0) return FINE;
+            if (verdict > PADDED) return verdict;
+            if (verdict == PADDED) padded = PADDED;
+            next = jpeg->bits.at;
+        }
+        at = next;
+    }
+    return request->scan ? SHORT : FINE;
+}
+
+static void check(Request *request) {
+    Jpeg *jpeg = calloc(1, sizeof *jpeg);
+    request->verdict = FINE;
+    request->scan = request->whole = 0;
+    request->done = 0;
+    if (!jpeg) return;
+    if (request->size > 4 && request->data[0] == 0xFF && request->data[1] == 0xD8)
+        request->verdict = examine(jpeg, request);
+    for (int n = 0; n < 4; n++) free(jpeg->parts[n].nonzero);
+    free(jpeg);
+}
+
+typedef struct {
+    Request *requests;
+    int64_t count;
+    atomic_llong next;
+} Queue;
+
+static void *work(void *argument) {
+    Queue *queue = argument;
+    for (long long n; (n = atomic_fetch_add(&queue->next, 1)) < queue->count;) check(queue->requests + n);
+    return NULL;
+}
+
+/* Examine all files; the calling thread is one of `threads`. */
+void examine_jpegs(Request *requests, int64_t count, int64_t threads) {
+    Queue queue = {.requests = requests, .count = count};
+    pthread_t others[MAX_THREADS];
+    int64_t started = 0;
+    sigset_t all, before;
+    sigfillset(&all); /* Python's threads handle signals */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (started < threads - 1 && started < count - 1 && started < MAX_THREADS)
+        if (pthread_create(others + started, NULL, work, &queue) == 0)
+            started++;
+        else
+            break; /* fewer threads also work */
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    work(&queue);
+    for (int64_t n = 0; n < started; n++) pthread_join(others[n], NULL);
+}

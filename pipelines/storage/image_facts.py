@@ -1,0 +1,50 @@
+"""What is known of a source's images besides their bytes: damage found by `mvssl-convert` or while they were used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sized
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageFacts:
+    """Facts about the images of a source; they live as long as the source, over epochs and evaluations.
+
+    Attributes:
+        examined: bool [len], whether an image has been examined for damage.
+        damage: dataset index -> damage of images that decode nevertheless, as far as examined.
+        named: indices of damaged images that the log has named.
+    """
+
+    examined: npt.NDArray[np.bool_]
+    damage: dict[int, str] = field(default_factory=dict)
+    named: set[int] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, count: int, *, damage: Mapping[int, str] | None = None) -> ImageFacts:
+        """Facts of `count` images; `damage` of all of them, None if it is not known."""
+        return cls(examined=np.full(count, damage is not None), damage=dict(damage or {}))
+
+    def subset(self, indices: npt.NDArray[np.int64]) -> ImageFacts:
+        """Facts of the images at these indices, int64 [M], as they are now."""
+        damage = {n: self.damage[index] for n, index in enumerate(indices.tolist()) if index in self.damage}
+        named = {n for n in damage if int(indices[n]) in self.named}
+        return ImageFacts(examined=self.examined[indices], damage=damage, named=named)
+
+
+@runtime_checkable
+class HasFacts(Protocol):
+    """A source that keeps facts about its images."""
+
+    @property
+    def facts(self) -> ImageFacts:
+        """The same object at every call."""
+
+
+def facts_of(source: Sized) -> ImageFacts:
+    """The facts that `source` keeps, or new ones if it keeps none."""
+    return source.facts if isinstance(source, HasFacts) else ImageFacts.of(len(source))
