@@ -31,7 +31,7 @@ from benchmarks.report.tables import PART_HEADS, part_rows
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
 from mvssl.recipes.files import resolve_recipe
-from pipelines.runtime import run_cli
+from pipelines.runtime import parse_arguments, run_cli
 
 PROG = "python -m benchmarks.bench_compile"
 LARGEST = 15
@@ -291,7 +291,7 @@ def show(result: Result) -> list[str]:
 
 def body() -> int:
     """Run the command; returns the exit code."""
-    arguments = tyro.cli(Arguments, prog=PROG)
+    arguments = parse_arguments(Arguments, prog=PROG)
     result = measure(arguments, command=command_of(PROG, sys.argv[1:]))
     lines = "\n".join(show(result))
     console = Console()

@@ -33,7 +33,7 @@ from benchmarks.implementations.loaders import Setup, dali_loader, data_loader, 
 from mvssl.recipes.files import resolve_recipe
 from pipelines.decode import DecoderName
 from pipelines.order import Order
-from pipelines.runtime import InputError, invalid, run_cli
+from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
 
 PROG = "python -m benchmarks.bench_loader"
 BASELINE = "DataLoader"
@@ -204,7 +204,7 @@ def summary(trials: Sequence[Trial], *, views: int) -> dict[str, Any]:
 
 def body() -> int:
     """Run the command; returns 1 if an implementation failed (the others' numbers stand) or none could run."""
-    arguments = tyro.cli(Arguments, prog=PROG)
+    arguments = parse_arguments(Arguments, prog=PROG)
     result = measure(arguments, command=command_of(PROG, sys.argv[1:]))
     return finish(result, arguments.out, failed=bool(result["failed"]) or not result["contenders"])
 

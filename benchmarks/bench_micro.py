@@ -37,7 +37,7 @@ from benchmarks.harness.trials import Budget, interleaved_seconds, say, spread
 from mvssl.evaluate.linear import ROUNDS, FastLinear
 from mvssl.evaluate.linear_fit import Setting, fit, race, stratified
 from pipelines.batch import DecodedBatch
-from pipelines.runtime import InputError, run_cli
+from pipelines.runtime import InputError, parse_arguments, run_cli
 from pipelines.views.engine import fused_obstacle
 from pipelines.views.fused.jobs import make_jobs, make_jobs_reference
 from pipelines.views.native.sampling import native_obstacle
@@ -463,7 +463,7 @@ Command = (
 def parse(words: list[str]) -> Sampling | Gil | Fused | view_kernels.Arguments | Linear:
     """Parse the command line."""
     command: Any = Command
-    parsed: Sampling | Gil | Fused | view_kernels.Arguments | Linear = tyro.cli(command, prog=PROG, args=words)
+    parsed: Sampling | Gil | Fused | view_kernels.Arguments | Linear = parse_arguments(command, prog=PROG, args=words)
     return parsed
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from benchmarks.harness.command import DEFAULT_RECIPE, check_device, check_positive, command_of, finish
 from benchmarks.harness.processes import Build, Trial
@@ -44,7 +43,7 @@ from benchmarks.implementations.steps import (
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
 from mvssl.recipes.files import resolve_recipe
-from pipelines.runtime import InputError, invalid, run_cli
+from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
 
 PROG = "python -m benchmarks.bench_step"
 ORDER = ("captured", PLAIN, "grouped", "compiled", "view by view")
@@ -215,7 +214,7 @@ def _implementation(trials: Sequence[Trial], views: int, gflops: float, *, peak:
 
 def body() -> int:
     """Run the command; returns 1 if an implementation failed (the others' numbers stand) or none could run."""
-    arguments = tyro.cli(Arguments, prog=PROG)
+    arguments = parse_arguments(Arguments, prog=PROG)
     result = measure(arguments, command=command_of(PROG, sys.argv[1:]))
     recipes = result["recipes"]
     failed = any(each["failed"] for each in recipes) or not any(each["contenders"] for each in recipes)

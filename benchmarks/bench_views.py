@@ -29,7 +29,7 @@ from benchmarks.implementations.views import IMPLEMENTATIONS, MakeViews, Setup, 
 from pipelines.batch import DecodedBatch
 from pipelines.decode import make_decoder
 from pipelines.order import Order
-from pipelines.runtime import InputError, run_cli
+from pipelines.runtime import InputError, parse_arguments, run_cli
 from pipelines.storage import open_source
 from pipelines.views.presets import paper_views
 from pipelines.views.spec import IMAGENET_STD
@@ -245,7 +245,7 @@ def summary(trials: Sequence[Trial], *, views: int) -> dict[str, Any]:
 
 def body() -> int:
     """Run the command; returns the exit code: 1 if an implementation failed, whatever the others gave."""
-    arguments = tyro.cli(Arguments, prog=PROG)
+    arguments = parse_arguments(Arguments, prog=PROG)
     result = measure(arguments, command=command_of(PROG, sys.argv[1:]))
     return finish(result, arguments.out, failed=bool(result["failed"]))
 

@@ -25,7 +25,7 @@ from mvssl.models.encoder import build_networks
 from mvssl.recipes import all_recipes
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.results import read_result
-from pipelines.runtime import InputError, run_cli
+from pipelines.runtime import InputError, parse_arguments, run_cli
 
 PROG = "python -m benchmarks.evaluate_small"
 RECIPE = "byol_resnet18_tiny_imagenet"
@@ -152,7 +152,7 @@ def _whole(asked: Arguments, rows: dict[str, dict[str, Any]], *, partial: bool) 
 
 def body() -> None:
     """Run the command."""
-    asked = tyro.cli(Arguments, prog=PROG, args=sys.argv[1:])
+    asked = parse_arguments(Arguments, prog=PROG, args=sys.argv[1:])
     write_result(asked.result, measure(asked))
 
 

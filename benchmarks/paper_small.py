@@ -41,7 +41,7 @@ from benchmarks.paper.run_cell import Splits, run_cell, write_splits
 from benchmarks.paper.tables import all_tables
 from mvssl.training.monitor import Diverged
 from mvssl.training.shutdown import Interrupted
-from pipelines.runtime import InputError, invalid, run_cli
+from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
 
 PROG = "python -m benchmarks.paper_small"
 
@@ -240,7 +240,7 @@ def _said(row: dict[str, Any]) -> str:
 
 def body() -> int:
     """Run the command; returns the exit code."""
-    arguments = tyro.cli(Arguments, prog=PROG)
+    arguments = parse_arguments(Arguments, prog=PROG)
     if arguments.report:
         found = Results.read(arguments.results, SETTINGS[arguments.setting])
         print("\n".join(all_tables({f"paper_small_{arguments.setting}": {"cells": list(found.rows.values())}})))

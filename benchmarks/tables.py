@@ -12,13 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from benchmarks.paper import tables as paper
 from benchmarks.report import tables as measured
 from benchmarks.report.markdown import fill
 from benchmarks.report.origins import FOLDER, Results, broken, file_of, load
-from pipelines.runtime import InputError, run_cli
+from pipelines.runtime import InputError, parse_arguments, run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python -m benchmarks.tables"
@@ -128,7 +126,7 @@ def _problem(make: Callable[[Results], list[str]], results: Results) -> str | No
 
 def body() -> int:
     """Run the command; returns the exit code."""
-    arguments = tyro.cli(Arguments, prog=COMMAND)
+    arguments = parse_arguments(Arguments, prog=COMMAND)
     changed = update(ROOT, check=arguments.check)
     for file, names in changed.items():
         print(f"Wrote {', '.join(names)} in {file}.")

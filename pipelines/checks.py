@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import Field, field, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from pipelines.runtime import invalid
+from pipelines.runtime import empty_path, invalid
 
 RULE = "rule"
 """Key of a field's rule in its metadata."""
@@ -54,7 +55,7 @@ def fraction(default: Any) -> Any:
 
 
 def check_fields(owner: Any, *, with_class: bool = True) -> None:
-    """Check every field of a dataclass against its rule, and `Literal` fields against their choices.
+    """Check every field of a dataclass against its rule, `Literal` fields against their choices, paths for emptiness.
 
     Raises:
         InputError: the first field that breaks its rule, named `CLASS.FIELD`, or `FIELD` without `with_class`.
@@ -62,12 +63,21 @@ def check_fields(owner: Any, *, with_class: bool = True) -> None:
     prefix = f"{type(owner).__name__}." if with_class else ""
     for own in fields(owner):
         value, rule = getattr(owner, own.name), _rule(type(owner), own)
+        if isinstance(value, str) and not value.strip() and own.name in _paths(type(owner)):
+            raise empty_path(f"{prefix}{own.name}")
         if rule is not None and value is not None and not rule.holds(value):
             raise invalid(f"{prefix}{own.name}", value, rule.allowed, rule.remedy)
 
 
 def _rule(kind: type, own: Field[Any]) -> Rule | None:
     return own.metadata.get(RULE) or _choices(kind).get(own.name)
+
+
+@cache
+def _paths(kind: type) -> frozenset[str]:
+    """Names of the fields that are paths."""
+    hints = get_type_hints(kind)
+    return frozenset(name for name, hint in hints.items() if hint is Path or Path in get_args(hint))
 
 
 @cache

@@ -13,7 +13,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipelines.runtime import InputError
+from pipelines.runtime import InputError, empty_path
+
+
+def given_path(value: str | os.PathLike[str], field: str) -> Path:
+    """The path that a user gave for `field`.
+
+    Raises:
+        InputError: it is an empty text, which as a path would be the current folder.
+    """
+    if isinstance(value, str) and not value.strip():
+        raise empty_path(field)
+    return Path(value)
+
 
 _log = logging.getLogger("mvssl.data")
 _TRIAL_BYTES = 1 << 20  # written to see whether a folder has room; with a full quota only empty files can be made

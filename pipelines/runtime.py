@@ -6,9 +6,12 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn, TextIO, cast
+from pathlib import Path
+from typing import Any, NoReturn, TextIO, TypeVar, cast
+
+T = TypeVar("T")
 
 
 class InputError(ValueError):
@@ -37,6 +40,11 @@ def invalid(field: str, value: object, allowed: str, remedy: str) -> InputError:
     return InputError(f"{field} is {value!r} but must be {allowed}: {remedy}.", field=field)
 
 
+def empty_path(field: str) -> InputError:
+    """The error for an empty text given as a path, which would be the current folder."""
+    return invalid(field, "", "a path", "check that the variable that was to hold it is set; this folder is .")
+
+
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count it
 
@@ -61,6 +69,63 @@ def describe_os_error(error: OSError) -> str:
     where = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
     remedy = _REMEDIES.get(error.errno or 0)
     return f"{what}{where}: {remedy}." if remedy else f"{what}{where}."
+
+
+class _EmptyPath(Exception):
+    """An argument that is to be a path is empty."""
+
+
+def parse_arguments(kind: type[T], *, args: Sequence[str] | None = None, **settings: Any) -> T:
+    """The command line as a `kind`, by `tyro.cli` with these settings; every command parses with this.
+
+    Args:
+        kind: the dataclass of the arguments.
+        args: the words; by default those of the process.
+        settings: of `tyro.cli`.
+
+    Raises:
+        InputError: a path is empty, which would be the current folder.
+        SystemExit: with code 2 for wrong usage, 0 after printing help.
+    """
+    import tyro  # not needed by what only trains or decodes
+
+    def path(words: list[str]) -> Path:
+        if not words[0].strip():
+            raise _EmptyPath
+        return Path(words[0])
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def paths(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+        if info.type is not Path:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=path,
+            is_instance=lambda value: hasattr(value, "__fspath__"),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    words = sys.argv[1:] if args is None else list(args)
+    try:
+        return tyro.cli(kind, args=words, registry=registry, **settings)
+    except _EmptyPath:
+        raise empty_path(_empty_argument(words)) from None
+
+
+def _empty_argument(words: Sequence[str]) -> str:
+    """The options, or the first position, with an empty value."""
+    named = []
+    for before, word in zip(("", *words), words, strict=False):
+        option, is_given, value = word.partition("=")
+        if option.startswith("--") and is_given and not value.strip():
+            named.append(option)
+        elif before.startswith("--") and not word.strip():
+            named.append(before)
+    first = next((number for number, word in enumerate(words, start=1) if not word.strip()), 0)
+    return " or ".join(named) or f"argument {first}"
 
 
 class SteadyStream(io.TextIOBase):

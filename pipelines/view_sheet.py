@@ -17,7 +17,7 @@ import tyro
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
 from pipelines.decode import make_decoder
 from pipelines.order import Order
-from pipelines.runtime import run_cli
+from pipelines.runtime import parse_arguments, run_cli
 from pipelines.storage import check_outside, open_source
 from pipelines.views.sheet import view_sheet
 
@@ -119,7 +119,7 @@ def _read_views(path: Path) -> tuple[ViewSpec, ...]:
 
 def main() -> None:
     """Run the command; exits the process."""
-    run_cli(lambda: run(tyro.cli(Options, prog="python -m pipelines.view_sheet")))
+    run_cli(lambda: run(parse_arguments(Options, prog="python -m pipelines.view_sheet")))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
-from pipelines.runtime import InputError, invalid, run_cli
+from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD
 
 BASE = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
@@ -100,7 +98,7 @@ def _train(arguments: CocoArguments) -> None:
 
 def body() -> None:
     """Run the command."""
-    arguments = tyro.cli(CocoArguments, prog="python -m tools.coco_detection", args=sys.argv[1:])
+    arguments = parse_arguments(CocoArguments, prog="python -m tools.coco_detection", args=sys.argv[1:])
     if importlib.util.find_spec("detectron2") is None:
         raise InputError(
             "Detectron2 is not installed: install it by its own instructions (github.com/facebookresearch/detectron2)."

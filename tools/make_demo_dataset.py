@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from pipelines.runtime import InputError, invalid, run_cli
+from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
 from tools.demo_images import CLASSES, class_name, render_image
 
 SPLITS = ("train", "val")
@@ -93,7 +93,7 @@ def _clear(out: Path) -> None:
 
 def body() -> None:
     """Parse the arguments and create the data set."""
-    config = tyro.cli(DemoDataset, description=DemoDataset.__doc__)
+    config = parse_arguments(DemoDataset, description=DemoDataset.__doc__)
     start = time.perf_counter()
     counts = make_demo_dataset(config)
     images = " and ".join(f"{count:,} {split}" for split, count in counts.items())

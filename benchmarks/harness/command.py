@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import tyro
 
 from benchmarks.harness.results import write_result
 from mvssl.config.recipe import Recipe
 from mvssl.recipes.files import resolve_recipe
-from pipelines.runtime import InputError, invalid
+from pipelines.runtime import InputError, invalid, parse_arguments
 
 Arguments = TypeVar("Arguments")
 DEFAULT_RECIPE = "byol_resnet50_200ep"
@@ -49,7 +48,7 @@ def parse_with_recipe(
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--recipe", default=DEFAULT_RECIPE)
     chosen, rest = chooser.parse_known_args(words)
-    return tyro.cli(kind, prog=prog, args=rest, default=default(resolve_recipe(chosen.recipe)))
+    return parse_arguments(kind, prog=prog, args=rest, default=default(resolve_recipe(chosen.recipe)))
 
 
 def command_of(prog: str, words: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from pipelines.runtime import invalid, run_cli
+from pipelines.runtime import invalid, parse_arguments, run_cli
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,4 +49,4 @@ def write_photos(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(lambda: write_photos(tyro.cli(Arguments, prog="python -m benchmarks.harness.synthetic_photos")))
+    run_cli(lambda: write_photos(parse_arguments(Arguments, prog="python -m benchmarks.harness.synthetic_photos")))

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from pipelines.decode import default_threads
 from pipelines.decode.ffcv import missing_ffcv
 from pipelines.files import cache_folder, cache_obstacle
-from pipelines.runtime import InputError
+from pipelines.runtime import InputError, parse_arguments
 from pipelines.storage import open_source, split_paths
 from pipelines.views.native.sampling import native_obstacle
 
@@ -51,7 +50,7 @@ class DoctorArguments:
 
 def doctor(arguments: Sequence[str], console: Console) -> int:
     """Run the command; the exit code is 1 if something is missing."""
-    asked = tyro.cli(DoctorArguments, prog="mvssl-train doctor", args=list(arguments))
+    asked = parse_arguments(DoctorArguments, prog="mvssl-train doctor", args=arguments)
     findings = examine(asked.data)
     if asked.json:
         print(json.dumps([{"name": name, **finding._asdict()} for name, finding in findings.items()], indent=2))

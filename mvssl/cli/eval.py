@@ -23,7 +23,7 @@ from mvssl.evaluate.linear import FastLinear, fast_linear, release_linear
 from mvssl.evaluate.session import ComputeOptions, EvalOptions, open_session
 from mvssl.evaluate.supervised import Supervision
 from mvssl.weights.load import BackboneSource
-from pipelines.runtime import InputError, invalid, run_cli
+from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
 
 USAGE = """usage: mvssl-eval EVALUATION (--run RUN | --weights FILE) [options]
 
@@ -75,7 +75,7 @@ class KnnArguments(MeasureArguments):
 
 def run_knn(arguments: Sequence[str]) -> None:
     """Measure, print a table and write OUT/knn-NAME.json."""
-    asked = tyro.cli(KnnArguments, prog="mvssl-eval knn", args=list(arguments))
+    asked = parse_arguments(KnnArguments, prog="mvssl-eval knn", args=arguments)
     with open_session(asked.source, asked.options, asked.compute) as session:
         k = asked.k or session.loaded.evaluation.k
         name = session.loaded.name
@@ -115,7 +115,7 @@ class LinearArguments(MeasureArguments):
 
 def run_linear(arguments: Sequence[str]) -> None:
     """Measure, print a table and write OUT/linear-PROTOCOL-NAME.json."""
-    asked = tyro.cli(LinearArguments, prog="mvssl-eval linear", args=list(arguments))
+    asked = parse_arguments(LinearArguments, prog="mvssl-eval linear", args=arguments)
     with open_session(asked.source, asked.options, asked.compute) as session:
         settings = asked.fast if asked.protocol == "fast" else asked.release
         identity = session.identity(f"linear-{asked.protocol}", **dataclasses.asdict(settings))
@@ -155,7 +155,7 @@ class FinetuneArguments(MeasureArguments):
 
 def run_finetune(arguments: Sequence[str]) -> None:
     """Train, measure, print a table and write OUT/finetune-LABELS-NAME.json."""
-    asked = tyro.cli(FinetuneArguments, prog="mvssl-eval finetune", args=list(arguments))
+    asked = parse_arguments(FinetuneArguments, prog="mvssl-eval finetune", args=arguments)
     with open_session(asked.source, asked.options, asked.compute) as session:
         settings = {**dataclasses.asdict(asked.supervision), **dataclasses.asdict(asked.subset)}
         settings["label_list"] = str(asked.subset.label_list)
@@ -191,7 +191,7 @@ class CompareArguments:
 
 def run_compare(arguments: Sequence[str]) -> None:
     """Print the table and draw the plot."""
-    asked = tyro.cli(CompareArguments, prog="mvssl-eval compare", args=list(arguments))
+    asked = parse_arguments(CompareArguments, prog="mvssl-eval compare", args=arguments)
     summaries = [summary for path in asked.runs for summary in summarise(path)]
     console = Console()
     measured = list(dict.fromkeys(name for summary in summaries for name in summary.results))

@@ -12,7 +12,7 @@ import tyro
 
 from mvssl.weights.export import export
 from mvssl.weights.load import BackboneSource, load_backbone
-from pipelines.runtime import run_cli
+from pipelines.runtime import parse_arguments, run_cli
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class ExportArguments:
 
 def body(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    asked = tyro.cli(ExportArguments, prog="mvssl-export", args=list(arguments))
+    asked = parse_arguments(ExportArguments, prog="mvssl-export", args=arguments)
     loaded = load_backbone(asked.source)
     note = export(loaded, asked.format, asked.out, overwrite=asked.overwrite)
     print(f"{asked.out}: {loaded.architecture} ({loaded.about or loaded.name}), {asked.format}\n  {note}")

@@ -18,7 +18,7 @@ from mvssl.evaluate.features import compute_store
 from mvssl.evaluate.session import BackboneSession, ComputeOptions, open_backbone, open_images
 from mvssl.runs.results import locked_folder
 from mvssl.weights.load import BackboneSource
-from pipelines.runtime import InputError, run_cli
+from pipelines.runtime import InputError, parse_arguments, run_cli
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class FeatureArguments:
 
 def body(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    asked = tyro.cli(FeatureArguments, prog="mvssl-features", args=list(arguments))
+    asked = parse_arguments(FeatureArguments, prog="mvssl-features", args=arguments)
     return exit_code_of_rank(lambda: _write(asked))
 
 

@@ -31,7 +31,7 @@ from mvssl.training.monitor import Diverged
 from mvssl.training.preflight import dry_run, profile_run
 from mvssl.training.run import run
 from mvssl.training.shutdown import EXIT_INTERRUPTED, Interrupted, requeue
-from pipelines.runtime import EXIT_ERROR, InputError, invalid, run_cli
+from pipelines.runtime import EXIT_ERROR, InputError, invalid, parse_arguments, run_cli
 from pipelines.storage import open_source, split_paths
 
 USAGE = """usage: mvssl-train RECIPE --data PATH --out RUN [overrides]
@@ -144,7 +144,7 @@ def parse(arguments: Sequence[str]) -> TrainArguments:
     recipe, note = fit_warmup(recipe, ahead)
     from_file = is_recipe_file(arguments[0])
     try:
-        parsed = tyro.cli(
+        parsed = parse_arguments(
             TrainArguments,
             prog=f"mvssl-train {arguments[0]}",
             description=f"The recipe in {arguments[0]}." if from_file else all_recipes()[recipe.name].__doc__,
@@ -270,7 +270,7 @@ class ReportArguments:
 
 def report(arguments: Sequence[str], console: Console) -> int:
     """Run the command; returns the exit code."""
-    asked = tyro.cli(ReportArguments, prog="mvssl-train report", args=list(arguments))
+    asked = parse_arguments(ReportArguments, prog="mvssl-train report", args=arguments)
     folder = RunFolder(asked.run)
     out = asked.out or folder.report
     if asked.out is not None and asked.out.suffix != ".html":

@@ -65,6 +65,9 @@ class EvalOptions:
     out: Path | None = None
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        check_fields(self, with_class=False)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Session:

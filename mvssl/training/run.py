@@ -32,6 +32,7 @@ from mvssl.training.memory import explain_out_of_memory
 from mvssl.training.monitor import Diverged, Monitor
 from mvssl.training.shutdown import Interrupted, StopRequest
 from mvssl.weights.init_from import init_from
+from pipelines.files import given_path
 from pipelines.runtime import InputError, steady
 from pipelines.storage import Source, check_outside, split_paths
 
@@ -82,7 +83,7 @@ def train(recipe: Recipe, *, data: str | Path, out: str | Path, **options: Any) 
         Diverged: the loss became NaN or infinite.
         OtherRankFailed: another rank failed, and reports why, or is gone.
     """
-    return run(recipe, RunOptions(data=Path(data), out=Path(out), **options))
+    return run(recipe, RunOptions(data=given_path(data, "data"), out=given_path(out, "out"), **options))
 
 
 def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) -> TrainResult:

@@ -23,6 +23,7 @@ from mvssl.runs.folder import RunFolder
 from mvssl.weights.formats import Network, find_network, from_torchvision, guess_architecture
 from mvssl.weights.safe_pickle import Global, Inert
 from mvssl.weights.torch_file import read_torch_file
+from pipelines.checks import check_fields
 from pipelines.runtime import InputError
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD
 
@@ -52,6 +53,7 @@ class BackboneSource:
     crop: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, with_class=False)
         if self.run is None and self.weights is None and not (self.untrained and self.arch):
             raise InputError(
                 "no backbone is named: give a run folder with --run, a file with --weights, or a random network with "

@@ -14,7 +14,7 @@ from rich.console import Console
 from pipelines.conversion.conversion import Conversion, Options
 from pipelines.conversion.sources import find_jobs
 from pipelines.progress import Progress
-from pipelines.runtime import InputError, invalid, run_cli
+from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
 from pipelines.storage.beton_format import BETON, is_beton_name
 
 _MEGABYTE = 1_000_000
@@ -102,8 +102,7 @@ def _cores() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `mvssl-convert`; exits the process."""
-    config = tyro.cli(Convert, args=arguments, prog="mvssl-convert")
-    run_cli(lambda: convert(config))
+    run_cli(lambda: convert(parse_arguments(Convert, args=arguments, prog="mvssl-convert")))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ import os
 import pkgutil
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import cast
 
+from pipelines.files import given_path
 from pipelines.runtime import InputError
 from pipelines.storage.source import Source
 from pipelines.storage.splits import align_labels, split_paths
@@ -29,7 +29,7 @@ def open_source(path: str | os.PathLike[str], *, progress: Callable[[int], None]
         InputError: the path does not exist, holds no images, or is damaged or unfinished converted data.
         OSError: the path cannot be read.
     """
-    where = Path(path).expanduser()
+    where = given_path(path, "path").expanduser()
     if not where.exists():
         raise InputError(
             f"{where} does not exist: give a folder of images, a text list of image files, or data converted with "

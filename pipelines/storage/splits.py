@@ -3,38 +3,218 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.files import given_path
 from pipelines.runtime import InputError
-from pipelines.storage.file_index import is_data_folder
+from pipelines.storage.beton_format import is_beton_name
+from pipelines.storage.file_index import is_data_folder, is_image_name
+from pipelines.storage.manifest import MANIFEST, format_of
 from pipelines.storage.source import Source
 
-_SPLITS = {"train", "val", "test"}
+Role = Literal["train", "val", "test", "more"]
+
+_ROLES: dict[Role, re.Pattern[str]] = {
+    "train": re.compile("train|training|train(ing)?set|trainval|trn"),
+    "val": re.compile(
+        "val|valid|validation|validate|(val|valid|validation)set|minival|dev|devel|devset|eval|evaluation"
+    ),
+    "test": re.compile("tests?|testing|testset|tst"),
+    "more": re.compile("extra|unlabell?ed|query|gallery|holdout"),  # splits only beside those above
+}
+_FORM = re.compile(
+    "sets?|splits?|subset|images?|imgs?|jpe?gs?|pngs?|data|dataset|photos?|pictures?|pics?|files?|folder|dir|raw|full|"
+    "all|final|clean|new|old|small|large|resized|cropped"
+)
+# What each class may have alike, so that sharing it says nothing.
+_INNER = re.compile(f"{_FORM.pattern}|annotations?|labels?|masks?|boxes|rgb|gray|depth|left|right|thumb(nail)?s")
+_PIECES = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|\d+|[^\W\d_]+")
+_SERIES = re.compile(r"\d+|[\W_]+")
+_BUCKET = re.compile(r"[0-9a-f]{1,4}|\d+", re.IGNORECASE)
+_FEW = 10  # folders of a data set that has train and val; more may be classes
+_FEW_CLASSES = 3
+_LOOKED_AT = 32  # folders whose subfolders are compared
+_ENTRIES = 4096  # of a folder, until it counts as one without subfolders
+_NAMED = 6  # folders named in an error
 
 
 def split_paths(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
-    """Paths (train, val) of the splits of a data set.
+    """Paths (train, val) of the splits of a data set; (PATH, None) if its first folders are no splits but classes.
 
-    - PATH/train.beton and PATH/val.beton (or None), if the first exists;
-    - PATH/train and PATH/val, if both exist;
-    - (PATH/train, None), if PATH has a ``train`` folder and no class folders next to it (COCO has a class "train");
-    - (PATH, None) otherwise.
+    Splits are folders (or .beton files) of the usual names: ``train``, ``val``, ``validation``, ``dev``, ``test``, ...
+    in any case and with suffixes (``val2017``, ``train_images``, ``imagenet-val``). ``train`` alone is a split unless
+    other folders with images are next to it (COCO has a class "train"). ``test`` is never used.
+
+    Raises:
+        InputError: folders look like splits but not like one train and at most one val; or they look like splits or
+            parts because they have the same subfolders.
     """
-    root = Path(path)
-    train, val = root / "train.beton", root / "val.beton"
-    if train.is_file():
-        return train, val if val.is_file() else None
-    train, val = root / "train", root / "val"
-    if not train.is_dir():
+    root = given_path(path, "data")
+    if not root.is_dir() or format_of(root) is not None:
         return root, None
-    if val.is_dir():
-        return train, val
     with os.scandir(root) as entries:
-        others = {entry.name for entry in entries if is_data_folder(entry)} - _SPLITS
-    return (root, None) if others else (train, None)
+        found = [(entry.name, is_data_folder(entry)) for entry in entries if not entry.name.startswith(".")]
+    betons = sorted(name for name, is_folder in found if not is_folder and is_beton_name(name))
+    if any(_role(Path(name).stem) == "train" for name in betons):
+        for usual in {"train.beton", "val.beton"} & set(betons):  # go before other names
+            betons = [name for name in betons if name == usual or _role(Path(name).stem) != _role(usual[:-6])]
+        return _one_of_each(root, [_Part.of(name, Path(name).stem) for name in betons], others=())
+    parts = [_Part.of(name, name) for name in sorted(name for name, is_folder in found if is_folder)]
+    usual = [part.name for part in parts if part.name in ("train", "val")]
+    if any(part.role is not None for part in parts):
+        parts = [part for part in parts if part.name == "train" or _holds_data(root / part.name)]
+    if len(usual) == 2 and len(parts) <= _FEW:
+        return root / "train", root / "val"
+    result = _splits(
+        root, [part for part in parts if part.names_split], [part for part in parts if not part.names_split]
+    )
+    if result is None:
+        _check_subfolders(root, [part.name for part in parts])
+        return root, None
+    return result
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A first-level folder: its name, the split that it names, and the other words of its name."""
+
+    name: str
+    role: Role | None
+    stem: tuple[str, ...]
+
+    @property
+    def names_split(self) -> bool:
+        """Whether the name says nothing but a split."""
+        return self.role is not None and not self.stem
+
+    @classmethod
+    def of(cls, name: str, stem: str) -> _Part:
+        return cls(name, _role(stem), _stem(stem))
+
+
+def _words(name: str) -> list[str]:
+    """Words of a name in lower case, cut at other characters, digits and capitals, without numbers and letters."""
+    pieces = _PIECES.findall(name)
+    return [piece.lower() for piece in pieces if not piece.isdigit() and (len(piece) > 1 or len(pieces) == 1)]
+
+
+def _role(name: str) -> Role | None:
+    """The split that a name has as its first or last word of weight."""
+    words = [word for word in _words(name) if not _FORM.fullmatch(word)]
+    roles = (role for role, words_of in _ROLES.items() if any(map(words_of.fullmatch, words[:1] + words[-1:])))
+    return next(roles, None)
+
+
+def _stem(name: str) -> tuple[str, ...]:
+    """The words that name neither a split nor the form of the data: of ``imagenet-val`` ``imagenet``."""
+    known = (_FORM, *_ROLES.values())
+    return tuple(word for word in _words(name) if not any(words_of.fullmatch(word) for words_of in known))
+
+
+def _splits(root: Path, named: Sequence[_Part], others: Sequence[_Part]) -> tuple[Path, Path | None] | None:
+    """The splits among folders that hold data; None if the folders are classes."""
+    roles = {part.role for part in named}
+    if not named:  # imagenet-train and imagenet-val
+        stems = [part.stem for part in others if part.role == "train"]
+        group = [part for part in others if part.role is not None and part.stem in stems]
+        rest = [part for part in others if part not in group]
+        if len({part.role for part in group}) < 2 or len(rest) > _FEW_CLASSES:
+            return None
+        return _one_of_each(root, group, others=rest)
+    if not others:
+        alone = len(named) == 1 or roles == {"more"}
+        return None if alone and "train" not in roles else _one_of_each(root, named, others=())
+    if roles >= {"train", "val"}:
+        return _one_of_each(root, named, others=others)
+    few = len(others) <= _FEW_CLASSES  # among many classes some may have these names
+    if "train" in roles and ((few and "test" in roles) or all(part.role is not None for part in others)):
+        return _one_of_each(root, named, others=others)
+    return None
+
+
+def _one_of_each(root: Path, parts: Sequence[_Part], *, others: Sequence[_Part]) -> tuple[Path, Path | None]:
+    """Paths of the only train and the only val, if there are no others and no splits of unclear use."""
+    of = {role: [part.name for part in parts if part.role == role] for role in _ROLES}
+    if len(of["train"]) != 1 or len(of["val"]) > 1 or (of["more"] and not of["val"]) or others:
+        raise _ambiguous(root, [part.name for part in (*parts, *others)], "look like splits")
+    return root / of["train"][0], root / of["val"][0] if of["val"] else None
+
+
+def _ambiguous(root: Path, names: Sequence[str], why: str) -> InputError:
+    named = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    folders = "folders" if len(names) > 1 else "only folder"
+    train = next((name for name in names if _role(name) == "train"), names[0])
+    val = next((name for name in names if name != train and _role(name) in ("val", "test")), None)
+    measure = "" if val is None else f", and what to measure on, such as {root / val}, with --val"
+    return InputError(
+        f"data is {str(root)!r}, whose {folders} {named} {why} of one data set and not like its classes, but must be "
+        f"one split, or have one train and one val: give the images to train on, such as {root / train}{measure}; if "
+        "the folders are classes, or several are to be used as one, give a text list of the images (with their "
+        "classes).",
+        field="data",
+    )
+
+
+def _check_subfolders(root: Path, names: Sequence[str]) -> None:
+    """Check that the folders are no splits of unusual names: folds, years or places with the same classes in each.
+
+    Raises:
+        InputError: they have two or more subfolders in common, and at least half of each.
+    """
+    if not names:
+        return
+    inner: list[set[str]] = []
+    for name in islice(names, _LOOKED_AT):
+        below = {folder.casefold() for folder in _subfolders(root / name) if not _INNER.fullmatch(folder.casefold())}
+        if not below:
+            return
+        inner.append(below)
+    only = names[0] if len(names) == 1 else ""
+    if only and _role(only) is not None and not _stem(only) and len(inner[0]) > 1:
+        raise _ambiguous(root, names, "looks like a split")
+    shared = [below & set().union(*(other for other in inner if other is not below)) for below in inner]
+    if len(set().union(*shared)) < 2 or any(2 * len(both) < len(own) for both, own in zip(shared, inner, strict=True)):
+        return
+    series = len({_SERIES.sub("", name).casefold() for name in names}) == 1
+    buckets = all(_BUCKET.fullmatch(word) for word in set().union(*inner))
+    if buckets and (all(map(_BUCKET.fullmatch, names)) or not (series or any(_role(name) for name in names))):
+        return  # numbered folders that only keep folders small
+    common = sorted(set.intersection(*inner) or set().union(*shared))
+    raise _ambiguous(root, names, f"hold the same subfolders ({', '.join(common[:3])}, ...) and so look like parts")
+
+
+def _subfolders(folder: Path) -> Iterator[str]:
+    with suppress(PermissionError), os.scandir(folder) as entries:
+        for entry in islice(entries, _ENTRIES):
+            if is_data_folder(entry):
+                yield entry.name
+
+
+def _holds_data(folder: Path) -> bool:
+    """Whether images or converted data are in the folder, at any depth."""
+    waiting, seen = [str(folder)], set()
+    while waiting:
+        at = waiting.pop()
+        real = os.path.realpath(at)
+        if real in seen:  # links in a cycle
+            continue
+        seen.add(real)
+        with suppress(PermissionError), os.scandir(at) as entries:  # reading such a folder as data names it
+            for entry in entries:
+                if is_data_folder(entry):
+                    waiting.append(entry.path)
+                elif is_image_name(entry.name) or entry.name == MANIFEST or is_beton_name(entry.name):
+                    return True
+    return False
 
 
 def align_labels(source: Source, classes: tuple[str, ...]) -> npt.NDArray[np.int64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,11 +12,17 @@ from typing import Any
 import pytest
 import tyro
 
+import mvssl
 from mvssl.cli import convert as convert_cli
 from mvssl.cli import eval as eval_cli
 from mvssl.cli import export as export_cli
 from mvssl.cli import features as features_cli
 from mvssl.cli import train as train_cli
+from mvssl.config.options import RunOptions
+from mvssl.evaluate.session import EvalOptions
+from mvssl.weights.load import BackboneSource
+from pipelines.runtime import InputError
+from pipelines.storage import open_source, split_paths
 
 LIST = Path(__file__).with_name("options.txt")
 COMMANDS: dict[str, tuple[ModuleType, list[str]]] = {
@@ -67,3 +74,59 @@ def test_options_are_those_of_the_list(command: str, monkeypatch: pytest.MonkeyP
 
 def test_the_list_has_no_other_commands() -> None:
     assert {line.partition(": ")[0] for line in LIST.read_text().splitlines()} == set(COMMANDS)
+
+
+WITH: dict[str, list[str]] = {  # what else a command needs
+    "mvssl-eval knn": ["--run", "r"],
+    "mvssl-eval linear": ["--run", "r"],
+    "mvssl-eval finetune": ["--run", "r"],
+    "mvssl-eval compare": ["r"],
+    "mvssl-features": ["i", "o.npy", "--run", "r"],
+    "mvssl-export": ["--run", "r", "--out", "o"],
+    "mvssl-convert": ["s", "d"],
+    "mvssl-train report": ["r"],
+}
+PATHS = [line.partition(": ") for line in LIST.read_text().splitlines() if line.endswith(("PATH", "FILE"))]
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+@pytest.mark.parametrize(("command", "option"), [(command, text.split()[0]) for command, _, text in PATHS])
+def test_no_command_takes_an_empty_path_for_the_current_folder(
+    command: str, option: str, blank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, arguments = COMMANDS[command]
+    monkeypatch.setattr(sys, "argv", [command.split()[0], *arguments, *WITH.get(command, ()), option, blank])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.startswith(f"error: {option} is '' but must be a path: check that the variable")
+
+
+@pytest.mark.parametrize("command", ["mvssl-convert", "mvssl-features", "mvssl-train report", "mvssl-eval compare"])
+def test_nor_an_empty_position(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, arguments = COMMANDS[command]
+    positions = ["", *WITH[command][1:]]
+    monkeypatch.setattr(sys, "argv", [command.split()[0], *arguments, *positions])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 1
+    assert "is '' but must be a path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: open_source(""),
+        lambda: split_paths(" "),
+        lambda: mvssl.train(mvssl.recipes.demo(), data="", out="run"),
+        lambda: mvssl.train(mvssl.recipes.demo(), data="data", out=""),
+        lambda: RunOptions(val=""),  # type: ignore[arg-type]
+        lambda: EvalOptions(data=""),  # type: ignore[arg-type]
+        lambda: BackboneSource(run=""),  # type: ignore[arg-type]
+    ],
+)
+def test_nor_does_a_function(use: Callable[[], object]) -> None:
+    with pytest.raises(InputError, match="is '' but must be a path"):
+        use()

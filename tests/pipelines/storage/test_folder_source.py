@@ -277,7 +277,7 @@ def test_split_paths(tmp_path: Path) -> None:
     assert split_paths(str(tmp_path)) == (tmp_path / "train", tmp_path / "val")
     (tmp_path / "val").rmdir()
     assert split_paths(tmp_path) == (tmp_path / "train", None)
-    (tmp_path / "bus").mkdir()  # "train" is a class here
+    image(tmp_path / "bus" / "a.jpg")  # "train" is a class here
     assert split_paths(tmp_path) == (tmp_path, None)
 
 
@@ -349,7 +349,7 @@ def test_folders_of_the_file_system_hold_no_data(pair: Path) -> None:
 
 def test_folders_of_the_file_system_are_no_classes_beside_train(tmp_path: Path) -> None:
     for name in ("train", "lost+found"):
-        (tmp_path / name).mkdir()
+        image(tmp_path / name / "a.jpg")
     (tmp_path / "self").symlink_to(tmp_path / "self")
     assert split_paths(tmp_path) == (tmp_path / "train", None)
 
