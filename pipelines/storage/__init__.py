@@ -7,6 +7,7 @@ import os
 import pkgutil
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import cast
 
