@@ -60,10 +60,11 @@ def check_fields(owner: Any, *, with_class: bool = True) -> None:
     Raises:
         InputError: the first field that breaks its rule, named `CLASS.FIELD`, or `FIELD` without `with_class`.
     """
-    prefix = f"{type(owner).__name__}." if with_class else ""
+    kind: type = type(owner)
+    prefix = f"{kind.__name__}." if with_class else ""
     for own in fields(owner):
-        value, rule = getattr(owner, own.name), _rule(type(owner), own)
-        if isinstance(value, str) and not value.strip() and own.name in _paths(type(owner)):
+        value, rule = getattr(owner, own.name), _rule(kind, own)
+        if isinstance(value, str) and not value.strip() and own.name in _paths(kind):
             raise empty_path(f"{prefix}{own.name}")
         if rule is not None and value is not None and not rule.holds(value):
             raise invalid(f"{prefix}{own.name}", value, rule.allowed, rule.remedy)

@@ -110,9 +110,10 @@ def parse_arguments(kind: type[T], *, args: Sequence[str] | None = None, **setti
 
     words = sys.argv[1:] if args is None else list(args)
     try:
-        return tyro.cli(kind, args=words, registry=registry, **settings)
+        parsed: T = tyro.cli(kind, args=words, registry=registry, **settings)
     except _EmptyPath:
         raise empty_path(_empty_argument(words)) from None
+    return parsed
 
 
 def _empty_argument(words: Sequence[str]) -> str:

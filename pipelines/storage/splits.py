@@ -65,8 +65,8 @@ def split_paths(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
         found = [(entry.name, is_data_folder(entry)) for entry in entries if not entry.name.startswith(".")]
     betons = sorted(name for name, is_folder in found if not is_folder and is_beton_name(name))
     if any(_role(Path(name).stem) == "train" for name in betons):
-        for usual in {"train.beton", "val.beton"} & set(betons):  # go before other names
-            betons = [name for name in betons if name == usual or _role(Path(name).stem) != _role(usual[:-6])]
+        for plain in {"train.beton", "val.beton"} & set(betons):  # go before other names
+            betons = [name for name in betons if name == plain or _role(Path(name).stem) != _role(Path(plain).stem)]
         return _one_of_each(root, [_Part.of(name, Path(name).stem) for name in betons], others=())
     parts = [_Part.of(name, name) for name in sorted(name for name, is_folder in found if is_folder)]
     usual = [part.name for part in parts if part.name in ("train", "val")]
