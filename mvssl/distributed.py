@@ -6,7 +6,9 @@ gloo group between the hosts, so that they neither need a GPU nor wait for one.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from pipelines.runtime import EXIT_ERROR, InputError
 
 T = TypeVar("T")
 
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 _HOST_TIMEOUT = timedelta(hours=2)
 """Timeout of the gloo group: rank 0 may spend long indexing a folder or writing a checkpoint."""
 
@@ -219,6 +222,7 @@ def join_world(*, cuda: bool) -> Iterator[World]:
             f"WORLD_SIZE is {rank_count()} but {', '.join(missing)} is not set: start several processes with torchrun, "
             "or unset WORLD_SIZE."
         )
+    _end_with_torchrun()
     rank, local_rank = process_rank(), int(os.environ["LOCAL_RANK"])
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -239,6 +243,12 @@ def join_world(*, cuda: bool) -> Iterator[World]:
     yield World(rank=rank, size=rank_count(), local_rank=local_rank, local_size=local_size, hosts=hosts)
     if created:
         dist.destroy_process_group()
+
+
+def _end_with_torchrun() -> None:
+    """Get SIGTERM when torchrun dies: killed, it cannot end its ranks, which would train on and hold the run's lock."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def exit_code_of_rank(command: Callable[[], int | None]) -> int:

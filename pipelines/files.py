@@ -81,6 +81,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_files(folder: Path) -> None:
+    """Make the files in a folder durable, which others may still be writing, and their names."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with naming(path), path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Name `path` in operating-system errors that name no file (a full disk on write, fsync)."""

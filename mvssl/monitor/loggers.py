@@ -27,6 +27,9 @@ class MetricLogger(Protocol):
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log metrics, named KIND/NAME such as train/loss, of a step."""
 
+    def flush(self) -> None:
+        """Hand everything written so far to the operating system."""
+
     def close(self) -> None:
         """Flush and close."""
 
@@ -48,6 +51,10 @@ class TensorBoardLogger:
         """Write the metrics of a step."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Write what is buffered into the event file."""
+        self._writer.flush()
 
     def close(self) -> None:
         """Flush and close."""
@@ -82,6 +89,9 @@ class CsvLogger:
                 self._add_columns(path, kind, new)
             with path.open("a", newline="") as file:
                 csv.writer(file).writerow([step, *(row.get(name, "") for name in self._columns[kind][1:])])
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
 
     def close(self) -> None:
         """No file is kept open."""
@@ -137,6 +147,9 @@ class WandbLogger:
             logger.warning("Logging to Weights & Biases failed (%s) and ends here.", _first_line(error))
             self._run = None
 
+    def flush(self) -> None:
+        """W&B writes in a process of its own."""
+
     def close(self) -> None:
         """Wait until everything is uploaded."""
         if self._run is not None:
@@ -172,6 +185,11 @@ class MetricLoggers:
         """Log the metrics of a step to all."""
         for each in self._loggers:
             each.write(step, metrics)
+
+    def flush(self) -> None:
+        """Flush all."""
+        for each in self._loggers:
+            each.flush()
 
     def close(self) -> None:
         """Close all."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import differences, from_dict, to_dict
 from mvssl.runs.environment import environment
-from pipelines.files import locked, write_whole
+from pipelines.files import locked, sync_files, sync_folder, write_whole
 from pipelines.runtime import InputError, invalid
+
+logger = logging.getLogger("mvssl")
 
 
 class RunFolder:
@@ -67,16 +70,39 @@ class RunFolder:
         """Whether the run has saved a checkpoint, intact or damaged."""
         return self.last.is_symlink() or any(self.checkpoints.glob("step-*"))
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Lock the existing folder against other training processes (the folder itself, so no lock file is left).
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Lock the folder against other training processes; create it first, and remove it if nothing is written.
+
+        The folder itself is locked, so that no lock file is left.
 
         Raises:
-            InputError: another process is training in it.
+            InputError: another process is training in it, or it cannot be created.
         """
-        return locked(
-            self.path,
-            f"Another process is training in {self.path}: wait for it, stop it, or choose another folder with --out.",
-        )
+        created = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for path in created:
+                sync_folder(path.parent)
+        except OSError as error:
+            raise self._cannot_be_written(error) from error
+        try:
+            with locked(
+                self.path,
+                f"Another process is training in {self.path}: wait for it, stop it, or choose another folder with "
+                "--out.",
+            ):
+                yield
+        finally:
+            with suppress(OSError):  # they hold files
+                for path in created:
+                    path.rmdir()
+
+    def sync(self) -> None:
+        """Wait until logs and metrics are on the disk, which a power cut then leaves."""
+        for path in (self.path, self.tensorboard, self.csv):
+            if path.is_dir():
+                sync_files(path)
 
     def check_free(self, *, overwrite: bool) -> None:
         """Check that a new run may begin here, before any work is done for it.
@@ -98,18 +124,21 @@ class RunFolder:
             )
 
     def create(self, recipe: Recipe, options: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Create the folder of a new run, after `check_free`."""
+        """Write the first files of a new run into the claimed folder."""
         self.check_free(overwrite=overwrite)
         try:
             self._delete()
-            self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.config, {"recipe": to_dict(recipe), "options": dict(options)})
             write_json(self.environment, environment())
         except OSError as error:
-            raise InputError(
-                f"out is {str(self.path)!r} but cannot be written ({error.strerror or error}): choose another "
-                "folder with --out."
-            ) from error
+            raise self._cannot_be_written(error) from error
+
+    def _cannot_be_written(self, error: OSError) -> InputError:
+        return InputError(
+            f"out is {str(self.path)!r} but cannot be written ({error.strerror or error}): choose another folder with "
+            "--out.",
+            field="out",
+        )
 
     def check_same_recipe(self, recipe: Recipe, *, extend: bool = False) -> None:
         """Check that a resumed run has the recipe it was started with, or with `extend` that recipe for more epochs.
@@ -144,16 +173,34 @@ class RunFolder:
         write_json(self.config, {"recipe": to_dict(recipe), "options": options})
         return begun.epochs
 
-    def _config(self) -> dict[str, Any]:
-        """The contents of config.json."""
+    def restore_config(self) -> None:
+        """Write config.json again from the copy in a checkpoint, if it is damaged or lost."""
         try:
-            plain: dict[str, Any] = json.loads(self.config.read_text())
-        except FileNotFoundError as error:
-            raise InputError(
-                f"{self.path} is no run folder (it has no config.json): give the --out of mvssl-train."
-            ) from error
+            self._read_config()
         except (OSError, ValueError) as error:
+            write_json(self.config, self._config())
+            logger.warning("%s was damaged (%s) and is restored from the last checkpoint", self.config, error)
+
+    def _config(self) -> dict[str, Any]:
+        """The contents of config.json; if it is damaged or lost, the copy in the newest checkpoint that has one."""
+        try:
+            return self._read_config()
+        except (OSError, ValueError) as error:
+            for path in sorted(self.checkpoints.glob("step-*/checkpoint.json"), reverse=True):
+                with suppress(OSError, ValueError, KeyError, TypeError):
+                    meta = json.loads(path.read_text())
+                    return {"recipe": dict(meta["recipe"]), "options": dict(meta["options"])}
+            if isinstance(error, FileNotFoundError):
+                raise InputError(
+                    f"{self.path} is no run folder (it has no config.json): give the --out of mvssl-train."
+                ) from error
             raise InputError(f"{self.config} cannot be read ({error}): restore it or start the run again.") from error
+
+    def _read_config(self) -> dict[str, Any]:
+        """The contents of config.json; ValueError if it is no JSON object."""
+        plain = json.loads(self.config.read_text())
+        if not isinstance(plain, dict):
+            raise ValueError("it is no JSON object")
         return plain
 
     def _is_run(self) -> bool:

@@ -98,6 +98,7 @@ class Experiment:
             state={"step": self.step.state_dict(), "window": position.buffer},
             meta={
                 "recipe": to_dict(self.recipe),
+                "options": folder.options(),  # with the recipe a copy of config.json
                 "data": self.source.fingerprint,
                 "metrics_bytes": position.metrics_bytes,
                 "evaluated": position.evaluated,

@@ -181,8 +181,12 @@ class Monitor:
         self._clock.mark += pause
 
     def sync(self) -> int:
-        """Flush metrics.jsonl to disk; its size in bytes (0 on ranks that do not write it)."""
-        return 0 if self._loggers is None else self._loggers.metrics.sync()
+        """Wait until metrics and logs are on the disk; the size of metrics.jsonl (0 on ranks that do not write it)."""
+        if self._loggers is None:
+            return 0
+        self._loggers.scalars.flush()
+        self._folder.sync()
+        return self._loggers.metrics.sync()
 
     def plot(self) -> None:
         """Redraw losses.png."""

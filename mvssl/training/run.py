@@ -107,12 +107,12 @@ def _run(recipe: Recipe, options: RunOptions, out: Path, console: Console | None
     device = resolve_device(options.device, local_rank=process_local_rank())
     with join_world(cuda=device.type == "cuda") as world:
         console = (console or Console(file=steady(sys.stdout))) if world.is_rank0 else Console(quiet=True)
-        world.run_on_rank0(lambda: _check_folder(folder, recipe, options))
-        with ExitStack() as lock, open_experiment(recipe, options, console, world) as experiment:
-            locked = world.run_on_rank0(lambda: _lock_existing(folder, lock))  # before anything in it is touched
+        with ExitStack() as stack:
+            world.run_on_rank0(lambda: _claim(folder, recipe, options, stack))
+            if world.is_rank0:
+                stack.callback(folder.sync)
+            experiment = stack.enter_context(open_experiment(recipe, options, console, world))
             position, earlier_epochs, weights = _start_or_resume(experiment, folder)
-            if not locked:
-                world.run_on_rank0(lambda: _lock_existing(folder, lock))
             seconds = None if options.time is None else parse_time(options.time) - (time.monotonic() - began)
             with run_log(folder.log, console, rank=world.rank), StopRequest(world, seconds=seconds) as stop:
                 _announce(experiment, folder, position.step, earlier_epochs)
@@ -131,24 +131,27 @@ def _run(recipe: Recipe, options: RunOptions, out: Path, console: Console | None
                     return _conclude(loop)
 
 
-def _check_folder(folder: RunFolder, recipe: Recipe, options: RunOptions) -> None:
-    """Check that the run may start or resume in this folder, before any work is done for it."""
+def _claim(folder: RunFolder, recipe: Recipe, options: RunOptions, stack: ExitStack) -> None:
+    """Lock the run folder, created if need be, and check that the run may start or resume in it.
+
+    Nothing in the folder is touched before it is locked, and no work is done before it is checked.
+    """
     if options.data is not None and options.data.is_dir():
         train, found = split_paths(options.data)
         for images in filter(None, (train, options.val or found)):
             check_outside(folder.path, images, field="out")
+
+    def check() -> None:
+        if options.resume:
+            folder.check_same_recipe(recipe, extend=options.extend)
+        else:
+            folder.check_free(overwrite=options.overwrite)
+
+    check()  # creates nothing where nothing may be written
+    stack.enter_context(folder.claim())
+    check()  # again: another process may have been here before the lock was ours
     if options.resume:
-        folder.check_same_recipe(recipe, extend=options.extend)
-    else:
-        folder.check_free(overwrite=options.overwrite)
-
-
-def _lock_existing(folder: RunFolder, lock: ExitStack) -> bool:
-    """Keep other processes out of the run folder; False if it does not exist yet."""
-    if not folder.path.is_dir():
-        return False
-    lock.enter_context(folder.lock())
-    return True
+        folder.restore_config()
 
 
 def _start_or_resume(experiment: Experiment, folder: RunFolder) -> tuple[Position, int | None, str | None]:

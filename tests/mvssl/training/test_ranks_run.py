@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import torch
 
 from mvssl.config.recipe import Backbone, Head, Recipe
 from mvssl.config.serialize import to_dict
+from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import read_jsonl
 from mvssl.training.step import TrainStep
 from pipelines.batch import ViewBatch
 from pipelines.loader import Loader
+from pipelines.runtime import InputError
 from tests.samples.ranks import Outcome, results, run_ranks
 from tests.samples.tiny_runs import STEPS, train
 
@@ -140,3 +143,28 @@ def test_torchrun_with_the_command(recipe: Recipe, images: Path, tmp_path: Path)
     again = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     assert again.returncode != 0
     assert again.stderr.count("which already holds a run") == 1  # by one process only
+
+
+@pytest.mark.slow
+def test_ranks_whose_torchrun_is_killed_save_and_end(recipe: Recipe, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(replace(recipe, epochs=500))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "mvssl.cli.train", str(tmp_path / "recipe.json"), "--data", str(images), "--device", "cpu"]
+    command += ["--out", str(tmp_path / "run"), "--log-every", "1", "--save-every-epochs", "0"]
+    torchrun = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = RunFolder(tmp_path / "run")
+    deadline = time.monotonic() + 120
+    while not (folder.metrics.exists() and folder.metrics.read_bytes().count(b"\n") > 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    torchrun.kill()
+    torchrun.wait()
+    while True:
+        try:
+            with folder.claim():
+                break
+        except InputError:  # rank 0 still holds it
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert "SIGTERM came after step" in folder.log.read_text()
+    assert folder.has_checkpoint()

@@ -180,7 +180,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from mvssl.runs.folder import RunFolder
-with RunFolder(Path(sys.argv[1])).lock():
+with RunFolder(Path(sys.argv[1])).claim():
     print("held", flush=True)
     sys.stdin.read()
 """
