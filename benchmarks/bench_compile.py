@@ -51,7 +51,7 @@ class Arguments:
         recipe: name or file.
         batch_size: images of a step; None takes the recipe's own.
         target: generation of the GPU: sm_80 (A100), sm_90 (H100), sm_100 (B200).
-        step_mode: joint or per-view; None takes the recipe's own.
+        step_mode: joint or per-view.
         accumulate: micro-batches of a step; None takes the recipe's own.
         precision: None takes the recipe's own; auto is bf16.
         ungrouped: do not batch views of one size.
@@ -62,7 +62,7 @@ class Arguments:
     recipe: tyro.conf.Positional[str]
     batch_size: int | None = None
     target: str = "sm_90"
-    step_mode: Literal["joint", "per-view"] | None = None
+    step_mode: Literal["joint", "per-view"] = "joint"
     accumulate: int | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
     ungrouped: bool = False
@@ -95,7 +95,7 @@ class Row:
 def chosen(arguments: Arguments) -> Recipe:
     """The recipe with the changes of the command line."""
     recipe = resolve_recipe(arguments.recipe)
-    names = ("batch_size", "step_mode", "accumulate", "precision")
+    names = ("batch_size", "accumulate", "precision")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     return replace(recipe, **given)
 
@@ -109,7 +109,9 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
     check_torch()
     capability(arguments.target)
     recipe = chosen(arguments)
-    code = compile_step(recipe, target=arguments.target, group_views=not arguments.ungrouped)
+    code = compile_step(
+        recipe, target=arguments.target, step_mode=arguments.step_mode, group_views=not arguments.ungrouped
+    )
     return summary(code, recipe, arguments) | measured_by(command)
 
 
@@ -136,7 +138,12 @@ def summary(code: StepCode, recipe: Recipe, arguments: Arguments) -> dict[str, A
     if rates is not None:
         views["milliseconds"] = 1e9 * code.views.megabytes / rates.views
     rows = rows_of(code.graphs)
-    least = floor(recipe, group_views=not arguments.ungrouped, target_network="target forward" in parts)
+    least = floor(
+        recipe,
+        step_mode=arguments.step_mode,
+        group_views=not arguments.ungrouped,
+        target_network="target forward" in parts,
+    )
     return {
         "benchmark": "compile",
         "recipe": recipe.name,
@@ -147,7 +154,7 @@ def summary(code: StepCode, recipe: Recipe, arguments: Arguments) -> dict[str, A
         "predicted_milliseconds": total["milliseconds"],
         "gflops_per_image": total["gflops_per_image"],
         "precision": "bf16" if recipe.precision == "auto" else recipe.precision,
-        "step_mode": recipe.step_mode,
+        "step_mode": arguments.step_mode,
         "accumulate": recipe.accumulate,
         "grouped": not arguments.ungrouped,
         "views_per_image": len(recipe.views),

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +26,7 @@ import tyro
 from benchmarks.harness.command import check_device, check_positive, command_of, finish, parse_with_recipe
 from benchmarks.harness.results import measured_by, write_result
 from benchmarks.harness.trials import say
+from mvssl.config.options import Execution
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import from_dict, to_dict
 from mvssl.training.compile import CACHE_FOLDERS
@@ -37,7 +38,7 @@ STARTS: dict[str, Literal["on", "off"]] = {
     "compiled, second start": "on",
     "not compiled": "off",
 }
-"""Kinds of starts in the order of a trial, and the recipe's `compile`."""
+"""Kinds of starts in the order of a trial, and their `compile`."""
 STEPS = 3  # the first one compiles; the last one takes as long as any later one
 PHASES = ("imports", "build", "first_step", "later_step", "training_after")
 
@@ -48,6 +49,7 @@ class Arguments:
 
     Attributes:
         recipe: to train.
+        execution: of the steps; `compile` and `cuda_graph` are those of the kind of start.
         device: where the steps run.
         compiled: whether compiled starts are timed too, which takes long.
         repeats: trials of all kinds of starts; the median counts.
@@ -55,6 +57,7 @@ class Arguments:
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = field(default_factory=Execution)
     device: Literal["cpu", "cuda"] = "cpu"
     compiled: bool = True
     repeats: int = 1
@@ -77,7 +80,8 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
     for trial in range(arguments.repeats):
         with tempfile.TemporaryDirectory() as caches:
             for kind, compiles in kinds.items():
-                now = start(replace(arguments.recipe, compile=compiles), arguments.device, Path(caches))
+                execution = replace(arguments.execution, compile=compiles, cuda_graph="off")
+                now = start(arguments.recipe, execution, arguments.device, Path(caches))
                 starts[kind].append(now)
                 say(
                     f"trial {trial + 1} of {arguments.repeats}, {kind}: training after {now['training_after']:.1f} s "
@@ -88,6 +92,7 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
                     "partial": sum(map(len, starts.values())) < arguments.repeats * len(kinds),
                     "device": arguments.device,
                     "recipe": to_dict(arguments.recipe),
+                    "step_mode": arguments.execution.step_mode,
                     "starts": {name: _median(taken) for name, taken in starts.items() if taken},
                     **measured_by(command),
                 }
@@ -95,7 +100,7 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
     return result
 
 
-def start(recipe: Recipe, device: str, caches: Path) -> dict[str, Any]:
+def start(recipe: Recipe, execution: Execution, device: str, caches: Path) -> dict[str, Any]:
     """Start training in a process that caches compiled code in this folder: seconds of each phase, and its losses.
 
     Raises:
@@ -104,7 +109,7 @@ def start(recipe: Recipe, device: str, caches: Path) -> dict[str, Any]:
     began = time.time()
     process = subprocess.run(
         [sys.executable, "-c", "from benchmarks.bench_start import steps_of_a_start as work; work()"],
-        input=json.dumps({"recipe": to_dict(recipe), "device": device}),
+        input=json.dumps({"recipe": to_dict(recipe), "execution": asdict(execution), "device": device}),
         env=os.environ | {variable: str(caches / name) for variable, name in CACHE_FOLDERS.items()},
         capture_output=True,
         text=True,
@@ -126,7 +131,7 @@ def start(recipe: Recipe, device: str, caches: Path) -> dict[str, Any]:
 
 
 def steps_of_a_start() -> None:
-    """In a process of its own: take steps as stdin says (recipe and device); prints times and losses as JSON."""
+    """In a process of its own: take steps as stdin says (recipe, execution, device); print times and losses."""
     asked = json.loads(sys.stdin.read())
     import torch
 
@@ -134,7 +139,8 @@ def steps_of_a_start() -> None:
 
     marks = [time.time()]
     recipe = from_dict(asked["recipe"])
-    step = TrainStep(recipe, device=asked["device"], total_steps=STEPS, steps_per_epoch=STEPS, cuda_graph="off")
+    execution = Execution(**asked["execution"])
+    step = TrainStep(recipe, execution=execution, device=asked["device"], total_steps=STEPS, steps_per_epoch=STEPS)
     compiled = step.compiled
     marks.append(time.time())
     losses = []

@@ -14,7 +14,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,6 +35,7 @@ from benchmarks.implementations.training import (
     our_training,
     plain_training,
 )
+from mvssl.config.options import Execution
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
 from pipelines.decode import DecoderName
@@ -50,6 +51,7 @@ class Arguments:
     Attributes:
         data: folder of images or converted data set.
         recipe: to train.
+        execution: of our steps.
         device: where the steps run.
         steps: updates of a trial.
         repeats: trials of each after a warm-up; the median counts.
@@ -63,6 +65,7 @@ class Arguments:
 
     data: tyro.conf.Positional[Path]
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = field(default_factory=Execution)
     device: Literal["cpu", "cuda"] = "cpu"
     steps: int = 10
     repeats: int = 3
@@ -90,6 +93,7 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
     check_fits(arguments.data, arguments.recipe.batch_size)
     setup = Setup(
         recipe=arguments.recipe,
+        execution=arguments.execution,
         data=arguments.data,
         device=arguments.device,
         steps=arguments.steps,
@@ -109,6 +113,7 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
             "partial": unfinished,
             "device": arguments.device,
             "recipe": to_dict(setup.recipe),
+            "execution": asdict(setup.execution),
             "views_per_image": views,
             "contenders": {name: summary(own, views=views) for name, own in trials.items()},
             "loaded_over_synthetic": ratio(trials, OURS, OURS_SYNTHETIC),

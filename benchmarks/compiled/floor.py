@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +54,18 @@ class _Layers:
     normalised: int
 
 
-def floor(recipe: Recipe, *, group_views: bool = True, target_network: bool = True) -> Floor | None:
+def floor(
+    recipe: Recipe,
+    *,
+    step_mode: Literal["joint", "per-view"] = "joint",
+    group_views: bool = True,
+    target_network: bool = True,
+) -> Floor | None:
     """The floor of a recipe's step; None for backbones that are not convolutions with BatchNorm.
 
     Args:
-        recipe: with backbone, views, precision, accumulate and step mode.
+        recipe: with backbone, views, precision and accumulate.
+        step_mode: as of `Execution`.
         group_views: whether views of one size are batched.
         target_network: whether a separate target network is needed.
     """
@@ -65,9 +73,7 @@ def floor(recipe: Recipe, *, group_views: bool = True, target_network: bool = Tr
     if not is_convolutional(backbone) or not any(isinstance(module, _BatchNorm) for module in backbone.modules()):
         return None
     size = 4 if recipe.precision == "fp32" else 2
-    plan = make_plan(
-        recipe.views, joint=recipe.step_mode == "joint", grouped=group_views, targets_first=not target_network
-    )
+    plan = make_plan(recipe.views, joint=step_mode == "joint", grouped=group_views, targets_first=not target_network)
     layers = {view.size: _layers(backbone, view.size) for view in recipe.views}
     targets = _passes(recipe.views, plan.targets) if target_network else []
     online = [each for group in plan.online for each in _passes(recipe.views, group)]

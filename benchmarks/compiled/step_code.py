@@ -18,6 +18,7 @@ import mvssl.training.step as step_module
 from benchmarks.compiled.eager_ops import Account, Work
 from benchmarks.compiled.gpu_code import Graph, foreach_as_on_gpu, gpu_graphs, uncounted
 from benchmarks.compiled.view_kernels import kernel_bytes
+from mvssl.config.options import Execution
 from mvssl.config.recipe import Recipe
 from mvssl.models.foreach_ops import foreach_lerp_, foreach_subtract_
 from mvssl.models.view_batching import stack_views
@@ -48,24 +49,30 @@ class StepCode:
     views: Work
 
 
-def compile_step(recipe: Recipe, *, target: str, group_views: bool = True) -> StepCode:
+def compile_step(
+    recipe: Recipe, *, target: str, step_mode: Literal["joint", "per-view"] = "joint", group_views: bool = True
+) -> StepCode:
     """Compile a recipe's step for a GPU that need not be there, and count its launches.
 
     Args:
         recipe: with its batch size; precision auto is bf16, as on a GPU.
         target: a key of `TARGETS`.
+        step_mode: as of `Execution`.
         group_views: whether views of one size are batched.
 
     Raises:
         InputError: torch or the target is unknown, Triton is missing, the step cannot be built, or does not compile.
     """
-    recipe = replace(recipe, compile="on", precision="bf16" if recipe.precision == "auto" else recipe.precision)
+    recipe = replace(recipe, precision="bf16" if recipe.precision == "auto" else recipe.precision)
+    execution = Execution(compile="on", step_mode=step_mode)
     graphs: list[Graph] = []
     account = Account(OBJECTIVE)
     built: list[step_module.TrainStep] = []
 
     def work() -> None:
-        step = step_module.TrainStep(recipe, device="cpu", total_steps=10, steps_per_epoch=5, group_views=group_views)
+        step = step_module.TrainStep(
+            recipe, execution=execution, device="cpu", total_steps=10, steps_per_epoch=5, group_views=group_views
+        )
         built.append(step)
         views = _views(recipe, step)
         step(views, 0)

@@ -1,13 +1,13 @@
 """A training step as it is commonly written: eager, NCHW, one module per predictor, loops over views and parameters.
 
 A baseline for the same recipes, with the numbers of `mvssl.training.step` up to rounding (tested). It has autocast and
-the recipe's `step_mode`, but no compilation, channels-last memory, batched views, stacked predictors or fused updates.
+both step modes, but no compilation, channels-last memory, batched views, stacked predictors or fused updates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,15 @@ class PlainStep:
         target: `backbone` and `projector`, likewise; None where the online embeddings are the targets (SimSiam).
     """
 
-    def __init__(self, recipe: Recipe, *, device: torch.device, total_steps: int, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        device: torch.device,
+        total_steps: int,
+        steps_per_epoch: int,
+        step_mode: Literal["joint", "per-view"] = "joint",
+    ) -> None:
         """Build networks and optimiser.
 
         Raises:
@@ -77,7 +85,9 @@ class PlainStep:
         self._slots = predictor_slots(recipe.views, recipe.predictors)
         self.online = _encoder(recipe, drop_path=True)
         self.target = _encoder(recipe, drop_path=False) if needs_target_network(recipe, method) else None
-        self._groups = _groups(recipe, first=self._targets if self.target is None else ())
+        views = online_views(recipe.views)
+        first = self._targets if self.target is None else ()
+        self._groups = [views] if step_mode == "joint" else _one_by_one(views, first=first)
         slots = len(tasks(recipe.views)) if recipe.predictors == "per-view" else 1
         if self.target is not None:
             self.target.load_state_dict(self.online.state_dict())
@@ -168,11 +178,8 @@ def _embed(encoder: nn.ModuleDict, view: Tensor) -> Tensor:
     return embedding
 
 
-def _groups(recipe: Recipe, *, first: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The views that go through together: all, or each alone but for `first`, which the others meet."""
-    views = online_views(recipe.views)
-    if recipe.step_mode == "joint":
-        return [views]
+def _one_by_one(views: tuple[int, ...], *, first: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Groups of views that go through together: each alone but for `first`, which the others meet."""
     return [group for group in (first, *((v,) for v in views if v not in first)) if group]
 
 

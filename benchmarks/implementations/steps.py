@@ -18,6 +18,7 @@ from benchmarks.harness.processes import Trials
 from benchmarks.implementations.loaders import open_train
 from benchmarks.implementations.training import synthetic
 from mvssl.config.device import autocast_dtype
+from mvssl.config.options import Execution
 from mvssl.config.recipe import Recipe
 from mvssl.models.encoder import build_networks
 from mvssl.monitor.profiling import profile_steps, synchronize
@@ -78,11 +79,11 @@ def our_steps(setup: Setup, name: str) -> Iterator[Trials]:
     mode, device = OURS[name], torch.device(setup.device)
     keep_compiled_code()
     step = TrainStep(
-        replace(setup.recipe, compile=mode.compile),
+        setup.recipe,
+        execution=Execution(compile=mode.compile, cuda_graph=mode.cuda_graph),
         device=device,
         total_steps=TOTAL,
         steps_per_epoch=TOTAL,
-        cuda_graph=mode.cuda_graph,
         group_views=mode.group_views,
     )
     noise = _noise(setup, step.input_dtype, torch.channels_last)
@@ -137,8 +138,8 @@ def flops_per_image(recipe: Recipe) -> float:
 
     Counted with few images on the CPU, which changes only MoCo v3's similarities.
     """
-    few = replace(recipe, batch_size=2 * recipe.accumulate, precision="fp32", compile="off")
-    step = TrainStep(few, device="cpu", total_steps=TOTAL, steps_per_epoch=TOTAL)
+    few = replace(recipe, batch_size=2 * recipe.accumulate, precision="fp32")
+    step = TrainStep(few, execution=Execution(compile="off"), device="cpu", total_steps=TOTAL, steps_per_epoch=TOTAL)
     views = synthetic(few, torch.device("cpu"), torch.float32, memory_format=torch.channels_last)
     with FlopCounterMode(display=False) as counter:
         step(views, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count, repeat
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.harness.processes import Trials
 from benchmarks.implementations.loaders import indices_of, needs, open_train, stage_clock, views_of, waiter
-from mvssl.config.options import RunOptions
+from mvssl.config.options import Execution, RunOptions
 from mvssl.config.recipe import Recipe
 from mvssl.distributed import World
 from mvssl.monitor.idle_sampler import IdleSampler
@@ -39,6 +39,7 @@ class Setup:
 
     Attributes:
         recipe: of both steps.
+        execution: of ours; the plain step has its step mode.
         data: the data set.
         device: where the steps run.
         steps: timed updates of a trial.
@@ -47,6 +48,7 @@ class Setup:
     """
 
     recipe: Recipe
+    execution: Execution = field(default_factory=Execution)
     data: Path
     device: str
     steps: int
@@ -60,7 +62,13 @@ def our_training(setup: Setup) -> Iterator[Trials]:
     """Our step, fed by our loader as in a run, and the same step on one batch of noise that lies on the device."""
     device = torch.device(setup.device)
     recipe = replace(setup.recipe, evaluation=replace(setup.recipe.evaluation, every_epochs=0))
-    options = RunOptions(data=setup.data, device=setup.device, decoder=setup.decoder, threads=setup.threads)
+    options = RunOptions(
+        data=setup.data,
+        device=setup.device,
+        decoder=setup.decoder,
+        threads=setup.threads,
+        **asdict(setup.execution),
+    )
     with open_experiment(recipe, options, Console(quiet=True), World()) as experiment:
         step, loader, total = experiment.step, experiment.loader, experiment.total_steps
         epochs, number = count(), count()
@@ -93,7 +101,13 @@ def plain_training(setup: Setup) -> Iterator[Trials]:
     order = Order(num_images=len(source), batch_size=recipe.batch_size, seed=recipe.seed)
     loader = TorchvisionLoader(source, recipe.views, workers=setup.workers, device=device)
     total = recipe.epochs * order.steps_per_epoch
-    step = PlainStep(recipe, device=device, total_steps=total, steps_per_epoch=order.steps_per_epoch)
+    step = PlainStep(
+        recipe,
+        device=device,
+        total_steps=total,
+        steps_per_epoch=order.steps_per_epoch,
+        step_mode=setup.execution.step_mode,
+    )
     position, number = count(), count()
     noise = synthetic(recipe, device, torch.float32, memory_format=torch.contiguous_format)
     rounds = -(-setup.steps // setup.workers)  # slow workers finish together, so only whole rounds count

@@ -138,6 +138,7 @@ def _plain(value: object) -> str:
 _PREFIXES = {
     "Recipe": ("--",),
     "RunOptions": ("--",),
+    "Execution": ("--",),
     "Optimizer": ("--optimizer.",),
     "Backbone": ("--backbone.",),
     "Evaluation": ("--evaluation.",),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -18,13 +18,13 @@ from rich.console import Console
 from mvssl.cli.doctor import doctor
 from mvssl.cli.help import print_recipes, print_short_help, with_option
 from mvssl.config.device import resolve_device
-from mvssl.config.options import RunOptions
+from mvssl.config.options import Execution, RunOptions
 from mvssl.config.recipe import Recipe
-from mvssl.config.serialize import to_dict
+from mvssl.config.serialize import EXECUTION, to_dict
 from mvssl.distributed import exit_code_of_rank, process_local_rank, process_rank, rank_count
 from mvssl.monitor.report import write_report
 from mvssl.recipes import all_recipes
-from mvssl.recipes.files import is_recipe_file, resolve_recipe
+from mvssl.recipes.files import is_recipe_file, resolve_recipe, resolve_with_options
 from mvssl.runs.folder import RunFolder
 from mvssl.training.memory import with_largest_batch
 from mvssl.training.monitor import Diverged
@@ -96,9 +96,15 @@ def body(arguments: Sequence[str]) -> int:
             return EXIT_ERROR
         raise
     if parsed.print_config:
-        print(json.dumps(to_dict(parsed.recipe), indent=2))
+        print(json.dumps(to_dict(parsed.recipe) | _given_execution(parsed.options), indent=2))
         return 0
     return exit_code_of_rank(lambda: _train(parsed, console))
+
+
+def _given_execution(options: RunOptions) -> dict[str, Any]:
+    """The options that a recipe file may hold, where they are not the default."""
+    values = {name: getattr(options, name) for name in EXECUTION}
+    return {name: value for name, value in values.items() if value != getattr(Execution(), name)}
 
 
 @contextmanager
@@ -140,7 +146,7 @@ def parse(arguments: Sequence[str]) -> TrainArguments:
         InputError: the recipe does not exist, its file cannot be read, or a value is not allowed.
         SystemExit: with code 2 for wrong usage, 0 after printing help.
     """
-    recipe, ahead = resolve_recipe(arguments[0]), look_ahead(arguments[1:])
+    (recipe, given), ahead = resolve_with_options(arguments[0]), look_ahead(arguments[1:])
     recipe, note = fit_warmup(recipe, ahead)
     from_file = is_recipe_file(arguments[0])
     try:
@@ -149,7 +155,7 @@ def parse(arguments: Sequence[str]) -> TrainArguments:
             prog=f"mvssl-train {arguments[0]}",
             description=f"The recipe in {arguments[0]}." if from_file else all_recipes()[recipe.name].__doc__,
             args=ahead.rest,
-            default=TrainArguments(recipe=recipe),
+            default=TrainArguments(recipe=recipe, options=RunOptions(**given)),
         )
     except InputError as error:
         raise with_option(error) from error
@@ -250,9 +256,7 @@ def _largest_batch(parsed: TrainArguments) -> tuple[Recipe, str]:
     if options.data is None:
         raise InputError("data is missing: give the folder of images, or a converted data set, with --data PATH.")
     images = len(open_source(split_paths(options.data)[0]))
-    return with_largest_batch(
-        parsed.recipe, device, processes=rank_count(), images=images, cuda_graph=options.cuda_graph
-    )
+    return with_largest_batch(parsed.recipe, options, device, processes=rank_count(), images=images)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,29 @@ LogTarget = Literal["tensorboard", "csv", "wandb", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """What a run reads, where it writes, how it logs and saves.
+class Execution:
+    """How a step is executed; changes no numbers except by rounding.
+
+    Attributes:
+        step_mode: joint: all views in one forward and backward; per-view: one after another, with the least memory.
+        compile: torch.compile the step; auto compiles on CUDA only.
+        channels_last: memory format of convolutional networks.
+        cuda_graph: record a step once and replay it with a single launch; auto: on CUDA, in a run of one process. Its
+            memory (the activations of a step) stays reserved.
+    """
+
+    step_mode: Literal["joint", "per-view"] = "joint"
+    compile: Literal["auto", "on", "off"] = "auto"
+    channels_last: bool = True
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Execution):
+    """What a run reads, where it writes, how it logs and saves, and how its steps are executed.
 
     Attributes:
         data: folder of images, list of files, or converted data; its train/ and val/ are used if they exist.
@@ -31,8 +52,6 @@ class RunOptions:
         cache: pixel cache, so that later epochs neither read nor decode images: in host or device (GPU) memory, or off;
             auto: device if the pixels of all images take at most 40 % of its free memory and steps fit next to them,
             else host if at most 50 %. Every process caches all images.
-        cuda_graph: record a step once and replay it with a single launch; auto: on CUDA, in a run of one process. Its
-            memory (the activations of a step) stays reserved.
         prefetch: finished batches that wait for the step.
         log: loggers besides metrics.jsonl and throughput.jsonl: tensorboard (if installed), csv (tables in csv/), wandb
             (Weights & Biases; without an account into wandb/, for wandb sync), or none.
@@ -59,7 +78,6 @@ class RunOptions:
     threads: int | None = at_least(1, None, "give a positive number")
     dali: DaliOptions = field(default_factory=DaliOptions)
     cache: Cache = "off"
-    cuda_graph: Literal["auto", "on", "off"] = "auto"
     prefetch: int = at_least(1, 2, "give a positive number")
     log: tuple[LogTarget, ...] = ("tensorboard",)
     run_name: str | None = None
@@ -76,7 +94,7 @@ class RunOptions:
     init_from: Path | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         unknown = [name for name in self.log if name not in get_args(LogTarget)]
         if unknown or not self.log or ("none" in self.log and len(self.log) > 1):
             raise invalid("RunOptions.log", self.log, "`none`, or any of tensorboard, csv, wandb", "choose from these")

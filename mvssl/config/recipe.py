@@ -1,7 +1,7 @@
 """Recipes: frozen, self-validating dataclasses with everything that determines the numbers of a run.
 
-Settings that do not (folders, logging, how often to save) are in `mvssl.config.options`; those may change when a run is
-resumed, a recipe may not.
+Settings that do not (folders, logging, how a step is executed) are in `mvssl.config.options`; those may change when a
+run is resumed, a recipe only as `mvssl.runs.changes` says.
 """
 
 from __future__ import annotations
@@ -163,9 +163,6 @@ class Recipe:
             online, target or both.
         seed: of the order, the augmentation parameters and the initial weights.
         precision: auto is bf16 on CUDA and fp32 on the CPU.
-        channels_last: memory format of convolutional networks.
-        step_mode: joint: all views in one forward and backward; per-view: one after another, with the least memory.
-        compile: torch.compile the step; auto compiles on CUDA only.
         evaluation: online kNN.
     """
 
@@ -188,9 +185,6 @@ class Recipe:
     sync_batchnorm: Literal["none", "online", "target", "both"] = "none"
     seed: int = ruled(Rule(lambda x: 0 <= x < 2**63, "between 0 and 2**63 - 1", "give another seed"), default=0)
     precision: Precision = "auto"
-    channels_last: bool = True
-    step_mode: Literal["joint", "per-view"] = "joint"
-    compile: Literal["auto", "on", "off"] = "auto"
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self) -> None:

@@ -16,6 +16,9 @@ from pipelines.runtime import InputError, invalid
 
 T = TypeVar("T")
 
+EXECUTION = ("step_mode", "compile", "channels_last")
+"""Fields of `Execution` that recipes had before; files written then still hold them."""
+
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain JSON values (tuples become lists)."""
@@ -50,12 +53,14 @@ def from_dict(plain: Mapping[str, Any], *, null_word: str | None = None) -> Reci
     """The recipe of its plain form; the inverse of `to_dict`.
 
     Args:
-        plain: the plain form; fields with a default may be missing.
+        plain: the plain form; fields with a default may be missing, and those of `EXECUTION` are left out.
         null_word: text that stands for None, for formats without null.
 
     Raises:
         InputError: a field is unknown, missing, of the wrong type, or not allowed.
     """
+    if isinstance(plain, Mapping):
+        plain = {name: value for name, value in plain.items() if name not in EXECUTION}
     return build(Recipe, plain, "recipe", null_word=null_word)
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mvssl.config.options import Execution
 from mvssl.config.recipe import Recipe
-from mvssl.config.serialize import build, from_dict, to_dict
+from mvssl.config.serialize import EXECUTION, build, from_dict, to_dict
 from mvssl.recipes import get_recipe
 from pipelines.runtime import InputError, invalid
 from pipelines.views.spec import ViewSpec
 
+logger = logging.getLogger("mvssl")
 _READERS = {".toml": tomllib.loads, ".json": json.loads}
 _TOML_NULL = "none"  # TOML has no null
 
@@ -25,8 +28,16 @@ def is_recipe_file(argument: str) -> bool:
 
 def resolve_recipe(argument: str) -> Recipe:
     """The recipe of this name or in this file."""
-    if is_recipe_file(argument):
-        return load_recipe(argument)
+    return load_recipe(argument) if is_recipe_file(argument) else _named(argument)
+
+
+def resolve_with_options(argument: str) -> tuple[Recipe, dict[str, Any]]:
+    """As `resolve_recipe`, and the run options that the file sets (`EXECUTION`), by name."""
+    return read_recipe(argument) if is_recipe_file(argument) else (_named(argument), {})
+
+
+def _named(argument: str) -> Recipe:
+    """The recipe of this name."""
     if Path(argument).exists() and Path(argument).suffix:
         raise invalid("recipe", argument, "a recipe's name or a file that ends in .toml or .json", "rename the file")
     return get_recipe(argument)
@@ -42,9 +53,25 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         InputError: the file cannot be read, or a field is unknown, missing or not allowed; names file and field.
     """
+    recipe, options = read_recipe(path)
+    for name, value in options.items():
+        if value != getattr(Execution(), name):
+            logger.warning(
+                "%s: %s is an option of the run and not of the recipe: give %s=%r to mvssl.train",
+                *(path, name, name, value),
+            )
+    return recipe
+
+
+def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, Any]]:
+    """As `load_recipe`, and the run options that the file sets (`EXECUTION`), by name."""
     path = Path(path)
+    null_word = _TOML_NULL if path.suffix.lower() == ".toml" else None
     try:
-        return _recipe(_read(path), null_word=_TOML_NULL if path.suffix.lower() == ".toml" else None)
+        content = _read(path)
+        given = {name: content[name] for name in EXECUTION if name in content}
+        execution = build(Execution, given, "recipe", null_word=null_word)
+        return _recipe(content, null_word=null_word), {name: getattr(execution, name) for name in given}
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 

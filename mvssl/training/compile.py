@@ -13,6 +13,7 @@ import torch
 import torch._inductor.config
 from torch import nn
 
+from mvssl.config.options import Execution
 from mvssl.config.recipe import Recipe
 from mvssl.training.compile_errors import describe, is_compile_error
 from pipelines.files import cache_folder, cache_obstacle, writable_cache
@@ -26,20 +27,20 @@ CACHE_FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "tri
 _RECOMPILE_LIMIT = 256  # graphs per function, one for each shape of networks in a process; torch's own limit is 8
 
 
-def wants_compile(recipe: Recipe, device: torch.device, *, ranks: int) -> bool:
+def wants_compile(recipe: Recipe, execution: Execution, device: torch.device, *, ranks: int) -> bool:
     """Whether to compile; `auto` compiles on CUDA, but not with synchronised BatchNorm.
 
     Raises:
         InputError: compilation is requested with synchronised BatchNorm, whose communication no graph can hold.
     """
     synchronised = recipe.sync_batchnorm != "none" and ranks > 1
-    if synchronised and recipe.compile == "on":
+    if synchronised and execution.compile == "on":
         raise InputError(
-            f"Recipe.compile is 'on' but must be auto or off with sync_batchnorm {recipe.sync_batchnorm!r} on {ranks} "
-            "ranks, whose communication no graph can hold: set compile to auto, or sync_batchnorm to none.",
-            field="Recipe.compile",
+            f"compile is 'on' but must be auto or off with sync_batchnorm {recipe.sync_batchnorm!r} on {ranks} ranks, "
+            "whose communication no graph can hold: use --compile auto, or a new run with --sync-batchnorm none.",
+            field="RunOptions.compile",
         )
-    return recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda" and not synchronised)
+    return execution.compile == "on" or (execution.compile == "auto" and device.type == "cuda" and not synchronised)
 
 
 class Compiler:
@@ -120,13 +121,13 @@ class Compiler:
         told, remedy = describe(error, self._modules)
         if self._ranks > 1:
             raise InputError(
-                f"Recipe.compile is in use but must be 'off' on {self._ranks} ranks where torch.compile fails {told}: "
-                f"set Recipe.compile to 'off'. {remedy}.",
-                field="Recipe.compile",
+                f"compile is in use but must be 'off' on {self._ranks} ranks where torch.compile fails {told}: use "
+                f"--compile off, and --resume if the run folder exists. {remedy}.",
+                field="RunOptions.compile",
             ) from error
         logger.warning(
-            "torch.compile FAILED %s and the step runs uncompiled, which is slower. %s; set Recipe.compile to 'off' "
-            "to train so on purpose.",
+            "torch.compile FAILED %s and the step runs uncompiled, which is slower. %s; --compile off trains so on "
+            "purpose.",
             told,
             remedy,
         )

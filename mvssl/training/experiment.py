@@ -171,11 +171,11 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
         peak = world.run_on_all(partial(_peak_memory, recipe, options, device, world))
         step = TrainStep(
             recipe,
+            execution=options,
             device=device,
             total_steps=recipe.epochs * order.steps_per_epoch,
             steps_per_epoch=order.steps_per_epoch,
             world=world,
-            cuda_graph=options.cuda_graph,
         )
         steps = max(0, peak - torch.cuda.memory_reserved(device)) if peak else 0  # the networks are reserved already
         cached = partial(_cached, device=device, console=console, world=world, steps=steps)
@@ -275,12 +275,8 @@ def _peak_memory(recipe: Recipe, options: RunOptions, device: torch.device, worl
     if device.type != "cuda" or options.cache == "off":
         return 0
     captures = wants_capture(options.cuda_graph, device, ranks=world.size)
-    peak = peak_step_memory(
-        recipe,
-        device,
-        images=recipe.batch_size // world.size,
-        cuda_graph=options.cuda_graph if captures else "off",
-    )
+    execution = options if captures else replace(options, cuda_graph="off")
+    peak = peak_step_memory(recipe, execution, device, images=recipe.batch_size // world.size)
     return torch.cuda.get_device_properties(device).total_memory if peak is None else peak
 
 

@@ -6,10 +6,10 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal
 
 import torch
 
+from mvssl.config.options import Execution
 from mvssl.config.recipe import Recipe
 from mvssl.training.cuda_graph import wants_capture
 from mvssl.training.step import TrainStep
@@ -38,25 +38,23 @@ def explain_out_of_memory() -> Iterator[None]:
         ) from error
 
 
-def peak_step_memory(
-    recipe: Recipe, device: torch.device, *, images: int, cuda_graph: Literal["auto", "on", "off"]
-) -> int | None:
+def peak_step_memory(recipe: Recipe, execution: Execution, device: torch.device, *, images: int) -> int | None:
     """Peak bytes that torch reserves on a GPU while one process takes steps; None if they do not fit.
 
     A CUDA graph's memory is included. Steps are not compiled, which takes more. Leaves the random generators unchanged.
 
     Args:
         recipe: its batch size is ignored.
+        execution: as for `TrainStep`, in a run of one process.
         device: the GPU.
         images: batch size of this process.
-        cuda_graph: as for `TrainStep`, in a run of one process.
     """
-    trial = replace(recipe, batch_size=images, compile="off")
+    recipe, execution = replace(recipe, batch_size=images), replace(execution, compile="off")
     _free()
     torch.cuda.reset_peak_memory_stats(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
-            _take_steps(trial, device, cuda_graph)
+            _take_steps(recipe, execution, device)
         except torch.OutOfMemoryError:
             return None
         finally:
@@ -64,9 +62,9 @@ def peak_step_memory(
     return torch.cuda.max_memory_reserved(device)
 
 
-def _take_steps(recipe: Recipe, device: torch.device, cuda_graph: Literal["auto", "on", "off"]) -> None:
+def _take_steps(recipe: Recipe, execution: Execution, device: torch.device) -> None:
     """Take every kind of step that a run has: warm-up, the recorded one and a replay."""
-    step = TrainStep(recipe, device=device, total_steps=8, steps_per_epoch=8, cuda_graph=cuda_graph)
+    step = TrainStep(recipe, execution=execution, device=device, total_steps=8, steps_per_epoch=8)
     views = [
         torch.randn(recipe.batch_size, 3, view.size, view.size, device=device, dtype=step.input_dtype).contiguous(
             memory_format=torch.channels_last
@@ -85,29 +83,25 @@ def _free() -> None:
 
 
 def with_largest_batch(
-    recipe: Recipe,
-    device: torch.device,
-    *,
-    processes: int,
-    images: int,
-    cuda_graph: Literal["auto", "on", "off"],
+    recipe: Recipe, execution: Execution, device: torch.device, *, processes: int, images: int
 ) -> tuple[Recipe, str]:
     """The recipe with the largest batch that fits, and a sentence with batch size and learning rate.
 
     Args:
         recipe: its batch size is ignored.
+        execution: as for `TrainStep`.
         device: the GPU.
         processes: of the run, on GPUs of the same kind; each takes an equal part of the batch.
         images: of the data set, which a batch cannot exceed.
-        cuda_graph: as for `TrainStep`.
     """
     if device.type != "cuda":
         raise InputError(
             "batch_size is 'auto', which measures a GPU's memory, but the run is on the CPU: give a number, for "
             "example --batch-size 64."
         )
-    tried = cuda_graph if wants_capture(cuda_graph, device, ranks=processes) else "off"
-    per_rank = largest_batch(fits_on(recipe, device, cuda_graph=tried), most=max(MULTIPLE, images // processes))
+    if not wants_capture(execution.cuda_graph, device, ranks=processes):
+        execution = replace(execution, cuda_graph="off")
+    per_rank = largest_batch(fits_on(recipe, execution, device), most=max(MULTIPLE, images // processes))
     found = replace(recipe, batch_size=per_rank * processes)
     return found, (
         f"batch size: {found.batch_size}, the largest that fits ({per_rank} a process); the learning rate is "
@@ -115,12 +109,12 @@ def with_largest_batch(
     )
 
 
-def fits_on(recipe: Recipe, device: torch.device, *, cuda_graph: Literal["auto", "on", "off"]) -> Callable[[int], bool]:
+def fits_on(recipe: Recipe, execution: Execution, device: torch.device) -> Callable[[int], bool]:
     """Function of the batch size: whether steps fit on a GPU and leave enough memory for everything else."""
-    usable = _USABLE_WITH_GRAPH if wants_capture(cuda_graph, device, ranks=1) else _USABLE
+    usable = _USABLE_WITH_GRAPH if wants_capture(execution.cuda_graph, device, ranks=1) else _USABLE
 
     def fits(batch_size: int) -> bool:
-        peak = peak_step_memory(recipe, device, images=batch_size, cuda_graph=cuda_graph)
+        peak = peak_step_memory(recipe, execution, device, images=batch_size)
         total: int = torch.cuda.get_device_properties(device).total_memory
         return peak is not None and peak <= usable * total
 

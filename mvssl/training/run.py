@@ -206,7 +206,7 @@ def _announce(experiment: Experiment, folder: RunFolder, step: int, earlier_epoc
             recipe.batch_size // ranks // recipe.accumulate,
             ranks * recipe.accumulate,
         )
-    if recipe.step_mode == "joint" and experiment.step.view_by_view is not None:
+    if experiment.options.step_mode == "joint" and experiment.step.view_by_view is not None:
         logger.info(
             "sequential views, slower than batched ones: %s has batch statistics that cannot be computed per view",
             experiment.step.view_by_view,

@@ -16,6 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from mvssl.config.device import autocast_dtype, check_bf16_on_cpu
+from mvssl.config.options import Execution
 from mvssl.config.recipe import Recipe
 from mvssl.distributed import World
 from mvssl.methods import Method, get_method
@@ -80,28 +81,29 @@ class TrainStep:
         self,
         recipe: Recipe,
         *,
+        execution: Execution | None = None,
         device: torch.device | str,
         total_steps: int,
         steps_per_epoch: int,
         world: World | None = None,
-        cuda_graph: Literal["auto", "on", "off"] = "auto",
         group_views: bool = True,
     ) -> None:
         """Build networks (initialised from `recipe.seed`), optimiser and scaler.
 
         Args:
             recipe: the settings that determine the numbers.
+            execution: the settings that do not; None for the defaults.
             device: where the step runs.
             total_steps: updates in the whole run.
             steps_per_epoch: updates in an epoch.
             world: the ranks that train together, each on its part of the batch; None for this process alone.
-            cuda_graph: whether to replay steps as one CUDA graph; auto: on CUDA, in runs of one process.
             group_views: whether views of one size form one batch where the network allows it; off for comparisons.
 
         Raises:
             InputError: the recipe does not fit the method, the backbone, the ranks or the device.
         """
         self.recipe = recipe
+        self.execution = execution = execution or Execution()
         self.device = torch.device(device)
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
@@ -110,13 +112,13 @@ class TrainStep:
         self._world = world or World()
         self._method = get_method(recipe.method)
         _check_batch(recipe, self._world)
-        wants_graph = wants_capture(cuda_graph, self.device, ranks=self._world.size)
+        wants_graph = wants_capture(execution.cuda_graph, self.device, ranks=self._world.size)
 
         # Networks.
         online, target = build_networks(recipe)
         if self.device.type == "cpu" and self.autocast_dtype is torch.bfloat16:
             check_bf16_on_cpu(online.backbone, (view.size for view in recipe.views))
-        channels_last = recipe.channels_last and is_convolutional(online.backbone)
+        channels_last = execution.channels_last and is_convolutional(online.backbone)
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.online = to_memory_format(online.to(self.device), self._memory_format)
         self.target = None
@@ -142,7 +144,7 @@ class TrainStep:
         self.view_by_view = self.online.unbatchable
         self._plan = make_plan(
             recipe.views,
-            joint=recipe.step_mode == "joint",
+            joint=execution.step_mode == "joint",
             grouped=group_views and self.view_by_view is None,
             targets_first=self.target is None,
         )
@@ -152,7 +154,7 @@ class TrainStep:
 
         # Compilation and the CUDA graph wrap the functions below. Warm-up, recording and replays share one stream, and
         # DistributedDataParallel must be built in it.
-        compiled = wants_compile(recipe, self.device, ranks=self._world.size)
+        compiled = wants_compile(recipe, execution, self.device, ranks=self._world.size)
         networks = [self.online] if self.target is None else [self.online, self.target]
         self._compiler = Compiler(networks, enabled=compiled, ranks=self._world.size)
         self._embed_targets = None if self.target is None else self._compiler(self.target.embed)
@@ -165,7 +167,7 @@ class TrainStep:
             self._device_step,
             self._discard_gradients,
             wanted=wants_graph,
-            asked=cuda_graph == "on",
+            asked=execution.cuda_graph == "on",
             warm_up=WARM_UP if self._world.size == 1 else WARM_UP_RANKS,
             stream=stream,
             graph=lambda: CudaGraph(stream),
@@ -396,7 +398,7 @@ class TrainStep:
     def description(self) -> str:
         """How steps run by now, e.g. "compiled, views of one size batched, one CUDA graph"."""
         how = ["compiled" if self.compiled else "not compiled"]
-        if self.recipe.step_mode == "per-view":
+        if self.execution.step_mode == "per-view":
             how.append("one backward per view")
         else:
             how.append("views of one size batched" if self.view_by_view is None else "sequential views")

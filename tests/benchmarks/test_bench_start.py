@@ -12,14 +12,15 @@ import pytest
 from benchmarks import bench_start
 from benchmarks.bench_start import PHASES, STARTS, parse, start
 from benchmarks.report import tables
+from mvssl.config.options import Execution
 from pipelines.runtime import InputError
 from tests.benchmarks.conftest import Bench
 
 
 @pytest.mark.slow
 def test_a_start_takes_real_steps_in_a_process_of_its_own(tiny_recipe_file: Path, tmp_path: Path) -> None:
-    own = parse(["--recipe", str(tiny_recipe_file), "--compile", "off"]).recipe
-    one, other = (start(own, "cpu", tmp_path) for _ in range(2))
+    own = parse(["--recipe", str(tiny_recipe_file), "--compile", "off"])
+    one, other = (start(own.recipe, own.execution, "cpu", tmp_path) for _ in range(2))
     assert one["losses"] == other["losses"]
     assert one["losses"][0] == one["losses"][1] != one["losses"][2], "they train, the first one at a rate of 0"
     assert one["training_after"] == pytest.approx(one["imports"] + one["build"] + one["first_step"])
@@ -30,7 +31,7 @@ def test_a_start_takes_real_steps_in_a_process_of_its_own(tiny_recipe_file: Path
 def test_a_failed_start_reports_its_last_words(tiny_recipe_file: Path, tmp_path: Path) -> None:
     own = parse(["--recipe", str(tiny_recipe_file), "--precision", "fp16"]).recipe
     with pytest.raises(InputError, match=r"a start failed with exit code 1: .*fp16"):
-        start(own, "cpu", tmp_path)
+        start(own, Execution(), "cpu", tmp_path)
 
 
 def test_starts_share_a_cache_and_each_is_saved(
@@ -40,9 +41,9 @@ def test_starts_share_a_cache_and_each_is_saved(
     partial: list[Any] = []
     out = tmp_path / "results" / "out.json"
 
-    def made_up(own: Any, device: str, cache: Path) -> dict[str, Any]:
+    def made_up(own: Any, execution: Execution, device: str, cache: Path) -> dict[str, Any]:
         assert cache.is_dir()
-        caches.append((own.compile, cache))
+        caches.append((execution.compile, cache))
         if out.exists():
             partial.append(json.loads(out.read_text())["partial"])
         return {phase: float(len(caches)) for phase in PHASES} | {"losses": [1.0]}

@@ -37,7 +37,6 @@ BYOL = Recipe(
     batch_size=16,
     target_decay=0.9,
     seed=1,
-    compile="off",
     precision="fp32",
     evaluation=Evaluation(resize=32, crop=32),
 )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import mvssl.recipes
+from mvssl.config.options import Execution
 from mvssl.config.recipe import Backbone, Evaluation, Head, Recipe
 from mvssl.training.step import TrainStep
 from pipelines.views.presets import asymmetric, paper_views
@@ -141,12 +142,17 @@ def assert_close(ours: dict[str, Tensor], plain: dict[str, Tensor], *, zeros: fr
 
 
 def twins(
-    recipe: Recipe, total: Callable[[Terms], Tensor], *, group_views: bool
+    recipe: Recipe, total: Callable[[Terms], Tensor], *, group_views: bool, step_mode: Any
 ) -> tuple[TrainStep, Plain, torch.Generator]:
     """Our step and the plain version with the same weights, away from the zeros and ones of the initialisation."""
     with float64():
         step = TrainStep(
-            recipe, device="cpu", total_steps=STEPS, steps_per_epoch=STEPS_PER_EPOCH, group_views=group_views
+            recipe,
+            execution=Execution(step_mode=step_mode),
+            device="cpu",
+            total_steps=STEPS,
+            steps_per_epoch=STEPS_PER_EPOCH,
+            group_views=group_views,
         )
     generator = torch.Generator().manual_seed(5)
     for network in (step.online, step.target):
@@ -166,10 +172,10 @@ def twins(
 
 
 def check(
-    recipe: Recipe, total: Callable[[Terms], Tensor], *, group_views: bool = True
+    recipe: Recipe, total: Callable[[Terms], Tensor], *, group_views: bool = True, step_mode: Any = "joint"
 ) -> tuple[TrainStep, list[float]]:
     """Three updates of both versions, compared all the way; our step and the gradient's norms."""
-    step, plain, generator = twins(recipe, total, group_views=group_views)
+    step, plain, generator = twins(recipe, total, group_views=group_views, step_mode=step_mode)
     gradients: dict[str, Tensor] = {}
     rates: dict[str, tuple[float, float]] = {}
 
@@ -221,8 +227,8 @@ def test_step_equals_plain_version(method: str, setting: str, predictors: Any, p
     SimSiam keeps a second network only for a view that the online network does not embed.
     """
     step_mode, group_views = PASSES[passes]
-    recipe = replace(published(method, setting), predictors=predictors, step_mode=step_mode)
-    step, _ = check(recipe, written_out(method, setting), group_views=group_views)
+    recipe = replace(published(method, setting), predictors=predictors)
+    step, _ = check(recipe, written_out(method, setting), group_views=group_views, step_mode=step_mode)
     assert (step.target is None) == (method == "simsiam" and setting != "asymmetric")
     slots = 3 if (setting, predictors) == ("multi-task", "per-view") else 1
     assert len(step.online.predictors.tasks) == slots
@@ -245,10 +251,10 @@ def exact_positions(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("step_mode", ["joint", "per-view"])
 def test_adamw_with_clipping_and_rates_of_its_own_for_biases(step_mode: str) -> None:
     """The paper's vision transformer recipe (without its random stochastic depth) and the optional rates."""
-    recipe = small(mvssl.recipes.byol_vits16_200ep(), backbone="test_vit", step_mode=step_mode)
+    recipe = small(mvssl.recipes.byol_vits16_200ep(), backbone="test_vit")
     optimizer = replace(recipe.optimizer, bias_lr=0.05, weight_decay_end=0.4)
     assert (optimizer.kind, optimizer.clip_grad_norm) == ("adamw", 0.5)
-    _, norms = check(replace(recipe, optimizer=optimizer), written_out("byol", "multi-task"))
+    _, norms = check(replace(recipe, optimizer=optimizer), written_out("byol", "multi-task"), step_mode=step_mode)
     assert min(norms) > 0.5  # every update was clipped
 
 
@@ -260,7 +266,6 @@ def test_more_views_another_weight_and_another_temperature(method: str, step_mod
         views=paper_views(num_local=3, num_global_more=1, size=32, local_size=16, blur_kernel=5),
         task_weights={"local": 0.5},
         temperature=0.2 if method == "mocov3" else None,
-        step_mode=step_mode,
     )
 
     def total(terms: Terms) -> Tensor:
@@ -270,7 +275,7 @@ def test_more_views_another_weight_and_another_temperature(method: str, step_mod
         of_more = (terms[6, 0] + terms[6, 1]) / 2
         return of_globals + 0.5 * of_locals + of_cutout + of_more
 
-    check(recipe, total)
+    check(recipe, total, step_mode=step_mode)
 
 
 @pytest.mark.parametrize(("method", "step_mode"), [("byol", "joint"), ("simsiam", "per-view"), ("mocov3", "joint")])
@@ -281,7 +286,6 @@ def test_a_view_type_of_ones_own_that_is_a_target_too(method: str, step_mode: An
         published(method, "multi-task"),
         views=(*paper_views(num_local=1, num_cutout=0, size=32, local_size=16, blur_kernel=5), own),
         task_weights={"own": 3.0},
-        step_mode=step_mode,
     )
 
     def total(terms: Terms) -> Tensor:
@@ -290,7 +294,7 @@ def test_a_view_type_of_ones_own_that_is_a_target_too(method: str, step_mode: An
         of_own = (terms[3, 0] + terms[3, 1]) / 2
         return of_globals + of_local + 3 * of_own
 
-    check(recipe, total)
+    check(recipe, total, step_mode=step_mode)
 
 
 def test_embedding_is_the_projection_of_the_first_view() -> None:

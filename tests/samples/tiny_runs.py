@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,24 @@ import torch
 from PIL import Image
 
 import mvssl
+from mvssl.config.options import Execution
 from mvssl.config.recipe import Recipe
 from mvssl.training.step import TrainStep
 
 STEPS = 12  # 3 epochs of 4 steps, see tests/mvssl/conftest.py
+
+
+def make_step(recipe: Recipe, *, device: str = "cpu", total: int, epoch: int = 2, **changes: Any) -> TrainStep:
+    """A step of `total` updates, `epoch` in each epoch, with changed fields of `Recipe` and `Execution`."""
+    changed, execution = split_changes(recipe, changes)
+    return TrainStep(changed, execution=execution, device=device, total_steps=total, steps_per_epoch=epoch)
+
+
+def split_changes(recipe: Recipe, changes: dict[str, Any]) -> tuple[Recipe, Execution]:
+    """Changed fields of `Recipe` and `Execution`, each in its place."""
+    names = {field.name for field in fields(Execution)}
+    execution = Execution(**{name: value for name, value in changes.items() if name in names})
+    return replace(recipe, **{name: value for name, value in changes.items() if name not in names}), execution
 
 
 class CrashError(Exception):

@@ -12,6 +12,7 @@ from rich.console import Console
 from mvssl.cli import train as train_cli
 from mvssl.cli.help import COMMON, with_option
 from mvssl.cli.train import LookAhead, fit_warmup, look_ahead
+from mvssl.config.options import Execution
 from mvssl.config.recipe import Recipe
 from mvssl.monitor.console import TrainingProgress
 from mvssl.recipes import all_recipes
@@ -139,8 +140,8 @@ def test_batches_that_fit_nowhere_and_processors_without_memory_of_their_own(ima
 
 
 def test_the_largest_batch_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch, tiny_recipe: Recipe) -> None:
-    monkeypatch.setattr("mvssl.training.memory.fits_on", lambda recipe, device, cuda_graph: lambda size: size <= 100)
-    found, said = with_largest_batch(tiny_recipe, torch.device("cuda"), processes=4, images=10_000, cuda_graph="auto")
+    monkeypatch.setattr("mvssl.training.memory.fits_on", lambda recipe, execution, device: lambda size: size <= 100)
+    found, said = with_largest_batch(tiny_recipe, Execution(), torch.device("cuda"), processes=4, images=10_000)
     assert found == replace(tiny_recipe, batch_size=384)
     assert f"batch size: 384, the largest that fits (96 a process); the learning rate is {3.0 * 384 / 256:.4g}" in said
 

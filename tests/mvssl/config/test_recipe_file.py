@@ -124,6 +124,8 @@ def test_views_are_added(tmp_path: Path) -> None:
         ('base = "demo"\ntarget_decay = "fast"', "recipe.target_decay is 'fast' but must be a number"),
         ('base = "demo"\ntarget_decay = true', "recipe.target_decay is True but must be a number"),
         (f'base = "demo"\ntarget_decay = 1{"0" * 400}', "recipe.target_decay is 10*0 but must be a number"),
+        ('base = "demo"\ncompile = "yes"', "recipe.compile is 'yes' but must be one of auto, on, off"),
+        ('base = "demo"\ncuda_graph = "off"', "recipe has the unknown field 'cuda_graph'"),
         ('base = "demo"\nchannels_last = 1', "recipe.channels_last is 1 but must be true or false"),
         ('base = "demo"\nbackbone.name = 18', "recipe.backbone.name is 18 but must be a string"),
         ('base = "demo"\nbackbone = "resnet18"', "recipe.backbone is 'resnet18' but must be a table of Backbone's"),
@@ -204,3 +206,35 @@ def test_the_commands_error_is_one_sentence(tmp_path: Path, capsys: pytest.Captu
         f"error: {path}: recipe.epochs is '3' but must be a whole number: "
         "write it without quotation marks and decimal point.\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("own.toml", 'base = "demo"\ncompile = "off"\nstep_mode = "per-view"\nchannels_last = true\n'),
+        ("own.json", '{"base": "demo", "compile": "off", "step_mode": "per-view", "channels_last": true}'),
+    ],
+)
+def test_how_steps_are_executed_is_an_option_that_a_file_may_set(
+    name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As files written before these were options of the run do."""
+    path = str(write(tmp_path, text, name))
+    parsed = train_cli.parse([path])
+    assert parsed.recipe == mvssl.recipes.demo()
+    assert (parsed.options.compile, parsed.options.step_mode, parsed.options.channels_last) == ("off", "per-view", True)
+    assert train_cli.parse([path, "--compile", "on"]).options.compile == "on"
+    assert train_cli.body([path, "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert {"compile": "off", "step_mode": "per-view"}.items() <= json.loads(printed).items()
+    assert train_cli.parse([str(write(tmp_path, printed, "again.json"))]) == parsed
+
+
+def test_options_of_a_file_are_named_where_only_its_recipe_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path, 'base = "demo"\ncompile = "off"\nstep_mode = "joint"')
+    assert mvssl.load_recipe(path) == mvssl.recipes.demo()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: compile is an option of the run and not of the recipe: give compile='off' to mvssl.train"
+    ]

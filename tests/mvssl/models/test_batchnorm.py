@@ -13,6 +13,7 @@ import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
+from mvssl.config.options import Execution
 from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.models.batchnorm import ForwardViews, find_unbatchable, use_view_batchnorms
 from mvssl.models.encoder import Encoder
@@ -137,11 +138,13 @@ RECIPE = Recipe(
 )
 
 
-def steps(recipe: Recipe, *, group_views: bool) -> tuple[TrainStep, list[Tensor]]:
+def steps(recipe: Recipe, *, group_views: bool, execution: Execution | None = None) -> tuple[TrainStep, list[Tensor]]:
     """Two updates in float64: the step and its losses."""
     torch.set_default_dtype(torch.float64)
     try:
-        step = TrainStep(recipe, device="cpu", total_steps=9, steps_per_epoch=2, group_views=group_views)
+        step = TrainStep(
+            recipe, execution=execution, device="cpu", total_steps=9, steps_per_epoch=2, group_views=group_views
+        )
     finally:
         torch.set_default_dtype(torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -198,20 +201,20 @@ def test_batched_views_equal_sequential_views(name: str) -> None:
 )
 def test_a_compiled_step_equals_the_plain_one(name: str, step_mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused formula in whole networks (residual blocks, stems, norms with activation, heads), in float64."""
-    recipe = replace(RECIPE, backbone=Backbone(name=name, init="release"), step_mode=step_mode)
-    plain, expected = steps(recipe, group_views=True)
+    recipe = replace(RECIPE, backbone=Backbone(name=name, init="release"))
+    plain, expected = steps(recipe, execution=Execution(step_mode=step_mode), group_views=True)
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend="aot_eager", **options))
     torch._dynamo.reset()
-    ours, losses = steps(replace(recipe, compile="on"), group_views=True)
+    ours, losses = steps(recipe, execution=Execution(step_mode=step_mode, compile="on"), group_views=True)
     assert ours.compiled
     torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-12)
     assert_same_networks(ours, plain)
 
 
-def calls(recipe: Recipe) -> list[tuple[str, int]]:
+def calls(recipe: Recipe, execution: Execution | None = None) -> list[tuple[str, int]]:
     """The forwards of a step: the network and the number of images."""
-    step = TrainStep(recipe, device="cpu", total_steps=9, steps_per_epoch=2)
+    step = TrainStep(recipe, execution=execution, device="cpu", total_steps=9, steps_per_epoch=2)
     seen: list[tuple[str, int]] = []
     for name, network in (("online", step.online), ("target", step.target)):
         network.backbone.register_forward_pre_hook(lambda _, inputs, name=name: seen.append((name, len(inputs[0]))))
@@ -221,7 +224,7 @@ def calls(recipe: Recipe) -> list[tuple[str, int]]:
 
 def test_one_forward_per_size() -> None:
     assert calls(RECIPE) == [("target", 12), ("online", 18), ("online", 12)]
-    per_view = calls(replace(RECIPE, step_mode="per-view"))
+    per_view = calls(RECIPE, Execution(step_mode="per-view"))
     assert per_view == [("target", 6)] * 2 + [("online", 6)] * 5
 
 

@@ -17,6 +17,7 @@ from mvssl.distributed import World
 from mvssl.training.step import StepOutput, TrainStep
 from pipelines.runtime import InputError
 from pipelines.views.presets import paper_views
+from tests.samples.tiny_runs import make_step
 
 BATCH = 6
 HEAD = Head(hidden=(20,), out=12, norm="layer")
@@ -43,7 +44,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def make(**changes: Any) -> TrainStep:
-    return TrainStep(replace(RECIPE, **changes), device="cpu", total_steps=9, steps_per_epoch=2)
+    return make_step(RECIPE, total=9, **changes)
 
 
 def run(accumulate: int, **changes: Any) -> tuple[TrainStep, list[StepOutput], list[dict[str, Tensor]]]:

@@ -96,8 +96,8 @@ def test_invalid_choices_are_refused(images: Path, tiny_recipe: Recipe, tmp_path
 def test_on_a_gpu_a_cached_run_is_the_same(
     images: Path, tiny_recipe: Recipe, tmp_path: Path, decoded: list[int], choice: Any
 ) -> None:
-    options: dict[str, Any] = {"device": "cuda", "decoder": "pillow"}
-    recipe = replace(tiny_recipe, compile="off", precision="fp32")
+    options: dict[str, Any] = {"device": "cuda", "decoder": "pillow", "compile": "off"}
+    recipe = replace(tiny_recipe, precision="fp32")
     train(recipe, images, tmp_path / "plain", **options)
     decoded.clear()
     train(recipe, images, tmp_path / "cached", cache=choice, **options)

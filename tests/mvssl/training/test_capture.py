@@ -35,6 +35,7 @@ from tests.samples.capture_steps import ADAMW, MOCO, RECIPE, SIMSIAM, VIT, batch
 from tests.samples.fake_cuda import ECHO, FakeCuda, FakeStream
 from tests.samples.recorded_operations import kept_tensors
 from tests.samples.replayed_operations import ReplayedGraph
+from tests.samples.tiny_runs import make_step
 
 STEPS = WARM_UP + 5
 
@@ -367,8 +368,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def make(*, device: str = "cpu", cuda_graph: Literal["auto", "on", "off"] = "off", **changes: Any) -> TrainStep:
-    recipe = replace(RECIPE, **changes)
-    return TrainStep(recipe, device=device, total_steps=40, steps_per_epoch=2, cuda_graph=cuda_graph)
+    return make_step(RECIPE, device=device, total=40, cuda_graph=cuda_graph, **changes)
 
 
 def replayed_step(graph: Callable[[TrainStep], Graph] | None = None, **changes: Any) -> TrainStep:

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from mvssl.config.options import Execution
 from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.distributed import World, join_world
 from mvssl.methods.mocov3 import pair_loss
 from mvssl.training.step import TrainStep
 from pipelines.views.presets import asymmetric, byol_views, paper_views
 from tests.samples.ranks import results, run_ranks
+from tests.samples.tiny_runs import split_changes
 
 BATCH, STEPS = 16, 2
+
+
+class Case(NamedTuple):
+    """A step: its recipe, and how it is executed."""
+
+    recipe: Recipe
+    execution: Execution
+
+
+def case(recipe: Recipe, **changes: Any) -> Case:
+    return Case(*split_changes(recipe, changes))
+
+
 LAYER = Recipe(  # without BatchNorm the mean of the ranks' gradients is the gradient of the whole batch
     name="ranks",
     views=paper_views(size=32, local_size=16, blur_kernel=5),
@@ -40,34 +55,38 @@ BATCHNORM = replace(
 ADAMW = "byol clipped"  # divides by the gradient norm, which amplifies rounding errors of small gradients
 ON_FOUR = ("byol", "mocov3", "simsiam sequential", "batchnorm over ranks, mocov3")
 SAME = {  # recipes with the same numbers on any number of ranks
-    "byol": LAYER,
-    "byol sequential": replace(LAYER, step_mode="per-view"),
-    "byol shared": replace(LAYER, predictors="shared"),
-    "byol asymmetric": replace(LAYER, views=asymmetric(byol_views(size=32, blur_kernel=5))),
-    ADAMW: replace(
+    "byol": case(LAYER),
+    "byol sequential": case(LAYER, step_mode="per-view"),
+    "byol shared": case(LAYER, predictors="shared"),
+    "byol asymmetric": case(LAYER, views=asymmetric(byol_views(size=32, blur_kernel=5))),
+    ADAMW: case(
         LAYER, optimizer=Optimizer(kind="adamw", base_lr=0.1, warmup_epochs=0, clip_grad_norm=0.1, bias_lr=0.2)
     ),
-    "byol two micro-batches": replace(LAYER, accumulate=2, step_mode="per-view"),
-    "byol frozen stem": replace(LAYER, backbone=Backbone(name="test_vit", freeze_stem=True)),
-    "simsiam": replace(LAYER, method="simsiam"),
-    "simsiam sequential": replace(LAYER, method="simsiam", step_mode="per-view"),
-    "mocov3": replace(LAYER, method="mocov3", temperature=0.5),
-    "mocov3 sequential": replace(LAYER, method="mocov3", temperature=1.0, step_mode="per-view"),
-    "mocov3 compiled": replace(LAYER, method="mocov3", temperature=1.0, compile="on"),
-    "batchnorm over ranks": replace(BATCHNORM, sync_batchnorm="both"),
-    "batchnorm over ranks, mocov3": replace(BATCHNORM, sync_batchnorm="both", method="mocov3", temperature=1.0),
-    "batchnorm over ranks, simsiam": replace(BATCHNORM, sync_batchnorm="both", method="simsiam", step_mode="per-view"),
+    "byol two micro-batches": case(LAYER, accumulate=2, step_mode="per-view"),
+    "byol frozen stem": case(LAYER, backbone=Backbone(name="test_vit", freeze_stem=True)),
+    "simsiam": case(LAYER, method="simsiam"),
+    "simsiam sequential": case(LAYER, method="simsiam", step_mode="per-view"),
+    "mocov3": case(LAYER, method="mocov3", temperature=0.5),
+    "mocov3 sequential": case(LAYER, method="mocov3", temperature=1.0, step_mode="per-view"),
+    "mocov3 compiled": case(LAYER, method="mocov3", temperature=1.0, compile="on"),
+    "batchnorm over ranks": case(BATCHNORM, sync_batchnorm="both"),
+    "batchnorm over ranks, mocov3": case(BATCHNORM, sync_batchnorm="both", method="mocov3", temperature=1.0),
+    "batchnorm over ranks, simsiam": case(BATCHNORM, sync_batchnorm="both", method="simsiam", step_mode="per-view"),
 }
 PER_RANK = {  # recipes with BatchNorm per rank: N micro-batches on one process equal N ranks
-    "byol": BATCHNORM,
-    "byol sequential": replace(BATCHNORM, step_mode="per-view"),
-    "byol clipped": replace(BATCHNORM, optimizer=replace(LAYER.optimizer, clip_grad_norm=0.1)),
-    "simsiam": replace(BATCHNORM, method="simsiam"),
-    "mocov3": replace(BATCHNORM, method="mocov3", temperature=0.5),
-    "byol compiled": replace(BATCHNORM, compile="on"),
+    "byol": case(BATCHNORM),
+    "byol sequential": case(BATCHNORM, step_mode="per-view"),
+    "byol clipped": case(BATCHNORM, optimizer=replace(LAYER.optimizer, clip_grad_norm=0.1)),
+    "simsiam": case(BATCHNORM, method="simsiam"),
+    "mocov3": case(BATCHNORM, method="mocov3", temperature=0.5),
+    "byol compiled": case(BATCHNORM, compile="on"),
     "mocov3 without batchnorm": SAME["mocov3"],
 }
 PER_RANK_ON_FOUR = ("byol", "mocov3")
+
+
+def in_micro_batches(step_case: Case, number: int) -> Case:
+    return step_case._replace(recipe=replace(step_case.recipe, accumulate=number))
 
 
 def batches(recipe: Recipe) -> list[list[Tensor]]:
@@ -79,12 +98,15 @@ def batches(recipe: Recipe) -> list[list[Tensor]]:
     ]
 
 
-def trace(recipe: Recipe, world: World, *, parts: int = 1, part: int = 0) -> dict[str, Tensor]:
+def trace(step_case: Case, world: World, *, parts: int = 1, part: int = 0) -> dict[str, Tensor]:
     """Losses and gradients of each step and the final networks, on part `part` of the batch's `parts`, in float64."""
+    recipe, execution = step_case
     torch.set_default_dtype(torch.float64)
     compile_model, torch.compile = torch.compile, partial(torch.compile, backend="aot_eager")  # fast, has float64
     try:
-        step = TrainStep(recipe, device="cpu", total_steps=3 * STEPS, steps_per_epoch=STEPS, world=world)
+        step = TrainStep(
+            recipe, execution=execution, device="cpu", total_steps=3 * STEPS, steps_per_epoch=STEPS, world=world
+        )
         found: dict[str, Tensor] = {}
         number = 0
 
@@ -111,10 +133,10 @@ def trace(recipe: Recipe, world: World, *, parts: int = 1, part: int = 0) -> dic
         torch.compile = compile_model
 
 
-def traces(recipes: dict[str, Recipe]) -> dict[str, dict[str, Tensor]]:
-    """`trace` of each recipe on this rank's part of the batch; called on a rank."""
+def traces(cases: dict[str, Case]) -> dict[str, dict[str, Tensor]]:
+    """`trace` of each case on this rank's part of the batch; called on a rank."""
     with join_world(cuda=False) as world:
-        return {name: trace(recipe, world, parts=world.size, part=world.rank) for name, recipe in recipes.items()}
+        return {name: trace(each, world, parts=world.size, part=world.rank) for name, each in cases.items()}
 
 
 def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float = 1e-9) -> None:
@@ -138,7 +160,7 @@ def four() -> list[dict[str, dict[str, Tensor]]]:
 
 @pytest.mark.parametrize("name", SAME)
 def test_two_ranks_are_one_process(two: list[dict[str, dict[str, Tensor]]], name: str) -> None:
-    expected = trace(replace(SAME[name], compile="off"), World())
+    expected = trace(SAME[name]._replace(execution=replace(SAME[name].execution, compile="off")), World())
     for rank in two:
         assert_same(rank[name], expected, tolerance=1e-7 if name == ADAMW else 1e-9)
 
@@ -154,24 +176,24 @@ def test_four_ranks_are_one_process(four: list[dict[str, dict[str, Tensor]]], na
 @pytest.mark.parametrize("name", PER_RANK)
 def test_two_micro_batches_are_two_ranks(two: list[dict[str, dict[str, Tensor]]], name: str) -> None:
     """Losses, gradients, updates, and the buffers: those of the first micro-batch are those of rank 0."""
-    assert_same(trace(replace(PER_RANK[name], accumulate=2), World()), two[0][f"per rank: {name}"])
+    assert_same(trace(in_micro_batches(PER_RANK[name], 2), World()), two[0][f"per rank: {name}"])
 
 
 @pytest.mark.parametrize("name", PER_RANK_ON_FOUR)
 def test_four_micro_batches_are_four_ranks(four: list[dict[str, dict[str, Tensor]]], name: str) -> None:
-    assert_same(trace(replace(PER_RANK[name], accumulate=4), World()), four[0][f"per rank: {name}"])
+    assert_same(trace(in_micro_batches(PER_RANK[name], 4), World()), four[0][f"per rank: {name}"])
 
 
 def test_micro_batches_with_batchnorm_differ_from_the_whole_batch() -> None:
     """Or the agreement above would show nothing."""
-    ours, whole = trace(replace(BATCHNORM, accumulate=2), World()), trace(BATCHNORM, World())
+    ours, whole = trace(case(BATCHNORM, accumulate=2), World()), trace(case(BATCHNORM), World())
     assert not torch.allclose(ours["losses 0"], whole["losses 0"], rtol=1e-3)
 
 
 def test_without_synchronisation_batchnorm_sees_its_own_rank(two: list[dict[str, dict[str, Tensor]]]) -> None:
     """The first gradient is the mean of the gradients of each part of the batch alone; buffers stay per rank."""
-    recipe = replace(BATCHNORM, batch_size=BATCH // 2)
-    alone = [trace(recipe, World(), parts=2, part=part) for part in range(2)]
+    half = case(BATCHNORM, batch_size=BATCH // 2)
+    alone = [trace(half, World(), parts=2, part=part) for part in range(2)]
     ranks = [rank["per rank: byol"] for rank in two]
     for name in [name for name in alone[0] if name.startswith("gradient 0")]:
         expected = (alone[0][name] + alone[1][name]) / 2

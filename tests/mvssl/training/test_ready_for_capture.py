@@ -15,6 +15,7 @@ from mvssl.training.step import TrainStep
 from pipelines.views.presets import paper_views
 from tests.samples.capture_steps import ADAMW, MOCO, RECIPE, SIMSIAM, VIT, batches
 from tests.samples.recorded_operations import NotReady, assert_ready
+from tests.samples.tiny_runs import make_step
 
 CASES: dict[str, dict[str, Any]] = {
     "lars": {},
@@ -42,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def make(**changes: Any) -> TrainStep:
-    return TrainStep(replace(RECIPE, **changes), device="cpu", total_steps=40, steps_per_epoch=2)
+    return make_step(RECIPE, total=40, **changes)
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def test_a_run_caches_its_compiled_code(
 ) -> None:
     real: Any = torch.compile  # a fast backend
     monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, **options | {"backend": "eager"}))
-    train(replace(tiny_recipe, epochs=1, compile="on"), images, tmp_path / "run")
+    train(replace(tiny_recipe, epochs=1), images, tmp_path / "run", compile="on")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(no_caches / "inductor")
     log = (tmp_path / "run" / "train.log").read_text()
     assert log.index("compiling the step") < log.index("compiled in ")

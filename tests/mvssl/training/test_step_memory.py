@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mvssl.config.options import RunOptions
+from mvssl.config.options import Execution, RunOptions
 from mvssl.config.recipe import Recipe
 from mvssl.distributed import World
 from mvssl.training import experiment, memory
@@ -23,6 +23,7 @@ from pipelines.loading.pixel_cache import FreeMemory, pixel_bytes, with_cache
 from pipelines.storage import open_source
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+OFF, ON = Execution(compile="off", cuda_graph="off"), Execution(compile="off", cuda_graph="on")
 
 
 class FakeStep:
@@ -32,10 +33,12 @@ class FakeStep:
     made: ClassVar[list[tuple[int, str, str]]] = []  # of all steps
     taken: ClassVar[list[int]] = []
 
-    def __init__(self, recipe: Recipe, *, device: Any, total_steps: int, steps_per_epoch: int, cuda_graph: str) -> None:
+    def __init__(
+        self, recipe: Recipe, *, execution: Execution, device: Any, total_steps: int, steps_per_epoch: int
+    ) -> None:
         self.input_dtype, self.myself = torch.float32, self
-        self.warm_up = 1 if cuda_graph == "off" else WARM_UP + 1
-        self.made.append((recipe.batch_size, recipe.compile, cuda_graph))
+        self.warm_up = 1 if execution.cuda_graph == "off" else WARM_UP + 1
+        self.made.append((recipe.batch_size, execution.compile, execution.cuda_graph))
         self.alive.add(self)
         assert len(self.alive) == 1, "the earlier step is still alive"
 
@@ -66,12 +69,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def test_all_kinds_of_steps_are_taken_and_freed(tiny_recipe: Recipe, gpu: Callable[[int], None]) -> None:
     gpu(500)
     before = torch.get_rng_state()
-    assert peak_step_memory(tiny_recipe, CPU, images=32, cuda_graph="off") == 500
+    assert peak_step_memory(tiny_recipe, OFF, CPU, images=32) == 500
     assert FakeStep.taken == [0, 1]
-    assert peak_step_memory(tiny_recipe, CPU, images=64, cuda_graph="on") == 500
+    assert peak_step_memory(tiny_recipe, ON, CPU, images=64) == 500
     assert FakeStep.taken[2:] == [*range(WARM_UP + 2)]  # the last one is a replay
     assert FakeStep.made == [(32, "off", "off"), (64, "off", "on")]
-    assert peak_step_memory(tiny_recipe, CPU, images=201, cuda_graph="off") is None
+    assert peak_step_memory(tiny_recipe, OFF, CPU, images=201) is None
     assert not FakeStep.alive
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -86,7 +89,7 @@ def test_more_memory_must_stay_free_beside_a_cuda_graph(
 ) -> None:
     monkeypatch.setattr(memory, "_take_steps", lambda *arguments: None)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: torch.no_grad())
-    fits = fits_on(tiny_recipe, CUDA, cuda_graph=cuda_graph)
+    fits = fits_on(tiny_recipe, Execution(cuda_graph=cuda_graph), CUDA)
     gpu(most)
     assert fits(32)
     gpu(most + 1)
@@ -102,12 +105,12 @@ def test_a_batch_size_is_tried_with_the_runs_own_cuda_graph_setting(
 ) -> None:
     seen: list[str] = []
 
-    def peak(recipe: Recipe, device: Any, *, images: int, cuda_graph: str) -> int | None:
-        seen.append(cuda_graph)
+    def peak(recipe: Recipe, execution: Execution, device: Any, *, images: int) -> int | None:
+        seen.append(execution.cuda_graph)
         return 1 if images <= 64 else None
 
     monkeypatch.setattr(memory, "peak_step_memory", peak)
-    found, _ = with_largest_batch(tiny_recipe, CUDA, processes=processes, images=1000, cuda_graph=cuda_graph)
+    found, _ = with_largest_batch(tiny_recipe, Execution(cuda_graph=cuda_graph), CUDA, processes=processes, images=1000)
     assert found.batch_size == 64 * processes
     assert set(seen) == {tried}
 
@@ -144,8 +147,8 @@ def test_steps_are_measured_before_images_are_cached(
     """With --cache host too: the validation images may be cached on the GPU."""
     seen: list[tuple[int, str]] = []
 
-    def peak(recipe: Recipe, device: Any, *, images: int, cuda_graph: str) -> int | None:
-        seen.append((images, cuda_graph))
+    def peak(recipe: Recipe, execution: Execution, device: Any, *, images: int) -> int | None:
+        seen.append((images, execution.cuda_graph))
         return 600 if images < 8 else None
 
     monkeypatch.setattr(experiment, "peak_step_memory", peak)
@@ -177,11 +180,11 @@ def test_the_networks_are_counted_once(images: Path, tiny_recipe: Recipe, monkey
 @pytest.mark.gpu
 def test_a_run_takes_no_more_memory_than_was_measured(tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    recipe = replace(tiny_recipe, batch_size=256, compile="off")
-    peak = peak_step_memory(recipe, CUDA, images=256, cuda_graph="on")
+    recipe = replace(tiny_recipe, batch_size=256)
+    peak = peak_step_memory(recipe, ON, CUDA, images=256)
     left = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
-    step = TrainStep(recipe, device=CUDA, total_steps=40, steps_per_epoch=4, cuda_graph="on")
+    step = TrainStep(recipe, execution=ON, device=CUDA, total_steps=40, steps_per_epoch=4)
     views = [torch.randn(256, 3, view.size, view.size, device="cuda") for view in recipe.views]
     for number in range(step.warm_up + 4):
         step(views, number)

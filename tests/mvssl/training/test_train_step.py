@@ -16,6 +16,7 @@ from mvssl.training.step import StepOutput, TrainStep
 from pipelines.runtime import InputError
 from pipelines.views.presets import paper_views
 from pipelines.views.spec import ViewSpec
+from tests.samples.tiny_runs import make_step
 
 RECIPE = Recipe(
     name="small",
@@ -32,7 +33,7 @@ RECIPE = Recipe(
 
 
 def make(device: str = "cpu", **changes: Any) -> TrainStep:
-    return TrainStep(replace(RECIPE, **changes), device=device, total_steps=10, steps_per_epoch=2)
+    return make_step(RECIPE, device=device, total=10, **changes)
 
 
 def batch(seed: int, device: str = "cpu") -> list[Tensor]:
