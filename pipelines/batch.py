@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.runtime import InputError
+from pipelines.checks import typed
+from pipelines.runtime import InputError, invalid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class DecodedBatch:
         return self.pixels.as_strided((height, width, 3), (int(self.row_stride[n]), 3, 1), int(self.offset[n]))
 
     @classmethod
+    @typed
     def packed(cls, pixels: Tensor, *, sizes: Tensor, index: Tensor, labels: Tensor | None = None) -> DecodedBatch:
         """Wrap a buffer of images without gaps.
 
@@ -72,6 +74,7 @@ class DecodedBatch:
         )
 
     @classmethod
+    @typed
     def from_images(
         cls,
         images: Sequence[np.ndarray | Tensor],
@@ -84,7 +87,13 @@ class DecodedBatch:
         flat: list[Tensor] = []
         sizes: list[tuple[int, int]] = []
         for n, image in enumerate(images):
-            tensor = torch.as_tensor(image)
+            try:
+                tensor = torch.as_tensor(image)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise InputError(
+                    f"images[{n}] is of type {type(image).__name__} but must be uint8 [height, width, 3]: convert it "
+                    "with numpy.asarray."
+                ) from error
             if tensor.dtype != torch.uint8 or tensor.dim() != 3 or tensor.shape[2] != 3 or tensor.numel() == 0:
                 raise InputError(
                     f"images[{n}] is {tensor.dtype} {tuple(tensor.shape)} but must be uint8 [height, width, 3] with at "
@@ -96,7 +105,7 @@ class DecodedBatch:
             if values is not None and len(values) != len(sizes):
                 raise InputError(f"{name} has {len(values)} entries for {len(sizes)} images: give one for each image.")
         return cls.packed(
-            (torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)).to(device),
+            (torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)).to(as_device(device)),
             sizes=torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
             index=torch.as_tensor(index, dtype=torch.int64),
             labels=None if labels is None else torch.as_tensor(labels, dtype=torch.int64),
@@ -150,6 +159,18 @@ class ViewBatch:
 
     def __len__(self) -> int:
         return int(self.index.shape[0])
+
+
+def as_device(device: str | torch.device) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        InputError: torch does not know the name.
+    """
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise invalid("device", device, "a device of torch", "give cpu, cuda or cuda:0") from error
 
 
 def with_index(device: str | torch.device) -> torch.device:

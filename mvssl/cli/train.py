@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +26,7 @@ from mvssl.monitor.report import write_report
 from mvssl.recipes import all_recipes
 from mvssl.recipes.files import is_recipe_file, resolve_recipe, resolve_with_options
 from mvssl.runs.folder import RunFolder
+from mvssl.training import arguments as arguments_of_run
 from mvssl.training.memory import with_largest_batch
 from mvssl.training.monitor import Diverged
 from mvssl.training.preflight import dry_run, profile_run
@@ -229,21 +230,8 @@ def fit_warmup(recipe: Recipe, ahead: LookAhead) -> tuple[Recipe, str]:
     """
     if ahead.epochs is None or ahead.warmup:
         return recipe, ""
-    earlier = None
-    if ahead.resumes is not None:
-        with suppress(InputError):  # the run itself reports it
-            earlier = RunFolder(ahead.resumes).recipe().optimizer.warmup_epochs
-    if earlier is None and not 0 < ahead.epochs < recipe.epochs:
-        return recipe, ""
-    warmup = recipe.optimizer.warmup_epochs
-    shorter = earlier if earlier is not None else warmup * ahead.epochs / recipe.epochs
-    changed = replace(recipe, optimizer=replace(recipe.optimizer, warmup_epochs=min(shorter, recipe.epochs)))
-    if earlier is not None or shorter == warmup:
-        return changed, ""
-    return changed, (
-        f"warm-up: {shorter:g} epochs instead of {warmup:g}, in proportion to the run "
-        "(--optimizer.warmup-epochs sets it)"
-    )
+    recipe, note = arguments_of_run.fit_warmup(recipe, ahead.epochs, resumes=ahead.resumes)
+    return recipe, f"{note} (--optimizer.warmup-epochs sets it)" if note else ""
 
 
 def _largest_batch(parsed: TrainArguments) -> tuple[Recipe, str]:

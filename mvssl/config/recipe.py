@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mvssl.config.device import Precision
-from pipelines.checks import Rule, at_least, at_least_zero, check_fields, fraction, positive, ruled
+from pipelines.checks import Rule, at_least, at_least_zero, check_fields, check_types, fraction, positive, ruled
 from pipelines.runtime import InputError, invalid
 from pipelines.views.spec import ViewSpec, check_views, tasks
 
@@ -188,6 +188,7 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self) -> None:
+        check_types(self, "Recipe.")
         check_views(self.views)
         known = tasks(self.views)
         for task, weight in self.task_weights.items():

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mvssl.config.recipe import Recipe
+from pipelines.files import given_path
 from pipelines.runtime import InputError, invalid
 
 T = TypeVar("T")
@@ -130,6 +133,9 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
             return value
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             return float(value)
+    elif kind is Path:
+        if isinstance(value, (str, os.PathLike)):
+            return given_path(value, where)
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     allowed, remedy = {
@@ -137,5 +143,6 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
         bool: ("true or false", "write it without quotation marks"),
         int: ("a whole number", "write it without quotation marks and decimal point"),
         float: ("a number", "write it without quotation marks"),
+        Path: ("a path", "give one file or folder"),
     }[kind]
     raise invalid(where, value, allowed, remedy)

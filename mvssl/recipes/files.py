@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from mvssl.config.options import Execution
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import EXECUTION, build, from_dict, to_dict
 from mvssl.recipes import get_recipe
+from pipelines.checks import typed
 from pipelines.runtime import InputError, invalid
 from pipelines.views.spec import ViewSpec
 
@@ -43,6 +44,7 @@ def _named(argument: str) -> Recipe:
     return get_recipe(argument)
 
 
+@typed
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe from a TOML or JSON file.
 
@@ -110,11 +112,22 @@ def _recipe(content: Mapping[str, Any], *, null_word: str | None) -> Recipe:
         return from_dict(own, null_word=null_word)
     if not isinstance(content["base"], str):
         raise invalid("base", content["base"], "the name of a recipe", "see mvssl-train --list")
-    base = to_dict(get_recipe(content["base"], field="base"))
-    if isinstance(own.get("views"), list):
-        kept = {view.get("task") for view in own["views"] if isinstance(view, Mapping)}
+    return override(get_recipe(content["base"], field="base"), own, added=added, null_word=null_word)
+
+
+def override(
+    recipe: Recipe, fields: Mapping[str, Any], *, added: Sequence[Any] = (), null_word: str | None = None
+) -> Recipe:
+    """The recipe with other values of some fields, in plain form.
+
+    Tables are merged and lists replaced. Replacing `views` drops the weights of tasks that no longer exist; `added` are
+    added to the views.
+    """
+    base = to_dict(recipe)
+    if isinstance(fields.get("views"), list):
+        kept = {view.get("task") for view in fields["views"] if isinstance(view, Mapping)}
         base["task_weights"] = {task: weight for task, weight in base["task_weights"].items() if task in kept}
-    merged = _merge(base, own)
+    merged = _merge(base, fields)
     if added and isinstance(merged["views"], list):
         merged["views"] = [*merged["views"], *added]
     return from_dict(merged, null_word=null_word)

@@ -26,13 +26,13 @@ from mvssl.runs.data_record import DataRecord
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import read_jsonl
 from mvssl.runs.run_log import run_log
+from mvssl.training.arguments import recipe_and_options
 from mvssl.training.experiment import Experiment, Position, open_experiment
 from mvssl.training.loop import Loop
 from mvssl.training.memory import explain_out_of_memory
 from mvssl.training.monitor import Diverged, Monitor
 from mvssl.training.shutdown import Interrupted, StopRequest
 from mvssl.weights.init_from import init_from
-from pipelines.files import given_path
 from pipelines.runtime import InputError, steady
 from pipelines.storage import Source, check_outside, split_paths
 
@@ -72,8 +72,20 @@ class TrainResult:
         }
 
 
-def train(recipe: Recipe, *, data: str | Path, out: str | Path, **options: Any) -> TrainResult:
-    """Pre-train a backbone. `options` are the other fields of `RunOptions`.
+def train(
+    recipe: Recipe | str | Path | None = None,
+    *unnamed: object,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    **settings: Any,
+) -> TrainResult:
+    """Pre-train a backbone.
+
+    Args:
+        recipe: a `Recipe`, the name of one, or a recipe file.
+        data: a folder of images, a text list or converted data.
+        out: the run folder.
+        settings: other fields of `RunOptions`, and fields of `Recipe` that override the recipe's.
 
     In a script started by torchrun every process calls this; together they are one run.
 
@@ -83,7 +95,7 @@ def train(recipe: Recipe, *, data: str | Path, out: str | Path, **options: Any) 
         Diverged: the loss became NaN or infinite.
         OtherRankFailed: another rank failed, and reports why, or is gone.
     """
-    return run(recipe, RunOptions(data=given_path(data, "data"), out=given_path(out, "out"), **options))
+    return run(*recipe_and_options(recipe, unnamed, {"data": data, "out": out, **settings}))
 
 
 def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) -> TrainResult:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pipelines.batch import DecodedBatch, check_batch
+from pipelines.batch import DecodedBatch, as_device, check_batch
+from pipelines.checks import typed
 from pipelines.runtime import InputError, invalid
 from pipelines.views.native import engine as native
 from pipelines.views.params import ViewParams
@@ -40,6 +41,7 @@ class ViewEngine:
         InputError: no specs, an unknown dtype, or a backend that is unknown or unavailable here.
     """
 
+    @typed
     def __init__(
         self,
         specs: Sequence[ViewSpec],
@@ -53,11 +55,12 @@ class ViewEngine:
         if dtype not in _DTYPES:
             raise invalid("dtype", dtype, "float32, bfloat16 or float16", "choose one of these")
         self.specs = tuple(specs)
-        self.device = torch.device(device)
+        self.device = as_device(device)
         self.backend = choose_backend(backend, self.device)
         self._make_views = BACKENDS[self.backend]()
         self.dtype = dtype
 
+    @typed
     def __call__(self, batch: DecodedBatch, params: ViewParams) -> list[Tensor]:
         """Make the views.
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipelines.checks import typed
 from pipelines.runtime import InputError, invalid
 from pipelines.views.spec import ViewSpec
 
@@ -24,6 +25,7 @@ def _pair(
     return ViewSpec(name=f"{stem}_1", **shared, **first), ViewSpec(name=f"{stem}_2", **shared, **second)
 
 
+@typed
 def paper_views(
     *,
     num_local: int = 2,
@@ -60,36 +62,43 @@ def paper_views(
     )
 
 
+@typed
 def byol_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, ViewSpec]:
     """The two views of the BYOL baseline: crops of area 0.08 to 1 (PAPER.md section 2)."""
     return _pair(_FIRST, _SECOND, area=(0.08, 1.0), size=size, blur_kernel=blur_kernel)
 
 
+@typed
 def mocov3_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, ViewSpec]:
     """The two views of the MoCo v3 baseline: BYOL's with crops of area 0.2 to 1 (PAPER.md section 2)."""
     return _pair(_FIRST, _SECOND, area=(0.2, 1.0), size=size, blur_kernel=blur_kernel)
 
 
+@typed
 def simsiam_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, ViewSpec]:
     """The two views of the SimSiam baseline, alike: area 0.2 to 1, saturation 0.4, blur 0.5 (PAPER.md section 2)."""
     return _pair({}, {}, area=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur=0.5, size=size, blur_kernel=blur_kernel)
 
 
+@typed
 def no_crop_views(*, size: int = 224, blur_kernel: int = 23) -> tuple[ViewSpec, ViewSpec]:
     """Ablation: BYOL's two views of the whole image, resized (PAPER.md section 2)."""
     return _pair(_FIRST, _SECOND, area=None, size=size, blur_kernel=blur_kernel)
 
 
+@typed
 def crop_only_views(*, size: int = 224) -> tuple[ViewSpec, ViewSpec]:
     """Ablation: BYOL's random resized crop and nothing else (PAPER.md section 2)."""
     return _pair({}, {}, area=(0.08, 1.0), size=size, **_NO_PHOTOMETRICS)
 
 
+@typed
 def cutout_only_views(*, both: bool, size: int = 224) -> tuple[ViewSpec, ViewSpec]:
     """Ablation: the whole image, resized, with a box cut out of view 1 or of both views (PAPER.md section 2)."""
     return _pair({"cutout": _CUTOUT}, {"cutout": _CUTOUT if both else None}, area=None, size=size, **_NO_PHOTOMETRICS)
 
 
+@typed
 def asymmetric(views: Sequence[ViewSpec]) -> tuple[ViewSpec, ViewSpec]:
     """A pair in which view 1 predicts view 2 but not vice versa: view 1 keeps its task, view 2 is the target.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipelines.runtime import InputError
+from pipelines.checks import typed
+from pipelines.runtime import InputError, invalid
 from pipelines.views.native.sampling import params_fit, sample_native
 from pipelines.views.params import SHAPES, ViewParams
 from pipelines.views.randomness import check_seed, view_uniforms
@@ -15,9 +17,10 @@ from pipelines.views.reference import blur, crop_resize, cutout, grayscale, jitt
 from pipelines.views.spec import ViewSpec
 
 
+@typed
 def draw(
     specs: Sequence[ViewSpec],
-    sizes: Tensor,
+    sizes: Tensor | Sequence[Sequence[int]],
     *,
     seed: int,
     epoch: int,
@@ -42,8 +45,8 @@ def draw(
         InputError: no specs, sizes that are not [N, 2] or not positive, indices of another length or negative, or a
             seed or epoch out of range.
     """
-    sizes = torch.as_tensor(sizes, dtype=torch.int64, device="cpu")
-    index = torch.as_tensor(index, dtype=torch.int64, device="cpu")
+    sizes = _whole_numbers("sizes", sizes)
+    index = _whole_numbers("index", index)
     if not specs:
         raise InputError("specs is empty but must hold at least one view: use paper_views().")
     if sizes.dim() == 2 and sizes.shape[1] == 2 and index.shape == sizes.shape[:1]:
@@ -62,6 +65,14 @@ def draw(
             "pass DecodedBatch.index."
         )
     return sample_reference(specs, sizes, seed=seed, epoch=epoch, index=index)
+
+
+def _whole_numbers(name: str, values: Tensor | Sequence[Any]) -> Tensor:
+    """An argument as int64 on the CPU."""
+    try:
+        return torch.as_tensor(values, dtype=torch.int64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise invalid(name, values, "whole numbers", f"pass DecodedBatch.{name}") from error
 
 
 def sample_reference(specs: Sequence[ViewSpec], sizes: Tensor, *, seed: int, epoch: int, index: Tensor) -> ViewParams:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
+from pipelines.checks import check_types
 from pipelines.runtime import InputError, invalid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -58,6 +60,7 @@ class ViewSpec:
     is_target: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self, f"ViewSpec({self.name!r}).", tuples=False)
         if not self.name:
             raise invalid("ViewSpec.name", self.name, "a word", 'name the view, e.g. "local"')
         if self.task is None and not self.is_target:
@@ -83,7 +86,10 @@ class ViewSpec:
         if not (
             isinstance(self.jitter, Sequence)
             and len(self.jitter) == len(largest)
-            and all(0.0 <= strength <= most for strength, most in zip(self.jitter, largest, strict=True))
+            and all(
+                isinstance(strength, Real) and 0.0 <= strength <= most
+                for strength, most in zip(self.jitter, largest, strict=True)
+            )
         ):
             raise invalid(
                 f"{field}jitter",
@@ -102,7 +108,9 @@ class ViewSpec:
 
 def _is_range(bounds: object, *, most: float) -> bool:
     """Whether `bounds` is a pair of numbers with 0 < low <= high <= most."""
-    return isinstance(bounds, Sequence) and len(bounds) == 2 and 0.0 < bounds[0] <= bounds[1] <= most
+    if not (isinstance(bounds, Sequence) and len(bounds) == 2 and all(isinstance(bound, Real) for bound in bounds)):
+        return False
+    return bool(0.0 < bounds[0] <= bounds[1] <= most)
 
 
 def tasks(specs: Sequence[ViewSpec]) -> tuple[str, ...]:

@@ -1,0 +1,138 @@
+"""What `mvssl.train` is called with, as a recipe and options."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import os
+import reprlib
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mvssl.config.options import RunOptions
+from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+from mvssl.config.serialize import build
+from mvssl.distributed import process_rank
+from mvssl.recipes.files import override, resolve_recipe
+from mvssl.runs.folder import RunFolder
+from pipelines.files import given_path
+from pipelines.runtime import InputError
+
+_logger = logging.getLogger("mvssl")
+_PARTS = {"backbone": Backbone, "optimizer": Optimizer, "evaluation": Evaluation, "projector": Head, "predictor": Head}
+_EXAMPLE = 'mvssl.train("demo", data="photos", out="runs/first")'
+
+
+def recipe_and_options(
+    recipe: object, unnamed: tuple[object, ...], settings: Mapping[str, Any]
+) -> tuple[Recipe, RunOptions]:
+    """The recipe with its overrides, and the options of the run.
+
+    Args:
+        recipe: a `Recipe`, the name of one, or a recipe file.
+        unnamed: further arguments without a name, which are refused.
+        settings: fields of `RunOptions`, and of `Recipe` to override; tables as {"field": value} are merged.
+
+    Raises:
+        InputError: an argument is missing, unknown or of the wrong kind.
+    """
+    if unnamed:
+        raise InputError(
+            f"mvssl.train was given {1 + len(unnamed)} arguments without a name but must be given one, the recipe: name"
+            f" the others, e.g. {_EXAMPLE}."
+        )
+    chosen = _recipe(recipe)
+    for name in ("data", "out"):
+        _check_path(name, settings.get(name))
+    of_run = {field.name for field in dataclasses.fields(RunOptions)}
+    of_recipe = {field.name for field in dataclasses.fields(Recipe)} - of_run
+    for name in settings:
+        if name not in of_run | of_recipe:
+            raise InputError(f"mvssl.train was given {name}, which is no field of Recipe or RunOptions: {_near(name)}.")
+    plain = {name: _plain(value) for name, value in settings.items()}
+    options = build(RunOptions, {name: plain[name] for name in of_run & plain.keys()}, "RunOptions")
+    changes = {name: plain[name] for name in of_recipe & plain.keys()}
+    epochs, optimizer = changes.get("epochs"), changes.get("optimizer")
+    if isinstance(epochs, int) and not (isinstance(optimizer, Mapping) and "warmup_epochs" in optimizer):
+        chosen, note = fit_warmup(chosen, epochs, resumes=options.out if options.resume else None)
+        if note and process_rank() == 0:
+            _logger.warning('%s (optimizer={"warmup_epochs": N} sets it)', note)
+    return (override(chosen, changes) if changes else chosen), options
+
+
+def fit_warmup(recipe: Recipe, epochs: int, *, resumes: Path | None) -> tuple[Recipe, str]:
+    """Shorten the warm-up in proportion to a run of fewer epochs; a resumed run keeps its warm-up.
+
+    Returns:
+        The recipe, and a note on what was changed; "" if nothing was.
+    """
+    earlier = None
+    if resumes is not None:
+        with suppress(InputError):  # the run itself reports it
+            earlier = RunFolder(resumes).recipe().optimizer.warmup_epochs
+    if earlier is None and not 0 < epochs < recipe.epochs:
+        return recipe, ""
+    warmup = recipe.optimizer.warmup_epochs
+    shorter = earlier if earlier is not None else warmup * epochs / recipe.epochs
+    changed = replace(recipe, optimizer=replace(recipe.optimizer, warmup_epochs=min(shorter, recipe.epochs)))
+    if earlier is not None or shorter == warmup:
+        return changed, ""
+    return changed, f"warm-up: {shorter:g} epochs instead of {warmup:g}, in proportion to the run"
+
+
+def _recipe(recipe: object) -> Recipe:
+    """The recipe itself, of this name, or in this file."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, (str, Path)) and str(recipe):
+        return resolve_recipe(str(recipe))
+    made_by = getattr(recipe, "__name__", None) if callable(recipe) else None
+    remedy = f"call it, {made_by}()" if made_by else f"give one, e.g. {_EXAMPLE}"
+    raise InputError(
+        f"recipe is {reprlib.repr(recipe)} but must be a Recipe, the name of one or a recipe file: {remedy}.",
+        field="recipe",
+    )
+
+
+def _check_path(name: str, value: object) -> None:
+    """Raise InputError unless `data` or `out` names one place."""
+    what = {"data": "a folder of images, a text list or converted data", "out": "the run folder"}[name]
+    if value is None:
+        raise InputError(f"{name} is missing: give {what}, e.g. {_EXAMPLE}.", field=name)
+    if isinstance(value, (str, os.PathLike)):
+        given_path(value, name)  # refuses an empty one
+    else:
+        remedy = f"give {what}"
+        if name == "data" and isinstance(value, (list, tuple)):
+            remedy = "write the paths into a text file, one per line, and give that"
+        raise InputError(f"{name} is {reprlib.repr(value)} but must be a path: {remedy}.", field=name)
+
+
+def _near(name: str) -> str:
+    """Where a field that is unknown belongs, or which one is meant."""
+    for part, kind in _PARTS.items():
+        if name in {field.name for field in dataclasses.fields(kind)} - {"name"}:
+            return f'write {part}={{"{name}": ...}}'
+    known = [field.name for kind in (Recipe, RunOptions) for field in dataclasses.fields(kind)]
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}" if near else f"take one of {', '.join(known)}"
+
+
+def _plain(value: Any) -> Any:
+    """A Python value as JSON and TOML would give it; other objects unchanged, for the check of types."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value) if isinstance(value, torch.device) else value

@@ -1,0 +1,107 @@
+"""`mvssl.train` takes a recipe by name and fields as keywords, and says in a sentence what else it was given."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mvssl
+from mvssl.config.options import RunOptions
+from mvssl.config.recipe import Recipe
+from mvssl.recipes.small_scale import demo
+from mvssl.training.arguments import recipe_and_options
+from pipelines.runtime import InputError
+
+PLACES = {"data": "photos", "out": "runs/first"}
+
+
+def called(recipe: object = "demo", *unnamed: object, **settings: Any) -> tuple[Recipe, RunOptions]:
+    return recipe_and_options(recipe, unnamed, PLACES | settings)
+
+
+def test_a_recipe_by_name_or_file_is_that_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('base = "demo"\nseed = 7\n')
+    assert called("demo")[0] == called(demo())[0] == demo()
+    assert called(tmp_path / "mine.toml")[0] == called(str(tmp_path / "mine.toml"))[0]
+    assert called(tmp_path / "mine.toml")[0] == dataclasses.replace(demo(), seed=7)
+
+
+def test_fields_of_recipe_and_options_are_keywords(caplog: pytest.LogCaptureFixture) -> None:
+    base = demo()
+    recipe, options = called(
+        base,
+        batch_size=np.int64(16),
+        views=base.views[:2],
+        evaluation={"k": (5,)},
+        optimizer=dataclasses.replace(base.optimizer, momentum=0.5),
+        device=torch.device("cpu"),
+        val="val",
+        log=("csv",),
+    )
+    assert recipe == dataclasses.replace(
+        base,
+        batch_size=16,
+        views=base.views[:2],
+        task_weights={name: weight for name, weight in base.task_weights.items() if name == "global"},
+        evaluation=dataclasses.replace(base.evaluation, k=(5,)),
+        optimizer=dataclasses.replace(base.optimizer, momentum=0.5),
+    )
+    expected = RunOptions(data=Path("photos"), out=Path("runs/first"), device="cpu", val=Path("val"), log=("csv",))
+    assert options == expected
+    assert not caplog.records
+
+
+def test_fewer_epochs_shorten_the_warm_up_as_the_command_does(caplog: pytest.LogCaptureFixture) -> None:
+    base = dataclasses.replace(demo(), epochs=10, optimizer=dataclasses.replace(demo().optimizer, warmup_epochs=4))
+    with caplog.at_level(logging.WARNING, "mvssl"):
+        assert called(base, epochs=5)[0].optimizer.warmup_epochs == 2
+    assert "warm-up: 2 epochs instead of 4" in caplog.text
+    assert called(base, epochs=20)[0].optimizer.warmup_epochs == 4
+    assert called(base, epochs=5, optimizer={"warmup_epochs": 3})[0].optimizer.warmup_epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "words"),
+    [
+        ((), {}, "recipe is None but must be a Recipe, the name of one or a recipe file: give one"),
+        ((["a.jpg"],), {}, r"recipe is \['a.jpg'\] but must be a Recipe"),
+        ((3,), PLACES, "recipe is 3 but must be"),
+        (("",), PLACES, "recipe is '' but must be"),
+        ((demo,), PLACES, r"recipe is <function .* but must be a Recipe.*: call it, demo\(\)"),
+        (("dmo",), PLACES, "recipe is 'dmo' but there is no recipe of that name: did you mean 'demo'"),
+        (("demo", "photos", "runs/first"), {}, "was given 3 arguments without a name but must be given one"),
+        (("demo",), {}, "data is missing: give a folder of images"),
+        (("demo",), {"data": "photos"}, "out is missing: give the run folder"),
+        (
+            ("demo",),
+            PLACES | {"data": ["a.jpg"]},
+            r"data is \['a.jpg'\] but must be a path: write the paths into a text",
+        ),
+        (("demo",), PLACES | {"data": ""}, "data is '' but must be a path"),
+        (("demo",), PLACES | {"out": 3}, "out is 3 but must be a path"),
+        (("demo",), PLACES | {"val": ["a.jpg"]}, r"val is \['a.jpg'\] but must be a path"),
+        (("demo",), PLACES | {"epoch": 3}, "was given epoch, which is no field .*: did you mean epochs"),
+        (("demo",), PLACES | {"base_lr": 3}, 'write optimizer={"base_lr": ...}'),
+        (("demo",), PLACES | {"workers": 3}, "take one of name, method, "),
+        (("demo",), PLACES | {"epochs": "3"}, "epochs is '3' but must be a whole number"),
+        (("demo",), PLACES | {"epochs": 2.5}, "epochs is 2.5 but must be a whole number"),
+        (("demo",), PLACES | {"optimizer": "sgd"}, "optimizer is 'sgd' but must be a table of Optimizer's fields"),
+        (("demo",), PLACES | {"resume": "yes"}, "resume is 'yes' but must be true or false"),
+        (("demo",), PLACES | {"log": "csv"}, "log is 'csv' but must be a list"),
+        (("demo",), PLACES | {"seed": object()}, "seed is <object .* but must be a whole number"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: tuple[Any, ...], settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        mvssl.train(*arguments, **settings)
+
+
+def test_it_trains(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    result = mvssl.train(tiny_recipe, data=str(images), out=tmp_path / "run", epochs=1, log=["none"], device="cpu")
+    assert result.steps == 4
