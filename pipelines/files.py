@@ -15,6 +15,9 @@ from pathlib import Path
 
 from pipelines.runtime import InputError, empty_path
 
+_log = logging.getLogger("mvssl.data")
+_TRIAL_BYTES = 1 << 20  # written to see whether a folder has room; with a full quota only empty files can be made
+
 
 def given_path(value: str | os.PathLike[str], field: str) -> Path:
     """The path that a user gave for `field`.
@@ -25,10 +28,6 @@ def given_path(value: str | os.PathLike[str], field: str) -> Path:
     if isinstance(value, str) and not value.strip():
         raise empty_path(field)
     return Path(value)
-
-
-_log = logging.getLogger("mvssl.data")
-_TRIAL_BYTES = 1 << 20  # written to see whether a folder has room; with a full quota only empty files can be made
 
 
 def temporary_path(path: Path) -> Path:
