@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
 import functools
@@ -13,10 +14,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipelines.runtime import InputError, empty_path
+from pipelines.runtime import InputError, empty_path, visible
 
 _log = logging.getLogger("mvssl.data")
 _TRIAL_BYTES = 1 << 20  # written to see whether a folder has room; with a full quota only empty files can be made
+_MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+)
 
 
 def given_path(value: str | os.PathLike[str], field: str) -> Path:
@@ -28,6 +36,47 @@ def given_path(value: str | os.PathLike[str], field: str) -> Path:
     if isinstance(value, str) and not value.strip():
         raise empty_path(field)
     return Path(value)
+
+
+def decode_text(data: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 or UTF-32 if a byte-order mark or zero bytes say so; lines end in ``\\n``.
+
+    Bytes that are not UTF-8 become surrogates, as in file names. PowerShell writes UTF-16.
+
+    Raises:
+        UnicodeDecodeError: the text is damaged UTF-16 or UTF-32.
+    """
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and len(data) > 1:
+        start = data[:256]
+        odd, even = start[1::2].count(0), start[::2].count(0)
+        if 2 * max(odd, even) > len(start) // 2 > 2 * min(odd, even):
+            encoding = "utf-16-le" if odd > even else "utf-16-be"
+            with contextlib.suppress(UnicodeDecodeError):  # else it is no text at all
+                return _unix_lines(data.decode(encoding))
+            encoding = "utf-8"
+    return _unix_lines(data.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict"))
+
+
+def _unix_lines(text: str) -> str:
+    text = text.replace("\r\n", "\n")
+    return text if "\n" in text else text.replace("\r", "\n")
+
+
+def strict_text(data: bytes) -> str:
+    """Text of a small file of the user's, as `decode_text`.
+
+    Raises:
+        InputError: it is in another encoding; the message names the line and wants the file in front.
+    """
+    try:
+        text = decode_text(data)
+    except UnicodeDecodeError as error:
+        raise InputError(f"it begins as {error.encoding.upper()} but is damaged: save it as UTF-8.") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if visible(line) != line:
+            raise InputError(f"line {number} is neither UTF-8 nor UTF-16 ({visible(line)}): save the file as UTF-8.")
+    return text
 
 
 def temporary_path(path: Path) -> Path:

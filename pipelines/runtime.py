@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 T = TypeVar("T")
+_BYTES = re.compile("[\udc80-\udcff]")  # as `os.fsdecode` keeps them
 
 
 class InputError(ValueError):
@@ -38,6 +40,11 @@ def invalid(field: str, value: object, allowed: str, remedy: str) -> InputError:
         remedy: an imperative without a full stop.
     """
     return InputError(f"{field} is {value!r} but must be {allowed}: {remedy}.", field=field)
+
+
+def visible(text: str) -> str:
+    """Text that can be written anywhere: bytes of file names that are not UTF-8 become escapes such as ``\\xe9``."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") if _BYTES.search(text) else text
 
 
 def empty_path(field: str) -> InputError:

@@ -16,6 +16,7 @@ import tyro
 
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
 from pipelines.decode import make_decoder
+from pipelines.files import strict_text
 from pipelines.order import Order
 from pipelines.runtime import parse_arguments, run_cli
 from pipelines.storage import check_outside, open_source
@@ -97,7 +98,7 @@ def _read_views(path: Path) -> tuple[ViewSpec, ...]:
     """The views in a recipe's JSON."""
     remedy = "write it with mvssl-train RECIPE --print-config"
     try:
-        plain = json.loads(sys.stdin.read() if str(path) == "-" else path.read_text())
+        plain = json.loads(sys.stdin.read() if str(path) == "-" else strict_text(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise InputError(f"views is {str(path)!r}, which cannot be read as JSON ({error}): {remedy}.") from error
     views = plain.get("views") if isinstance(plain, dict) else plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -86,6 +87,7 @@ def examine(data: Path | None = None) -> dict[str, Finding]:
         "DALI": _dali,
         "JPEG hardware": _hardware_decoder,
         "FFCV": _ffcv,
+        "HEIC": _heic,
         "Triton": _triton,
         "C compiler": _compiler,
         "compiled code": _compiled_code,
@@ -168,6 +170,14 @@ def _ffcv() -> Finding:
         return Finding("ok", f"{_version('ffcv')}: --decoder ffcv works")
     found = f"not used ({obstacle}); .beton files are read and written without it"
     return Finding("ok", found, "tools/install_ffcv.sh, for --decoder ffcv")
+
+
+def _heic() -> Finding:
+    version = _version("pillow-heif")
+    if importlib.util.find_spec("pillow_heif") is None:
+        return Finding("ok", "pillow_heif is not installed: .heic files are ignored", "pip install pillow-heif")
+    importlib.import_module("pillow_heif")
+    return Finding("ok", f"pillow_heif {version or 'of unknown version'}: .heic files are read")
 
 
 def _triton() -> Finding:

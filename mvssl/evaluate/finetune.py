@@ -15,6 +15,7 @@ from mvssl.evaluate.linear_fit import stratified
 from mvssl.evaluate.session import EvalSession, check_labelled
 from mvssl.evaluate.supervised import Classifier, Supervision, train_and_measure
 from mvssl.weights.backbone_file import export_backbone
+from pipelines.files import strict_text
 from pipelines.runtime import InputError, invalid
 from pipelines.storage.source import Source, SubsetSource
 
@@ -112,8 +113,8 @@ def listed_images(source: Source, path: Path) -> NDArray[np.int64]:
         InputError: the file cannot be read, is empty, or names an image that is missing or ambiguous.
     """
     try:
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        names = [line.strip() for line in strict_text(path.read_bytes()).split("\n") if line.strip()]
+    except (OSError, InputError) as error:
         raise InputError(f"label_list is {str(path)!r} but cannot be read ({error}): give a text file.") from error
     if not names:
         raise InputError(f"label_list is {str(path)!r}, which names no images: give one name per line.")

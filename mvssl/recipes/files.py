@@ -14,6 +14,7 @@ from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import EXECUTION, build, from_dict, to_dict
 from mvssl.recipes import get_recipe
 from pipelines.checks import typed
+from pipelines.files import strict_text
 from pipelines.runtime import InputError, invalid
 from pipelines.views.spec import ViewSpec
 
@@ -83,11 +84,11 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not is_recipe_file(path.name):
         raise invalid("the ending", path.suffix, ".toml or .json", "rename the file")
     try:
-        content = _READERS[path.suffix.lower()](path.read_text(encoding="utf-8"))
+        content = _READERS[path.suffix.lower()](strict_text(path.read_bytes()))
     except OSError as error:
         raise InputError(f"the recipe file cannot be read ({error.strerror or error}): check the path.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"the recipe file is not UTF-8 text ({error}): save it as UTF-8.") from error
+    except InputError as error:
+        raise InputError(f"the recipe file is not UTF-8 text: {error}") from error
     except ValueError as error:
         kind = path.suffix[1:].upper()
         raise InputError(f"the recipe file is not valid {kind} ({error}): correct it there.") from error

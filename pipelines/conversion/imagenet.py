@@ -13,6 +13,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.files import strict_text
 from pipelines.runtime import InputError
 from pipelines.storage.file_index import is_image_name
 from pipelines.storage.source import KeyTable, fingerprint
@@ -252,11 +253,11 @@ def _resolve(path: Path, numbers: list[int], classes: tuple[str, ...] | None) ->
 def _lines(path: Path, option: str) -> list[str]:
     """Lines that are not empty."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in strict_text(path.read_bytes()).split("\n") if line.strip()]
     except FileNotFoundError:
         raise InputError(f"{option} {path} does not exist: check the path.") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{option} {path} is not a text file: check the path.") from None
+    except InputError as error:
+        raise InputError(f"{option} {path} is not a text file: {error}") from None
     if not lines:
         raise InputError(f"{option} {path} is empty: give one line per entry.")
     return lines

@@ -1,11 +1,13 @@
-"""Index of plain image files: scans a folder, or reads a text list of paths."""
+"""Index of the image files in a folder."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import stat
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +18,34 @@ import numpy.typing as npt
 from pipelines.runtime import InputError
 from pipelines.storage.source import KeyTable
 
-_BUILT_IN = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".jp2", ".j2k", ".avif")
-_WITH_PLUGIN = (".heic", ".heif")
+_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp")
+_BUILT_IN = (*_JPEG, ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".jp2")
+_BUILT_IN += (".j2k", ".avif")
+_WITH_PLUGIN = (".heic", ".heif", ".hif")
 IMAGE_EXTENSIONS = _BUILT_IN + (_WITH_PLUGIN if importlib.util.find_spec("pillow_heif") else ())
 """Extensions of image files, in any case. HEIC needs the package pillow_heif."""
-_SYSTEM_FOLDERS = ("lost+found", "@eaDir")  # unreadable for users; thumbnails made by NAS devices
+_OTHERS = {  # what to do with files of other endings
+    "heic heif hif": "pip install pillow-heif, or convert them to JPEG",
+    "jxl exr hdr psd xcf ai eps pdf svg tga ico": "export them as PNG or JPEG",
+    "cr2 cr3 nef arw dng raf orf rw2 pef srw raw": "develop them to JPEG or TIFF",
+    "dcm nii mha nrrd svs ndpi czi": "export them as PNG (8 or 16 bits)",
+    "mp4 mov avi mkv webm mpg mpeg m4v wmv": "extract their frames, as ffmpeg -i VIDEO FOLDER/%06d.jpg does",
+    "tar tgz gz zip 7z rar bz2 xz zst": "unpack them (mvssl-convert reads ImageNet's own archives)",
+    "parquet arrow tfrecord mdb lmdb h5 hdf5 npy npz mat pkl pickle bin pt rec": "write their images to files",
+}
+_REMEDIES = {f".{ending}": remedy for endings, remedy in _OTHERS.items() for ending in endings.split()}
+_HEIC_MAGIC = rb"|\0\0\0.ftyp(hei[cx]|mif1)" if ".heic" in IMAGE_EXTENSIONS else b""
+_MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|P[1-6]\s\d|"
+    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51|\0\0\0.ftypavi[fs]" + _HEIC_MAGIC,
+    re.DOTALL,
+)
+_ENDING = re.compile(r"\.(?!\d+$)\w{1,12}")  # what is another one, such as .1 or .jpg?size=large, is none
+_HIDDEN = "hidden"
+_SYSTEM_FOLDERS = (  # unreadable for users; thumbnails made by NAS devices; macOS's and Windows' own
+    *("lost+found", "@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information"),
+)
 _THREADS = 8  # concurrent stat or scandir calls: hides the latency of network file systems
-_MAX_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,7 +60,8 @@ class FileIndex:
         classes: class names by label, () if unlabelled.
         watched: absolute paths whose change makes this index stale: every folder scanned, and the list.
         watched_mtime: int64 [len(watched)], their modification times in nanoseconds, taken before they were read.
-        ignored: number of other files by extension; {} for a list and for a cached index.
+        ignored: number of other files by extension; also of hidden images, and of folders of the system by name.
+        examples: one of the other files for each extension; {} for a cached index.
     """
 
     root: Path
@@ -48,11 +72,59 @@ class FileIndex:
     watched: KeyTable
     watched_mtime: npt.NDArray[np.int64]
     ignored: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
 
 
 def is_image_name(name: str) -> bool:
     """Whether a file of this name counts as an image: a known extension in any case, and not hidden."""
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
+
+
+def is_image_file(entry: os.DirEntry[str]) -> bool:
+    """Whether a file counts as an image: by its name, or by its first bytes if its name has no ending."""
+    if is_image_name(entry.name):
+        return True
+    ending = os.path.splitext(entry.name)[1]
+    return not (_ENDING.fullmatch(ending) or entry.name.startswith(".")) and holds_image(entry.path)
+
+
+def holds_image(path: str) -> bool:
+    """Whether a file begins as images do; False if it cannot be read."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait
+            return False
+        with open(path, "rb", buffering=0) as file:
+            return _MAGIC.match(file.read(16)) is not None
+    except OSError:
+        return False
+
+
+def remedy_for(ending: str) -> str:
+    """What to do with files of this ending, which are no images; "" if that is not known."""
+    return _REMEDIES.get(ending, "")
+
+
+def describe_ignored(ignored: Mapping[str, int]) -> str:
+    """The numbers of files that were ignored, in words."""
+    words = {_HIDDEN: "hidden", "": "without extension"}
+    return ", ".join(f"{count:,} {words.get(ending, ending)}" for ending, count in ignored.items())
+
+
+def no_images(index: FileIndex, path: Path) -> InputError:
+    """The error for a folder or list without images: what is there instead, and what to do with it."""
+    known = {ending: remedy_for(ending) for ending in index.ignored}
+    for ending, example in index.examples.items():
+        if not known[ending] and holds_image(example):
+            known[ending] = (
+                f"rename them to .jpg, .png or what they are ({os.path.basename(example)} begins as an image)"
+            )
+    there = f"; there are {describe_ignored(index.ignored)}" if index.ignored else ""
+    remedies = [f"{remedy} ({ending or 'no extension'})" for ending, remedy in known.items() if remedy]
+    give = (
+        f"give a folder with files ending in {', '.join(IMAGE_EXTENSIONS)} (at any depth), a text list of such files, "
+        "or data converted with mvssl-convert"
+    )
+    return InputError(f"{path} holds no images{there}: {'; '.join([*remedies, give])}.")
 
 
 def is_data_folder(entry: os.DirEntry[str]) -> bool:
@@ -78,6 +150,7 @@ def scan_folder(root: Path, *, progress: Callable[[int], None] | None = None) ->
     found: list[tuple[str, int]] = []
     watched: list[tuple[str, int]] = []
     ignored: Counter[str] = Counter()
+    examples: dict[str, str] = {}
     level = [_Folder(os.path.abspath(root), "", frozenset())]
     with ThreadPoolExecutor(_THREADS) as pool:
         while level:
@@ -85,7 +158,10 @@ def scan_folder(root: Path, *, progress: Callable[[int], None] | None = None) ->
             for listing in pool.map(_list_folder, level):
                 watched.append((listing.folder.path, listing.mtime))
                 found.extend(listing.images)
-                ignored.update(listing.ignored)
+                for ending, example in listing.ignored:
+                    ignored[ending] += 1
+                    if example:
+                        examples.setdefault(ending, example)
                 below.extend(listing.folders)
                 if progress is not None and listing.images:
                     progress(len(found))
@@ -102,7 +178,8 @@ def scan_folder(root: Path, *, progress: Callable[[int], None] | None = None) ->
         classes=classes,
         watched=KeyTable.of(path for path, _ in watched),
         watched_mtime=np.array([mtime for _, mtime in watched], dtype=np.int64),
-        ignored=dict(ignored.most_common()),
+        ignored=dict(sorted(ignored.items(), key=lambda item: (item[0] not in examples, -item[1], item[0]))),
+        examples=examples,
     )
 
 
@@ -119,7 +196,7 @@ class _Listing:
     mtime: int = 0
     images: list[tuple[str, int]] = field(default_factory=list)
     folders: list[_Folder] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
+    ignored: list[tuple[str, str]] = field(default_factory=list)  # extension and path
 
 
 def _list_folder(folder: _Folder) -> _Listing:
@@ -131,14 +208,17 @@ def _list_folder(folder: _Folder) -> _Listing:
     ancestors = folder.ancestors | {identity}
     with os.scandir(folder.path) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if is_data_folder(entry):
+            if entry.name in _SYSTEM_FOLDERS:
+                listing.ignored.append((f"folder {entry.name}", ""))
+            elif entry.name.startswith("."):
+                if is_image_name(entry.name.lstrip(".")):
+                    listing.ignored.append((_HIDDEN, ""))
+            elif is_data_folder(entry):
                 listing.folders.append(_Folder(entry.path, f"{folder.prefix}{entry.name}/", ancestors))
-            elif is_image_name(entry.name):
+            elif is_image_file(entry):
                 listing.images.append((folder.prefix + entry.name, _entry_size(entry)))
             else:
-                listing.ignored.append(os.path.splitext(entry.name)[1].lower())
+                listing.ignored.append((os.path.splitext(entry.name)[1].lower(), entry.path))
     return listing
 
 
@@ -147,118 +227,3 @@ def _entry_size(entry: os.DirEntry[str]) -> int:
         return entry.stat().st_size
     except OSError:  # a broken link stays in the index, so that reading it names it
         return 0
-
-
-def read_list(path: Path, *, progress: Callable[[int], None] | None = None) -> FileIndex:
-    """Index the images named in a text file, in its order.
-
-    A line is ``PATH``, ``PATH<tab>LABEL`` or ``PATH LABEL``; relative paths start at the list's own folder. A label is
-    an integer (-1 for none; the class names are then the numbers) or a class name (numbered in sorted order). Either
-    all lines have a label or none. Empty lines are skipped.
-
-    Args:
-        path: the list.
-        progress: called with the number of images looked up so far.
-    """
-    list_mtime = path.stat().st_mtime_ns
-    names, label_texts, lines = _parse(path)
-    labels, classes = _labels(path, label_texts, lines)
-    root = Path(os.path.abspath(path.parent))
-    absolute = [os.path.join(root, name) for name in names]
-    folders = sorted({os.path.dirname(name) for name in absolute})
-    watched = [(folder, _mtime(folder)) for folder in folders]  # before the files, as in `_list_folder`
-    watched.append((os.path.abspath(path), list_mtime))
-    sizes: list[int] = []
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for number, size in enumerate(pool.map(_file_size, absolute, chunksize=256), start=1):
-            sizes.append(size)
-            if progress is not None and (number % 10_000 == 0 or number == len(absolute)):
-                progress(number)
-    missing = [position for position, size in enumerate(sizes) if size < 0]
-    if missing:
-        raise InputError(
-            f"{path}, line {lines[missing[0]]}: the file {names[missing[0]]!r} does not exist ({len(missing)} of "
-            f"{len(names)} are missing): write paths relative to {root} or absolute ones."
-        )
-    return FileIndex(
-        root=root,
-        keys=KeyTable.of(names),
-        nbytes=np.array(sizes, dtype=np.int64),
-        labels=labels,
-        classes=classes,
-        watched=KeyTable.of(name for name, _ in watched),
-        watched_mtime=np.array([mtime for _, mtime in watched], dtype=np.int64),
-    )
-
-
-def _parse(path: Path) -> tuple[list[str], list[str | None], list[int]]:
-    """Names, labels and line numbers of the lines that are not empty."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(
-            f"{path} is neither a folder of images, nor converted data, nor a text list of image files (one path per "
-            "line): check the path."
-        ) from None
-    names: list[str] = []
-    labels: list[str | None] = []
-    lines: list[int] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            name, label = _split_line(line.strip())
-            names.append(name)
-            labels.append(label)
-            lines.append(number)
-    return names, labels, lines
-
-
-def _split_line(line: str) -> tuple[str, str | None]:
-    if "\t" in line:
-        name, _, label = line.rpartition("\t")
-        return name.strip(), label.strip()
-    name, _, label = line.rpartition(" ")
-    # Paths may contain spaces: the last word is a label only if what precedes it is an image path by itself.
-    if is_image_name(os.path.basename(name.strip())) and not is_image_name(label):
-        return name.strip(), label
-    return line, None
-
-
-def _labels(
-    path: Path, texts: Sequence[str | None], lines: Sequence[int]
-) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
-    """Labels, int64 [N], and class names."""
-    given = [text for text in texts if text is not None]
-    if not given:
-        return np.full(len(texts), -1, dtype=np.int64), ()
-    if len(given) < len(texts):
-        raise InputError(
-            f"{path}, line {lines[texts.index(None)]} has no label while other lines have one: give every line a label "
-            "(-1 for none) or none at all."
-        )
-    try:
-        numbers = np.array([int(text) for text in given], dtype=np.int64)
-    except (ValueError, OverflowError):
-        classes = tuple(sorted(set(given)))
-        label_of = {name: label for label, name in enumerate(classes)}
-        return np.array([label_of[text] for text in given], dtype=np.int64), classes
-    wrong = np.flatnonzero((numbers < -1) | (numbers >= _MAX_CLASSES))
-    if len(wrong):
-        raise InputError(
-            f"{path}, line {lines[wrong[0]]}: the label {numbers[wrong[0]]} is not between -1 (none) and "
-            f"{_MAX_CLASSES - 1}: number the classes from 0."
-        )
-    return numbers, tuple(str(label) for label in range(int(np.max(numbers, initial=-1)) + 1))
-
-
-def _file_size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return -1
-
-
-def _mtime(folder: str) -> int:
-    try:
-        return os.stat(folder).st_mtime_ns
-    except (FileNotFoundError, NotADirectoryError):
-        return -1  # its files are reported as missing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import tempfile
@@ -18,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.files import cache_folder, cache_folders, publish, writable_cache
-from pipelines.runtime import InputError, describe_os_error
+from pipelines.runtime import describe_os_error
 from pipelines.storage.batch_read import RandomAccessFile, advise_files, max_read_ahead, read_files
-from pipelines.storage.file_index import IMAGE_EXTENSIONS, FileIndex, read_list, scan_folder
+from pipelines.storage.file_index import IMAGE_EXTENSIONS, FileIndex, describe_ignored, no_images, scan_folder
 from pipelines.storage.image_facts import ImageFacts
 from pipelines.storage.source import KeyTable, fingerprint
+from pipelines.storage.text_list import read_list
 
 FALLBACK = True  # the other storages are folders or files too
 _log = logging.getLogger("mvssl.data")
@@ -47,13 +49,13 @@ def open_path(path: Path, *, progress: Callable[[int], None] | None = None, use_
         if use_cache:
             save_index(path, index)
     if len(index.keys) == 0:
-        raise InputError(
-            f"{path} holds no images: give a folder with files ending in {', '.join(IMAGE_EXTENSIONS)} (at any depth), "
-            "a text list of such files, or data converted with mvssl-convert."
-        )
+        raise no_images(index, path)
     if index.ignored:
-        counts = ", ".join(f"{count:,} {ending or 'without extension'}" for ending, count in index.ignored.items())
-        _log.warning("%s: ignoring files without an image extension: %s", path, counts)
+        _log.warning("%s: ignoring files without an image extension: %s", path, describe_ignored(index.ignored))
+    empty = np.flatnonzero(index.nbytes == 0)
+    if len(empty):
+        what = "%s: %d of %d files are empty or broken links, such as %s"
+        _log.warning(what, path, len(empty), len(index.keys), index.keys[int(empty[0])])
     return FolderSource(index, location=path)
 
 
@@ -107,7 +109,9 @@ class FolderSource:
 # the list) has changed, that is, if an image was added, removed or renamed. Overwriting a file in place is not noticed,
 # and its size is then out of date: `forget_changed_index` looks, at the start of a training.
 
-_VERSION = zlib.crc32(repr((2, IMAGE_EXTENSIONS)).encode())  # other extensions find other files
+_VERSION = zlib.crc32(
+    repr((3, IMAGE_EXTENSIONS)).encode()
+)  # other extensions find other files, other rules other labels
 _THREADS, _CHUNK = 8, 1024  # concurrent stat calls, files of a chunk: hides the latency of network file systems
 _MTIME_RESOLUTION = 2_000_000_000  # nanoseconds; FAT and some NFS servers have 2 s
 
@@ -139,6 +143,7 @@ def _load(cache: Path) -> FileIndex | None:
                 classes=tuple(KeyTable(blob=data["class_blob"], ends=data["class_ends"])),
                 watched=KeyTable(blob=data["watched_blob"], ends=data["watched_ends"]),
                 watched_mtime=data["watched_mtime"],
+                ignored=json.loads(data["ignored"].tobytes()),
             )
         mtimes = zip(index.watched, index.watched_mtime.tolist(), strict=True)
         fresh = all(os.stat(watched).st_mtime_ns == mtime for watched, mtime in mtimes)
@@ -196,6 +201,7 @@ def save_index(path: Path, index: FileIndex) -> None:
                 watched_blob=index.watched.blob,
                 watched_ends=index.watched.ends,
                 watched_mtime=index.watched_mtime,
+                ignored=np.frombuffer(json.dumps(index.ignored).encode(), dtype=np.uint8),
             )
             publish(temporary, target)
     except OSError as error:

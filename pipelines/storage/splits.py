@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pipelines.files import given_path
 from pipelines.runtime import InputError
 from pipelines.storage.beton_format import is_beton_name
-from pipelines.storage.file_index import is_data_folder, is_image_name
+from pipelines.storage.file_index import is_data_folder, is_image_file
 from pipelines.storage.manifest import MANIFEST, format_of
 from pipelines.storage.source import Source
 
@@ -212,7 +212,7 @@ def _holds_data(folder: Path) -> bool:
             for entry in entries:
                 if is_data_folder(entry):
                     waiting.append(entry.path)
-                elif is_image_name(entry.name) or entry.name == MANIFEST or is_beton_name(entry.name):
+                elif is_image_file(entry) or entry.name == MANIFEST or is_beton_name(entry.name):
                     return True
     return False
 

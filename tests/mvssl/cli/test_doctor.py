@@ -17,8 +17,8 @@ def test_the_doctor_checks_everything(images: Path, capsys: pytest.CaptureFixtur
     code = train_cli.body(["doctor", "--json", "--data", str(images)])
     findings = json.loads(capsys.readouterr().out)
     assert [finding["name"] for finding in findings] == [
-        *("torch", "GPU", "DALI", "JPEG hardware", "FFCV", "Triton", "C compiler", "compiled code", "NCCL"),
-        *("shared memory", "cores", "disk"),
+        *("torch", "GPU", "DALI", "JPEG hardware", "FFCV", "HEIC", "Triton", "C compiler", "compiled code"),
+        *("NCCL", "shared memory", "cores", "disk"),
     ]
     assert code == int(any(finding["state"] == "missing" for finding in findings))
     assert all(finding["remedy"] for finding in findings if finding["state"] != "ok")

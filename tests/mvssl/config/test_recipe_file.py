@@ -156,6 +156,14 @@ def test_errors_name_file_and_field(text: str, message: str, tmp_path: Path) -> 
     assert str(raised.value).startswith(f"{path}: ")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("file", ["r.toml", "r.json"])
+def test_files_as_windows_writes_them(tmp_path: Path, file: str, encoding: str) -> None:
+    text = 'base = "demo"\r\nepochs = 3\r\n' if file == "r.toml" else '{"base": "demo",\r\n"epochs": 3}\r\n'
+    (tmp_path / file).write_bytes(text.encode(encoding))
+    assert mvssl.load_recipe(tmp_path / file) == dataclasses.replace(mvssl.recipes.demo(), epochs=3)
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none.toml: the recipe file cannot be read \(No such file or directory\)"):
         mvssl.load_recipe(tmp_path / "none.toml")
@@ -163,7 +171,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"folder.toml: the recipe file cannot be read"):
         mvssl.load_recipe(tmp_path / "folder.toml")
     (tmp_path / "latin.toml").write_bytes('name = "\xfc"'.encode("latin-1"))
-    with pytest.raises(InputError, match=r"latin.toml: the recipe file is not UTF-8 text"):
+    with pytest.raises(InputError, match=r"latin.toml: the recipe file is not UTF-8 text: line 1 .*\\xfc.*save"):
         mvssl.load_recipe(tmp_path / "latin.toml")
     with pytest.raises(InputError, match=r"own.json: the recipe file is not valid JSON \(.*line 2 column 1"):
         mvssl.load_recipe(write(tmp_path, '{"base":\n', "own.json"))

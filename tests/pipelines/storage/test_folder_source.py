@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipelines.files import cache_folder
 from pipelines.runtime import InputError
-from pipelines.storage import align_labels, file_index, folder, open_source, split_paths
+from pipelines.storage import align_labels, file_index, folder, open_source, split_paths, text_list
 from pipelines.storage.folder import cache_file, load_index
 
 
@@ -218,8 +218,9 @@ def test_list_without_labels_keeps_its_order(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "classes", "labels"),
     [
-        ("dog/b.jpg 3\ncat/z.JPEG 0\n", ("0", "1", "2", "3"), [3, 0]),
-        ("dog/b.jpg\t1\ncat/z.JPEG\t-1\n", ("0", "1"), [1, -1]),
+        ("dog/b.jpg 3\ncat/z.JPEG 0\n", ("0", "3"), [1, 0]),
+        ("dog/b.jpg\t1\ncat/z.JPEG\t-1\n", ("1",), [0, -1]),
+        ("dog/b.jpg\t-1\ncat/z.JPEG\t-1\n", (), [-1, -1]),
         ("dog/b.jpg hound\ncat/z.JPEG cat\n", ("cat", "hound"), [1, 0]),
         ("dog/b.jpg\ta hound\ncat/z.JPEG\tcat\n", ("a hound", "cat"), [0, 1]),
     ],
@@ -244,8 +245,8 @@ def test_list_of_names_with_spaces(tmp_path: Path) -> None:
     [
         ("dog/b.jpg\nnot/there.jpg\n", r"line 2: the file 'not/there.jpg' does not exist \(1 of 2"),
         ("dog/b.jpg 1\n\ncat/z.JPEG\n", "line 3 has no label"),
-        ("dog/b.jpg -2\n", "label -2 is not between"),
-        ("dog/b.jpg 99999999\n", "label 99999999 is not between"),
+        ("dog/b.jpg\tdog.jpg\n", "line 1 names two images, 'dog/b.jpg' and 'dog.jpg'"),
+        ("dog/b.jpg,dog\n", r"line 1: the file 'dog/b.jpg,dog' does not exist .* needs the header path,label"),
         ("\n", "holds no images"),
     ],
 )
@@ -262,7 +263,7 @@ def test_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no images: give"):
         open_source(tmp_path / "d")
     (tmp_path / "d" / "a.svg").write_bytes(b"<svg")
-    with pytest.raises(InputError, match="holds no images: give"):
+    with pytest.raises(InputError, match=r"holds no images; there are 1 \.svg: export them as PNG .*; give"):
         open_source(tmp_path / "d")
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     with pytest.raises(InputError, match="neither a folder of images, nor"):
@@ -381,15 +382,15 @@ def test_without_a_home_the_cache_is_temporary(pair: Path, tmp_path: Path, monke
 def test_change_while_a_list_is_indexed_makes_the_index_stale(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (pair / "list.txt").write_text("cat/a.jpg\ndog/b.jpg\n")
     os.utime(pair / "cat", (1e9, 1e9))
-    size = file_index._file_size
+    size = text_list._file_size
 
     def size_and_change(path: str) -> int:
         found = size(path)
         os.utime(pair / "cat", (2e9, 2e9))  # as if a file was added or removed
         return found
 
-    monkeypatch.setattr(file_index, "_file_size", size_and_change)
-    index = file_index.read_list(pair / "list.txt")
+    monkeypatch.setattr(text_list, "_file_size", size_and_change)
+    index = text_list.read_list(pair / "list.txt")
     assert dict(zip(index.watched, index.watched_mtime.tolist(), strict=True))[str(pair / "cat")] == 10**18
 
 
@@ -398,3 +399,82 @@ def test_list_of_a_file_in_a_folder_that_is_not_there(pair: Path, name: str) -> 
     (pair / "list.txt").write_text(f"cat/a.jpg\n{name}\n")
     with pytest.raises(InputError, match=f"line 2: the file '{name}' does not exist"):
         open_source(pair / "list.txt")
+
+
+def spoil(folder: Path, *names: str, content: bytes = b"x") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "found", "remedy"),
+    [
+        (["a.heic", "b.HEIC", "c.heif"], "2 .heic, 1 .heif", "pip install pillow-heif, or convert them to JPEG"),
+        (["train-000.tar", "train-001.tar"], "2 .tar", "unpack them"),
+        (["a.zip"], "1 .zip", "unpack them"),
+        (["a.parquet"], "1 .parquet", "write their images to files"),
+        (["a.dcm"], "1 .dcm", "export them as PNG"),
+        (["a.CR2", "b.nef"], "1 .cr2, 1 .nef", "develop them"),
+        (["clip.mp4"], "1 .mp4", "extract their frames"),
+        (["._a.jpg", ".b.png"], "2 hidden", "give a folder"),
+        (["notes", "more"], "2 without extension", "give a folder"),
+    ],
+)
+def test_what_is_there_instead_of_images_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], found: str, remedy: str
+) -> None:
+    monkeypatch.setattr(file_index, "IMAGE_EXTENSIONS", (".jpg", ".png"))  # as without pillow_heif
+    with pytest.raises(InputError, match=rf"holds no images; there are {found}: .*{remedy}"):
+        open_source(spoil(tmp_path / "d", *names))
+
+
+def test_images_of_unknown_endings_are_noticed(tmp_path: Path) -> None:
+    image(tmp_path / "a.png").rename(spoil(tmp_path / "d") / "a.picture")
+    with pytest.raises(InputError, match=r"1 \.picture: rename them to .*a\.picture begins as an image"):
+        open_source(tmp_path / "d")
+
+
+@pytest.mark.parametrize("ending", ["jfif", "JFIF", "jif", "pjpeg", "pgm", "pnm"])
+def test_other_endings_of_the_same_formats(tmp_path: Path, ending: str) -> None:
+    file = tmp_path / "d" / f"a.{ending}"
+    file.parent.mkdir()
+    Image.new("L", (8, 6)).save(file, "PPM" if ending[0] == "p" and ending != "pjpeg" else "JPEG")
+    assert open_source(tmp_path / "d").key(0) == file.name
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"])
+@pytest.mark.parametrize("name", ["3f2a9c", "photo.1", "a.jpg?size=large"])
+def test_files_without_ending_are_taken_if_they_begin_as_images(tmp_path: Path, form: str, name: str) -> None:
+    spoil(tmp_path / "d", "README", "LICENSE", "x", content=b"Pictures of BMs")
+    spoil(tmp_path / "d", "empty", content=b"")
+    Image.new("RGB", (8, 6)).save(tmp_path / "d" / name, form)
+    source = open_source(tmp_path / "d")
+    assert [source.key(index) for index in range(len(source))] == [name]
+
+
+def test_what_systems_leave_is_ignored_and_counted_also_from_the_cache(
+    pair: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("._a.jpg", ".DS_Store", "Thumbs.db", "desktop.ini"):
+        (pair / "cat" / name).write_bytes(b"x")
+    image(pair / "__MACOSX" / "cat" / "._a.jpg")
+    image(pair / "__MACOSX" / "cat" / "b.jpg")
+    (pair / "dog" / "empty.jpg").touch()
+    settle(pair)
+    for _ in range(2):
+        caplog.clear()
+        source = open_source(pair)
+        assert [source.key(index) for index in range(len(source))] == ["cat/a.jpg", "dog/b.jpg", "dog/empty.jpg"]
+        assert source.classes == ("cat", "dog")
+        assert "image extension: 1 .db, 1 .ini, 1 folder __MACOSX, 1 hidden" in caplog.text
+        assert "1 of 3 files are empty or broken links, such as dog/empty.jpg" in caplog.text
+    assert cache_file(pair).is_file()
+
+
+def test_splits_of_files_without_ending(tmp_path: Path) -> None:
+    for split in ("train", "Validation"):
+        spoil(tmp_path / split)
+        Image.new("RGB", (8, 6)).save(tmp_path / split / "0a1b", "PNG")
+    assert split_paths(tmp_path) == (tmp_path / "train", tmp_path / "Validation")
