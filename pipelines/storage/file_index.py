@@ -19,8 +19,8 @@ from pipelines.runtime import InputError
 from pipelines.storage.source import KeyTable
 
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp")
-_BUILT_IN = (*_JPEG, ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".jp2")
-_BUILT_IN += (".j2k", ".avif")
+_NETPBM = (".ppm", ".pgm", ".pbm", ".pnm")
+_BUILT_IN = (*_JPEG, ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", *_NETPBM, ".gif", ".jp2", ".j2k", ".avif")
 _WITH_PLUGIN = (".heic", ".heif", ".hif")
 IMAGE_EXTENSIONS = _BUILT_IN + (_WITH_PLUGIN if importlib.util.find_spec("pillow_heif") else ())
 """Extensions of image files, in any case. HEIC needs the package pillow_heif."""
