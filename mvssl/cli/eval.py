@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,9 +19,10 @@ from mvssl.distributed import exit_code_of_rank
 from mvssl.evaluate.compare import plot, summarise
 from mvssl.evaluate.finetune import LabelSubset, finetune
 from mvssl.evaluate.knn import grid_rows, knn_grid, neighbour_sheet
-from mvssl.evaluate.linear import FastLinear, fast_linear, release_linear
+from mvssl.evaluate.linear import RELEASE, FastLinear, fast_linear, release_linear
 from mvssl.evaluate.session import ComputeOptions, EvalOptions, open_session
 from mvssl.evaluate.supervised import Supervision
+from mvssl.runs.results import describe
 from mvssl.weights.load import BackboneSource
 from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
 
@@ -58,12 +59,14 @@ class KnnArguments(MeasureArguments):
     """kNN accuracy of a backbone (PAPER.md section 6: cosine similarity, votes weighted exp(similarity / temperature)).
 
     Attributes:
+        protocol: ours resizes bicubically, release bilinearly as the reference implementation.
         k: numbers of neighbours; by default those of the run's recipe, or 20 and 10.
         temperature: of the votes.
         sheet: number of images to show with their nearest neighbours in OUT/neighbours-NETWORK.png; 0 for none. Without
             labels there is only this sheet.
     """
 
+    protocol: Literal["ours", "release"] = "ours"
     k: tuple[int, ...] = ()
     temperature: tuple[float, ...] = (0.07,)
     sheet: int = 0
@@ -76,7 +79,8 @@ class KnnArguments(MeasureArguments):
 def run_knn(arguments: Sequence[str]) -> None:
     """Measure, print a table and write OUT/knn-NAME.json."""
     asked = parse_arguments(KnnArguments, prog="mvssl-eval knn", args=arguments)
-    with open_session(asked.source, asked.options, asked.compute) as session:
+    evaluation = "knn" if asked.protocol == "ours" else "knn-release"
+    with open_session(_source(asked, asked.protocol), asked.options, asked.compute) as session:
         k = asked.k or session.loaded.evaluation.k
         name = session.loaded.name
         if asked.sheet:
@@ -88,13 +92,19 @@ def run_knn(arguments: Sequence[str]) -> None:
                 return
         identity = session.identity("knn", k=k, temperature=asked.temperature)
         results, path = session.measure_once(
-            "knn", identity, lambda: knn_grid(session, k=k, temperatures=asked.temperature)
+            evaluation, identity, lambda: knn_grid(session, k=k, temperatures=asked.temperature)
         )
-        title = f"kNN top-1, {session.loaded.architecture}, {name}"
+        title = f"kNN top-1{' (release)' if asked.protocol == 'release' else ''}, {session.loaded.architecture}, {name}"
         how = " (leave one out)" if results["leave_one_out"] else ""
         rows = [[*row, f"{results['neighbours']:,}", f"{results['images']:,}{how}"] for row in grid_rows(results)]
         heads = ("k", "temperature", "top-1 %", "95 % interval", "neighbours", "classified")
-        _print_table(session.console, title, heads, rows, path)
+        _print_table(session.console, title, heads, rows, path, session.conditions())
+
+
+def _source(asked: MeasureArguments, protocol: str) -> BackboneSource:
+    """The backbone's source, with the protocol's interpolation unless one is asked for."""
+    bilinear = protocol == "release" and asked.source.interpolation is None
+    return dataclasses.replace(asked.source, interpolation="bilinear") if bilinear else asked.source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,36 +113,42 @@ class LinearArguments(MeasureArguments):
 
     Attributes:
         protocol: fast computes features once and trains a grid of settings at once; release trains like
-            the reference implementation, on new crops in every epoch.
+            the reference implementation, on new crops in every epoch, resized bilinearly.
         fast: settings of the fast protocol.
         release: settings of the release protocol.
     """
 
     protocol: Literal["fast", "release"] = "fast"
     fast: FastLinear = field(default_factory=FastLinear)
-    release: Supervision = field(default_factory=Supervision)
+    release: Supervision = field(default_factory=lambda: RELEASE)
 
 
 def run_linear(arguments: Sequence[str]) -> None:
     """Measure, print a table and write OUT/linear-PROTOCOL-NAME.json."""
     asked = parse_arguments(LinearArguments, prog="mvssl-eval linear", args=arguments)
-    with open_session(asked.source, asked.options, asked.compute) as session:
-        settings = asked.fast if asked.protocol == "fast" else asked.release
-        identity = session.identity(f"linear-{asked.protocol}", **dataclasses.asdict(settings))
+    with open_session(_source(asked, asked.protocol), asked.options, asked.compute) as session:
+        settings = dataclasses.asdict(asked.fast) if asked.protocol == "fast" else asked.release.identity()
+        identity = session.identity(f"linear-{asked.protocol}", **settings)
 
         def measure() -> dict[str, Any]:
             if asked.protocol == "fast":
                 return fast_linear(session, asked.fast)
             return release_linear(session, asked.release)
 
-        results, path = session.measure_once(f"linear-{asked.protocol}", identity, measure)
+        start = asked.release.head_std if asked.protocol == "release" else 0.0
+        results, path = session.measure_once(
+            f"linear-{asked.protocol}",
+            identity,
+            measure,
+            head_std=start,
+        )
         lr = results.get("lr", asked.release.lr)
         decay = results.get("weight_decay", asked.release.weight_decay)
         row = [*_accuracy_cells(results), f"{lr:g}", f"{decay:g}", f"{results['train_images']:,}"]
         row.append(f"{results['images']:,}")
         heads = ("top-1 %", "95 % interval", "top-5 %", "lr", "decay", "trained on", "measured")
         title = f"Linear probe ({asked.protocol}), {session.loaded.architecture}, {session.loaded.name}"
-        _print_table(session.console, title, heads, [row], path)
+        _print_table(session.console, title, heads, [row], path, session.conditions(head_std=start))
 
 
 _FINETUNING = Supervision(epochs=30, batch_size=256, lr=0.05, weight_decay=1e-4)
@@ -157,17 +173,20 @@ def run_finetune(arguments: Sequence[str]) -> None:
     """Train, measure, print a table and write OUT/finetune-LABELS-NAME.json."""
     asked = parse_arguments(FinetuneArguments, prog="mvssl-eval finetune", args=arguments)
     with open_session(asked.source, asked.options, asked.compute) as session:
-        settings = {**dataclasses.asdict(asked.supervision), **dataclasses.asdict(asked.subset)}
+        settings = {**asked.supervision.identity(), **dataclasses.asdict(asked.subset)}
         settings["label_list"] = str(asked.subset.label_list)
         results, path = session.measure_once(
             f"finetune-{asked.subset.name()}",
             session.identity("finetune", **settings),
             lambda: finetune(session, asked.supervision, asked.subset, backbone_out=asked.backbone_out),
+            head_std=asked.supervision.head_std,
         )
         row = [*_accuracy_cells(results), f"{results['train_images']:,}", f"{results['images']:,}"]
         heads = ("top-1 %", "95 % interval", "top-5 %", "labels", "measured on")
         title = f"Fine-tuned ({asked.subset.name()}), {session.loaded.architecture}, {session.loaded.name}"
-        _print_table(session.console, title, heads, [row], path)
+        _print_table(
+            session.console, title, heads, [row], path, session.conditions(head_std=asked.supervision.head_std)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,18 +233,28 @@ def run_compare(arguments: Sequence[str]) -> None:
             ),
         )
     console.print(table)
+    for line in dict.fromkeys(line for summary in summaries for line in summary.conditions):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     plot(summaries, asked.out)
     console.print(f"Plot: {asked.out}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_table(console: Console, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], path: Path) -> None:
-    """Print a table of numbers and the file that has them."""
+def _print_table(
+    console: Console,
+    title: str,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    path: Path,
+    conditions: Mapping[str, Any],
+) -> None:
+    """Print a table of numbers, what they were measured with, and the file that has them."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in heads:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    console.print(f"Measured with: {describe(conditions)}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"Results: {path}", highlight=False, markup=False, soft_wrap=True)
 
 

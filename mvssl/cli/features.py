@@ -15,8 +15,8 @@ import tyro
 from mvssl.distributed import exit_code_of_rank
 from mvssl.evaluate.feature_store import Dtype, check_ending, write_table
 from mvssl.evaluate.features import compute_store
-from mvssl.evaluate.session import BackboneSession, ComputeOptions, open_backbone, open_images
-from mvssl.runs.results import locked_folder
+from mvssl.evaluate.session import BackboneSession, ComputeOptions, interpolated, open_backbone, open_images
+from mvssl.runs.results import describe, locked_folder
 from mvssl.weights.load import BackboneSource
 from pipelines.runtime import InputError, parse_arguments, run_cli
 
@@ -71,6 +71,7 @@ def _compute(asked: FeatureArguments, session: BackboneSession, partial: Path) -
         "resize": evaluation.resize,
         "crop": evaluation.crop,
         "precision": str(session.autocast),
+        **interpolated(evaluation),
     }
     store = compute_store(session, source, partial / "store", identity, dtype=asked.dtype, overwrite=asked.overwrite)
     written = session.world.run_on_rank0(lambda: write_table(asked.out, store, source))
@@ -78,6 +79,7 @@ def _compute(asked: FeatureArguments, session: BackboneSession, partial: Path) -
         shutil.rmtree(partial, ignore_errors=True)
     left = f", {len(source) - written} left out" if written < len(source) else ""
     session.say(f"{asked.out}: {written:,} images, {session.width} features each{left}")
+    session.say(f"{session.loaded.architecture}, {describe(session.conditions())}")
     source.close()
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from mvssl.config.device import Precision
 from pipelines.checks import Rule, at_least, at_least_zero, check_fields, check_types, fraction, positive, ruled
 from pipelines.runtime import InputError, invalid
-from pipelines.views.spec import ViewSpec, check_views, tasks
+from pipelines.views.spec import Interpolation, ViewSpec, check_views, tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +117,7 @@ class Evaluation:
         k: numbers of neighbours; the first one is reported first.
         temperature: votes weigh exp(similarity / temperature).
         max_train: maximal number of training images in the neighbour bank (evenly spaced); None for all.
+        interpolation: of the resize; the reference implementation's is bilinear.
     """
 
     every_epochs: int = at_least_zero(10)
@@ -128,6 +129,7 @@ class Evaluation:
     )
     temperature: float = positive(0.07)
     max_train: int | None = positive(None)
+    interpolation: Interpolation = "bicubic"
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import read_jsonl
-from mvssl.runs.results import read_result
+from mvssl.runs.results import conditions_of, describe, read_result
 from pipelines.files import whole_file
 from pipelines.runtime import InputError
 
@@ -34,6 +34,7 @@ class RunSummary:
         steps: training steps done; 0 without a run.
         curves: steps and values of each curve, by name.
         results: top-1 and its 95 % interval by evaluation, such as linear-fast.
+        conditions: a line for each evaluation with its crop, network and start.
     """
 
     name: str
@@ -41,6 +42,7 @@ class RunSummary:
     steps: int
     curves: dict[str, tuple[list[int], list[float]]]
     results: dict[str, tuple[float, float, float]]
+    conditions: tuple[str, ...] = ()
 
 
 def summarise(path: Path) -> list[RunSummary]:
@@ -66,6 +68,7 @@ def summarise(path: Path) -> list[RunSummary]:
                 steps=max((steps[-1] for steps, _ in curves.values() if steps), default=0) if trained else 0,
                 curves=curves if trained else {},
                 results={result["evaluation"]: _headline(result["results"]) for result in mine},
+                conditions=tuple(f"{result['evaluation']}: {describe(conditions_of(result))}" for result in mine),
             )
         )
     return summaries

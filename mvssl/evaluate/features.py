@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from mvssl.config.recipe import Evaluation
 from mvssl.evaluate.feature_store import BAD, DONE, Dtype, FeatureStore, bytes_needed, not_finite, open_store
-from mvssl.evaluate.session import BackboneSession, EvalSession, Session
+from mvssl.evaluate.session import BackboneSession, EvalSession, Session, interpolated
 from pipelines.loading.eval_loader import EvaluationBatch, iterate_augmented, iterate_center
 from pipelines.loading.fetch import too_many_bad
 from pipelines.loading.pixel_cache import free_memory
 from pipelines.progress import Progress
 from pipelines.runtime import InputError
 from pipelines.storage.source import Source
-from pipelines.views.spec import ViewSpec
+from pipelines.views.spec import Interpolation, ViewSpec
 
 FLOAT32_BYTES = 2**30
 """Size up to which features are cached in float32; larger ones are cached in float16."""
@@ -138,6 +138,7 @@ def cached_features(session: EvalSession, source: Source, name: str, *, drawn: i
         "drawn": drawn,
         "seed": seed if drawn else 0,
         "precision": str(session.autocast),
+        **interpolated(evaluation),
     }
     folder = session.out / "features" / f"{name}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
     size = bytes_needed(len(source) * (1 + drawn), session.width, "float32")
@@ -222,7 +223,7 @@ def fill_store(
         store: N * (1 + drawn) rows.
         backbone: [B, 3, S, S] to [B, D], on the device.
         source: the images.
-        evaluation: resize and crop.
+        evaluation: resize, crop and interpolation.
         drawn: random views per image, in addition to the centre crop.
         seed: of the random views.
         progress: called with the number of rows just added by this rank; an exception stops the work and keeps the
@@ -242,7 +243,7 @@ def fill_store(
         else:
             batches = iterate_augmented(
                 source,
-                train_view(evaluation.crop),
+                train_view(evaluation.crop, evaluation.interpolation),
                 seed=seed,
                 epoch=view - 1,
                 batch_size=session.batch_size,
@@ -280,13 +281,14 @@ def center_crops(
         resize=evaluation.resize,
         crop=evaluation.crop,
         batch_size=session.batch_size,
+        interpolation=evaluation.interpolation,
         device=session.device,
         decode=session.decode,
         indices=indices,
     )
 
 
-def train_view(size: int) -> ViewSpec:
+def train_view(size: int, interpolation: Interpolation = "bicubic") -> ViewSpec:
     """The training view of evaluations: random resized crop and flip (PAPER.md section 6)."""
     return ViewSpec(
         name="train",
@@ -299,6 +301,7 @@ def train_view(size: int) -> ViewSpec:
         grayscale=0.0,
         blur=0.0,
         blur_kernel=1,
+        interpolation=interpolation,
     )
 
 

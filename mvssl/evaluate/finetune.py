@@ -78,8 +78,10 @@ def finetune(
         session.console.print(f"{absent} of {classes} classes have no labelled image", style="yellow")
     size = min(supervision.batch_size, len(source))
     supervision = dataclasses.replace(supervision, batch_size=size - size % session.world.size or size)
-    identity = session.identity("finetune", images=source.fingerprint, **dataclasses.asdict(supervision))
-    model = Classifier(session.loaded.backbone, session.width, classes).to(session.device)
+    identity = session.identity("finetune", images=source.fingerprint, **supervision.identity())
+    model = Classifier(
+        session.loaded.backbone, session.width, classes, head_std=supervision.head_std, seed=supervision.seed
+    ).to(session.device)
     name = f"finetune-{subset.name()}-{session.loaded.name}"
     results = train_and_measure(session, model, source, supervision, name=name, identity=identity)
     if backbone_out is not None:

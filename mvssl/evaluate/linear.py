@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -160,6 +159,10 @@ def fit_best(
     return BestFit(classifiers=final, setting=best, held_out_top1=raced.accuracy)
 
 
+RELEASE = Supervision(head_std=0.01)
+"""The reference implementation's probe, which resizes bilinearly too (`BackboneSource.interpolation`)."""
+
+
 def release_linear(session: EvalSession, supervision: Supervision) -> dict[str, Any]:
     """Measure a linear classifier trained as in the reference implementation, on new crops in every epoch.
 
@@ -172,8 +175,13 @@ def release_linear(session: EvalSession, supervision: Supervision) -> dict[str, 
     session.labelled_val()
     store = cached_features(session, session.train, "train")
     standardise = standardisation(torch.from_numpy(store.values[store.state == DONE]))
-    model = Classifier(session.loaded.backbone, session.width, len(session.train.classes), standardise=standardise).to(
-        session.device
-    )
-    identity = session.identity("linear-release", **dataclasses.asdict(supervision))
+    model = Classifier(
+        session.loaded.backbone,
+        session.width,
+        len(session.train.classes),
+        standardise=standardise,
+        head_std=supervision.head_std,
+        seed=supervision.seed,
+    ).to(session.device)
+    identity = session.identity("linear-release", **supervision.identity())
     return train_and_measure(session, model, session.train, supervision, name="linear-release", identity=identity)

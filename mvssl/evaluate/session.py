@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from mvssl.config.device import autocast_dtype, resolve_device
+from mvssl.config.recipe import Evaluation
 from mvssl.distributed import World, join_world, process_local_rank, rank_count
 from mvssl.models.backbones import feature_width
 from mvssl.runs.results import ResultFile, locked_folder
@@ -110,6 +111,21 @@ class BackboneSession(Session):
     loaded: LoadedBackbone
     width: int
 
+    def conditions(self, *, head_std: float | None = None) -> dict[str, Any]:
+        """The crop and network of a result, and the start of its linear layer, for people.
+
+        `head_std` is the standard deviation of the layer's initial weights; None without such a layer.
+        """
+        evaluation = self.loaded.evaluation
+        start = {} if head_std is None else {"head_start": f"normal(0, {head_std:g})" if head_std else "zero"}
+        return {
+            "resize": evaluation.resize,
+            "crop": evaluation.crop,
+            "interpolation": evaluation.interpolation,
+            "network": self.loaded.network,
+            **start,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSession(BackboneSession):
@@ -137,13 +153,21 @@ class EvalSession(BackboneSession):
             "val": None if self.val is None else self.val.fingerprint,
             "resize": self.loaded.evaluation.resize,
             "crop": self.loaded.evaluation.crop,
+            **interpolated(self.loaded.evaluation),
             **settings,
         }
 
     def measure_once(
-        self, evaluation: str, identity: dict[str, Any], measure: Callable[[], dict[str, Any]]
+        self,
+        evaluation: str,
+        identity: dict[str, Any],
+        measure: Callable[[], dict[str, Any]],
+        *,
+        head_std: float | None = None,
     ) -> tuple[dict[str, Any], Path]:
         """The result of an evaluation and its file; measured only if there is no result of this identity.
+
+        The file states the `conditions`, of which `head_std` is one.
 
         Raises:
             InputError: the file holds a result of another identity and may not be replaced.
@@ -154,6 +178,7 @@ class EvalSession(BackboneSession):
             network=self.loaded.name,
             identity=identity,
             overwrite=self.overwrite,
+            conditions=self.conditions(head_std=head_std),
         )
         results = self.world.run_on_rank0(file.earlier)
         if results is None:
@@ -172,6 +197,11 @@ class EvalSession(BackboneSession):
                 f"{self.train.location} has no validation split: give labelled images to measure on with --val PATH."
             )
         return self.val, align_labels(self.val, self.train.classes)
+
+
+def interpolated(evaluation: Evaluation) -> dict[str, Any]:
+    """The interpolation, for identities; empty for bicubic, which identities of earlier versions do not state."""
+    return {} if evaluation.interpolation == "bicubic" else {"interpolation": evaluation.interpolation}
 
 
 def check_labelled(evaluation: str, *sources: Source | None) -> None:

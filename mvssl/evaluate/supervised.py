@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +49,8 @@ class Supervision:
         warmup_epochs: epochs of linear warm-up from 0.
         mixup: alpha of mixup's Beta distribution; 0 disables it.
         label_smoothing: probability mass spread over all classes.
-        seed: of the order and the augmentation.
+        head_std: standard deviation of the linear layer's initial weights; 0 starts at zero.
+        seed: of the order, the augmentation and the linear layer.
         cache: where decoded images are cached, as in mvssl-train.
     """
 
@@ -65,8 +66,13 @@ class Supervision:
     warmup_epochs: float = at_least_zero(0.0)
     mixup: float = at_least_zero(0.0)
     label_smoothing: float = ruled(Rule(lambda x: 0 <= x < 1, "at least 0 and below 1", "0.1 is usual"), default=0.0)
+    head_std: float = at_least_zero(0.0)
     seed: int = 0
     cache: Cache = "off"
+
+    def identity(self) -> dict[str, Any]:
+        """The settings, for identities; a start at zero is left out, as identities of earlier versions lack it."""
+        return {name: value for name, value in asdict(self).items() if name != "head_std" or value}
 
     def __post_init__(self) -> None:
         check_fields(self, with_class=False)
@@ -75,7 +81,7 @@ class Supervision:
 
 
 class Classifier(nn.Module):
-    """A backbone and a zero-initialised linear layer.
+    """A backbone and a linear layer.
 
     Attributes:
         frozen: the backbone is not trained and stays in eval mode; its features are standardised.
@@ -85,9 +91,19 @@ class Classifier(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, backbone: nn.Module, width: int, classes: int, *, standardise: tuple[Tensor, Tensor] | None = None
+        self,
+        backbone: nn.Module,
+        width: int,
+        classes: int,
+        *,
+        standardise: tuple[Tensor, Tensor] | None = None,
+        head_std: float = 0.0,
+        seed: int = 0,
     ) -> None:
-        """`standardise` freezes the backbone: mean [D] and 1 / standard deviation [D] of its features."""
+        """`standardise` freezes the backbone: mean [D] and 1 / standard deviation [D] of its features.
+
+        The layer starts with zero biases and weights of standard deviation `head_std`, the same for each `seed`.
+        """
         super().__init__()
         self.frozen = standardise is not None
         mean, scale = standardise or (torch.zeros(width), torch.ones(width))
@@ -96,6 +112,8 @@ class Classifier(nn.Module):
         self.register_buffer("scale", scale.clone())
         self.linear = nn.Linear(width, classes)
         nn.init.zeros_(self.linear.weight)
+        if head_std:
+            nn.init.normal_(self.linear.weight, std=head_std, generator=torch.Generator().manual_seed(seed))
         nn.init.zeros_(self.linear.bias)
         for parameter in backbone.parameters():
             parameter.requires_grad_(not self.frozen)
@@ -142,7 +160,13 @@ def train_and_measure(
 
 
 def train_classifier(
-    session: Session, model: Classifier, source: Source, supervision: Supervision, *, size: int, state: TrainingState
+    session: EvalSession,
+    model: Classifier,
+    source: Source,
+    supervision: Supervision,
+    *,
+    size: int,
+    state: TrainingState,
 ) -> None:
     """Train a classifier in place; a stopped training resumes after the last completed epoch.
 
@@ -180,7 +204,7 @@ def train_classifier(
         smoothing = 0.0  # mixup's targets are smoothed
     loader = Loader(
         cached,
-        (train_view(size),),
+        (train_view(size, session.loaded.evaluation.interpolation),),
         order,
         device=device,
         ranks=world.ranks,

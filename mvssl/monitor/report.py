@@ -18,7 +18,7 @@ from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import read_jsonl
-from mvssl.runs.results import read_result
+from mvssl.runs.results import conditions_of, describe, read_result
 from mvssl.runs.summary import read_summary
 from mvssl.weights.backbone_file import loading_code
 from pipelines.files import write_whole
@@ -122,7 +122,7 @@ def _charts(recipe: Recipe, train: Sequence[Row], knn: Sequence[Row], speed: Seq
     losses = [name for name in (train[0] if train else {}) if name.startswith("loss/")]
     charts = [
         make_chart("Loss per task", {name.removeprefix("loss/"): _curve(train, name) for name in losses}),
-        make_chart("kNN top-1, %", {"top-1": _curve(knn, "top1", scale=100)}),
+        make_chart(f"kNN top-1, % ({_knn_conditions(recipe)})", {"top-1": _curve(knn, "top1", scale=100)}),
         make_chart("Learning rate", {"lr": _curve(train, "lr")}),
         None if recipe.method == "simsiam" else make_chart("EMA momentum", {"tau": _curve(train, "target_decay")}),
         make_chart("Standard deviation of the embeddings", {"std": _curve(train, "embedding_std")}),
@@ -144,10 +144,24 @@ def _curve(rows: Iterable[Row], name: str, *, scale: float = 1.0) -> Curve:
     return [(row["step"], scale * row[name]) for row in rows if row.get(name) is not None]
 
 
-def _evaluations(folder: RunFolder) -> list[tuple[str, str, Row]]:
-    """Evaluation, network and best result of the result files of mvssl-eval."""
+def _knn_conditions(recipe: Recipe) -> str:
+    evaluation = recipe.evaluation
+    known = {"resize": evaluation.resize, "crop": evaluation.crop, "interpolation": evaluation.interpolation}
+    return describe({**known, "network": "online"})
+
+
+def _evaluations(folder: RunFolder) -> list[tuple[str, str, Row, str]]:
+    """Evaluation, network, best result and conditions of the result files of mvssl-eval."""
     found = [read_result(path) for path in sorted(folder.evaluations.glob("*.json"))]
-    return [(held["evaluation"], held["network"], held["results"].get("best", held["results"])) for held in found]
+    return [
+        (
+            held["evaluation"],
+            held["network"],
+            held["results"].get("best", held["results"]),
+            describe(conditions_of(held)),
+        )
+        for held in found
+    ]
 
 
 def _recipe_fields(recipe: Recipe) -> tuple[list[list[str]], list[tuple[str, str]]]:

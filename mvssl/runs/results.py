@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class ResultFile:
         network: the network it is measured on, such as online or untrained.
         identity: JSON values on which the result depends; the same identity gives the same result.
         overwrite: whether to replace a result of another identity, and to measure again one of the same.
+        conditions: crop, network and so on, for people (`describe`).
     """
 
     folder: Path
@@ -32,6 +33,7 @@ class ResultFile:
     network: str
     identity: Mapping[str, Any]
     overwrite: bool = False
+    conditions: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -68,6 +70,7 @@ class ResultFile:
             "evaluation": self.evaluation,
             "network": self.network,
             "identity": dict(self.identity),
+            "conditions": dict(self.conditions),
             "results": dict(results),
             "environment": environment(),
         }
@@ -85,6 +88,29 @@ def read_result(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as a result of mvssl-eval ({error}): delete it, or choose another --out."
         ) from error
     raise InputError(f"{path} is no result of mvssl-eval: move it away, or choose another folder with --out.")
+
+
+def conditions_of(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The conditions of a result (`read_result`); of a file of an earlier version what its identity says."""
+    identity = result["identity"]
+    known: Mapping[str, Any] = result.get("conditions") or {
+        "interpolation": "bicubic",
+        "network": result["network"],
+        **{name: identity[name] for name in ("resize", "crop") if name in identity},
+    }
+    return known
+
+
+def describe(known: Mapping[str, Any]) -> str:
+    """Conditions in words: crop, network and start of the linear layer."""
+    words = []
+    if "resize" in known:
+        words.append(f"resize {known['resize']} ({known['interpolation']}), crop {known['crop']}")
+    network = known["network"]
+    words.append("the file's only network" if network == "only" else f"{network} network")
+    if "head_start" in known:
+        words.append(f"linear layer from {known['head_start']}")
+    return ", ".join(words)
 
 
 @contextmanager

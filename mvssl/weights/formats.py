@@ -102,6 +102,7 @@ class FoundNetwork:
     Attributes:
         format: name of the checkpoint format.
         network: online or target.
+        choice: whether files of this format hold both networks.
         backbone: tensors under timm's or torchvision's names.
         projector: tensors as in the file, without the prefix; empty if there are none.
         predictor: the same for the predictors.
@@ -110,6 +111,7 @@ class FoundNetwork:
 
     format: str
     network: Network
+    choice: bool
     backbone: Tensors
     projector: Tensors
     predictor: Tensors
@@ -146,6 +148,7 @@ def find_network(content: Mapping[str, Any], *, network: Network | None = None, 
         return FoundNetwork(
             format=known.name,
             network=choice,
+            choice=len(known.networks) > 1,
             backbone={name: value for name, value in inner.items() if not name.startswith(known.projector)},
             projector=projector,
             predictor=_head(tensors, known.predictor),

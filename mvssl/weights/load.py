@@ -25,7 +25,7 @@ from mvssl.weights.safe_pickle import Global, Inert
 from mvssl.weights.torch_file import read_torch_file
 from pipelines.checks import check_fields
 from pipelines.runtime import InputError
-from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD, Interpolation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class BackboneSource:
         untrained: the run's initial weights instead, or a random `arch`, as a baseline.
         resize: length in pixels to which the short side is resized; by default the run's, or 256.
         crop: side in pixels of the centre crop that follows; by default the run's, or 224.
+        interpolation: of the resize and of random crops: bicubic or bilinear; by default bilinear with --protocol
+            release, else the run's, or bicubic.
     """
 
     run: Path | None = None
@@ -51,6 +53,7 @@ class BackboneSource:
     untrained: bool = False
     resize: int | None = None
     crop: int | None = None
+    interpolation: Interpolation | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, with_class=False)
@@ -79,6 +82,7 @@ class LoadedBackbone:
         recipe: of the run, if there is one.
         folder: of the run, if there is one.
         about: origin of the weights, for people.
+        network: online, target or untrained; of a file with a single network, "only".
         digest: hash of all parameters and buffers, 16 hexadecimal digits.
     """
 
@@ -89,6 +93,7 @@ class LoadedBackbone:
     recipe: Recipe | None = None
     folder: RunFolder | None = None
     about: str = ""
+    network: str = "untrained"
     digest: str = ""
 
 
@@ -121,7 +126,12 @@ def load_backbone(source: BackboneSource) -> LoadedBackbone:
     return replace(
         loaded,
         backbone=loaded.backbone.eval(),
-        evaluation=replace(base, resize=resize, crop=source.crop or min(base.crop, resize)),
+        evaluation=replace(
+            base,
+            resize=resize,
+            crop=source.crop or min(base.crop, resize),
+            interpolation=source.interpolation or base.interpolation,
+        ),
         recipe=recipe,
         folder=folder,
         digest=_digest(loaded.architecture, loaded.backbone),
@@ -155,7 +165,12 @@ def _from_run(folder: RunFolder, recipe: Recipe, network: Network) -> LoadedBack
         where, about = saved.path, f"{network} network, step {saved.meta['step']}"
     load_tensors(backbone, tensors, recipe.backbone.name, str(where))
     return LoadedBackbone(
-        name=network, backbone=backbone, architecture=recipe.backbone.name, evaluation=recipe.evaluation, about=about
+        name=network,
+        backbone=backbone,
+        architecture=recipe.backbone.name,
+        evaluation=recipe.evaluation,
+        about=about,
+        network=network,
     )
 
 
@@ -197,7 +212,14 @@ def _from_file(source: BackboneSource, path: Path, recipe: Recipe | None) -> Loa
         if (tuple(config.mean), tuple(config.std)) != (IMAGENET_MEAN, IMAGENET_STD):
             backbone = _Renormalised(backbone, config.mean, config.std)
     about = f"{path.name}: {found.format}, {found.network} network"
-    return LoadedBackbone(name=path.stem, backbone=backbone, architecture=name, evaluation=evaluation, about=about)
+    return LoadedBackbone(
+        name=path.stem,
+        backbone=backbone,
+        architecture=name,
+        evaluation=evaluation,
+        about=about,
+        network=found.network if found.choice else "only",
+    )
 
 
 def _random_backbone(

@@ -20,7 +20,7 @@ from pipelines.storage.source import Source
 from pipelines.views.engine import ViewEngine
 from pipelines.views.reference.center import center_views
 from pipelines.views.sampling import draw
-from pipelines.views.spec import ViewSpec
+from pipelines.views.spec import Interpolation, ViewSpec
 
 _log = logging.getLogger("mvssl.data")
 _EXAMPLES = 3
@@ -35,6 +35,7 @@ def iterate_center(
     resize: int,
     crop: int,
     batch_size: int,
+    interpolation: Interpolation = "bicubic",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     decode: DecodeOptions | None = None,
@@ -52,6 +53,7 @@ def iterate_center(
         resize: short side before the crop, in pixels.
         crop: side of the centre crop, in pixels.
         batch_size: images per batch.
+        interpolation: of the resize.
         device: where the views are made and handed over.
         dtype: of the views.
         decode: decoder options; None for the defaults.
@@ -62,7 +64,7 @@ def iterate_center(
         InputError: a number is below 1, `resize` or `crop` does not suit `center_views`, an index does not exist; while
             iterating: no image could be decoded, the decoder fails, or the storage is damaged.
     """
-    make = partial(center_views, resize=resize, crop=crop, dtype=dtype)
+    make = partial(center_views, resize=resize, crop=crop, interpolation=interpolation, dtype=dtype)
     return _iterate(source, make, batch_size, device, decode, indices, prefetch)
 
 

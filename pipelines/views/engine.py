@@ -34,7 +34,7 @@ class ViewEngine:
         specs: V views.
         device: where the views are made.
         backend: "fused" (Triton, on CUDA), "native" (C, on the CPU), "reference" (plain torch, anywhere) or "auto":
-            the fastest available one.
+            the fastest available one; views that are not resized bicubically need reference.
         dtype: float32, bfloat16 or float16.
 
     Raises:
@@ -56,7 +56,13 @@ class ViewEngine:
             raise invalid("dtype", dtype, "float32, bfloat16 or float16", "choose one of these")
         self.specs = tuple(specs)
         self.device = as_device(device)
-        self.backend = choose_backend(backend, self.device)
+        other = next((spec for spec in self.specs if spec.interpolation != "bicubic"), None)
+        if other is not None and backend in ("fused", "native"):
+            raise InputError(
+                f"backend is {backend!r} but view {other.name!r} is resized {other.interpolation}, which only the "
+                "reference engine does: take backend 'auto' or 'reference'."
+            )
+        self.backend = choose_backend(backend if other is None else "reference", self.device)
         self._make_views = BACKENDS[self.backend]()
         self.dtype = dtype
 

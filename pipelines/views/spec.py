@@ -6,12 +6,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Literal
 
 from pipelines.checks import check_types
 from pipelines.runtime import InputError, invalid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Interpolation = Literal["bicubic", "bilinear"]
+"""How images are resized; always antialiased."""
+INTERPOLATIONS: tuple[Interpolation, ...] = ("bicubic", "bilinear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,7 @@ class ViewSpec:
         cutout: range of the box's fraction of the view area, filled with the ImageNet mean; None for no box.
         cutout_ratio: range of the box's width / height, sampled log-uniformly.
         is_target: whether the target network embeds this view, for the other views to predict.
+        interpolation: bicubic, or bilinear, for which only the slower reference engine has code.
     """
 
     name: str
@@ -58,6 +64,7 @@ class ViewSpec:
     cutout: tuple[float, float] | None = None
     cutout_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     is_target: bool = False
+    interpolation: Interpolation = "bicubic"
 
     def __post_init__(self) -> None:
         check_types(self, f"ViewSpec({self.name!r}).", tuples=False)
@@ -71,6 +78,8 @@ class ViewSpec:
         field = f"ViewSpec({self.name!r})."
         if not isinstance(self.size, int) or self.size < 8 or self.size % 8:
             raise invalid(f"{field}size", self.size, "a multiple of 8, at least 8", "round it, e.g. 224, 96 or 32")
+        if self.interpolation not in INTERPOLATIONS:
+            raise invalid(f"{field}interpolation", self.interpolation, "bicubic or bilinear", "choose one of these")
         for name in ("flip", "jitter_p", "grayscale", "blur", "solarize", "solarize_threshold"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise invalid(field + name, getattr(self, name), "between 0 and 1", "give a probability or fraction")

@@ -25,6 +25,27 @@ def test_crop_resize_is_the_same_bytes(size: int, area: tuple[float, float] | No
     assert worst((spec,), seed=size) < 1e-6  # far below 1/255: every byte is the same
 
 
+@pytest.mark.parametrize("size", [32, 96, 224])
+def test_bilinear_crops_are_torchvisions(size: int) -> None:
+    spec = ViewSpec(name="a", task="t", size=size, area=(0.08, 1.0), interpolation="bilinear", **(OFF | {"flip": 0.5}))
+    params = draw((spec,), BATCH.sizes, seed=4, epoch=0, index=BATCH.index)
+    engine = ViewEngine((spec,))
+    (views,) = engine(BATCH, params)
+    for view, image, box, flip in zip(views, IMAGES, params.crop[0].tolist(), params.flip[0].tolist(), strict=True):
+        pixels = torch.as_tensor(image).permute(2, 0, 1)
+        expected = v2.functional.resized_crop(pixels, *box, [size, size], v2.InterpolationMode.BILINEAR, antialias=True)
+        expected = expected.flip(2) if flip else expected
+        assert (unnormalised(view) - expected.double() / 255).abs().max() < 1e-6
+    assert engine.backend == "reference"
+    for backend in ("native", "fused"):
+        with pytest.raises(
+            InputError, match=f"backend is '{backend}' but view 'a' is resized bilinear, which only the"
+        ):
+            ViewEngine((spec,), backend=backend)
+    with pytest.raises(InputError, match=r"interpolation is 'nearest' but must be bicubic or bilinear"):
+        dataclasses.replace(spec, interpolation="nearest")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "on",
     [

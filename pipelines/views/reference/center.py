@@ -8,17 +8,26 @@ from torch import Tensor
 from pipelines.batch import DecodedBatch
 from pipelines.runtime import invalid
 from pipelines.views.reference import crop_resize, normalize
+from pipelines.views.spec import Interpolation
 
 _PANORAMA = 100  # long side over short side from which only the crop of the resized image is computed
 
 
-def center_views(batch: DecodedBatch, *, resize: int, crop: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """One centre crop per image, as torchvision's Resize (bicubic, antialiased) and CenterCrop.
+def center_views(
+    batch: DecodedBatch,
+    *,
+    resize: int,
+    crop: int,
+    interpolation: Interpolation = "bicubic",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """One centre crop per image, as torchvision's Resize (antialiased) and CenterCrop.
 
     Args:
         batch: N decoded images.
         resize: the short side becomes this many pixels.
         crop: side of the centre crop, at most `resize`.
+        interpolation: of the resize.
         dtype: of the views.
 
     Returns:
@@ -38,28 +47,30 @@ def center_views(batch: DecodedBatch, *, resize: int, crop: int, dtype: torch.dt
         tall, wide = resize * height // short, resize * width // short
         top, left = round((tall - crop) / 2), round((wide - crop) / 2)
         if max(height, width) < _PANORAMA * short:
-            resized = crop_resize.resize(image, tall, wide)  # [3, tall, wide]
+            resized = crop_resize.resize(image, tall, wide, interpolation)  # [3, tall, wide]
             pixels[n] = resized[:, top : top + crop, left : left + crop]
         else:
-            pixels[n] = _panorama(image, tall, wide, top=top, left=left, crop=crop)
+            pixels[n] = _panorama(image, tall, wide, interpolation, top=top, left=left, crop=crop)
     views = normalize.apply(normalize.to_float(pixels))  # float32 [N, 3, crop, crop]
     return views.to(dtype, memory_format=torch.channels_last)
 
 
-def _panorama(image: Tensor, tall: int, wide: int, *, top: int, left: int, crop: int) -> Tensor:
+def _panorama(
+    image: Tensor, tall: int, wide: int, interpolation: Interpolation, *, top: int, left: int, crop: int
+) -> Tensor:
     """The crop of uint8 [3, h, w] resized to [3, tall, wide], without computing the rest: uint8 [3, crop, crop].
 
     As torchvision on x86 CPUs, on every device: resizes the width first and rounds in between.
     """
     _, height, width = image.shape
     if width > height:
-        first, weights = part_weights(width, wide, start=left, count=crop)
+        first, weights = part_weights(width, wide, interpolation, start=left, count=crop)
         window = image[:, :, first : first + weights.shape[1]]  # [3, h, n]
         columns = _weighted_rows(window.mT, weights).mT  # [3, h, crop]
-        return crop_resize.resize(columns, tall, crop)[:, top : top + crop]
-    first, weights = part_weights(height, tall, start=top, count=crop)
+        return crop_resize.resize(columns, tall, crop, interpolation)[:, top : top + crop]
+    first, weights = part_weights(height, tall, interpolation, start=top, count=crop)
     window = image[:, first : first + weights.shape[1]]  # [3, n, w]
-    narrow = crop_resize.resize(window, window.shape[1], wide)[:, :, left : left + crop]
+    narrow = crop_resize.resize(window, window.shape[1], wide, interpolation)[:, :, left : left + crop]
     return _weighted_rows(narrow, weights)
 
 
@@ -70,14 +81,17 @@ def _weighted_rows(image: Tensor, weights: Tensor) -> Tensor:
 
 
 _A = -0.5  # of the cubic kernel with antialiasing, as in torch and Pillow
-_REACH = 2.0  # of the kernel to each side, in pixels of the coarser grid
+_REACH = {"bicubic": 2.0, "bilinear": 1.0}  # of the kernel to each side, in pixels of the coarser grid
 
 
-def part_weights(length: int, resized: int, *, start: int, count: int) -> tuple[int, Tensor]:
-    """Bicubic weights of pixels `start` to `start + count - 1` of an axis resized from `length` to `resized` pixels.
+def part_weights(
+    length: int, resized: int, interpolation: Interpolation = "bicubic", *, start: int, count: int
+) -> tuple[int, Tensor]:
+    """Weights of pixels `start` to `start + count - 1` of an axis resized from `length` to `resized` pixels.
 
     Args:
         length, resized: pixels of the whole axis before and after.
+        interpolation: bicubic or bilinear.
         start, count: which of the resized pixels.
 
     Returns:
@@ -86,10 +100,14 @@ def part_weights(length: int, resized: int, *, start: int, count: int) -> tuple[
     scale = length / resized
     stretch = max(scale, 1.0)  # antialiasing: the kernel widens when shrinking
     centers = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * scale  # [count], in source pixels
-    first = max(0, int(float(centers[0]) - _REACH * stretch))
-    last = min(length, int(float(centers[-1]) + _REACH * stretch) + 1)
+    reach = _REACH[interpolation] * stretch
+    first = max(0, int(float(centers[0]) - reach))
+    last = min(length, int(float(centers[-1]) + reach) + 1)
     sources = torch.arange(first, last, dtype=torch.float64) + 0.5  # [n]
     x = ((sources - centers[:, None]) / stretch).abs()  # [count, n]
+    if interpolation == "bilinear":
+        weights = (1 - x).clamp(min=0)
+        return first, weights / weights.sum(dim=1, keepdim=True)
     near = ((_A + 2) * x - (_A + 3)) * x * x + 1
     far = ((_A * x - 5 * _A) * x + 8 * _A) * x - 4 * _A
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.views.randomness import ATTEMPTS, Slot, random_box
-from pipelines.views.spec import ViewSpec
+from pipelines.views.spec import Interpolation, ViewSpec
 
 _CUDA_FACTOR = 32
 """Torch's antialiased CUDA kernel runs out of shared memory (48 KiB) when it shrinks by more than about 46."""
@@ -32,14 +32,17 @@ def sample(spec: ViewSpec, sizes: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return random_box(sizes, u[Slot.CROP : Slot.CROP + ATTEMPTS], area=spec.area, ratio=spec.ratio), flip
 
 
-def apply(images: Sequence[Tensor], crop: Tensor, flip: Tensor, size: int) -> Tensor:
-    """Crop, resize (bicubic, antialiased, rounded to uint8) and flip.
+def apply(
+    images: Sequence[Tensor], crop: Tensor, flip: Tensor, size: int, interpolation: Interpolation = "bicubic"
+) -> Tensor:
+    """Crop, resize (antialiased, rounded to uint8) and flip.
 
     Args:
         images: N images uint8 [H, W, 3].
         crop: int64 [N, 4] on the CPU.
         flip: bool [N] on the CPU.
         size: S.
+        interpolation: of the resize.
 
     Returns:
         uint8 [N, 3, S, S], channels-last.
@@ -54,21 +57,21 @@ def apply(images: Sequence[Tensor], crop: Tensor, flip: Tensor, size: int) -> Te
         views, images, crop.tolist(), flip.tolist(), strict=True
     ):
         window = image[top : top + height, left : left + width].permute(2, 0, 1)  # [3, h, w]
-        resized = resize(window, size, size)
+        resized = resize(window, size, size, interpolation)
         view.copy_(resized.flip(2) if mirror else resized)
     return views
 
 
-def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic antialiased resize of one uint8 image [3, h, w], as torchvision: uint8 [3, height, width].
+def resize(image: Tensor, height: int, width: int, interpolation: Interpolation = "bicubic") -> Tensor:
+    """Antialiased resize of one uint8 image [3, h, w], as torchvision: uint8 [3, height, width].
 
     On CUDA, an image that shrinks by more than 32 in a direction is resized on the CPU.
     """
     if image.device.type == "cuda" and max(image.shape[1] / height, image.shape[2] / width) > _CUDA_FACTOR:
-        return resize(image.cpu(), height, width).to(image.device)
+        return resize(image.cpu(), height, width, interpolation).to(image.device)
     native = image.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     source = image[None] if native else image[None].to(torch.float32)  # [1, 3, h, w]
-    resized = F.interpolate(source, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
+    resized = F.interpolate(source, size=(height, width), mode=interpolation, align_corners=False, antialias=True)
     if not native:  # cubic weights overshoot
         resized = resized.clamp_(0, 255).round_().to(torch.uint8)
     return resized[0]

@@ -49,7 +49,7 @@ def _make_view(
 
 def _operations(images: Sequence[Tensor], spec: ViewSpec, params: ViewParams) -> Tensor:
     """All operations in order: n images uint8 [H, W, 3] to float32 [n, 3, S, S]."""
-    pixels = crop_resize.apply(images, params.crop, params.flip, spec.size)  # uint8 [n, 3, S, S]
+    pixels = crop_resize.apply(images, params.crop, params.flip, spec.size, spec.interpolation)  # uint8 [n, 3, S, S]
     view = normalize.to_float(pixels)  # float32 [n, 3, S, S]
     view = cutout.apply(view, params.cutout)
     view = jitter.apply(view, params.jitter_on, params.jitter, params.jitter_order)

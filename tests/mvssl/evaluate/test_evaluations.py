@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from torchvision.transforms import v2
 
 from mvssl.cli import eval as eval_cli
 from mvssl.cli import features as features_cli
@@ -29,7 +30,7 @@ from mvssl.evaluate.finetune import labelled_share, listed_images
 from mvssl.evaluate.session import Session, check_labelled
 from mvssl.evaluate.supervised import Classifier, Supervision
 from mvssl.runs import checkpoint
-from mvssl.runs.results import read_result
+from mvssl.runs.results import conditions_of, describe, read_result
 from mvssl.weights.load import BackboneSource, load_backbone
 from pipelines.loader import Loader
 from pipelines.runtime import InputError
@@ -106,6 +107,81 @@ def test_every_result_is_computed_once(
     with pytest.raises(InputError, match=r"holds the result of another evaluation \(resize differ"):
         evaluate(*arguments, "--run", finished, "--out", out, *more)
     assert read_result(path) == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "words"),
+    [
+        (["knn", "--k", "1"], "knn", "resize 32 (bicubic), crop 32, online network"),
+        (["knn", "--k", "1", "--protocol", "release"], "knn-release", "resize 32 (bilinear), crop 32, online network"),
+        (["knn", "--k", "1", "--interpolation", "bilinear"], "knn", "resize 32 (bilinear), crop 32, online network"),
+        (["knn", "--k", "1", "--network", "target"], "knn", "resize 32 (bicubic), crop 32, target network"),
+        (["knn", "--k", "1", "--untrained"], "knn", "resize 32 (bicubic), crop 32, untrained network"),
+        (["linear", *FEW], "linear-fast", "resize 32 (bicubic), crop 32, online network, linear layer from zero"),
+        (
+            ["linear", "--protocol", "release", "--release.epochs", "1", "--release.batch-size", "8", "--resize", "40"],
+            "linear-release",
+            "resize 40 (bilinear), crop 32, online network, linear layer from normal(0, 0.01)",
+        ),
+        (
+            [
+                *("linear", "--protocol", "release", "--release.epochs", "1", "--interpolation", "bicubic"),
+                *("--release.batch-size", "8", "--release.head-std", "0"),
+            ],
+            "linear-release",
+            "resize 32 (bicubic), crop 32, online network, linear layer from zero",
+        ),
+        (["finetune", *SHORT, "--epochs", "1"], "finetune-100pct", "crop 32, online network, linear layer from zero"),
+    ],
+)
+def test_results_say_what_they_were_measured_with(
+    arguments: list[str], name: str, words: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(*arguments, "--run", finished, "--out", tmp_path) == 0
+    assert words in capsys.readouterr().out
+    (path,) = tmp_path.glob("*.json")
+    network = "target" if "target" in arguments else "untrained" if "--untrained" in arguments else "online"
+    assert path.name == f"{name}-{network}.json"
+    conditions = read_result(path)["conditions"]
+    assert describe(conditions).endswith(words)
+    assert conditions["interpolation"] == ("bilinear" if "bilinear" in words else "bicubic")
+    (summary,) = (summary for summary in summarise(tmp_path) if summary.results)
+    assert summary.conditions == (f"{name}: {describe(conditions)}",)
+    changed = {"evaluation": name, "network": network, "identity": {"resize": 9, "crop": 8}, "results": {}}
+    assert describe(conditions_of(changed)) == f"resize 9 (bicubic), crop 8, {network} network"  # an older file
+
+
+def test_bilinear_features_are_those_of_torchvisions_crops(finished: Path, images: Path) -> None:
+    loaded = load_backbone(BackboneSource(run=finished, resize=40, crop=32, interpolation="bilinear"))
+    source = open_source(images / "val")
+    found = extract_features(SESSION, loaded.backbone, source, loaded.evaluation)
+    transform = v2.Compose(
+        [
+            v2.Resize(40, v2.InterpolationMode.BILINEAR, antialias=True),
+            v2.CenterCrop(32),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    files = [images / "val" / source.key(index) for index in range(len(source))]
+    pixels = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1) for file in files]
+    with torch.no_grad():
+        expected = loaded.backbone(torch.stack([transform(image) for image in pixels]))
+    torch.testing.assert_close(found.values, expected, rtol=1e-3, atol=1e-3)
+    bicubic = extract_features(SESSION, loaded.backbone, source, load_backbone(BackboneSource(run=finished)).evaluation)
+    assert not torch.allclose(bicubic.values, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_the_linear_layer_starts_as_asked() -> None:
+    backbone = random_backbone("resnet18", seed=1)
+    one, same, other = (Classifier(backbone, 512, 1000, head_std=0.01, seed=seed).linear for seed in (0, 0, 1))
+    weights = one.weight.detach()
+    assert float(weights.std()) == pytest.approx(0.01, rel=0.01)
+    assert abs(float(weights.mean())) < 1e-4
+    assert torch.equal(one.weight, same.weight)
+    assert not torch.equal(one.weight, other.weight)
+    assert not one.bias.any()
+    assert not Classifier(backbone, 512, 10).linear.weight.any()
 
 
 def test_separable_images_are_learned(images: Path, finished: Path, tmp_path: Path) -> None:

@@ -104,6 +104,9 @@ def test_runs_from_before_summary_json_have_a_report(finished: Path, tmp_path: P
     assert "Undecodable images" not in page.text
 
 
+MEASURED = "resize 256 (bilinear), crop 224, target network, linear layer from zero"
+
+
 def test_a_report_shows_notes_tags_evaluations_and_undecodable_images(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
@@ -114,13 +117,23 @@ def test_a_report_shows_notes_tags_evaluations_and_undecodable_images(finished: 
     assert "None." in Page(render(RunFolder(run))).text
     summary["bad_images"] = {f"<{n}>.jpg": "truncated" for n in range(60)}
     (run / "summary.json").write_text(json.dumps(summary))
-    result = {"evaluation": "linear", "network": "online", "identity": {}}
+    conditions = {"resize": 256, "crop": 224, "interpolation": "bilinear", "network": "target", "head_start": "zero"}
+    result = {"evaluation": "linear", "network": "online", "identity": {}, "conditions": conditions}
     result["results"] = {"top1": 0.5, "top1_interval_95": [0.25, 0.75]}
     (run / "eval").mkdir()
     (run / "eval/linear-online.json").write_text(json.dumps(result))
     text = Page(render(RunFolder(run))).text
-    for words in ("first & best", "a<b", "mine", "<49>.jpg: truncated", "60 images", "50.00 %", "25.0 to 75.0 %"):
+    for words in (
+        "first & best",
+        "a<b",
+        "mine",
+        "<49>.jpg: truncated",
+        "60 images",
+        "50.00 %",
+        "25.0 to 75.0 %",
+    ):
         assert words in text, words
+    assert MEASURED in text
     assert "<50>.jpg" not in text
     (run / "summary.json").write_text("{}")
     with pytest.raises(InputError, match=r"summary\.json is damaged .*: delete it"):
