@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from pipelines.c_library import error_line
+
 _COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "triton")
 _NAMED_LAYERS = 3  # named in a message; a fused kernel may hold many
 _TOOLS = (  # what the type or text of an exception contains if a tool is missing, and the fix
@@ -23,6 +25,10 @@ _TOOLS = (  # what the type or text of an exception contains if a tool is missin
     ("TritonUnavailableError", "Install the triton package that this version of torch asks for"),
     ("GPUTooOldForTriton", "Triton needs a GPU of compute capability 7.0 or more"),
 )
+_COMPILER_ERROR = re.compile(r"\b(error|fatal)\s*:", re.IGNORECASE)
+_RAISED = re.compile(r"[\w.]*(Error|Exception|Failure|Failed|Unsupported\w*)\b")  # begins the last line of a traceback
+_TRACEBACK = "Traceback (most recent call last)"
+_TRITON_PLACE = re.compile(r"\bat \d+:\d+:$")  # ends Triton's headline, which the kernel's source and the reason follow
 _HINT = "Set TORCHDYNAMO_VERBOSE"
 _OTHERWISE = "This is a bug of torch.compile or an unsupported layer"
 
@@ -49,11 +55,36 @@ def describe(error: Exception, modules: Iterable[nn.Module]) -> tuple[str, str]:
         error: one for which `is_compile_error` is true.
         modules: the modules whose layers are named.
     """
-    reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2]).partition(_HINT)[0]
     text = " ".join(f"{type(link).__name__}: {link}" for link in _chain(error))
     tool = next((remedy for sign, remedy in _TOOLS if sign in text), None)
     where = "" if tool else _place(error, modules)
-    return f"{where} ({type(error).__name__}: {reason.strip()})".strip(), tool or _OTHERWISE
+    return f"{where} ({type(error).__name__}: {_reason(error)})".strip(), tool or _OTHERWISE
+
+
+def _reason(error: Exception) -> str:
+    """One line: the headline of an exception, and the line of a compiler's output or traceback that names the error."""
+    headline, *rest = _lines(str(error).partition(_HINT)[0]) or [""]
+    rest += [line for link in _chain(error) for line in _lines(_output(link))]  # of a compiler that was run
+    raised = [line for line in rest if _RAISED.match(line)]
+    if any(_COMPILER_ERROR.search(line) for line in rest):
+        detail = error_line("\n".join(line for line in rest if not _RAISED.match(line)))
+    elif rest and any(_TRITON_PLACE.search(line) for line in (headline, *raised)):
+        detail = rest[-1]  # what precedes it is the kernel's source
+    elif raised and _TRACEBACK in "\n".join(rest):
+        detail = raised[-1]
+    else:
+        return " ".join([headline, *rest[:1]])
+    return headline if detail in headline else f"{headline.rstrip(':')}: {detail}"
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _output(error: BaseException) -> str:
+    """What a program wrote that failed, of `subprocess.CalledProcessError`."""
+    texts = (getattr(error, name, None) for name in ("stderr", "output"))
+    return "\n".join(text.decode(errors="replace") if isinstance(text, bytes) else str(text) for text in texts if text)
 
 
 def _place(error: Exception, modules: Iterable[nn.Module]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import re
 import shutil
@@ -297,6 +298,56 @@ def test_a_missing_tool_has_its_remedy(error: Exception, remedy: str) -> None:
     told, said = describe(InductorError(error, None), [])
     assert told.startswith("(InductorError: ")
     assert remedy in said
+
+
+def kernel_of_triton() -> Exception:
+    """Triton's own error about a kernel's source, as it is shown."""
+    from triton.compiler.errors import CompilationError
+
+    node = ast.parse("def kernel(x):\n    y = x + nowhere\n").body[0]
+    error: Exception = CompilationError(
+        "def kernel(x):\n    y = x + nowhere\n", node, "NameError('nowhere is not defined')"
+    )
+    return error
+
+
+GCC = "In file included from a.h:1:\na.cpp: In function 'kernel':\na.cpp:12:3: error: 'omp' was not declared\nexiting"
+PTXAS = (
+    "PTXAS error: Internal Triton PTX codegen error\n`ptxas` stderr:\nptxas /tmp/a.ptx, line 5; fatal   : Unknown\n\n"
+    "Repro command: ptxas -v"
+)
+IN_A_WORKER = (
+    "An exception occurred in a subprocess:\n\nTraceback (most recent call last):\n  File 'x', line 1, in f\n    f()\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (CppCompileError(["g++", "a.cpp"], GCC), "C++ compile error: a.cpp:12:3: error: 'omp' was not declared)"),
+        (RuntimeError(PTXAS), "Internal Triton PTX codegen error: ptxas /tmp/a.ptx, line 5; fatal   : Unknown)"),
+        (RuntimeError(f"{IN_A_WORKER}ValueError: no such layout"), "in a subprocess: ValueError: no such layout)"),
+        (RuntimeError(f"{IN_A_WORKER}triton.PTXASError: {PTXAS}"), "ptxas /tmp/a.ptx, line 5; fatal   : Unknown)"),
+        (
+            subprocess.CalledProcessError(1, ["gcc"], stderr=b"a.c:1: warning: odd\na.c:2: error: Python.h: none\n"),
+            "exit status 1.: a.c:2: error: Python.h: none)",
+        ),
+        (RuntimeError("first\n  Explanation: second\n  third"), "RuntimeError: first Explanation: second)"),
+        (RuntimeError(""), "(InductorError: RuntimeError:)"),
+    ],
+    ids=["g++", "ptxas", "worker", "ptxas in a worker", "Triton's gcc", "Dynamo", "silent"],
+)
+def test_the_reason_is_the_line_with_the_error(error: Exception, reason: str) -> None:
+    told, _ = describe(InductorError(error, None), [])
+    assert told.endswith(reason), told
+    assert "\n" not in told
+
+
+def test_the_reason_of_tritons_compiler_is_below_the_kernel() -> None:
+    pytest.importorskip("triton")
+    for error in (kernel_of_triton(), RuntimeError(f"{IN_A_WORKER}triton.CompilationError: {kernel_of_triton()}")):
+        told, _ = describe(InductorError(error, None), [])
+        assert told.endswith("NameError('nowhere is not defined'))"), told
 
 
 @compiler
