@@ -218,7 +218,7 @@ def _trials(
 
     def trial(loading: bool) -> dict[str, Any]:
         cuda = device.type == "cuda"
-        with explain_out_of_memory() if cuda else nullcontext():
+        with explain_out_of_memory(setup.recipe, Execution()) if cuda else nullcontext():
             if not found:
                 prepare()
             if cuda:

@@ -163,7 +163,10 @@ def timed(
     cuda = setup.device == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    with explain_out_of_memory(), closing(IdleSampler(torch.device(setup.device))) as sampler:
+    with (
+        explain_out_of_memory(setup.recipe, setup.execution),
+        closing(IdleSampler(torch.device(setup.device))) as sampler,
+    ):
         for _ in range(lead):
             train(next(batches), next(number))
         wait()

@@ -52,21 +52,26 @@ def resolve_device(name: str, *, local_rank: int | None = None) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def computed_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """The precision on a device: auto is bf16 on CUDA and fp32 elsewhere."""
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return precision
+
+
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype on a device, None for float32; auto is bf16 on CUDA and fp32 elsewhere.
+    """The autocast dtype of `computed_precision`, None for float32.
 
     Raises:
         InputError: fp16 without a CUDA device.
     """
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else None
     if precision == "fp16" and device.type != "cuda":
         raise InputError(
             f"Recipe.precision is 'fp16' but must be fp32 or bf16 on a {device.type} device, where fp16 is slow and "
             "has no gradient scaler: set precision to fp32, or train on a GPU.",
             field="Recipe.precision",
         )
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[computed_precision(precision, device)]
 
 
 def check_bf16_on_cpu(backbone: nn.Module, sizes: Iterable[int]) -> None:

@@ -41,15 +41,12 @@ def flatten(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield name, value
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The fields in which two plain recipes differ, e.g. ``epochs: 10 -> 20``."""
+def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of each dotted field in which two plain recipes differ."""
     was, now = dict(flatten(old)), dict(flatten(new))
     absent = "(absent)"
-    return [
-        f"{name}: {was.get(name, absent)!r} -> {now.get(name, absent)!r}"
-        for name in dict.fromkeys([*was, *now])
-        if was.get(name, absent) != now.get(name, absent)
-    ]
+    values = {name: (was.get(name, absent), now.get(name, absent)) for name in dict.fromkeys([*was, *now])}
+    return {name: (before, after) for name, (before, after) in values.items() if before != after}
 
 
 def from_dict(plain: Mapping[str, Any], *, null_word: str | None = None) -> Recipe:

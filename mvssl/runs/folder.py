@@ -7,15 +7,15 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mvssl.config.recipe import Recipe
-from mvssl.config.serialize import differences, from_dict, to_dict
+from mvssl.config.serialize import from_dict, to_dict
+from mvssl.runs.changes import record_changes, resumed_recipe
 from mvssl.runs.environment import environment
 from pipelines.files import locked, sync_files, sync_folder, write_whole
-from pipelines.runtime import InputError, invalid
+from pipelines.runtime import InputError
 
 logger = logging.getLogger("mvssl")
 
@@ -140,38 +140,30 @@ class RunFolder:
             field="out",
         )
 
-    def check_same_recipe(self, recipe: Recipe, *, extend: bool = False) -> None:
-        """Check that a resumed run has the recipe it was started with, or with `extend` that recipe for more epochs.
+    def check_same_recipe(self, recipe: Recipe, *, extend: bool = False) -> Recipe:
+        """The recipe with which the run resumes; see `resumed_recipe`.
 
         Raises:
-            InputError: it differs; the message names the fields.
+            InputError: it differs in what may not change; the message names the fields.
         """
-        begun = self.recipe()
-        if recipe.epochs != begun.epochs and to_dict(replace(recipe, epochs=begun.epochs)) == to_dict(begun):
-            if not extend:
-                raise InputError(
-                    f"The run in {self.path} was started for {begun.epochs} epochs and not {recipe.epochs}: leave "
-                    "--epochs out to finish it as it is, or add --extend to train it for more."
-                )
-            if recipe.epochs < begun.epochs:
-                raise invalid("epochs", recipe.epochs, f"more than the {begun.epochs} of the run", "raise --epochs")
-            return
-        changed = differences(to_dict(begun), to_dict(recipe))
-        if changed:
-            raise InputError(
-                f"The run in {self.path} was started with another recipe ({'; '.join(changed)}): resume it with the "
-                "same recipe and overrides, or start a new run with another --out (--init-from loads its weights)."
-            )
+        return resumed_recipe(self.recipe(), recipe, extend=extend, run=str(self.path))
 
-    def extend(self, recipe: Recipe) -> int | None:
-        """Record `recipe` as the run's if it has more epochs than before, and return the earlier number of epochs."""
-        begun = self.recipe()
-        if recipe.epochs == begun.epochs:
-            return None
-        options = self.options()
-        options.setdefault("earlier_epochs", []).append(begun.epochs)
-        write_json(self.config, {"recipe": to_dict(recipe), "options": options})
-        return begun.epochs
+    def update(self, recipe: Recipe, *, before: Recipe, step: int) -> int | None:
+        """Record the recipe of a resumed run, and what changes; its earlier number of epochs, if that changes.
+
+        Args:
+            recipe: of the steps from `step` on.
+            before: of the steps before.
+            step: number of steps done.
+        """
+        begun, earlier = self.recipe(), self.options()
+        options = record_changes(earlier, before, recipe, step=step)
+        extended = recipe.epochs != begun.epochs
+        if extended:
+            options["earlier_epochs"] = [*options.get("earlier_epochs", ()), begun.epochs]
+        if recipe != begun or options != earlier:
+            write_json(self.config, {"recipe": to_dict(recipe), "options": options})
+        return begun.epochs if extended else None
 
     def restore_config(self) -> None:
         """Write config.json again from the copy in a checkpoint, if it is damaged or lost."""

@@ -279,7 +279,7 @@ class StepGraph:
         except CaptureFailed as error:
             raise InputError(
                 f"cuda_graph is {'on' if self._asked else 'auto'!r} but must be 'off' for this step, which cannot be "
-                f"recorded ({error}): start again with --cuda-graph off."
+                f"recorded ({error}): continue with --resume and --cuda-graph off."
             ) from error
         except Exception as error:
             reason = describe(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mvssl.config.device import resolve_device
+from mvssl.config.device import computed_precision, resolve_device
 from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Recipe
-from mvssl.config.serialize import to_dict
+from mvssl.config.serialize import from_dict, to_dict
 from mvssl.distributed import World
 from mvssl.evaluate.online_knn import check_knn_data, scorable
 from mvssl.runs import checkpoint
+from mvssl.runs.changes import Computed
 from mvssl.runs.data_record import DataRecord
 from mvssl.runs.folder import RunFolder
 from mvssl.training.compile import keep_compiled_code
@@ -45,12 +46,14 @@ class Position:
         metrics_bytes: size of metrics.jsonl at that point; what a killed run wrote beyond it is cut off.
         evaluated: False if the evaluation due after this step is still to be done.
         buffer: `MetricBuffer.state_dict`, the metrics that are not logged yet; None for a new run.
+        before: how the steps so far were computed; None for a new run.
     """
 
     step: int = 0
     metrics_bytes: int = 0
     evaluated: bool = True
     buffer: dict[str, Any] | None = None
+    before: Computed | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,12 @@ class Experiment:
         """Optimiser steps of the whole run."""
         return self.recipe.epochs * self.order.steps_per_epoch
 
+    @property
+    def computed(self) -> Computed:
+        """How steps are computed."""
+        precision = computed_precision(self.recipe.precision, self.device)
+        return Computed(recipe=self.recipe, precision=precision, ranks=self.world.size)
+
     def save(self, folder: RunFolder, position: Position) -> None:
         """Write a checkpoint, then the exported backbone. If that fails, earlier checkpoints are untouched."""
         checkpoint.save(
@@ -99,6 +108,8 @@ class Experiment:
             meta={
                 "recipe": to_dict(self.recipe),
                 "options": folder.options(),  # with the recipe a copy of config.json
+                "precision": self.computed.precision,
+                "ranks": self.world.size,
                 "data": self.source.fingerprint,
                 "metrics_bytes": position.metrics_bytes,
                 "evaluated": position.evaluated,
@@ -124,6 +135,16 @@ class Experiment:
             metrics_bytes=int(saved.meta["metrics_bytes"]),
             evaluated=bool(saved.meta["evaluated"]),
             buffer=saved.state["window"],
+            before=self._computed_before(saved.meta),
+        )
+
+    def _computed_before(self, meta: Mapping[str, Any]) -> Computed:
+        """How the steps of a checkpoint were computed; as now, if a version that did not record it has written it."""
+        recipe = from_dict(meta["recipe"])
+        return Computed(
+            recipe=recipe,
+            precision=meta.get("precision", computed_precision(recipe.precision, self.device)),
+            ranks=meta.get("ranks", self.world.size),
         )
 
     def _check_other_form(self, folder: RunFolder) -> None:

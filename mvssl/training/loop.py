@@ -45,7 +45,9 @@ class Loop:
         experiment, world, total = self.experiment, self.experiment.world, self.experiment.total_steps
         steps_per_epoch = experiment.order.steps_per_epoch
         if not self.evaluated:  # the run was stopped during the evaluation
-            self.evaluate()
+            self.evaluated = not experiment.evaluates
+            if experiment.evaluates:  # unless the recipe has no evaluations by now
+                self.evaluate()
             self.save()
         stopped_by = self.stop.agree()
         while self.step < total and not stopped_by:

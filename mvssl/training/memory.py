@@ -11,8 +11,9 @@ import torch
 
 from mvssl.config.options import Execution
 from mvssl.config.recipe import Recipe
+from mvssl.methods import get_method
 from mvssl.training.cuda_graph import wants_capture
-from mvssl.training.step import TrainStep
+from mvssl.training.step import TrainStep, needs_target_network
 from pipelines.runtime import InputError
 
 MULTIPLE = 32
@@ -26,16 +27,43 @@ _USABLE_WITH_GRAPH = 0.8
 
 
 @contextmanager
-def explain_out_of_memory() -> Iterator[None]:
-    """Turn CUDA's out-of-memory error into an `InputError` with the remedies."""
+def explain_out_of_memory(
+    recipe: Recipe, execution: Execution, *, ranks: int = 1, begun: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Turn CUDA's out-of-memory error into an `InputError` with the remedies.
+
+    Args:
+        recipe: of the run.
+        execution: of its steps.
+        ranks: number of processes.
+        begun: whether the run folder exists by now, so that the command needs --resume.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
+        words = remedies(recipe, execution, ranks=ranks)
+        command = "continue with --resume and " if begun() else "add "
+        smaller = "lower --batch-size, which takes a new run"
         raise InputError(
-            f"The GPU's memory is full ({str(error).splitlines()[0]}): add --step-mode per-view, which processes one "
-            "view at a time, or --accumulate 2, which splits the batch into micro-batches, or lower --batch-size; "
-            "--cuda-graph off frees memory between steps; --dry-run shows how much memory a recipe takes."
+            f"The GPU's memory is full ({str(error).splitlines()[0]}): "
+            + (f"{command}{', or '.join(words)}, or {smaller}" if words else smaller)
+            + "; --dry-run shows how much memory a recipe takes."
         ) from error
+
+
+def remedies(recipe: Recipe, execution: Execution, *, ranks: int) -> list[str]:
+    """Options that take less memory than these and that a resumed run may have, each with what it does."""
+    words = []
+    if execution.step_mode == "joint" and sum(view.task is not None for view in recipe.views) > 1:
+        words.append("--step-mode per-view, which processes one view at a time")
+    method = get_method(recipe.method)
+    images = recipe.batch_size // ranks
+    splits = [n for n in range(recipe.accumulate + 1, images // 2 + 1) if images % n == 0]
+    if splits and (method.keys != "all" or needs_target_network(recipe, method)):
+        words.append(f"--accumulate {splits[0]}, which splits the batch into micro-batches")
+    if execution.cuda_graph != "off":
+        words.append("--cuda-graph off, which frees memory between steps")
+    return words
 
 
 def peak_step_memory(recipe: Recipe, execution: Execution, device: torch.device, *, images: int) -> int | None:

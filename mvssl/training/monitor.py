@@ -145,8 +145,8 @@ class Monitor:
         self.buffer.average(experiment.world)
         if scaler.is_enabled() and scaler.get_scale() < _SMALLEST_SCALE:
             raise Diverged(
-                f"By step {step} nearly all fp16 gradients had overflowed (loss scale {scaler.get_scale():g}): use "
-                "--precision bf16 or fp32, or lower --optimizer.base-lr, and start again."
+                f"By step {step} nearly all fp16 gradients had overflowed (loss scale {scaler.get_scale():g}): "
+                f"{_remedy(experiment)}."
             )
         failure = self.buffer.non_finite(last_step=step, gradients=not scaler.is_enabled())
         if failure is None:
@@ -167,7 +167,7 @@ class Monitor:
             )
         raise Diverged(
             f"The loss or gradient of step {failure.step} is not finite; {self._folder.failure} lists its images, and "
-            "earlier checkpoints are untouched: lower --optimizer.base-lr, or use --precision fp32, and start again."
+            f"earlier checkpoints are untouched: {_remedy(experiment)}."
         )
 
     @contextmanager
@@ -277,8 +277,16 @@ def check_weights(experiment: Experiment, step: int) -> None:
     if not bool(norms.isfinite().all()):
         raise Diverged(
             f"The weights after step {step} are not finite, so they are not saved; earlier checkpoints are untouched: "
-            "lower --optimizer.base-lr, or use --precision fp32, and start again."
+            f"{_remedy(experiment)}."
         )
+
+
+def _remedy(experiment: Experiment) -> str:
+    """What to do about a run that diverged; a resumed run may have another precision but no other learning rate."""
+    lower = "start again with a lower --optimizer.base-lr"
+    if experiment.computed.precision == "fp32":
+        return lower
+    return f"{lower}, or continue with --resume and --precision fp32"
 
 
 @dataclass(kw_only=True)
@@ -337,6 +345,7 @@ class MetricBuffer:
         self._rows: list[Tensor] = []  # each [2 + T]: gradient norm, total loss, loss of each task
         self._index: list[Tensor] = []  # each int64 [B]
         self._averaged = 0  # rows already averaged over the ranks
+        self._loaded = 0  # rows of a checkpoint, checked before it was saved, maybe in another precision
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -368,7 +377,7 @@ class MetricBuffer:
             return None
         rows = self.rows()
         checked = rows if gradients else rows[:, 1:]
-        bad = (~checked.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        bad = [row for row in (~checked.isfinite().all(dim=1)).nonzero().flatten().tolist() if row >= self._loaded]
         if not bad:
             return None
         first = bad[0]
@@ -383,7 +392,7 @@ class MetricBuffer:
         """Empty the buffer."""
         self._rows.clear()
         self._index.clear()
-        self._averaged = 0
+        self._averaged = self._loaded = 0
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint between two log points; the rows must be averaged."""
@@ -393,4 +402,4 @@ class MetricBuffer:
         """Restore `state_dict`."""
         self._rows = [row.to(device) for row in state["rows"]]
         self._index = list(state["index"])
-        self._averaged = len(self._rows)
+        self._averaged = self._loaded = len(self._rows)

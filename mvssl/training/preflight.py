@@ -43,7 +43,7 @@ def dry_run(recipe: Recipe, options: RunOptions, console: Console) -> None:
         if options.out is None:
             return
         if options.resume:
-            RunFolder(options.out).check_same_recipe(recipe)
+            RunFolder(options.out).check_same_recipe(recipe, extend=options.extend)
         elif options.out.exists() and not options.overwrite:
             note = f"note: {options.out} exists; the real run will need --resume or --overwrite"
             console.print(note, highlight=False)
@@ -213,8 +213,8 @@ def open_trial(
         world = stack.enter_context(join_world(cuda=device.type == "cuda"))
         console = console if world.is_rank0 else Console(quiet=True)
         world.run_on_rank0(lambda: check(console))
+        stack.enter_context(explain_out_of_memory(recipe, options, ranks=world.size))
         experiment = stack.enter_context(open_experiment(recipe, options, console, world))
-        stack.enter_context(explain_out_of_memory())
         taken = init_from(experiment.step.online, experiment.step.target, recipe, options.init_from)
         if taken is not None:
             console.print(taken, highlight=False, markup=False, soft_wrap=True)

@@ -7,7 +7,8 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mvssl.distributed import join_world, process_local_rank
 from mvssl.monitor.pictures import write_view_sheet
 from mvssl.monitor.report import write_report
 from mvssl.optim.schedule import learning_rate
+from mvssl.runs.changes import describe_changes
 from mvssl.runs.data_record import DataRecord
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import read_jsonl
@@ -120,20 +122,25 @@ def _run(recipe: Recipe, options: RunOptions, out: Path, console: Console | None
     with join_world(cuda=device.type == "cuda") as world:
         console = (console or Console(file=steady(sys.stdout))) if world.is_rank0 else Console(quiet=True)
         with ExitStack() as stack:
-            world.run_on_rank0(lambda: _claim(folder, recipe, options, stack))
+            asked, recipe = recipe, world.run_on_rank0(partial(_claim, folder, recipe, options, stack))
             if world.is_rank0:
                 stack.callback(folder.sync)
-            experiment = stack.enter_context(open_experiment(recipe, options, console, world))
-            position, earlier_epochs, weights = _start_or_resume(experiment, folder)
+            with explain_out_of_memory(recipe, options, ranks=world.size, begun=folder.config.exists):
+                experiment = stack.enter_context(open_experiment(recipe, options, console, world))
+            start = _start_or_resume(experiment, folder)
+            position = start.position
             seconds = None if options.time is None else parse_time(options.time) - (time.monotonic() - began)
             with run_log(folder.log, console, rank=world.rank), StopRequest(world, seconds=seconds) as stop:
-                _announce(experiment, folder, position.step, earlier_epochs)
-                if weights is not None:
-                    logger.info("%s", weights)
+                _announce(experiment, folder, start)
+                if asked != recipe:
+                    logger.info("the run keeps the names that it was started with: %s", recipe.name)
                 if position.step == 0:
                     images = experiment.order.permutation(0)[:4]
                     world.run_on_rank0(lambda: write_view_sheet(recipe, experiment.source, images, folder.views))
-                with explain_out_of_memory(), Monitor(experiment, folder, console, position) as monitor:
+                with (
+                    explain_out_of_memory(recipe, options, ranks=world.size, begun=folder.config.exists),
+                    Monitor(experiment, folder, console, position) as monitor,
+                ):
                     loop = Loop(experiment, folder, position, monitor, stop)
                     try:
                         loop.run()
@@ -143,8 +150,8 @@ def _run(recipe: Recipe, options: RunOptions, out: Path, console: Console | None
                     return _conclude(loop)
 
 
-def _claim(folder: RunFolder, recipe: Recipe, options: RunOptions, stack: ExitStack) -> None:
-    """Lock the run folder, created if need be, and check that the run may start or resume in it.
+def _claim(folder: RunFolder, recipe: Recipe, options: RunOptions, stack: ExitStack) -> Recipe:
+    """Lock the run folder, created if need be, and check that the run may start or resume in it; the run's recipe.
 
     Nothing in the folder is touched before it is locked, and no work is done before it is checked.
     """
@@ -153,43 +160,71 @@ def _claim(folder: RunFolder, recipe: Recipe, options: RunOptions, stack: ExitSt
         for images in filter(None, (train, options.val or found)):
             check_outside(folder.path, images, field="out")
 
-    def check() -> None:
+    def check() -> Recipe:
         if options.resume:
-            folder.check_same_recipe(recipe, extend=options.extend)
-        else:
-            folder.check_free(overwrite=options.overwrite)
+            return folder.check_same_recipe(recipe, extend=options.extend)
+        folder.check_free(overwrite=options.overwrite)
+        return recipe
 
     check()  # creates nothing where nothing may be written
     stack.enter_context(folder.claim())
-    check()  # again: another process may have been here before the lock was ours
+    recipe = check()  # again: another process may have been here before the lock was ours
     if options.resume:
         folder.restore_config()
+    return recipe
 
 
-def _start_or_resume(experiment: Experiment, folder: RunFolder) -> tuple[Position, int | None, str | None]:
-    """Restore the run in the folder, or create the folder of a new one.
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """Where a run starts or resumes.
 
-    Returns the position; if the run is being extended, its earlier number of epochs; and what was taken from the
-    weights that it starts from, if it does.
+    Attributes:
+        position: where it stands.
+        earlier_epochs: number of epochs before it was extended; None if it is not.
+        notes: what the user should know of it, for the log.
     """
+
+    position: Position
+    earlier_epochs: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _start_or_resume(experiment: Experiment, folder: RunFolder) -> _Start:
+    """Restore the run in the folder, or create the folder of a new one."""
     recipe, options, world = experiment.recipe, experiment.options, experiment.world
-    earlier_epochs = world.run_on_rank0(lambda: folder.extend(recipe)) if options.resume else None
     if options.resume and world.run_on_rank0(folder.has_checkpoint):
-        return experiment.restore(folder), earlier_epochs, None
+        return _resume(experiment, folder, experiment.restore(folder))
     # A run that was stopped before its first checkpoint starts again.
     weights = world.run_on_rank0(lambda: folder.option("init_from")) if options.resume else options.init_from
     taken = init_from(experiment.step.online, experiment.step.target, recipe, weights)
-    if not options.resume:
-        plain = {  # absolute paths, so that they hold in any working directory
-            name: str(value.resolve()) if isinstance(value, Path) else value for name, value in asdict(options).items()
-        }
-        world.run_on_rank0(lambda: folder.create(recipe, plain, overwrite=options.overwrite))
-        world.run_on_rank0(lambda: DataRecord.of(experiment.source).save(folder.data))
-    return Position(), earlier_epochs, taken
+    notes = () if taken is None else (taken,)
+    if options.resume:
+        begun = replace(experiment.computed, recipe=world.run_on_rank0(folder.recipe))
+        return _resume(experiment, folder, Position(before=begun), notes=notes)
+    plain = {  # absolute paths, so that they hold in any working directory
+        name: str(value.resolve()) if isinstance(value, Path) else value for name, value in asdict(options).items()
+    }
+    world.run_on_rank0(lambda: folder.create(recipe, plain, overwrite=options.overwrite))
+    world.run_on_rank0(lambda: DataRecord.of(experiment.source).save(folder.data))
+    return _Start(position=Position(), notes=notes)
 
 
-def _announce(experiment: Experiment, folder: RunFolder, step: int, earlier_epochs: int | None) -> None:
+def _resume(experiment: Experiment, folder: RunFolder, position: Position, *, notes: tuple[str, ...] = ()) -> _Start:
+    """Record what changes from this position on, if the run is not finished."""
+    before, step = position.before, position.step
+    if before is None:
+        return _Start(position=position, notes=notes)
+    batchnorm = any(name.endswith("running_mean") for name, _ in experiment.step.online.named_buffers())
+    changes = describe_changes(before, experiment.computed, step=step, batchnorm=batchnorm)
+    if changes and step == experiment.total_steps and position.evaluated:
+        return _Start(position=position, notes=("the run is finished, so that changes of its recipe have no effect",))
+    earlier = experiment.world.run_on_rank0(lambda: folder.update(experiment.recipe, before=before.recipe, step=step))
+    return _Start(position=position, earlier_epochs=earlier, notes=(*notes, *changes))
+
+
+def _announce(experiment: Experiment, folder: RunFolder, start: _Start) -> None:
     """Log what is about to run."""
+    step, earlier_epochs = start.position.step, start.earlier_epochs
     recipe, order, ranks = experiment.recipe, experiment.order, experiment.world.size
     per_rank = f" ({recipe.batch_size // ranks} on each of {ranks} processes)" if ranks > 1 else ""
     logger.info(
@@ -223,7 +258,7 @@ def _announce(experiment: Experiment, folder: RunFolder, step: int, earlier_epoc
             "sequential views, slower than batched ones: %s has batch statistics that cannot be computed per view",
             experiment.step.view_by_view,
         )
-    for note in experiment.notes:
+    for note in (*start.notes, *experiment.notes):
         logger.info("%s", note)
     if recipe.evaluation.every_epochs and not experiment.evaluates:
         logger.info("collapse is still detected, by the embeddings' standard deviation and effective rank")

@@ -366,7 +366,8 @@ class TrainStep:
             self.target.load_state_dict(state["target"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # optimisers keep the tensors they are given
         rates_to_device(self.optimizer, self.recipe.optimizer)
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty if the steps before were not in fp16
+            self.scaler.load_state_dict(state["scaler"])
 
     def _discard_gradients(self) -> None:
         """Clear what a failed recording left behind in Python; none of it ran on the device."""
@@ -511,12 +512,19 @@ def _check_batch(recipe: Recipe, world: World) -> None:
             "Recipe.batch_size",
             recipe.batch_size,
             f"a multiple of {world.size} ranks times {recipe.accumulate} micro-batches (accumulate)",
-            "give each rank and micro-batch as many images",
+            "give each rank and micro-batch as many images" + _other_accumulate(recipe, world),
         )
     if recipe.batch_size // pieces < 2:
         raise invalid(
             "Recipe.batch_size",
             recipe.batch_size,
             f"at least {2 * pieces} on {world.size} ranks with {recipe.accumulate} micro-batches (accumulate)",
-            "raise it, or take fewer micro-batches",
+            "raise it, or take fewer micro-batches" + _other_accumulate(recipe, world),
         )
+
+
+def _other_accumulate(recipe: Recipe, world: World) -> str:
+    """Words on the numbers of micro-batches that divide the batch; "" if there are none."""
+    images, rest = divmod(recipe.batch_size, world.size)
+    divisors = [] if rest else [str(n) for n in range(1, images // 2 + 1) if images % n == 0]
+    return f" (--accumulate {' or '.join(divisors)})" if divisors else ""

@@ -10,7 +10,7 @@ import pytest
 
 import mvssl
 from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from mvssl.config.serialize import differences, from_dict, to_dict
+from mvssl.config.serialize import changed_fields, from_dict, to_dict
 from mvssl.models.view_batching import task_pairs
 from mvssl.recipes import PUBLISHED, all_recipes, get_recipe
 from pipelines.runtime import InputError
@@ -252,13 +252,13 @@ def test_from_dict_names_unknown_and_missing_fields() -> None:
         from_dict(plain)
 
 
-def test_differences_name_every_changed_field_and_no_other() -> None:
+def test_changed_fields_are_every_changed_field_and_no_other() -> None:
     old = mvssl.recipes.demo()
     view = dataclasses.replace(old.views[2], flip=0.25)
     new = dataclasses.replace(old, epochs=old.epochs + 1, views=(*old.views[:2], view, *old.views[3:]))
-    assert differences(to_dict(old), to_dict(new)) == [
-        "views.2.flip: 0.5 -> 0.25",
-        f"epochs: {old.epochs} -> {old.epochs + 1}",
-    ]
-    assert differences(to_dict(old), to_dict(old)) == []
+    assert changed_fields(to_dict(old), to_dict(new)) == {
+        "views.2.flip": (0.5, 0.25),
+        "epochs": (old.epochs, old.epochs + 1),
+    }
+    assert changed_fields(to_dict(old), to_dict(old)) == {}
     assert isinstance(old, Recipe)

@@ -108,10 +108,14 @@ def test_what_cannot_be_split_is_refused() -> None:
     """The message names the field, its value, what is allowed and what to do."""
     with pytest.raises(InputError, match=r"Recipe.accumulate is 4 .*divisor of batch_size \(6\).*give"):
         make(accumulate=4)
-    with pytest.raises(InputError, match=r"batch_size is 6 .*at least 12 on 1 ranks with 6 micro-batches.*fewer micro"):
+    with pytest.raises(
+        InputError,
+        match=r"batch_size is 6 .*at least 12 on 1 ranks with 6 micro-batches.*fewer micro.*--accumulate 1 or 2 or 3\)",
+    ):
         make(accumulate=6)
     with pytest.raises(
-        InputError, match=r"Recipe.batch_size is 6 .*multiple of 2 ranks times 2 micro-batches.*give each rank"
+        InputError,
+        match=r"Recipe.batch_size is 6 .*multiple of 2 ranks times 2 micro-batches.*give each rank.*\(--accumulate 1\)",
     ):
         TrainStep(
             replace(RECIPE, accumulate=2),

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 import mvssl.training.step
-from mvssl.config.options import RunOptions
+from mvssl.config.options import Execution, RunOptions
 from mvssl.config.recipe import Optimizer, Recipe
 from mvssl.distributed import World
 from mvssl.training import experiment
@@ -179,7 +179,10 @@ def test_who_asks_for_a_graph_gets_an_error() -> None:
 def test_full_memory_while_recording_says_what_to_turn() -> None:
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     graph = StepGraph(Toy(), lambda: None, wanted=True, warm_up=0, graph=lambda: Unrecordable(full, []))
-    with pytest.raises(InputError, match=r"(?s)memory is full.*--cuda-graph off"), explain_out_of_memory():
+    with (
+        pytest.raises(InputError, match=r"(?s)memory is full.*--cuda-graph off"),
+        explain_out_of_memory(RECIPE, Execution()),
+    ):
         graph([torch.ones(3)])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mvssl.config.options import RunOptions
+from mvssl.config.options import Execution, RunOptions
 from mvssl.config.recipe import Backbone, Recipe
 from mvssl.training.compile import CACHE_FOLDERS, keep_compiled_code
 from mvssl.training.memory import explain_out_of_memory
@@ -43,13 +43,26 @@ def test_a_cuda_graph_is_refused_on_the_cpu(images: Path, tiny_recipe: Recipe, t
         RunOptions(cuda_graph="yes")  # type: ignore[arg-type]
 
 
-def test_an_out_of_memory_error_names_the_options_that_help() -> None:
-    with pytest.raises(InputError, match="memory is full") as caught, explain_out_of_memory():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
-    message = str(caught.value)
+def test_an_out_of_memory_error_names_the_options_that_help(tiny_recipe: Recipe) -> None:
+    def told(recipe: Recipe, *, ranks: int = 1, begun: bool = False, **execution: Any) -> str:
+        explained = explain_out_of_memory(recipe, Execution(**execution), ranks=ranks, begun=lambda: begun)
+        with pytest.raises(InputError, match="memory is full") as caught, explained:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return str(caught.value)
+
+    message = told(tiny_recipe)
     assert "Tried to allocate 2.00 GiB" in message
     for option in ("--step-mode per-view", "--accumulate 2", "--batch-size", "--cuda-graph off", "--dry-run"):
         assert option in message
+    assert "--resume" not in message
+    assert "continue with --resume and --step-mode per-view" in told(tiny_recipe, begun=True)
+    assert "--step-mode" not in told(tiny_recipe, step_mode="per-view")
+    assert "--cuda-graph" not in told(tiny_recipe, cuda_graph="off")
+    assert "--accumulate 4," in told(replace(tiny_recipe, accumulate=2))
+    assert "--accumulate 3," in told(replace(tiny_recipe, batch_size=18), ranks=2)  # 9 images a rank
+    assert "--accumulate" not in told(replace(tiny_recipe, batch_size=14), ranks=2)  # 7: micro-batches of one image
+    assert "--accumulate" not in told(tiny_recipe, ranks=4)
+    assert "): lower --batch-size" in told(tiny_recipe, ranks=4, step_mode="per-view", cuda_graph="off")
 
 
 @pytest.fixture
