@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import logging
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from mvssl.distributed import World
 from mvssl.runs.folder import write_json
-from pipelines.files import whole_file
+from pipelines.files import temporary_path, whole_file
 from pipelines.runtime import InputError
 from pipelines.storage.source import Source
 
@@ -25,23 +27,31 @@ Dtype = Literal["float16", "float32"]
 _FLUSH_ROWS = 20_000
 _CHUNK_ROWS = 65_536
 _ENDINGS = (".npy", ".parquet")
+_FILES = ("features.npy", "state.npy", "checks.npy")  # in the order of the store's arrays
+
+logger = logging.getLogger("mvssl")
 
 
 class FeatureStore:
-    """Rows of features in a folder: features.npy, state.npy, and identity.json, which says what they are features of.
+    """Rows of features in a folder, in the arrays of `_FILES`; identity.json says what they are features of.
 
     Several ranks write their own rows into the same files, which must be on a shared file system.
 
     Attributes:
         values: float16 or float32 [rows, D], mapped from the disk.
         state: uint8 [rows]: MISSING, DONE or BAD (the image cannot be decoded).
+        checks: uint32 [rows]: CRC-32 of each row that is DONE or BAD, started from its state.
     """
 
-    def __init__(self, folder: Path, values: NDArray[Any], state: NDArray[np.uint8]) -> None:
+    def __init__(
+        self, folder: Path, values: NDArray[Any], state: NDArray[np.uint8], checks: NDArray[np.uint32]
+    ) -> None:
         self.folder = folder
         self.values = values
         self.state = state
+        self.checks = checks
         self._unsaved: list[NDArray[np.int64]] = []
+        self._bad: list[NDArray[np.int64]] = []
 
     def missing(self, rows: range) -> NDArray[np.int64]:
         """int64: those of the rows that are missing."""
@@ -72,16 +82,46 @@ class FeatureStore:
     def mark_bad(self, rows: NDArray[np.int64]) -> None:
         """Leave these rows empty: their images cannot be decoded."""
         self.state[rows] = BAD
+        self._bad.append(rows)
 
     def save(self) -> None:
         """Flush rows to the disk, then mark them as done."""
-        if isinstance(self.values, np.memmap):
-            self.values.flush()
+        self._flush("features.npy", self.values)
         for rows in self._unsaved:
             self.state[rows] = DONE
-        self._unsaved = []
-        if isinstance(self.state, np.memmap):
-            self.state.flush()
+        for rows in (*self._unsaved, *self._bad):
+            self.checks[rows] = _checksums(self.values[rows], self.state[rows])
+        self._unsaved, self._bad = [], []
+        self._flush("checks.npy", self.checks)
+        self._flush("state.npy", self.state)
+
+    def forget_damaged(self) -> int:
+        """Mark rows that do not have their checksum as missing; returns their number."""
+        damaged = 0
+        for start in range(0, len(self.state), _CHUNK_ROWS):
+            state = self.state[start : start + _CHUNK_ROWS]
+            sums = _checksums(self.values[start : start + _CHUNK_ROWS], state)
+            wrong = ((sums != self.checks[start : start + _CHUNK_ROWS]) & (state != MISSING)).nonzero()[0]
+            state[wrong] = MISSING
+            damaged += len(wrong)
+        return damaged
+
+    def _flush(self, name: str, array: NDArray[Any]) -> None:
+        if isinstance(array, np.memmap):
+            array.flush()
+            with (self.folder / name).open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _checksums(values: NDArray[Any], state: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """CRC-32 of each row of `values`, started from its state: uint32 [rows]."""
+    rows = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+    width = values.shape[1] * values.itemsize
+    return np.fromiter(
+        (zlib.crc32(rows[n * width : (n + 1) * width], start) for n, start in enumerate(state.tolist())),
+        dtype=np.uint32,
+        count=len(state),
+    )
 
 
 def not_finite(key: str) -> InputError:
@@ -132,12 +172,24 @@ def open_store(
             ) from error
         return array
 
-    return world.run_on_all(lambda: FeatureStore(folder, mapped("features.npy"), mapped("state.npy")))
+    def opened() -> FeatureStore:
+        return FeatureStore(folder, *(mapped(name) for name in _FILES))
+
+    def check() -> None:
+        store = opened()
+        if not store.checks.any():  # a store of an earlier version, or an empty one
+            store.checks[:] = _checksums(store.values, store.state)
+        if damaged := store.forget_damaged():
+            logger.warning("%s: %d features are damaged and will be computed again", folder, damaged)
+        store.save()
+
+    world.run_on_rank0(check)
+    return world.run_on_all(opened)
 
 
 def bytes_needed(rows: int, width: int, dtype: Dtype) -> int:
     """Size of a store on disk."""
-    return rows * (width * np.dtype(dtype).itemsize + 1)
+    return rows * (width * np.dtype(dtype).itemsize + 5)
 
 
 def _create(folder: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
@@ -149,6 +201,8 @@ def _create(folder: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
         except ValueError:
             existing = None
         if existing == json.loads(json.dumps(identity)):
+            if not (folder / "checks.npy").exists():  # written by an earlier version
+                _allocate(folder / "checks.npy", (identity["rows"],), "uint32")
             return
         if not overwrite:
             differ = [key for key in identity if not isinstance(existing, dict) or existing.get(key) != identity[key]]
@@ -157,13 +211,14 @@ def _create(folder: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
                 "choose another place with --out."
             )
         path.unlink()
-    elif folder.is_dir() and any(file.name not in ("features.npy", "state.npy") for file in folder.iterdir()):
+    elif folder.is_dir() and {file.name for file in folder.iterdir()} - {*_FILES, temporary_path(path).name}:
         raise InputError(
             f"{folder} exists and holds other files, so it is left alone: choose another place with --out."
         )
     folder.mkdir(parents=True, exist_ok=True)
     _allocate(folder / "features.npy", (identity["rows"], identity["width"]), identity["dtype"])
     _allocate(folder / "state.npy", (identity["rows"],), "uint8")
+    _allocate(folder / "checks.npy", (identity["rows"],), "uint32")
     write_json(path, identity)
 
 

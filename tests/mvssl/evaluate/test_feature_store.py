@@ -166,3 +166,39 @@ def test_an_early_end_leaves_no_threads_to_the_garbage_collector(images: Path, t
             assert caught.value is not None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("name", ["features.npy", "state.npy", "checks.npy"])
+def test_flipped_bits_are_found_and_those_rows_computed_again(
+    name: str, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = open_source(images / "train")
+    store = a_store(tmp_path / "s")
+    fill(store, source, Brightness())
+    whole = store.values.copy()
+    del store
+    content = bytearray((tmp_path / "s" / name).read_bytes())
+    for at in (-1, -7):  # of the last rows, which are two floats, a byte, or four bytes long
+        content[at] ^= 2
+    (tmp_path / "s" / name).write_bytes(content)
+    again = a_store(tmp_path / "s")
+    assert "features are damaged and will be computed again" in caplog.text
+    assert 1 <= len(again.missing(range(36))) <= 2
+    fill(again, source, Brightness())
+    assert np.array_equal(again.values, whole)
+    assert not a_store(tmp_path / "s").missing(range(36)).size
+
+
+def test_a_store_without_checksums_is_taken_as_it_is(images: Path, tmp_path: Path) -> None:
+    """Stores of earlier versions have none."""
+    fill(a_store(tmp_path / "s"), open_source(images / "train"), Brightness())
+    (tmp_path / "s/checks.npy").unlink()
+    assert not a_store(tmp_path / "s").missing(range(36)).size
+    assert np.load(tmp_path / "s/checks.npy").all()
+
+
+def test_what_a_kill_leaves_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    for name in ("features.npy", ".identity.tmp.json"):
+        (tmp_path / "s" / name).write_bytes(b"half")
+    assert a_store(tmp_path / "s").missing(range(36)).size == 36
