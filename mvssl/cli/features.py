@@ -52,9 +52,9 @@ def body(arguments: Sequence[str]) -> int:
 
 def _write(asked: FeatureArguments) -> None:
     check_ending(asked.out)
-    if asked.out.exists() and not asked.overwrite:
-        raise InputError(f"OUT is {str(asked.out)!r}, which exists: add --overwrite to replace it, or choose another.")
     partial = asked.out.with_name(f"{asked.out.name}.partial")
+    if asked.out.exists() and not asked.overwrite and not partial.exists():  # both: stopped just before the end
+        raise InputError(f"OUT is {str(asked.out)!r}, which exists: add --overwrite to replace it, or choose another.")
     with (
         open_backbone(asked.source, asked.compute) as session,
         locked_folder(partial) if session.world.is_rank0 else nullcontext(),
