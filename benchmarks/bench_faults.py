@@ -2,9 +2,9 @@
 
 python -m benchmarks.bench_faults [--commands train knn ...] [--sample 5] [--out FILE]
 
-A command runs once undisturbed, which counts its operations on files: opening for writing, creating, renaming, removing,
-syncing. Then it runs once for each operation and each fault, in a process of its own, and again without a fault: that
-run has to end well, with the files and contents of the undisturbed one.
+A command runs once undisturbed, which counts its operations on files: opening for writing, creating, renaming,
+removing, syncing. Then it runs once for each operation and each fault, in a process of its own, and again without a fault: that
+run must end well, with the files and contents of the undisturbed one.
 """
 
 from __future__ import annotations
