@@ -3,8 +3,8 @@
 python -m benchmarks.bench_faults [--commands train knn ...] [--sample 5] [--out FILE]
 
 A command runs once undisturbed, which counts its operations on files: opening for writing, creating, renaming,
-removing, syncing. Then it runs once for each operation and each fault, in a process of its own, and again without a fault: that
-run must end well, with the files and contents of the undisturbed one.
+removing, syncing. Then it runs once for each operation and each fault, in a process of its own, and again without a
+fault: that run must end well, with the files and contents of the undisturbed one.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def _become(command: Command, words: Sequence[str], printed: Path, log: Path, fa
             count_operation("fsync", path)
         fsync(file)
 
-    os.fsync = counting_fsync
+    os.fsync = counting_fsync  # type: ignore[assignment]
     sys.addaudithook(audit)
     sys.argv = ["command", *words]
     try:

@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import fcntl
 import functools
+import json
 import logging
 import os
 import stat
@@ -13,8 +14,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipelines.runtime import InputError, empty_path, visible
+
+_LARGEST_JSON = 1 << 28  # bytes; a manifest of a million classes has a tenth of it
 
 _log = logging.getLogger("mvssl.data")
 _TRIAL_BYTES = 1 << 20  # written to see whether a folder has room; with a full quota only empty files can be made
@@ -118,6 +122,22 @@ def write_whole(path: Path, content: bytes | str) -> None:
     """Write `content` through `whole_file`; text is UTF-8."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON in UTF-8, is nested too deep, or is larger than any file of ours.
+    """
+    size = path.stat().st_size
+    if size > _LARGEST_JSON:
+        raise ValueError(f"it has {size:,} bytes, more than {_LARGEST_JSON:,}")
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipelines.conversion.destination import Destination, unfinished
 from pipelines.conversion.image_check import QUALITY, CheckedImage, as_jpeg
-from pipelines.conversion.shard_state import Merged, ShardState
+from pipelines.conversion.shard_state import Merged, ShardState, merged_checksums
 from pipelines.decode.pillow import decode_one
 from pipelines.files import naming, publish
 from pipelines.runtime import InputError
@@ -34,6 +34,7 @@ from pipelines.storage.beton_format import (
     BetonIndex,
     pack_index,
     pack_pointer,
+    ppm_header,
     record_dtype,
 )
 from pipelines.storage.manifest import BETON_FORMAT, Shard
@@ -95,6 +96,7 @@ class BetonFormat:
             keys=KeyTable.of(key for state in states for key in state.keys),
             classes=self._classes,
             sizes=np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64),
+            checksums=merged_checksums(states),
         )
         _complete(self._unfinished, end=self._end(states), page=self._page, nbytes=rows["size"].tolist(), index=index)
         written = BetonSource(self._unfinished)
@@ -186,7 +188,8 @@ def adapt_to_ffcv(image: CheckedImage, *, page: int, quality: int | None) -> Che
     if isinstance(pixels, str):
         return CheckedImage(bad=pixels)
     if pixels.nbytes <= page and max(pixels.shape) <= _MAX_SIDE:
-        return dataclasses.replace(image, data=np.ascontiguousarray(pixels).reshape(-1), extension=PIXELS)
+        data, head = np.ascontiguousarray(pixels).reshape(-1), ppm_header(height=pixels.shape[0], width=pixels.shape[1])
+        return dataclasses.replace(image, data=data, head=head, extension=PIXELS)
     quality = quality or QUALITY
     note = f"its pixels do not fit a page of the .beton file: stored as JPEG of quality {quality}"
     encoded = as_jpeg(pixels, quality=quality)

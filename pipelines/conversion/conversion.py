@@ -192,6 +192,7 @@ class Conversion:
         bad: list[tuple[str, str]] = []
         warned: list[tuple[str, str]] = []
         damage: list[tuple[int, str]] = []
+        checksums: list[int] = []
         writer = self._format.writer(number, before)
         try:
             for _ in range(start, stop):
@@ -211,6 +212,7 @@ class Conversion:
                     row["size"], row["label"] = len(image.data), label
                     row["height"], row["width"] = image.height, image.width
                     keys.append(self._keys[index])
+                    checksums.append(image.checksum)
                 progress.add(note=f"{self._bad} bad")
             shard = writer.finish() if keys else None
         finally:
@@ -221,6 +223,7 @@ class Conversion:
             keys=keys,
             bad=bad,
             warned=warned,
+            checksums=checksums,
             damage=damage if can_find_damage() else None,
         )
         state.save(self._destination.state(number))

@@ -13,6 +13,7 @@ from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from pipelines.storage.beton_format import BETON
 from pipelines.storage.manifest import (
+    CHECKSUMS,
     FORMATS,
     INDEX,
     KEYS,
@@ -146,7 +147,7 @@ class Destination:
 
     def _clear(self) -> None:
         """Remove our files: the manifest first, and last (index, plan) those that identify the others as ours."""
-        for pattern in (MANIFEST, "shard-[0-9]*.tar", BETON, KEYS, QUARANTINE, WARNINGS):
+        for pattern in (MANIFEST, "shard-[0-9]*.tar", BETON, KEYS, CHECKSUMS, QUARANTINE, WARNINGS):
             for name in (pattern, f"{pattern}.tmp", temporary_path(Path(pattern)).name):
                 for path in self.folder.glob(name):
                     path.unlink()

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class CheckedImage:
 
     Attributes:
         data: uint8 [bytes] to store; empty if the image is bad.
+        head: put in front of `data` when the image is read.
         height, width: pixels, EXIF orientation applied.
         extension: by content, not by name (ImageNet has a PNG called .JPEG).
         bad: why the image cannot be used, or "".
@@ -44,6 +46,7 @@ class CheckedImage:
     """
 
     data: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
+    head: bytes = b""
     height: int = 0
     width: int = 0
     extension: str = ""
@@ -51,6 +54,11 @@ class CheckedImage:
     unread: bool = False
     warned: str = ""
     damage: str | None = None
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 of what a source will read."""
+        return zlib.crc32(self.data.data, zlib.crc32(self.head))
 
 
 def check_image(

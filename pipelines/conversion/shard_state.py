@@ -29,6 +29,7 @@ class ShardState:
         keys: key of each row.
         bad: (source key, reason) of each image left out.
         warned: (source key, warning) of each image that was stored despite a warning.
+        checksums: CRC-32 of each row; None in a state of an earlier version.
         damage: (row, damage) of each image that was stored although it is damaged; None if they were not examined.
     """
 
@@ -37,6 +38,7 @@ class ShardState:
     keys: Sequence[str]
     bad: Sequence[tuple[str, str]]
     warned: Sequence[tuple[str, str]]
+    checksums: Sequence[int] | None = None
     damage: Sequence[tuple[int, str]] | None = None
 
     def save(self, path: Path) -> None:
@@ -46,6 +48,7 @@ class ShardState:
             "keys": list(self.keys),
             "bad": list(self.bad),
             "warned": list(self.warned),
+            "checksums": None if self.checksums is None else list(self.checksums),
             "damage": None if self.damage is None else list(self.damage),
         }
         file = io.BytesIO()
@@ -67,10 +70,18 @@ class ShardState:
                 keys=meta["keys"],
                 bad=[(key, reason) for key, reason in meta["bad"]],
                 warned=[(key, warning) for key, warning in meta["warned"]],
+                checksums=meta.get("checksums"),
                 damage=None if meta.get("damage") is None else [(int(row), text) for row, text in meta["damage"]],
             )
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             return None
+
+
+def merged_checksums(states: Sequence[ShardState]) -> npt.NDArray[np.uint32] | None:
+    """CRC-32 of every image, uint32 [N]; None if a shard was written by an earlier version."""
+    found = [state.checksums for state in states if len(state.rows)]
+    known = [sums for sums in found if sums is not None]
+    return np.array([one for sums in known for one in sums], dtype=np.uint32) if len(known) == len(found) else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ import numpy as np
 
 from pipelines.conversion.destination import Destination, unfinished
 from pipelines.conversion.image_check import CheckedImage
-from pipelines.conversion.shard_state import Merged, ShardState
+from pipelines.conversion.shard_state import Merged, ShardState, merged_checksums
 from pipelines.files import naming, publish, write_whole
 from pipelines.storage.file_index import IMAGE_EXTENSIONS
-from pipelines.storage.manifest import FORMAT, HEAD_BYTES, INDEX, KEYS, Shard
+from pipelines.storage.manifest import CHECKSUMS, FORMAT, HEAD_BYTES, INDEX, KEYS, Shard
 from pipelines.storage.source import KeyTable
 
 _BUFFER = 1 << 22
@@ -49,7 +49,11 @@ class TarFormat:
         rows["shard"] = np.repeat(np.arange(len(states)), [len(state.rows) for state in states])
         rows["key_end"] = keys.ends
         sha256 = {}
-        for name, array in ((INDEX, rows), (KEYS, keys.blob)):
+        arrays = {INDEX: rows, KEYS: keys.blob}
+        sums = merged_checksums(states)
+        if sums is not None:
+            arrays[CHECKSUMS] = sums
+        for name, array in arrays.items():
             file = io.BytesIO()
             np.save(file, array, allow_pickle=False)
             write_whole(self._destination.folder / name, file.getvalue())

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipelines.runtime import InputError, invalid
 
 MAX_PIXELS = 89_478_485
+MAX_BYTES = 1 << 29  # of an encoded image: that many pixels of 16 bits take as much, without compression
 """Larger images are failures instead of running out of memory; Pillow's limit, 2**30 bytes / 4 / 3."""
 
 

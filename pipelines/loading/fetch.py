@@ -6,6 +6,7 @@ import errno
 import logging
 import math
 import time
+import zlib
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -118,6 +119,11 @@ class Fetcher:
         share = -(-len(rest) // READERS) or 1
         for part in self._pool.map(self._read_each, [rest[at : at + share] for at in range(0, len(rest), share)]):
             read.update(part)
+        sums = self._facts.checksums
+        if sums is not None:
+            for index, data in read.items():
+                if not isinstance(data, str) and zlib.crc32(data.data) != sums[index]:
+                    read[index] = "its bytes are not those that mvssl-convert wrote (checksum)"
         return read
 
     def _read_each(self, indices: Sequence[int]) -> list[tuple[int, Encoded]]:

@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 enum { MAX_THREADS = 64 };
@@ -26,10 +27,16 @@ typedef struct {
     atomic_llong next;
 } Queue;
 
+/* Open a regular file; the data of a pipe or a device may never come, so those fail. */
 static int open_path(const char *path) {
     int file;
-    do file = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat status;
+    do file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     while (file < 0 && errno == EINTR);
+    if (file >= 0 && (fstat(file, &status) != 0 || !S_ISREG(status.st_mode))) {
+        close(file);
+        return -1;
+    }
     return file;
 }
 

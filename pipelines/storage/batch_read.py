@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import resource
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -38,22 +40,26 @@ _REQUEST = np.dtype(
 )  # same layout as Request in batch_read.c
 
 
-def read_files(paths: Sequence[str], nbytes: NDArray[np.int64]) -> list[NDArray[np.uint8] | None]:
+def read_files(
+    paths: Sequence[str], nbytes: NDArray[np.int64], *, limit: int = 1 << 62
+) -> list[NDArray[np.uint8] | None]:
     """Read whole files.
 
     Args:
         paths: N file names.
         nbytes: int64 [N], expected sizes.
+        limit: bytes of the largest file to read.
 
     Returns:
         uint8 [bytes] for each; None if it is longer than expected, cannot be opened or read, or there is no C compiler.
         Reading such a file by itself names the error.
     """
     requests, names = _requests_of(paths)
-    requests["size"] = nbytes + 1  # one byte more shows that a file has grown
+    sizes = np.where(nbytes > limit, 0, nbytes)
+    requests["size"] = sizes + 1  # one byte more shows that a file has grown, or is above the limit
     data = _read(requests)
     del names
-    return [None if one is None or len(one) > size else one for one, size in zip(data, nbytes.tolist(), strict=True)]
+    return [None if one is None or len(one) > size else one for one, size in zip(data, sizes.tolist(), strict=True)]
 
 
 def read_ranges(
@@ -129,8 +135,10 @@ class RandomAccessFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Open the file; raises OSError."""
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        """Open the file; raises OSError, also if it is no regular file, whose data may never come."""
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):  # else opening failed

@@ -9,7 +9,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.storage.batch_read import RandomAccessFile, raise_file_limit, read_ranges
-from pipelines.storage.beton_format import BETON, RAW, class_labels, damaged, is_beton_name, load_index, read_layout
+from pipelines.storage.beton_format import (
+    BETON,
+    RAW,
+    class_labels,
+    damaged,
+    is_beton_name,
+    load_index,
+    ppm_header,
+    read_layout,
+)
 from pipelines.storage.image_facts import ImageFacts
 from pipelines.storage.manifest import BETON_FORMAT, Manifest, format_of
 from pipelines.storage.source import KeyTable, fingerprint
@@ -32,7 +41,7 @@ def open_path(path: Path, *, progress: Callable[[int], None] | None = None) -> B
     if path.is_dir() and format_of(path) == BETON_FORMAT:
         manifest = Manifest.load(path, formats=(BETON_FORMAT,))
         if manifest.fingerprint == source.fingerprint:
-            source.facts = ImageFacts.of(len(source), damage=manifest.damage)
+            source.facts = ImageFacts.of(len(source), damage=manifest.damage, checksums=source.facts.checksums)
     return source
 
 
@@ -63,7 +72,7 @@ class BetonSource:
             if not -1 <= int(np.min(self.labels)) <= int(np.max(self.labels)) < len(index.classes):
                 raise damaged(path, f"has labels that are not among its {len(index.classes)} classes")
         self.nbytes = layout.nbytes
-        self.facts = ImageFacts.of(count)
+        self.facts = ImageFacts.of(count, checksums=None if index is None else index.checksums)
         self.sizes = sizes
         """int64 [len, 2]: (height, width) of each image in pixels; EXIF orientation applied in our own files."""
         self.fingerprint = fingerprint(self._keys, labels=self.labels, nbytes=self.nbytes, classes=self.classes)
@@ -112,7 +121,7 @@ class BetonSource:
     def _ppm_header(self, index: int) -> bytes:
         """Header for raw pixels, b"" for a JPEG."""
         image = self._images[index]
-        return b"" if image["mode"] != RAW else f"P6\n{image['width']} {image['height']}\n255\n".encode()
+        return b"" if image["mode"] != RAW else ppm_header(height=image["height"], width=image["width"])
 
     def _file(self) -> RandomAccessFile:
         # No lock: it is harmless if two threads open the file, and a lock would not survive a fork.

@@ -148,6 +148,11 @@ def class_labels(path: Path, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
     return tuple(str(label) for label in range(int(np.max(labels, initial=-1)) + 1))
 
 
+def ppm_header(*, height: int, width: int) -> bytes:
+    """What `BetonSource` puts in front of raw pixels, so that every decoder reads them."""
+    return f"P6\n{width} {height}\n255\n".encode()
+
+
 def damaged(path: Path, problem: str) -> InputError:
     """The error for a file that cannot be used."""
     return InputError(f"{path} {problem}: restore it from where it was copied, or write it again.")
@@ -198,17 +203,20 @@ class BetonIndex:
         keys: key of each image.
         classes: class names by label, () if unlabelled.
         sizes: int64 [N, 2], (height, width) of each image in pixels, EXIF orientation applied.
+        checksums: uint32 [N], CRC-32 of what `BetonSource.read` returns; None in files of earlier versions.
     """
 
     keys: KeyTable
     classes: tuple[str, ...]
     sizes: npt.NDArray[np.int64]
+    checksums: npt.NDArray[np.uint32] | None = None
 
 
 def pack_index(index: BetonIndex) -> bytes:
     """The index as bytes, always the same for the same index."""
     classes = KeyTable.of(index.classes)
     file = io.BytesIO()
+    sums: dict[str, Any] = {} if index.checksums is None else {"checksums": index.checksums.astype("<u4")}
     np.savez(
         file,
         key_blob=index.keys.blob,
@@ -216,6 +224,7 @@ def pack_index(index: BetonIndex) -> bytes:
         class_blob=classes.blob,
         class_ends=classes.ends,
         sizes=index.sizes.astype("<i4"),
+        **sums,
     )
     return file.getvalue()
 
@@ -241,6 +250,8 @@ def load_index(path: Path, layout: Layout) -> BetonIndex | None:
         )
     if int(pointer["bytes"]) != layout.file_bytes:
         raise damaged(path, f"has {layout.file_bytes} bytes but must have {pointer['bytes']}")
+    if int(pointer["offset"]) + int(pointer["size"]) > layout.file_bytes:
+        raise damaged(path, "has an index beyond its end")
     with path.open("rb") as file:
         file.seek(int(pointer["offset"]))
         packed = file.read(int(pointer["size"]))
@@ -248,12 +259,19 @@ def load_index(path: Path, layout: Layout) -> BetonIndex | None:
         raise damaged(path, "has an index with a wrong checksum")
     try:
         with np.load(io.BytesIO(packed), allow_pickle=False) as data:
-            return BetonIndex(
-                keys=KeyTable(blob=data["key_blob"], ends=data["key_ends"]),
-                classes=tuple(KeyTable(blob=data["class_blob"], ends=data["class_ends"])),
-                sizes=data["sizes"].astype(np.int64),
-            )
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in data.zip.infolist()):
+                raise ValueError("it is compressed")  # a few bytes may then be gigabytes
+            keys = KeyTable(blob=data["key_blob"], ends=data["key_ends"])
+            classes = KeyTable(blob=data["class_blob"], ends=data["class_ends"])
+            keys.check()
+            classes.check()
+            sums = data.get("checksums", None)
+            sizes = data["sizes"].astype(np.int64)
+            count = len(layout.images)
+            if sizes.shape != (count, 2) or (sizes <= 0).any() or (sums is not None and sums.shape != (count,)):
+                raise ValueError("its sizes or checksums are not those of the images")
+            return BetonIndex(keys=keys, classes=tuple(classes), sizes=sizes, checksums=sums)
+    except (ValueError, KeyError, EOFError, MemoryError, OverflowError, SyntaxError, zipfile.BadZipFile) as error:
         raise damaged(path, f"has an index that cannot be read ({error})") from error
 
 

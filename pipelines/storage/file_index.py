@@ -41,7 +41,7 @@ _MAGIC = re.compile(
     re.DOTALL,
 )
 _ENDING = re.compile(r"\.(?!\d+$)\w{1,12}")  # what is another one, such as .1 or .jpg?size=large, is none
-_HIDDEN = "hidden"
+_HIDDEN, _SPECIAL = "hidden", "special"
 _SYSTEM_FOLDERS = (  # unreadable for users; thumbnails made by NAS devices; macOS's and Windows' own
     *("lost+found", "@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information"),
 )
@@ -106,7 +106,7 @@ def remedy_for(ending: str) -> str:
 
 def describe_ignored(ignored: Mapping[str, int]) -> str:
     """The numbers of files that were ignored, in words."""
-    words = {_HIDDEN: "hidden", "": "without extension"}
+    words = {_HIDDEN: "hidden", _SPECIAL: "that are pipes, sockets or devices", "": "without extension"}
     return ", ".join(f"{count:,} {words.get(ending, ending)}" for ending, count in ignored.items())
 
 
@@ -216,14 +216,20 @@ def _list_folder(folder: _Folder) -> _Listing:
             elif is_data_folder(entry):
                 listing.folders.append(_Folder(entry.path, f"{folder.prefix}{entry.name}/", ancestors))
             elif is_image_file(entry):
-                listing.images.append((folder.prefix + entry.name, _entry_size(entry)))
+                size = _entry_size(entry)
+                if size is None:
+                    listing.ignored.append((_SPECIAL, ""))
+                else:
+                    listing.images.append((folder.prefix + entry.name, size))
             else:
                 listing.ignored.append((os.path.splitext(entry.name)[1].lower(), entry.path))
     return listing
 
 
-def _entry_size(entry: os.DirEntry[str]) -> int:
+def _entry_size(entry: os.DirEntry[str]) -> int | None:
+    """Size of a file; None of a pipe, socket or device, whose data may never come."""
     try:
-        return entry.stat().st_size
+        status = entry.stat()
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
     except OSError:  # a broken link stays in the index, so that reading it names it
         return 0

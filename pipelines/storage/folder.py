@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.decode.base import MAX_BYTES
 from pipelines.files import cache_folder, cache_folders, publish, writable_cache
 from pipelines.runtime import describe_os_error
 from pipelines.storage.batch_read import RandomAccessFile, advise_files, max_read_ahead, read_files
@@ -76,11 +78,16 @@ class FolderSource:
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
         """Whole file: uint8 [bytes]; empty for an empty file. Raises OSError if the file cannot be read."""
-        return np.fromfile(self._path(index), dtype=np.uint8)
+        file = RandomAccessFile(self._path(index))
+        if file.nbytes > MAX_BYTES:
+            raise OSError(errno.EFBIG, f"it has {file.nbytes:,} bytes, more than the allowed {MAX_BYTES:,}")
+        data = file.read(offset=0, size=file.nbytes)
+        return np.empty(0, dtype=np.uint8) if data is None else data  # it was cut short this moment
 
     def read_batch(self, indices: Sequence[int]) -> list[npt.NDArray[np.uint8] | None]:
         """Whole files; see `ReadsBatches`."""
-        return read_files([self._path(index) for index in indices], self.nbytes[np.asarray(indices, dtype=np.int64)])
+        nbytes = self.nbytes[np.asarray(indices, dtype=np.int64)]
+        return read_files([self._path(index) for index in indices], nbytes, limit=MAX_BYTES)
 
     def will_need(self, indices: Sequence[int]) -> None:
         """See `ReadsAhead`."""

@@ -18,22 +18,31 @@ class ImageFacts:
         examined: bool [len], whether an image has been examined for damage.
         damage: dataset index -> damage of images that decode nevertheless, as far as examined.
         named: indices of damaged images that the log has named.
+        checksums: uint32 [len], CRC-32 of what `read` returns; None if they were not recorded.
     """
 
     examined: npt.NDArray[np.bool_]
     damage: dict[int, str] = field(default_factory=dict)
     named: set[int] = field(default_factory=set)
+    checksums: npt.NDArray[np.uint32] | None = None
 
     @classmethod
-    def of(cls, count: int, *, damage: Mapping[int, str] | None = None) -> ImageFacts:
-        """Facts of `count` images; `damage` of all of them, None if it is not known."""
-        return cls(examined=np.full(count, damage is not None), damage=dict(damage or {}))
+    def of(
+        cls,
+        count: int,
+        *,
+        damage: Mapping[int, str] | None = None,
+        checksums: npt.NDArray[np.uint32] | None = None,
+    ) -> ImageFacts:
+        """Facts of `count` images; `damage` and `checksums` of all of them, None if they are not known."""
+        return cls(examined=np.full(count, damage is not None), damage=dict(damage or {}), checksums=checksums)
 
     def subset(self, indices: npt.NDArray[np.int64]) -> ImageFacts:
         """Facts of the images at these indices, int64 [M], as they are now."""
         damage = {n: self.damage[index] for n, index in enumerate(indices.tolist()) if index in self.damage}
         named = {n for n in damage if int(indices[n]) in self.named}
-        return ImageFacts(examined=self.examined[indices], damage=damage, named=named)
+        checksums = None if self.checksums is None else self.checksums[indices]
+        return ImageFacts(examined=self.examined[indices], damage=damage, named=named, checksums=checksums)
 
 
 @runtime_checkable

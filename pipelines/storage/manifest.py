@@ -9,7 +9,7 @@ beton`` one ``images.beton`` replaces shards and index.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.files import read_json
 from pipelines.runtime import InputError
 from pipelines.storage.beton_format import BETON, is_our_beton
 
@@ -27,10 +28,13 @@ VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 KEYS = "keys.npy"
+CHECKSUMS = "checksums.npy"
 QUARANTINE = "quarantine.jsonl"
 WARNINGS = "warnings.jsonl"
 WORK = ".convert"
 PLAN = "plan.json"  # in WORK
+_SHARD_NAME = re.compile(r"shard-[0-9]{6,}\.tar")
+_MAX_IMAGES, _MAX_BYTES = 2**40, 2**60  # beyond all data; arithmetic with them does not overflow
 HEAD_BYTES = 4096  # of each shard, hashed separately: one read at open tells apart two shards of the same size
 
 INDEX_DTYPE = np.dtype(
@@ -81,7 +85,7 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             if content["format"] not in formats:
                 wanted = " or ".join(repr(name) for name in formats)
                 raise InputError(f"{path} is of the format {content['format']!r}, not {wanted}: check the path.")
@@ -90,14 +94,15 @@ class Manifest:
                     f"{path} is of format version {content['version']} but this release reads version {VERSION}: "
                     "convert the data again with this release's mvssl-convert, or use the release that wrote it."
                 )
+            count = _whole(content["count"], "count", most=_MAX_IMAGES)
             return cls(
-                count=int(content["count"]),
-                classes=tuple(content["classes"]),
-                fingerprint=str(content["fingerprint"]),
-                shards=tuple(Shard(**shard) for shard in content["shards"]),
-                sha256=dict(content["sha256"]),
+                count=count,
+                classes=tuple(_text(name, "a class") for name in content["classes"]),
+                fingerprint=_text(content["fingerprint"], "fingerprint"),
+                shards=tuple(_shard(shard) for shard in content["shards"]),
+                sha256={name: _text(digest, f"sha256 of {name}") for name, digest in content["sha256"].items()},
                 plan=dict(content["plan"]),
-                damage=_damage(content.get("damage")),
+                damage=_damage(content.get("damage"), count=count),
             )
         except FileNotFoundError:
             raise InputError(
@@ -106,15 +111,40 @@ class Manifest:
             ) from None
         except InputError:
             raise
-        except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{path} is damaged ({type(error).__name__}: {error}): restore it or convert the data again with "
                 "--overwrite."
             ) from error
 
 
-def _damage(stored: Mapping[str, str] | None) -> dict[int, str] | None:
-    return None if stored is None else {int(index): str(text) for index, text in stored.items()}
+def _shard(entry: Mapping[str, Any]) -> Shard:
+    shard = Shard(**entry)
+    if not _SHARD_NAME.fullmatch(_text(shard.name, "the name of a shard")):
+        raise ValueError(f"a shard is named {shard.name!r}")
+    _whole(shard.count, f"count of {shard.name}", most=_MAX_IMAGES)
+    _whole(shard.bytes, f"bytes of {shard.name}", most=_MAX_BYTES)
+    for digest in (shard.sha256, shard.head):
+        _text(digest, f"a checksum of {shard.name}")
+    return shard
+
+
+def _damage(stored: Mapping[str, str] | None, *, count: int) -> dict[int, str] | None:
+    if stored is None:
+        return None
+    return {_whole(int(index), "damage", most=count - 1): _text(text, "damage") for index, text in stored.items()}
+
+
+def _whole(value: object, name: str, *, most: int) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{name} is {str(value)[:50]}")
+    return value
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {str(value)[:50]}, no text")
+    return value
 
 
 def is_converted(folder: Path) -> bool:
@@ -133,7 +163,7 @@ def is_converted(folder: Path) -> bool:
 def format_of(folder: Path) -> str | None:
     """The format (one of `FORMATS`) that the manifest in `folder` names; None if there is no such manifest."""
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = read_json(folder / MANIFEST)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
         return None
     name = content.get("format") if isinstance(content, dict) else None

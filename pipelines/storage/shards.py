@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.decode.base import MAX_PIXELS
 from pipelines.runtime import InputError
 from pipelines.storage.batch_read import RandomAccessFile, max_open_files, raise_file_limit, read_ranges
 from pipelines.storage.image_facts import ImageFacts
-from pipelines.storage.manifest import HEAD_BYTES, INDEX, INDEX_DTYPE, KEYS, MANIFEST, Manifest, Shard, is_converted
+from pipelines.storage.manifest import (
+    CHECKSUMS,
+    HEAD_BYTES,
+    INDEX,
+    INDEX_DTYPE,
+    KEYS,
+    MANIFEST,
+    Manifest,
+    Shard,
+    is_converted,
+)
 from pipelines.storage.source import KeyTable
 
 _CHUNK = 1 << 22  # bytes hashed at a time
@@ -45,11 +57,16 @@ class ShardSource:
         self.manifest = Manifest.load(folder)
         self.classes = self.manifest.classes
         self.fingerprint = self.manifest.fingerprint
-        self.facts = ImageFacts.of(self.manifest.count, damage=self.manifest.damage)
         rows = self._load_checked(INDEX)  # [len]
-        blob: npt.NDArray[np.uint8] = self._load_checked(KEYS)
         if rows.dtype != INDEX_DTYPE or rows.shape != (self.manifest.count,):
             raise _damaged(folder / INDEX, f"has {rows.dtype} {rows.shape} for {self.manifest.count} images")
+        _check_rows(folder / INDEX, rows, self.manifest)
+        self._keys = KeyTable(blob=self._load_checked(KEYS), ends=rows["key_end"])
+        try:
+            self._keys.check()
+        except ValueError as error:
+            raise _damaged(folder / KEYS, f"does not fit the index ({error})") from error
+        self.facts = ImageFacts.of(self.manifest.count, damage=self.manifest.damage, checksums=self._checksums())
         limit = max_open_files()
         if limit is not None and len(self.manifest.shards) > limit:
             raise InputError(
@@ -60,7 +77,6 @@ class ShardSource:
             _open_checked(folder / shard.name, shard)
         self._shard = rows["shard"]
         self._offset = rows["offset"]
-        self._keys = KeyTable(blob=blob, ends=rows["key_end"])
         self._files: list[RandomAccessFile | None] = [None] * len(self.manifest.shards)
         self.nbytes: npt.NDArray[np.int64] = rows["size"]
         self.labels: npt.NDArray[np.int64] = rows["label"].astype(np.int64)
@@ -125,6 +141,15 @@ class ShardSource:
             if digest.hexdigest() != shard.sha256:
                 raise _damaged(self.location / shard.name, "does not have the checksum in the manifest")
 
+    def _checksums(self) -> npt.NDArray[np.uint32] | None:
+        """CRC-32 of each image, uint32 [len]; None in data converted by an earlier version."""
+        if CHECKSUMS not in self.manifest.sha256:
+            return None
+        sums = self._load_checked(CHECKSUMS)
+        if sums.dtype != np.uint32 or sums.shape != (self.manifest.count,):
+            raise _damaged(self.location / CHECKSUMS, f"has {sums.dtype} {sums.shape}")
+        return sums
+
     def _file(self, number: int) -> RandomAccessFile:
         # No lock: it is harmless if two threads open the same shard, and a lock would not survive a fork.
         file = self._files[number]
@@ -142,11 +167,29 @@ class ShardSource:
             array = np.asarray(np.load(io.BytesIO(content), allow_pickle=False))
         except FileNotFoundError:
             raise _damaged(path, "is missing") from None
-        except (ValueError, EOFError):
+        except (ValueError, EOFError, MemoryError, OverflowError, SyntaxError, tokenize.TokenError):
             raise _damaged(path, "cannot be read as an array") from None
         if hashlib.sha256(content).hexdigest() != self.manifest.sha256.get(name):
             raise _damaged(path, f"does not have the checksum in {MANIFEST}")
         return array
+
+
+def _check_rows(path: Path, rows: npt.NDArray[np.void], manifest: Manifest) -> None:
+    """Refuse an index that leads outside of the shards or classes; INDEX_DTYPE [len]."""
+    sizes = np.array([shard.bytes for shard in manifest.shards] or [0], dtype=np.int64)
+    shard = np.clip(rows["shard"], 0, len(sizes) - 1)
+    allowed = {
+        "shard": (rows["shard"] >= 0) & (rows["shard"] < len(manifest.shards)),
+        "offset": (rows["offset"] >= 0) & (rows["offset"] <= sizes[shard]),
+        "size": (rows["size"] > 0) & (rows["size"] <= sizes[shard] - np.minimum(rows["offset"], sizes[shard])),
+        "height": (rows["height"] > 0) & (rows["height"] <= MAX_PIXELS),
+        "width": (rows["width"] > 0) & (rows["width"].astype(np.int64) * rows["height"] <= MAX_PIXELS),
+        "label": (rows["label"] >= -1) & (rows["label"] < max(len(manifest.classes), 0)),
+    }
+    for name, good in allowed.items():
+        if not good.all():
+            entry = int(np.flatnonzero(~good)[0])
+            raise _damaged(path, f"has the {name} {rows[name][entry]} in entry {entry}")
 
 
 def _open_checked(path: Path, shard: Shard) -> RandomAccessFile:

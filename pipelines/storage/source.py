@@ -145,6 +145,19 @@ class KeyTable:
         lengths = np.fromiter((len(piece) for piece in encoded), dtype=np.int64, count=len(encoded))
         return cls(blob=np.frombuffer(b"".join(encoded), dtype=np.uint8), ends=np.cumsum(lengths))
 
+    def check(self) -> None:
+        """Check strings from a file.
+
+        Raises:
+            ValueError: the arrays have other types, or an end is beyond the bytes or before the previous one.
+        """
+        if self.blob.dtype != np.uint8 or self.blob.ndim != 1 or self.ends.dtype.kind != "i" or self.ends.ndim != 1:
+            raise ValueError(f"names are {self.blob.dtype} {self.blob.shape} with ends {self.ends.dtype}")
+        starts = np.concatenate([[0], self.ends[:-1]])
+        wrong = np.flatnonzero((self.ends < starts) | (self.ends > len(self.blob)))
+        if len(wrong):
+            raise ValueError(f"the name of entry {wrong[0]} ends at byte {self.ends[wrong[0]]} of {len(self.blob)}")
+
     def __len__(self) -> int:
         return len(self.ends)
 
