@@ -119,9 +119,9 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write `content` through `whole_file`; text is UTF-8."""
+    """Write `content` through `whole_file`; text is UTF-8, names of files that are not become `visible`."""
     with whole_file(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(visible(content).encode() if isinstance(content, str) else content)
 
 
 def read_json(path: Path) -> Any:

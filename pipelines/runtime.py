@@ -49,7 +49,7 @@ def visible(text: str) -> str:
 
 def empty_path(field: str) -> InputError:
     """The error for an empty text given as a path, which would be the current folder."""
-    return invalid(field, "", "a path", "check that the variable that was to hold it is set; this folder is .")
+    return invalid(field, "", "a path", "check that the variable that was to hold it is set")
 
 
 EXIT_ERROR = 1
@@ -227,10 +227,10 @@ def run_cli(body: Callable[[], int | None]) -> NoReturn:
     try:
         code = body() or 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         code = EXIT_ERROR
     except OSError as error:
-        print(f"error: {describe_os_error(error)}", file=sys.stderr)
+        print(f"error: {visible(describe_os_error(error))}", file=sys.stderr)
         code = EXIT_ERROR
     except KeyboardInterrupt:
         print("error: interrupted; what was finished is kept.", file=sys.stderr)

@@ -284,7 +284,7 @@ def _write_npy(path: Path, store: FeatureStore, rows: NDArray[np.int64]) -> None
 
 
 def _write_keys(path: Path, source: Source, rows: NDArray[np.int64]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("row", "key", "label", "class"))
         for number, index in enumerate(rows.tolist()):
@@ -300,7 +300,7 @@ def _write_parquet(path: Path, store: FeatureStore, source: Source, rows: NDArra
     schema = pa.schema(
         [("key", pa.string()), ("label", pa.int64()), ("class", pa.string()), ("feature", pa.list_(kind, width))]
     )
-    with pq.ParquetWriter(path, schema) as writer:
+    with path.open("wb") as file, pq.ParquetWriter(file, schema) as writer:  # takes no path that is not UTF-8
         for chunk in _chunks(rows):
             features = pa.array(np.ascontiguousarray(store.values[chunk]).reshape(-1), type=kind)
             labels = [_label(source, index) for index in chunk.tolist()]

@@ -23,7 +23,7 @@ from mvssl.weights.load import BackboneSource, LoadedBackbone, load_backbone
 from pipelines.checks import at_least, check_fields
 from pipelines.decode import DecodeOptions, DecoderName
 from pipelines.progress import Progress
-from pipelines.runtime import InputError
+from pipelines.runtime import InputError, visible
 from pipelines.storage import align_labels, open_source, split_paths
 from pipelines.storage.source import Source
 
@@ -96,7 +96,7 @@ class Session:
 
     def say(self, line: str) -> None:
         """Print a line without wrapping."""
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(visible(line), highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from mvssl.config.options import RunOptions
 from mvssl.runs.folder import RunFolder
+from pipelines.runtime import visible
 
 logger = logging.getLogger("mvssl")
 
@@ -69,7 +70,7 @@ class CsvLogger:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._columns: dict[str, list[str]] = {}
         for path in self._folder.glob("*.csv"):
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8") as file:
                 head, *rows = list(csv.reader(file)) or [["step"]]
             # A killed run may have written beyond its last checkpoint, and half a line.
             kept = [row for row in rows if len(row) == len(head) and int(row[0]) <= first_step]
@@ -87,7 +88,7 @@ class CsvLogger:
             new = [name for name in row if name not in self._columns.get(kind, ())]
             if new:
                 self._add_columns(path, kind, new)
-            with path.open("a", newline="") as file:
+            with path.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow([step, *(row.get(name, "") for name in self._columns[kind][1:])])
 
     def flush(self) -> None:
@@ -100,7 +101,7 @@ class CsvLogger:
         """Add columns, which stay empty in earlier rows."""
         rows: list[list[str]] = []
         if path.exists():
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.reader(file))[1:]
         self._columns[kind] = [*self._columns.get(kind, ["step"]), *new]
         _write_table(path, [self._columns[kind], *([*row, *[""] * len(new)] for row in rows)])
@@ -176,6 +177,10 @@ class MetricLoggers:
         self._loggers: list[MetricLogger] = []
         for name, make in LOGGERS.items():
             if name in options.log:
+                if name != "csv" and visible(os.path.abspath(folder.path)) != os.path.abspath(folder.path):
+                    left_out = "%s is left out: it cannot write to %s, whose name is not UTF-8; metrics.jsonl has all"
+                    logger.warning(left_out, name, folder.path)
+                    continue
                 try:
                     self._loggers.append(make(folder, options, first_step))
                 except ImportError:
@@ -198,7 +203,7 @@ class MetricLoggers:
 
 
 def _write_table(path: Path, rows: Sequence[Sequence[str]]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from pipelines.runtime import SteadyStream, steady
+from pipelines.runtime import SteadyStream, steady, visible
 
 
 @contextmanager
@@ -24,8 +24,8 @@ def run_log(path: Path, console: Console, *, rank: int = 0) -> Iterator[None]:
     logger = logging.getLogger("mvssl")
     handlers: list[logging.Handler]
     if rank == 0:
-        file = logging.FileHandler(path)
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        file.setFormatter(_Visible("%(asctime)s %(levelname)s %(message)s"))
         handlers = [file, _ConsoleHandler(console)]
         if isinstance(console.file, SteadyStream):
             console.file.on_failure = lambda error: logger.warning(
@@ -51,6 +51,13 @@ def run_log(path: Path, console: Console, *, rank: int = 0) -> Iterator[None]:
         logger.propagate = propagate
 
 
+class _Visible(logging.Formatter):
+    """Formats records with names of files that are not UTF-8 in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 class _ConsoleHandler(logging.Handler):
     """Prints messages; warnings and errors with their level."""
 
@@ -61,7 +68,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         mark = f"[yellow]{record.levelname.lower()}:[/] " if record.levelno >= logging.WARNING else ""
-        text = mark + escape(self._prefix + record.getMessage())
+        text = mark + escape(self._prefix + visible(record.getMessage()))
         gone = getattr(self._console.file, "failure", None) is not None
         if gone and record.levelno >= logging.WARNING:
             Console(file=steady(sys.stderr)).print(text, soft_wrap=True, highlight=False)

@@ -21,11 +21,11 @@ import numpy.typing as npt
 
 from pipelines.decode.base import MAX_BYTES
 from pipelines.files import cache_folder, cache_folders, publish, writable_cache
-from pipelines.runtime import describe_os_error
+from pipelines.runtime import describe_os_error, visible
 from pipelines.storage.batch_read import RandomAccessFile, advise_files, max_read_ahead, read_files
 from pipelines.storage.file_index import IMAGE_EXTENSIONS, FileIndex, describe_ignored, no_images, scan_folder
 from pipelines.storage.image_facts import ImageFacts
-from pipelines.storage.source import KeyTable, fingerprint
+from pipelines.storage.source import KeyTable, file_name, fingerprint
 from pipelines.storage.text_list import read_list
 
 FALLBACK = True  # the other storages are folders or files too
@@ -57,7 +57,7 @@ def open_path(path: Path, *, progress: Callable[[int], None] | None = None, use_
     empty = np.flatnonzero(index.nbytes == 0)
     if len(empty):
         what = "%s: %d of %d files are empty or broken links, such as %s"
-        _log.warning(what, path, len(empty), len(index.keys), index.keys[int(empty[0])])
+        _log.warning(what, path, len(empty), len(index.keys), visible(index.keys[int(empty[0])]))
     return FolderSource(index, location=path)
 
 
@@ -68,7 +68,7 @@ class FolderSource:
         self._index = index
         self.location = location
         self.labels = index.labels
-        self.classes = index.classes
+        self.classes = tuple(map(visible, index.classes))
         self.nbytes = index.nbytes
         self.facts = ImageFacts.of(len(index.keys))
         self.fingerprint = fingerprint(index.keys, labels=index.labels, nbytes=index.nbytes, classes=index.classes)
@@ -102,13 +102,13 @@ class FolderSource:
 
     def key(self, index: int) -> str:
         """Path relative to the folder (or to the list's folder; absolute if the list says so)."""
-        return self._index.keys[index]
+        return visible(self._index.keys[index])
 
     def close(self) -> None:
         """Does nothing: no file is kept open."""
 
     def _path(self, index: int) -> str:
-        return os.path.join(self._index.root, self._index.keys[index])
+        return os.path.join(self._index.root, file_name(self._index.keys[index]))
 
 
 # The index is cached in the user's cache folder: data sets are often shared or read-only, and a file among the images
@@ -143,7 +143,7 @@ def _load(cache: Path) -> FileIndex | None:
             if int(data["version"]) != _VERSION:
                 return None
             index = FileIndex(
-                root=Path(KeyTable(blob=data["root"], ends=np.array([len(data["root"])]))[0]),
+                root=Path(file_name(KeyTable(blob=data["root"], ends=np.array([len(data["root"])]))[0])),
                 keys=KeyTable(blob=data["key_blob"], ends=data["key_ends"]),
                 nbytes=data["nbytes"],
                 labels=data["labels"],
@@ -153,7 +153,7 @@ def _load(cache: Path) -> FileIndex | None:
                 ignored=json.loads(data["ignored"].tobytes()),
             )
         mtimes = zip(index.watched, index.watched_mtime.tolist(), strict=True)
-        fresh = all(os.stat(watched).st_mtime_ns == mtime for watched, mtime in mtimes)
+        fresh = all(os.stat(file_name(watched)).st_mtime_ns == mtime for watched, mtime in mtimes)
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):  # zipfile raises all of these
         return None
     return index if fresh else None
@@ -168,7 +168,7 @@ def forget_changed_index(path: Path) -> None:
     def changed(start: int) -> bool:
         for number in range(start, min(start + _CHUNK, len(index.keys))):
             try:
-                size = os.stat(os.path.join(index.root, index.keys[number])).st_size
+                size = os.stat(os.path.join(index.root, file_name(index.keys[number]))).st_size
             except OSError:
                 size = 0  # as in the index
             if size != index.nbytes[number]:

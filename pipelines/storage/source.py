@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ class Source(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names by label; () if the data set is unlabelled."""
+        """Class names by label, as `visible` writes them; () if the data set is unlabelled."""
 
     @property
     def nbytes(self) -> npt.NDArray[np.int64]:
@@ -52,7 +54,7 @@ class Source(Protocol):
         """
 
     def key(self, index: int) -> str:
-        """Name of one image for messages: the path relative to the folder, or the stem of the tar member."""
+        """Name of one image for messages: the path relative to the folder, or the stem of the tar member; `visible`."""
 
     def close(self) -> None:
         """Release open files. Arrays returned by `read` stay valid."""
@@ -167,6 +169,13 @@ class KeyTable:
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
+
+
+def file_name(key: str) -> str:
+    """A key of a `KeyTable` as the operating system's functions want it, also where their encoding is not UTF-8."""
+    if sys.getfilesystemencoding() == "utf-8":
+        return key
+    return os.fsdecode(key.encode("utf-8", "surrogateescape"))
 
 
 def fingerprint(

@@ -42,6 +42,7 @@ _SERIES = re.compile(r"\d+|[\W_]+")
 _BUCKET = re.compile(r"[0-9a-f]{1,4}|\d+", re.IGNORECASE)
 _FEW = 10  # folders of a data set that has train and val; more may be classes
 _FEW_CLASSES = 3
+_RUN = {"config.json", "metrics.jsonl"}  # files of a run folder, whose pictures are no data
 _LOOKED_AT = 32  # folders whose subfolders are compared
 _ENTRIES = 4096  # of a folder, until it counts as one without subfolders
 _NAMED = 6  # folders named in an error
@@ -209,7 +210,10 @@ def _holds_data(folder: Path) -> bool:
             continue
         seen.add(real)
         with suppress(PermissionError), os.scandir(at) as entries:  # reading such a folder as data names it
-            for entry in entries:
+            here = {entry.name: entry for entry in entries}
+            if here.keys() >= _RUN:
+                continue
+            for entry in here.values():
                 if is_data_folder(entry):
                     waiting.append(entry.path)
                 elif is_image_file(entry) or entry.name == MANIFEST or is_beton_name(entry.name):

@@ -7,7 +7,6 @@ import errno
 import logging
 import os
 import re
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ import numpy.typing as npt
 from pipelines.files import decode_text
 from pipelines.runtime import InputError, visible
 from pipelines.storage.file_index import FileIndex, is_image_name, remedy_for
-from pipelines.storage.source import KeyTable
+from pipelines.storage.source import KeyTable, file_name
 
 _PATH = ("path", "filepath", "file_path", "image_path", "img_path", "filename", "file_name", "file", "image", "img")
 _LABEL = ("label", "class", "target", "class_name", "classname", "label_name", "category", "labels")
@@ -64,7 +63,7 @@ def read_list(path: Path, *, progress: Callable[[int], None] | None = None) -> F
     lines = list(_lines(path))
     labels, classes = _labels(path, lines)
     root = Path(os.path.abspath(path.parent))
-    names = [_file_name(line.name) for line in lines]
+    names = [file_name(line.name) for line in lines]
     absolute = [os.path.join(root, name) for name in names]
     mtimes = {folder: _mtime(folder) for folder in {os.path.dirname(name) for name in absolute}}
     sizes: list[int] = []  # taken after the folders' times: a change in between makes the index stale
@@ -212,7 +211,7 @@ def _other_readings(name: str) -> Iterator[tuple[str, str]]:
         found.extend([(f"in Unicode's form {form}", unicodedata.normalize(form, other)) for _, other in found[:4]])
     for how, other in found[1:]:
         if other not in ("", name):
-            yield how, _file_name(other)
+            yield how, file_name(other)
 
 
 def _missing(path: Path, root: Path, line: _Line, name: str, count: int, of: int) -> InputError:
@@ -261,13 +260,6 @@ def _latin(text: str) -> str:
         return raw.decode("cp1252")
     except UnicodeDecodeError:
         return raw.decode("latin-1")
-
-
-def _file_name(name: str) -> str:
-    """The name as functions of the operating system want it, also where their encoding is not UTF-8."""
-    if sys.getfilesystemencoding() == "utf-8":
-        return name
-    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
 
 def _file_size(path: str) -> int:

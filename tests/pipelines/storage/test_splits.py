@@ -112,3 +112,11 @@ def test_unclear_splits_are_refused_with_what_is_there(tmp_path: Path, folders: 
 )
 def test_classes_are_no_splits(tmp_path: Path, folders: list[str]) -> None:
     assert split_paths(tree(tmp_path, *folders)) == (tmp_path, None)
+
+
+def test_runs_beside_the_splits_are_no_classes(tmp_path: Path) -> None:
+    tree(tmp_path, *nested("train"), "run1", "runs/run2")
+    for run in ("run1", "runs/run2"):
+        for name in ("config.json", "metrics.jsonl"):
+            (tmp_path / run / name).touch()
+    assert split_paths(tmp_path) == (tmp_path / "train", None)
