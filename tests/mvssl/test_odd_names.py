@@ -61,7 +61,7 @@ def test_features_of_such_files(data: Path, tmp_path: Path, ending: str) -> None
     else:
         from pyarrow import parquet
 
-        table = parquet.read_table(out)
+        table = parquet.read_table(io.BytesIO(out.read_bytes()))
         assert table["key"].to_pylist() == [r"\xe4/caf\xe9.jpg"]
         assert table["class"].to_pylist() == [r"\xe4"]
 
