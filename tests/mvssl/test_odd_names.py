@@ -69,7 +69,7 @@ def test_features_of_such_files(data: Path, tmp_path: Path, ending: str) -> None
 @pytest.mark.parametrize("form", ["shards", "beton"])
 def test_conversion_of_such_files(data: Path, tmp_path: Path, form: str) -> None:
     out = tmp_path / os.fsdecode(b"out\xe9")
-    convert(Convert(src=data, dst=out, format=form))  # type: ignore[arg-type]
+    convert(Convert(src=data, dst=out, format=form))
     source = open_source(out)
     assert (source.key(0), source.classes) == (r"\xe4/caf\xe9", (r"\xe4",))
     (bad,) = map(json.loads, (out / "quarantine.jsonl").read_text(encoding="utf-8").splitlines())
@@ -81,7 +81,7 @@ def test_warnings_about_them_are_logged(tmp_path: Path, capsys: pytest.CaptureFi
     with run_log(tmp_path / "train.log", Console(file=strict, width=200)):
         logging.getLogger("mvssl.data").warning("image %s is bad", CAFE)
     strict.flush()
-    assert strict.buffer.getvalue() == b"warning: image caf\\xe9.jpg is bad\n"  # type: ignore[attr-defined]
+    assert strict.buffer.getvalue() == b"warning: image caf\\xe9.jpg is bad\n"
     assert "WARNING image caf\\xe9.jpg is bad" in (tmp_path / "train.log").read_text(encoding="utf-8")
     assert "Logging error" not in capsys.readouterr().err
 
