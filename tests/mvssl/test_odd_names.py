@@ -69,7 +69,7 @@ def test_features_of_such_files(data: Path, tmp_path: Path, ending: str) -> None
 @pytest.mark.parametrize("form", ["shards", "beton"])
 def test_conversion_of_such_files(data: Path, tmp_path: Path, form: str) -> None:
     out = tmp_path / os.fsdecode(b"out\xe9")
-    convert(Convert(src=data, dst=out, format=form))
+    convert(Convert(src=data, dst=out, format=form))  # type: ignore[arg-type]
     source = open_source(out)
     assert (source.key(0), source.classes) == (r"\xe4/caf\xe9", (r"\xe4",))
     (bad,) = map(json.loads, (out / "quarantine.jsonl").read_text(encoding="utf-8").splitlines())
