@@ -25,6 +25,7 @@ from pipelines.loading.fetch import CompleteBatch, Encoded, Fetcher, fetch_compl
 from pipelines.loading.threads import BATCHES_AHEAD, Prefetcher, ReadAhead, SideStream, receive
 from pipelines.order import SINGLE, Order, Ranks
 from pipelines.runtime import InputError, invalid
+from pipelines.storage.image_facts import facts_of
 from pipelines.storage.source import Source
 from pipelines.views.engine import ViewEngine
 from pipelines.views.sampling import draw
@@ -144,7 +145,12 @@ class Loader:
         self._device = with_index(device)
         self._engine = ViewEngine(self._specs, device=self._device, backend=backend, dtype=dtype)
         self._stream = SideStream(self._device)
-        decoder = decoder_of(decode, device=self._device, batch_size=share.stop - share.start)
+        decoder = decoder_of(
+            decode,
+            device=self._device,
+            batch_size=share.stop - share.start,
+            value_range=facts_of(source).value_range,
+        )
         self._fetch = Fetcher(source, decoder, threads=thread_count(decode))
         self._bad: dict[int, str] = {}  # dataset index -> reason
         self._activity = _Activity(source.location)

@@ -17,9 +17,12 @@ import tyro
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
 from pipelines.decode import make_decoder
 from pipelines.files import strict_text
+from pipelines.loading.deep_images import state_value_range
 from pipelines.order import Order
 from pipelines.runtime import parse_arguments, run_cli
 from pipelines.storage import check_outside, open_source
+from pipelines.storage.image_facts import facts_of
+from pipelines.value_range import parse_value_range
 from pipelines.views.sheet import view_sheet
 
 
@@ -47,6 +50,8 @@ class Options:
     """Cutout views per image."""
     blur_kernel: int = 23
     """Taps of the blur."""
+    value_range: str | None = None
+    """MIN..MAX of the values of images with more than 8 bits, such as 0..4095."""
     views: Path | None = None
     """JSON with a recipe's views, as written by `mvssl-train RECIPE --print-config`; - reads standard input. Replaces
     the paper's views and the options for them above."""
@@ -62,13 +67,15 @@ def run(options: Options) -> None:
     specs = _specs(options)
     check_outside(options.out, options.data, field="out")
     source = open_source(options.data)
+    state_value_range(source, None if options.value_range is None else parse_value_range(options.value_range))
     if options.num_images > len(source):
         raise InputError(
             f"num_images is {options.num_images} but {options.data} has only {len(source)} images: lower --num-images."
         )
     order = Order(num_images=len(source), batch_size=options.num_images, seed=options.seed)
     index = order.batch(options.epoch, 0)  # int64 [num_images]
-    decoder = make_decoder("pillow", device="cpu", batch_size=options.num_images, threads=1)
+    known = facts_of(source).value_range
+    decoder = make_decoder("pillow", device="cpu", batch_size=options.num_images, threads=1, value_range=known)
     decoded = decoder([source.read(int(i)) for i in index])
     for position, reason in decoded.failures.items():
         print(f"skipping {source.key(int(index[position]))}: {reason}", file=sys.stderr)

@@ -29,14 +29,14 @@ ORDER = {
     ],
     "pipelines": [
         {"runtime", "progress"},
-        {"files", "checks"},
+        {"files", "checks", "value_range"},
         {"c_library", "batch"},
         {"decode"},
         {"storage"},
         {"views", "conversion"},
         {"order"},
-        {"loading", "view_sheet"},
-        {"loader"},
+        {"loading"},
+        {"loader", "view_sheet"},
     ],
 }
 """Packages (or modules) of a top-level package from the ground up: each imports only what stands before it."""

@@ -18,6 +18,7 @@ from mvssl.evaluate.features import compute_store
 from mvssl.evaluate.session import BackboneSession, ComputeOptions, interpolated, open_backbone, open_images
 from mvssl.runs.results import describe, locked_folder
 from mvssl.weights.load import BackboneSource
+from pipelines.loading.deep_images import pixels_of
 from pipelines.runtime import InputError, parse_arguments, run_cli
 
 
@@ -67,7 +68,7 @@ def _compute(asked: FeatureArguments, session: BackboneSession, partial: Path) -
     evaluation = session.loaded.evaluation
     identity = {
         "weights": session.loaded.digest,
-        "data": source.fingerprint,
+        "data": pixels_of(source),
         "resize": evaluation.resize,
         "crop": evaluation.crop,
         "precision": str(session.autocast),

@@ -12,6 +12,7 @@ from pipelines.checks import at_least, at_least_zero, check_fields
 from pipelines.decode import DaliOptions, DecodeOptions, DecoderName
 from pipelines.loading.pixel_cache import Cache
 from pipelines.runtime import InputError, invalid
+from pipelines.value_range import parse_value_range
 
 LogTarget = Literal["tensorboard", "csv", "wandb", "none"]
 
@@ -49,6 +50,8 @@ class RunOptions(Execution):
         decoder: auto takes DALI if it is installed.
         threads: CPU threads for decoding; by default chosen by the number of cores.
         dali: options of DALI on a GPU.
+        value_range: MIN..MAX of the values of images with more than 8 bits, such as 0..4095 for 12 bits in files of 16;
+            values outside are clamped. Converted data have their own; else needed unless 16 bits are used.
         cache: pixel cache, so that later epochs neither read nor decode images: in host or device (GPU) memory, or off;
             auto: device if the pixels of all images take at most 40 % of its free memory and steps fit next to them,
             else host if at most 50 %. Every process caches all images.
@@ -77,6 +80,7 @@ class RunOptions(Execution):
     decoder: DecoderName = "auto"
     threads: int | None = at_least(1, None, "give a positive number")
     dali: DaliOptions = field(default_factory=DaliOptions)
+    value_range: str | None = None
     cache: Cache = "off"
     prefetch: int = at_least(1, 2, "give a positive number")
     log: tuple[LogTarget, ...] = ("tensorboard",)
@@ -102,6 +106,8 @@ class RunOptions(Execution):
             raise InputError("log names wandb, which is not installed: pip install wandb, or leave it out.")
         if self.time is not None:
             parse_time(self.time)
+        if self.value_range is not None:
+            parse_value_range(self.value_range)
         if self.extend and not self.resume:
             raise InputError("extend needs resume: add --resume, and the number of all epochs with --epochs.")
         if self.resume and self.overwrite:

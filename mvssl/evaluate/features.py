@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mvssl.config.recipe import Evaluation
 from mvssl.evaluate.feature_store import BAD, DONE, Dtype, FeatureStore, bytes_needed, not_finite, open_store
 from mvssl.evaluate.session import BackboneSession, EvalSession, Session, interpolated
+from pipelines.loading.deep_images import pixels_of
 from pipelines.loading.eval_loader import EvaluationBatch, iterate_augmented, iterate_center
 from pipelines.loading.fetch import too_many_bad
 from pipelines.loading.pixel_cache import free_memory
@@ -132,7 +133,7 @@ def cached_features(session: EvalSession, source: Source, name: str, *, drawn: i
     evaluation = session.loaded.evaluation
     identity = {
         "weights": session.loaded.digest,
-        "data": source.fingerprint,
+        "data": pixels_of(source),
         "resize": evaluation.resize,
         "crop": evaluation.crop,
         "drawn": drawn,

@@ -16,6 +16,7 @@ from mvssl.evaluate.session import EvalSession, check_labelled
 from mvssl.evaluate.supervised import Classifier, Supervision, train_and_measure
 from mvssl.weights.backbone_file import export_backbone
 from pipelines.files import strict_text
+from pipelines.loading.deep_images import pixels_of
 from pipelines.runtime import InputError, invalid
 from pipelines.storage.source import Source, SubsetSource
 
@@ -78,7 +79,7 @@ def finetune(
         session.console.print(f"{absent} of {classes} classes have no labelled image", style="yellow")
     size = min(supervision.batch_size, len(source))
     supervision = dataclasses.replace(supervision, batch_size=size - size % session.world.size or size)
-    identity = session.identity("finetune", images=source.fingerprint, **supervision.identity())
+    identity = session.identity("finetune", images=pixels_of(source), **supervision.identity())
     model = Classifier(
         session.loaded.backbone, session.width, classes, head_std=supervision.head_std, seed=supervision.seed
     ).to(session.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ from torch import Tensor
 from mvssl.evaluate.accuracy import accuracy_of
 from mvssl.evaluate.features import cached_features, load_features
 from mvssl.evaluate.session import EvalSession, check_labelled
+from pipelines.decode.pillow import decode_one
 from pipelines.files import whole_file
 from pipelines.runtime import InputError, invalid
+from pipelines.storage.image_facts import facts_of
 from pipelines.storage.source import Source
 
 
@@ -269,5 +270,7 @@ def _write_sheet(
 
 def _tile(source: Source, index: int) -> Image.Image:
     """Thumbnail of an image's centre, upright."""
-    with Image.open(io.BytesIO(source.read(index).tobytes())) as image:
-        return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (_TILE, _TILE))
+    pixels = decode_one(source.read(index), value_range=facts_of(source).value_range)
+    if isinstance(pixels, str):  # replaced in place since its features were computed
+        raise InputError(f"Image {source.key(index)} cannot be decoded ({pixels}): restore it.")
+    return ImageOps.fit(Image.fromarray(pixels), (_TILE, _TILE))

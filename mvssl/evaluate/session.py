@@ -22,10 +22,12 @@ from mvssl.runs.results import ResultFile, locked_folder
 from mvssl.weights.load import BackboneSource, LoadedBackbone, load_backbone
 from pipelines.checks import at_least, check_fields
 from pipelines.decode import DecodeOptions, DecoderName
+from pipelines.loading.deep_images import pixels_of, state_value_range
 from pipelines.progress import Progress
 from pipelines.runtime import InputError, visible
 from pipelines.storage import align_labels, open_source, split_paths
 from pipelines.storage.source import Source
+from pipelines.value_range import ValueRange, parse_value_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class ComputeOptions:
         threads: decoder threads.
         precision: number format of the backbone; auto is bf16 on CUDA and fp32 on the CPU.
         extract_batch: images per forward of the frozen backbone.
+        value_range: MIN..MAX of the values of images with more than 8 bits, such as 0..4095 for 12 bits in files of 16;
+            by default that of the run or of converted data.
     """
 
     device: str = "auto"
@@ -45,9 +49,12 @@ class ComputeOptions:
     threads: int | None = at_least(1, None)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     extract_batch: int = at_least(1, 256)
+    value_range: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, with_class=False)
+        if self.value_range is not None:
+            parse_value_range(self.value_range)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +88,8 @@ class Session:
         batch_size: images per forward of a frozen backbone.
         world: the ranks, which share the work.
         console: for messages; silent on ranks other than 0.
+        stated_range: range of values of images with more than 8 bits, by the user; None if not stated.
+        run_range: that of the run; taken where neither the user nor the data state one.
     """
 
     device: torch.device
@@ -89,6 +98,8 @@ class Session:
     batch_size: int = 256
     world: World = field(default_factory=World)
     console: Console = field(default_factory=lambda: Console(quiet=True))
+    stated_range: ValueRange | None = None
+    run_range: ValueRange | None = None
 
     def autocasting(self) -> torch.autocast:
         """The context of a forward."""
@@ -149,8 +160,8 @@ class EvalSession(BackboneSession):
             "protocol": protocol,
             "backbone": self.loaded.architecture,
             "weights": self.loaded.digest,
-            "train": self.train.fingerprint,
-            "val": None if self.val is None else self.val.fingerprint,
+            "train": pixels_of(self.train),
+            "val": None if self.val is None else pixels_of(self.val),
             "resize": self.loaded.evaluation.resize,
             "crop": self.loaded.evaluation.crop,
             **interpolated(self.loaded.evaluation),
@@ -248,6 +259,8 @@ def open_backbone(source: BackboneSource, compute: ComputeOptions) -> Iterator[B
             batch_size=compute.extract_batch,
             world=world,
             console=Console(quiet=not world.is_rank0),
+            stated_range=None if compute.value_range is None else parse_value_range(compute.value_range),
+            run_range=_run_range(loaded),
             loaded=loaded,
             width=width,
         )
@@ -280,7 +293,19 @@ def open_session(source: BackboneSource, options: EvalOptions, compute: ComputeO
 def open_images(path: Path, session: Session) -> Source:
     """Open images; rank 0 indexes the folder first."""
     progress = Progress(session.console, f"indexing {path}").update
-    return session.world.run_on_rank0_first(lambda: open_source(path, progress=progress))
+
+    def opened() -> Source:
+        source = open_source(path, progress=progress)
+        state_value_range(source, session.stated_range, default=session.run_range)
+        return source
+
+    return session.world.run_on_rank0_first(opened)
+
+
+def _run_range(loaded: LoadedBackbone) -> ValueRange | None:
+    """The range of values that the backbone's run was trained with; None if it is of no run, or needed none."""
+    text = None if loaded.folder is None else loaded.folder.options().get("value_range")
+    return None if text is None else parse_value_range(text)
 
 
 def _data_paths(loaded: LoadedBackbone, options: EvalOptions) -> tuple[Path, Path | None]:

@@ -16,6 +16,7 @@ from mvssl.runs.jsonl import read_jsonl
 from pipelines.batch import DecodedBatch
 from pipelines.decode import make_decoder
 from pipelines.files import whole_file
+from pipelines.storage.image_facts import facts_of
 from pipelines.storage.source import Source
 from pipelines.views.engine import ViewEngine
 from pipelines.views.sampling import draw
@@ -54,7 +55,10 @@ def write_view_sheet(recipe: Recipe, source: Source, images: NDArray[np.int64], 
     """Draw some images (indices [N]) and their views in epoch 0, the same as in training."""
     specs = recipe.views
     index = torch.from_numpy(images)  # [N]
-    with closing(make_decoder("pillow", device="cpu", batch_size=len(index), threads=1)) as decoder:
+    value_range = facts_of(source).value_range
+    with closing(
+        make_decoder("pillow", device="cpu", batch_size=len(index), threads=1, value_range=value_range)
+    ) as decoder:
         decoded = decoder([_read(source, i) for i in index.tolist()])
     good = torch.tensor([n not in decoded.failures for n in range(len(index))])  # [N]
     if not good.any():

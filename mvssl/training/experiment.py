@@ -28,13 +28,16 @@ from mvssl.training.memory import peak_step_memory
 from mvssl.training.step import TrainStep
 from mvssl.weights.backbone_file import export_backbone
 from pipelines.loader import Loader
+from pipelines.loading.deep_images import state_value_range
 from pipelines.loading.pixel_cache import Cache, CachedSource, free_memory, with_cache
 from pipelines.order import Order
 from pipelines.progress import Progress
 from pipelines.runtime import InputError
 from pipelines.storage import open_source, split_paths
 from pipelines.storage.folder import forget_changed_index
+from pipelines.storage.image_facts import facts_of
 from pipelines.storage.source import Source
+from pipelines.value_range import FULL, ValueRange, parse_value_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,12 +178,17 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
     keep_compiled_code()
     with ExitStack() as stack:
         train_path, val_path = world.run_on_all(partial(_data_paths, options.data, options.val, world))
-        source = _open_source(train_path, console, world)
+        stated = world.run_on_rank0(partial(_stated_range, options))
+        source = _open_source(train_path, console, world, stated=stated)
         stack.callback(source.close)
+        known = facts_of(source).value_range
+        if known is not None:  # also of converted data; kept with the run
+            options = replace(options, value_range=str(known))
         val = None
         if val_path is not None:
-            val = _open_source(val_path, console, world)
+            val = _open_source(val_path, console, world, stated=stated, default=known)
             stack.callback(val.close)
+            _check_same_range(source, val)
             _check_same_images(val, world)
         _check_same_images(source, world)
         evaluates, note = False, ""
@@ -251,14 +259,59 @@ def _data_paths(data: Path, val: Path | None, world: World) -> tuple[Path, Path 
     return train, val
 
 
-def _open_source(path: Path, console: Console, world: World) -> Source:
+def _stated_range(options: RunOptions) -> ValueRange | None:
+    """The range that the options state, or that of the run that is resumed.
+
+    Raises:
+        InputError: both, and they differ.
+    """
+    stated = None if options.value_range is None else parse_value_range(options.value_range)
+    if not options.resume or options.out is None:
+        return stated
+    text = RunFolder(options.out).options().get("value_range")
+    begun = None if text is None else parse_value_range(text)
+    if stated is not None and stated != (begun or FULL):  # without a range, images used all their 16 bits
+        how = "without one" if begun is None else f"with {str(begun)!r}"
+        raise InputError(
+            f"value_range is {str(stated)!r} but the run in {options.out} was started {how}: leave --value-range out, "
+            "or start a new run with another --out.",
+            field="value_range",
+        )
+    return stated or begun
+
+
+def _check_same_range(source: Source, val: Source) -> None:
+    """Check that deep images of both are scaled alike."""
+    first, second = facts_of(source).value_range, facts_of(val).value_range
+    if first is not None and second not in (None, first):
+        raise InputError(
+            f"val is {str(val.location)!r}, whose values {second} become 0..255, but those of {source.location} are "
+            f"{first}: convert both with the same --value-range.",
+            field="val",
+        )
+
+
+def _open_source(
+    path: Path,
+    console: Console,
+    world: World,
+    *,
+    stated: ValueRange | None,
+    default: ValueRange | None = None,
+) -> Source:
     """Open images; rank 0 indexes a folder first, the others then find its index in the cache.
 
     A cached index does not show that images were replaced in place, so the first rank of a host compares sizes.
     """
     if world.local_rank == 0:
         forget_changed_index(path)
-    return world.run_on_rank0_first(lambda: open_source(path, progress=Progress(console, f"indexing {path}").update))
+
+    def opened() -> Source:
+        source = open_source(path, progress=Progress(console, f"indexing {path}").update)
+        state_value_range(source, stated, default=default)
+        return source
+
+    return world.run_on_rank0_first(opened)
 
 
 def _check_same_images(source: Source, world: World) -> None:

@@ -13,9 +13,11 @@ from rich.console import Console
 
 from pipelines.conversion.conversion import Conversion, Options
 from pipelines.conversion.sources import find_jobs
+from pipelines.conversion.value_measure import measure_jobs
 from pipelines.progress import Progress
 from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
 from pipelines.storage.beton_format import BETON, is_beton_name
+from pipelines.value_range import parse_value_range
 
 _MEGABYTE = 1_000_000
 
@@ -56,6 +58,9 @@ class Convert:
     strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Quarantine JPEGs that decode although their data are damaged (parts of them are gray or torn). Otherwise they are
     stored, and listed in warnings.jsonl."""
+    value_range: Annotated[str, tyro.conf.arg(metavar="auto|MIN..MAX")] = "auto"
+    """Values that become 0..255 in images of more than 8 bits; those outside are clamped. auto takes the fewest of 8,
+    10, 12, 14 and 16 bits that hold every value of all these images."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Remove converted data from DST and start again."""
 
@@ -79,20 +84,37 @@ def convert(config: Convert) -> None:
         raise invalid("--workers", config.workers, "1 or more", "give a number of threads or leave it out")
     if config.dst.resolve().is_relative_to(config.src.resolve()):
         raise InputError(f"DST {config.dst} lies in SRC {config.src}: give a DST outside of it.")
+    workers = config.workers or _cores()
     options = Options(
         max_size=config.max_size,
         quality=config.quality,
         shard_bytes=max(1, round(config.shard_size * _MEGABYTE)),
         format=config.format,
         strict=config.strict,
+        value_range=None if config.value_range == "auto" else parse_value_range(config.value_range),
     )
     progress = Progress(Console(stderr=True), f"indexing {config.src}").update
     jobs = find_jobs(config.src, val_labels=config.val_labels, classes_file=config.classes, progress=progress)
     conversions = [Conversion(job, config.dst / job.name, options) for job in jobs]
     for conversion in conversions:  # all before the first runs, so that no error comes after hours
         conversion.prepare(overwrite=config.overwrite)
+    if options.value_range is None and not all(conversion.finished for conversion in conversions):
+        _measure(conversions, workers)
     for conversion in conversions:
-        print(conversion.run(workers=config.workers or _cores()), flush=True)
+        print(conversion.run(workers=workers), flush=True)
+
+
+def _measure(conversions: Sequence[Conversion], workers: int) -> None:
+    """Find the range of values for all splits."""
+    progress = Progress(Console(stderr=True), "measuring the values of deep images").update
+    try:
+        values = measure_jobs([conversion.job for conversion in conversions], workers=workers, progress=progress)
+    except BaseException:
+        for conversion in conversions:
+            conversion.release()
+        raise
+    for conversion, refused in zip(conversions, values.refused, strict=True):
+        conversion.set_values(values.value_range, refused)
 
 
 def _cores() -> int:

@@ -7,7 +7,7 @@ import json
 import platform
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -31,6 +31,7 @@ from pipelines.runtime import InputError
 from pipelines.storage.beton_format import page_bytes
 from pipelines.storage.manifest import FORMATS, INDEX_DTYPE, QUARANTINE, VERSION, WARNINGS, Manifest
 from pipelines.storage.source import KeyTable, fingerprint
+from pipelines.value_range import ValueRange
 
 _AHEAD = 4  # images in flight per worker: a slow image does not stall the others
 _MEMBER_BYTES = 2048  # upper bound of a tar file's overhead per image: two headers, padding and the label
@@ -46,6 +47,7 @@ class Options:
         shard_bytes: bytes of images per shard.
         format: "shards" or "beton".
         strict: leave out images that are damaged but decode.
+        value_range: of images with more than 8 bits, as stated; None: to be measured.
     """
 
     max_size: int | None
@@ -53,6 +55,7 @@ class Options:
     shard_bytes: int
     format: str
     strict: bool = False
+    value_range: ValueRange | None = None
 
 
 class Conversion:
@@ -78,6 +81,7 @@ class Conversion:
             **({} if options.quality is None else {"quality": options.quality}),
             **({} if options.format == "shards" else {"form": options.format}),
             **({"strict": True} if options.strict else {}),
+            **({} if options.value_range is None else {"value_range": str(options.value_range)}),
         }
         self._format: Format = TarFormat(self._destination)
         if options.format == "beton":
@@ -90,11 +94,21 @@ class Conversion:
             )
         self._log = WarningLog()
         self._bad = 0  # images of this run
-        self._finished = False
+        self._value_range = options.value_range
+        self._refused: Mapping[int, str] = {}
+        self.finished = False
 
     def prepare(self, *, overwrite: bool) -> None:
         """Lock the folder; raises before any work if it cannot be used (see `Destination.prepare`)."""
-        self._finished = self._destination.prepare(self._plan, overwrite=overwrite)
+        self.finished = self._destination.prepare(self._plan, overwrite=overwrite)
+
+    def set_values(self, value_range: ValueRange | None, refused: Mapping[int, str]) -> None:
+        """Take the measured range of deep images, and index -> reason of those that have none; before `run`."""
+        self._value_range, self._refused = value_range, refused
+
+    def release(self) -> None:
+        """Unlock the folder of a conversion that is not run."""
+        self._destination.release()
 
     def run(self, *, workers: int) -> str:
         """Convert the images that are not yet converted, and return a summary for the user.
@@ -104,7 +118,7 @@ class Conversion:
             OSError: the source cannot be read or the folder not written; finished shards are kept.
         """
         folder = self._destination.folder
-        if self._finished:
+        if self.finished:
             count = Manifest.load(folder, formats=FORMATS).count
             return f"{folder} holds all {count} images of this conversion already."
         try:
@@ -131,9 +145,16 @@ class Conversion:
         told = told or (f" (see {folder / WARNINGS})" if warned else "")
         return (
             f"{folder}: {manifest['count']} images ({manifest['image_bytes'] / 1e6:.1f} MB) {merged.summary}, "
-            f"{bad} quarantined{listed}, {warned} with warnings{told}; "
+            f"{bad} quarantined{listed}, {warned} with warnings{told}{self._said_range()}; "
             f"{progress.done_now} images in {seconds:.1f} s, {progress.done_now / seconds:.0f} images/s"
         )
+
+    def _said_range(self) -> str:
+        """Part of the summary: the range of deep images."""
+        if self._value_range is None:
+            return ""
+        how = "as stated" if self._options.value_range is not None else "measured"
+        return f", deep values {self._value_range} ({how}) as 0..255"
 
     def _convert(
         self, found: list[ShardState | None], pool: ThreadPoolExecutor, ahead: int, progress: Progress
@@ -172,9 +193,16 @@ class Conversion:
         data = read(self.job.source, index)
         if isinstance(data, str):
             return CheckedImage(bad=data, unread=True)
+        if index in self._refused:
+            return CheckedImage(bad=self._refused[index])
         options = self._options
         image = check_image(
-            data, max_size=options.max_size, quality=options.quality, strict=options.strict, log=self._log
+            data,
+            max_size=options.max_size,
+            quality=options.quality,
+            strict=options.strict,
+            value_range=self._value_range,
+            log=self._log,
         )
         return self._format.adapt(image)
 
@@ -282,6 +310,7 @@ class Conversion:
             "classes": list(classes),
             "class_counts": np.bincount(labels[labels >= 0], minlength=len(classes)).tolist(),
             **_damage(states),
+            **({} if self._value_range is None else {"value_range": str(self._value_range)}),
         }
 
 

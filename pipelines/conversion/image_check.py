@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipelines.decode.damage import find_damage
 from pipelines.decode.pillow import decode_one
+from pipelines.value_range import ValueRange
 
 QUALITY = 95  # of re-encoded JPEGs: the loss is below that of the views' resize
 _MAGIC = (
@@ -42,6 +43,7 @@ class CheckedImage:
         bad: why the image cannot be used, or "".
         unread: whether it is bad because its bytes could not be read.
         warned: warnings about an image that decodes, or "".
+        value_range: of the stored image, if it has more than 8 bits.
         damage: what `find_damage` says about an image that decodes, None if nothing; also in `warned`.
     """
 
@@ -54,6 +56,7 @@ class CheckedImage:
     unread: bool = False
     warned: str = ""
     damage: str | None = None
+    value_range: ValueRange | None = None
 
     @property
     def checksum(self) -> int:
@@ -67,6 +70,7 @@ def check_image(
     max_size: int | None,
     quality: int | None = None,
     strict: bool = False,
+    value_range: ValueRange | None = None,
     log: WarningLog,
 ) -> CheckedImage:
     """Decode an encoded image completely, as training would, and return the bytes to store.
@@ -77,10 +81,11 @@ def check_image(
             `quality` or `QUALITY`. None: no limit.
         quality: JPEG quality at which every image is encoded again, upright. None: bytes pass through.
         strict: an image that is damaged but decodes is bad.
+        value_range: of images with more than 8 bits; None if they use 16.
         log: collects this thread's warnings.
     """
     log.take()
-    pixels = decode_one(data)  # [H, W, 3]
+    pixels = decode_one(data, value_range=value_range, max_size=max_size)  # [H, W, 3]
     warned = log.take()
     if isinstance(pixels, str):
         return CheckedImage(bad=pixels)
@@ -94,7 +99,7 @@ def check_image(
             return CheckedImage(bad=text)
         warned = "; ".join(filter(None, (warned, text)))
     stored = _stored(data, pixels, max_size=max_size, quality=quality)
-    return stored if stored.bad else dataclasses.replace(stored, warned=warned, damage=damage)
+    return stored if stored.bad else dataclasses.replace(stored, warned=warned, damage=damage, value_range=value_range)
 
 
 def _stored(
@@ -154,6 +159,7 @@ class WarningLog:
         """Collect the warnings of all threads."""
         with warnings.catch_warnings():
             warnings.simplefilter("always")
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have a limit of our own
             warnings.showwarning = lambda message, *_, **__: self._messages().append(str(message))
             yield
 

@@ -14,6 +14,7 @@ from pipelines.decode.base import DECODERS, MAX_PIXELS, DaliOptions, Decoded, De
 from pipelines.decode.ffcv import FfcvDecoder
 from pipelines.decode.pillow import PillowDecoder
 from pipelines.runtime import InputError, invalid
+from pipelines.value_range import ValueRange
 
 __all__ = [
     "DECODERS",
@@ -39,6 +40,7 @@ def make_decoder(
     batch_size: int,
     threads: int,
     dali: DaliOptions | None = None,
+    value_range: ValueRange | None = None,
 ) -> Decoder:
     """Make a decoder.
 
@@ -48,6 +50,7 @@ def make_decoder(
         batch_size: maximal number of images per call.
         threads: CPU threads for decoding.
         dali: options of DALI on a GPU.
+        value_range: of images with more than 8 bits; None if they use 16.
 
     Raises:
         InputError: unknown kind, a number below 1, a requested library that is missing, or `dali` without a GPU.
@@ -66,10 +69,10 @@ def make_decoder(
             "leave them out, or take device cuda and decoder dali."
         )
     if kind == "pillow":
-        return PillowDecoder(threads=threads)
+        return PillowDecoder(threads=threads, value_range=value_range)
     if kind == "ffcv":
         try:
-            return FfcvDecoder(threads=threads)
+            return FfcvDecoder(threads=threads, value_range=value_range)
         except OSError as error:
             raise InputError(
                 f"decoder is 'ffcv' but FFCV's library cannot be used ({error}): run tools/install_ffcv.sh, or take "
@@ -83,14 +86,27 @@ def make_decoder(
         )
     from pipelines.decode.dali import DaliDecoder  # DALI may be missing
 
-    return DaliDecoder(device=with_index(device), batch_size=batch_size, threads=threads, options=dali)
+    return DaliDecoder(
+        device=with_index(device), batch_size=batch_size, threads=threads, options=dali, value_range=value_range
+    )
 
 
-def decoder_of(options: DecodeOptions | None, *, device: str | torch.device, batch_size: int) -> Decoder:
+def decoder_of(
+    options: DecodeOptions | None,
+    *,
+    device: str | torch.device,
+    batch_size: int,
+    value_range: ValueRange | None = None,
+) -> Decoder:
     """The decoder for these options (None for the defaults); raises as `make_decoder`."""
     options = options or DecodeOptions()
     return make_decoder(
-        options.decoder, device=device, batch_size=batch_size, threads=thread_count(options), dali=options.dali
+        options.decoder,
+        device=device,
+        batch_size=batch_size,
+        threads=thread_count(options),
+        dali=options.dali,
+        value_range=value_range,
     )
 
 

@@ -19,6 +19,7 @@ from pipelines.decode.base import MAX_PIXELS, DaliOptions, Decoded, DecodedPart,
 from pipelines.decode.pillow import PillowDecoder, decode_one
 from pipelines.decode.sniff import sniff
 from pipelines.runtime import InputError, invalid
+from pipelines.value_range import ValueRange
 
 dali: Any = importlib.import_module("nvidia.dali")  # Any: DALI creates its functions at run time, without types
 _log = logging.getLogger("mvssl.data")
@@ -37,13 +38,19 @@ class DaliDecoder:
     """
 
     def __init__(
-        self, *, device: torch.device, batch_size: int, threads: int, options: DaliOptions | None = None
+        self,
+        *,
+        device: torch.device,
+        batch_size: int,
+        threads: int,
+        options: DaliOptions | None = None,
+        value_range: ValueRange | None = None,
     ) -> None:
         self._device = device
         self._batch_size = batch_size
         self._threads = threads
         self._options = options or DaliOptions()
-        self._pillow = PillowDecoder(threads=threads)
+        self._pillow = PillowDecoder(threads=threads, value_range=value_range)
         self._pipeline = self._build()
 
     @property

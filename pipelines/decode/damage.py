@@ -27,7 +27,7 @@ _REQUEST = np.dtype(
     ],
     align=True,
 )  # same layout as Request in jpeg_scan.c
-_PADDED = 1
+_ODD = 1
 _VERDICTS = {
     2: "its data end",
     3: "its data are invalid",
@@ -37,7 +37,7 @@ _VERDICTS = {
 }
 _PNG = b"\x89PNG\r\n\x1a\n"
 ODD = ""
-"""Finding of a JPEG with padding, of which libjpeg complains though no pixel is affected."""
+"""Finding of a JPEG of which libjpeg complains though no pixel is affected (padding), or which cannot be examined."""
 _log = logging.getLogger("mvssl.data")
 
 
@@ -79,7 +79,7 @@ def _library() -> ctypes.CDLL | None:
 
 def _describe(request: np.void) -> str:
     verdict, done = int(request["verdict"]), float(request["done"])
-    if verdict == _PADDED:
+    if verdict == _ODD:
         return ODD
     if done == 1:
         return _VERDICTS[verdict]

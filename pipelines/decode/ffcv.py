@@ -19,6 +19,7 @@ import torch
 from pipelines.decode.base import MAX_PIXELS, Decoded, completed_by_pillow
 from pipelines.decode.pillow import PillowDecoder
 from pipelines.decode.sniff import Header, sniff
+from pipelines.value_range import ValueRange
 
 _RGB = 0  # turbojpeg.h: TJPF_RGB
 _ACCURATE = 4096  # TJFLAG_ACCURATEDCT: the transform of libjpeg, and so of Pillow
@@ -29,7 +30,7 @@ class FfcvDecoder:
 
     name = "ffcv"
 
-    def __init__(self, *, threads: int) -> None:
+    def __init__(self, *, threads: int, value_range: ValueRange | None = None) -> None:
         """Load FFCV's library.
 
         Raises:
@@ -38,7 +39,7 @@ class FfcvDecoder:
         self._library = load_ffcv()
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mvssl-ffcv")
-        self._pillow = PillowDecoder(threads=threads)
+        self._pillow = PillowDecoder(threads=threads, value_range=value_range)
         self._local = threading.local()
         self._handles: list[ctypes.c_void_p] = []
 

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { FINE, PADDED, SHORT, INVALID, EXTRA, RESTART, MISSING }; /* verdicts, in the order of damage.py */
+enum { FINE, ODD, SHORT, INVALID, EXTRA, RESTART, MISSING }; /* verdicts, numbered in damage.py */
 enum { LOOK = 9, MAX_THREADS = 64, MAX_PIXELS = 1 << 28 };
 
 /* Same layout as _REQUEST in damage.py. */
@@ -260,14 +260,14 @@ static int block(Jpeg *jpeg, const Component *part, int64_t index) {
     return jpeg->high ? refinement(jpeg, part, part->nonzero + index) : band(jpeg, part, part->nonzero + index);
 }
 
-/* Go to the marker that must follow: FINE, PADDED by zeros or ones, or EXTRA data are in between. */
+/* Go to the marker that must follow: FINE, ODD by zeros or ones, or EXTRA data are in between. */
 static int to_marker(Bits *b) {
     int found = FINE;
     take(b, b->count & 7);
     for (fill(b); b->count > b->fake || !b->marker; fill(b)) {
         uint32_t byte = take(b, 8);
         if (byte && byte != 0xFF) return EXTRA;
-        found = PADDED;
+        found = ODD;
     }
     return found;
 }
@@ -345,15 +345,15 @@ static int scan(Jpeg *jpeg, const uint8_t *at, const uint8_t *end, Request *requ
     return gap == EXTRA ? EXTRA : gap | padded;
 }
 
-/* FINE also if the file cannot be examined: decoders then say what is wrong. */
+/* ODD also if the file cannot be examined: decoders then say what is wrong. */
 static int examine(Jpeg *jpeg, Request *request) {
     const uint8_t *at = request->data + 2, *end = request->data + request->size;
-    int padded = FINE;
+    int odd = FINE;
     jpeg->bits.end = end;
     while (end - at >= 2) {
         if (*at != 0xFF) {
             if (request->scan && *at) return EXTRA;
-            padded = PADDED;
+            odd = ODD;
             at++;
             continue;
         }
@@ -366,12 +366,12 @@ static int examine(Jpeg *jpeg, Request *request) {
             for (int n = 0; n < jpeg->count && request->scan; n++)
                 for (int k = 0; k < 64; k++)
                     if (jpeg->parts[n].precision[k]) return MISSING;
-            return padded;
+            return odd;
         }
         at += 2;
         if (marker == 0 || marker == 0x01 || (marker >= 0xD0 && marker <= 0xD7)) continue;
-        if (marker == 0xD8) return request->scan ? SHORT : FINE;
-        int broken = request->scan ? SHORT : FINE; /* a file that ends before its first scan is no image */
+        if (marker == 0xD8) return request->scan ? SHORT : ODD;
+        int broken = request->scan ? SHORT : ODD; /* a file that ends before its first scan is no image */
         if (end - at < 2) return broken;
         const uint8_t *next = at + number(at);
         at += 2;
@@ -379,21 +379,21 @@ static int examine(Jpeg *jpeg, Request *request) {
         if (marker == 0xC4) {
             if (!define(jpeg, at, next)) return broken;
         } else if (marker >= 0xC0 && marker <= 0xC2) {
-            if (!frame(jpeg, at, next, marker == 0xC2)) return FINE;
+            if (!frame(jpeg, at, next, marker == 0xC2)) return ODD;
         } else if (marker >= 0xC0 && marker <= 0xCF) {
-            return FINE;
+            return ODD;
         } else if (marker == 0xDD && next - at >= 2) {
             jpeg->interval = number(at);
         } else if (marker == 0xDA) {
             int verdict = scan(jpeg, at, next, request);
-            if (verdict < 0) return FINE;
-            if (verdict > PADDED) return verdict;
-            if (verdict == PADDED) padded = PADDED;
+            if (verdict < 0) return ODD;
+            if (verdict > ODD) return verdict;
+            if (verdict == ODD) odd = ODD;
             next = jpeg->bits.at;
         }
         at = next;
     }
-    return request->scan ? SHORT : FINE;
+    return request->scan ? SHORT : ODD;
 }
 
 static void check(Request *request) {

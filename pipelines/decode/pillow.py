@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import struct
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pipelines.decode.base import MAX_PIXELS, Decoded
+from pipelines.decode.base import MAX_PIXELS, MAX_REDUCED, Decoded
+from pipelines.decode.deep import deep_rgb, is_deep, measured
 from pipelines.decode.sniff import sniff
+from pipelines.value_range import Measured, ValueRange
 
 Image.init()
 if importlib.util.find_spec("pillow_heif"):
@@ -23,6 +28,10 @@ _FORMATS = tuple(
     for name in ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "TGA", "HEIF")
     if name in Image.OPEN
 )
+_DEEP_FORMATS = (b"\x89P", b"II", b"MM", b"P2", b"P3", b"P5", b"P6", b"Pf")  # PNG, TIFF, PGM and PPM
+DEEP_ENDINGS = (".png", ".tif", ".tiff", ".pgm", ".ppm", ".pnm")
+"""Endings of files that may have more than 8 bits a channel without stating what their values mean."""
+HEAD_BYTES = 25  # of a file, for `may_be_deep`
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -39,13 +48,14 @@ class PillowDecoder:
 
     name = "pillow"
 
-    def __init__(self, *, threads: int) -> None:
+    def __init__(self, *, threads: int, value_range: ValueRange | None = None) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mvssl-pillow")
+        self._decode = partial(decode_one, value_range=value_range)
 
     def __call__(self, encoded: Sequence[np.ndarray], by_pillow: Collection[int] = ()) -> Decoded:
         """Decode N images, uint8 [bytes] each, to pixels on the CPU."""
         del by_pillow
-        results = list(self._pool.map(decode_one, encoded))
+        results = list(self._pool.map(self._decode, encoded))
         images = [image for image in results if not isinstance(image, str)]
         flat = np.concatenate([image.reshape(-1) for image in images]) if images else np.empty(0, np.uint8)
         return Decoded(
@@ -59,57 +69,103 @@ class PillowDecoder:
         self._pool.shutdown()
 
 
-def decode_one(data: np.ndarray) -> np.ndarray | str:
-    """Decode one image, uint8 [bytes], to uint8 [H, W, 3], or to the reason why that fails."""
+def decode_one(
+    data: np.ndarray, *, value_range: ValueRange | None = None, max_size: int | None = None
+) -> np.ndarray | str:
+    """Decode one image, uint8 [bytes], to uint8 [H, W, 3], or to the reason why that fails.
+
+    Args:
+        data: the encoded image.
+        value_range: of images with more than 8 bits; None if they use 16.
+        max_size: the longest side that is wanted. Images of up to `MAX_REDUCED` pixels are then decoded, and JPEGs with
+            more than `MAX_PIXELS` at a fraction of their size, if more than twice `max_size` remains.
+    """
     if data.size == 0:
         return "the file is empty (0 bytes)"
+    limit = MAX_PIXELS if max_size is None else MAX_REDUCED
     header = sniff(data)
-    if header is not None and header.height * header.width > MAX_PIXELS:
-        return _too_large(header.width, header.height)
+    if header is not None and max_size is None and header.height * header.width > limit:
+        return _too_large(header.width, header.height, limit)
     try:
-        with Image.open(io.BytesIO(data.data), formats=_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return _too_large(image.width, image.height)
-            return _rgb(image)
+        with open_image(data) as image:
+            if max_size is not None and image.width * image.height > MAX_PIXELS:
+                _reduce(image, 2 * max_size)
+            if image.width * image.height > limit:
+                return _too_large(image.width, image.height, limit)
+            if is_deep(image):
+                return deep_rgb(image, partial(open_image, data), _upright, value_range)
+            upright = _upright(image)
+            upright.info.pop("transparency", None)  # dropped like an alpha channel
+            return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
     except UnidentifiedImageError:
         return f"not an image file of a known format ({data.size} bytes)"
     except Image.DecompressionBombError:
-        return f"it has more than the allowed {MAX_PIXELS} pixels"
+        return f"it has more than the allowed {limit:,} pixels"
     except Exception as error:  # Pillow raises many types on broken files: OSError, SyntaxError, struct.error, ...
         message = str(error) or type(error).__name__
         return f"the file is truncated ({data.size} bytes)" if "truncated" in message.lower() else message
 
 
-def _too_large(width: int, height: int) -> str:
-    return f"{width} x {height} pixels are more than the allowed {MAX_PIXELS}"
+def measure(data: np.ndarray) -> Measured | None:
+    """The values of an image of more than 8 bits; None for all others, broken ones, and files that state the range."""
+    if not may_be_deep(bytes(data[:HEAD_BYTES])):
+        return None
+    try:
+        with open_image(data) as image:
+            if not is_deep(image) or image.width * image.height > MAX_REDUCED:
+                return None
+            return measured(image, partial(open_image, data), _upright)
+    except Exception:  # the decoder says what is wrong
+        return None
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
-    """Upright 8-bit RGB pixels, uint8 [H, W, 3]."""
+def may_be_deep(head: bytes) -> bool:
+    """Whether a file may have more than 8 bits a channel, by its first `HEAD_BYTES` bytes."""
+    if head[:2] == b"\x89P":
+        return head[24:25] == b"\x10"  # the bits of a PNG
+    return head[:2] in _DEEP_FORMATS
+
+
+def open_image(data: np.ndarray) -> Any:
+    """Open an image, uint8 [bytes], as `Image.open` does, without its warning about large ones, which have our limit.
+
+    Raises:
+        UnidentifiedImageError: it is of none of our formats.
+    """
+    prefix = bytes(data[:16])
+    for name in _FORMATS:
+        factory, accepts = Image.OPEN[name]
+        try:
+            if accepts is None or accepts(prefix) is True:
+                return factory(io.BytesIO(data.data), "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # as `Image.open`: perhaps another format
+            continue
+    raise UnidentifiedImageError("cannot identify the image")
+
+
+def _reduce(image: Any, size: int) -> None:
+    """Have a JPEG decoded at 1/2, 1/4 or 1/8 of its size, so that its longest side stays at least `size`."""
+    scale = size / max(image.size)
+    if scale < 1:
+        image.draft(None, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+
+
+def _too_large(width: int, height: int, limit: int) -> str:
+    remedy = "make it smaller with mvssl-convert --max-size" if limit == MAX_PIXELS else "make it smaller beforehand"
+    return f"{width} x {height} pixels are more than the allowed {limit:,}: {remedy}"
+
+
+def _upright(image: Any) -> Any:
+    """The image loaded and turned by its orientation."""
     image.load()
     orientation = _orientation(image)  # afterwards: in a PNG it may follow the pixels
-    upright = image if orientation is None else image.transpose(_UPRIGHT[orientation])
-    if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
-        return _deep_gray(upright)
-    upright.info.pop("transparency", None)  # dropped like an alpha channel
-    return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
+    return image if orientation is None else image.transpose(_UPRIGHT[orientation])
 
 
-def _orientation(image: Image.Image) -> int | None:
+def _orientation(image: Any) -> int | None:
     """The orientation by which Pillow's `exif_transpose` rotates: of EXIF, else of a PNG's raw profile, else of XMP."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
         return value if value in _UPRIGHT else None
     except Exception:  # broken EXIF data must not lose the image
         return None
-
-
-def _deep_gray(image: Image.Image) -> np.ndarray:
-    """Gray of more than 8 bits to RGB: the high byte of 16, as Pillow itself does for 16-bit colour."""
-    values = np.asarray(image)  # [H, W]
-    if values.dtype.kind == "f":
-        raise ValueError("floating-point pixels have no defined range: convert the file to 8 or 16 bits")
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise ValueError("32-bit pixels have no defined range: convert the file to 8 or 16 bits")
-    gray = (values >> 8).astype(np.uint8)
-    return np.repeat(gray[:, :, None], 3, axis=2)  # [H, W, 3]

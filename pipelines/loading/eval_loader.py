@@ -16,6 +16,7 @@ from pipelines.decode import DecodeOptions, decoder_of, thread_count
 from pipelines.loading.fetch import Fetcher
 from pipelines.loading.threads import BATCHES_AHEAD, Prefetcher, ReadAhead, SideStream, receive
 from pipelines.runtime import InputError, invalid
+from pipelines.storage.image_facts import facts_of
 from pipelines.storage.source import Source
 from pipelines.views.engine import ViewEngine
 from pipelines.views.reference.center import center_views
@@ -108,7 +109,7 @@ def _iterate(
         outside = wanted[(wanted < 0) | (wanted >= len(source))]
         raise invalid("indices", int(outside[0]), f"in [0, {len(source)})", "give indices of this data set")
     device = with_index(device)
-    decoder = decoder_of(decode, device=device, batch_size=batch_size)
+    decoder = decoder_of(decode, device=device, batch_size=batch_size, value_range=facts_of(source).value_range)
     fetch = Fetcher(source, decoder, threads=thread_count(decode))
     batches = [wanted[at : at + batch_size].tolist() for at in range(0, len(wanted), batch_size)]
     side = SideStream(device)

@@ -84,6 +84,11 @@ class FolderSource:
         data = file.read(offset=0, size=file.nbytes)
         return np.empty(0, dtype=np.uint8) if data is None else data  # it was cut short this moment
 
+    def head(self, index: int, count: int) -> bytes:
+        """The first bytes of a file, at most `count`. Raises OSError if it cannot be read."""
+        with open(self._path(index), "rb", buffering=0) as file:
+            return file.read(count)
+
     def read_batch(self, indices: Sequence[int]) -> list[npt.NDArray[np.uint8] | None]:
         """Whole files; see `ReadsBatches`."""
         nbytes = self.nbytes[np.asarray(indices, dtype=np.int64)]

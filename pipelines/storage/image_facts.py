@@ -1,4 +1,4 @@
-"""What is known of a source's images besides their bytes: damage found by `mvssl-convert` or while they were used."""
+"""What is known of a source's images besides their bytes: damage, and the range of their values."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.value_range import ValueRange
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+
+@dataclass(kw_only=True, eq=False)
 class ImageFacts:
     """Facts about the images of a source; they live as long as the source, over epochs and evaluations.
 
@@ -19,12 +21,14 @@ class ImageFacts:
         damage: dataset index -> damage of images that decode nevertheless, as far as examined.
         named: indices of damaged images that the log has named.
         checksums: uint32 [len], CRC-32 of what `read` returns; None if they were not recorded.
+        value_range: of images with more than 8 bits; None if it is not known.
     """
 
     examined: npt.NDArray[np.bool_]
     damage: dict[int, str] = field(default_factory=dict)
     named: set[int] = field(default_factory=set)
     checksums: npt.NDArray[np.uint32] | None = None
+    value_range: ValueRange | None = None
 
     @classmethod
     def of(
@@ -33,16 +37,27 @@ class ImageFacts:
         *,
         damage: Mapping[int, str] | None = None,
         checksums: npt.NDArray[np.uint32] | None = None,
+        value_range: ValueRange | None = None,
     ) -> ImageFacts:
         """Facts of `count` images; `damage` and `checksums` of all of them, None if they are not known."""
-        return cls(examined=np.full(count, damage is not None), damage=dict(damage or {}), checksums=checksums)
+        return cls(
+            examined=np.full(count, damage is not None),
+            damage=dict(damage or {}),
+            checksums=checksums,
+            value_range=value_range,
+        )
 
     def subset(self, indices: npt.NDArray[np.int64]) -> ImageFacts:
         """Facts of the images at these indices, int64 [M], as they are now."""
         damage = {n: self.damage[index] for n, index in enumerate(indices.tolist()) if index in self.damage}
         named = {n for n in damage if int(indices[n]) in self.named}
-        checksums = None if self.checksums is None else self.checksums[indices]
-        return ImageFacts(examined=self.examined[indices], damage=damage, named=named, checksums=checksums)
+        return ImageFacts(
+            examined=self.examined[indices],
+            damage=damage,
+            named=named,
+            checksums=None if self.checksums is None else self.checksums[indices],
+            value_range=self.value_range,
+        )
 
 
 @runtime_checkable

@@ -20,6 +20,7 @@ import numpy as np
 from pipelines.files import read_json
 from pipelines.runtime import InputError
 from pipelines.storage.beton_format import BETON, is_our_beton
+from pipelines.value_range import ValueRange, parse_value_range
 
 FORMAT = "mvssl-shards"
 BETON_FORMAT = "mvssl-beton"
@@ -75,6 +76,7 @@ class Manifest:
     sha256: Mapping[str, str]  # of index.npy and keys.npy
     plan: Mapping[str, Any]  # source and options of the conversion
     damage: Mapping[int, str] | None = None  # by index, of images that decode nevertheless; None: not examined
+    value_range: ValueRange | None = None  # of images with more than 8 bits
 
     @classmethod
     def load(cls, folder: Path, *, formats: Collection[str] = (FORMAT,)) -> Manifest:
@@ -103,6 +105,7 @@ class Manifest:
                 sha256={name: _text(digest, f"sha256 of {name}") for name, digest in content["sha256"].items()},
                 plan=dict(content["plan"]),
                 damage=_damage(content.get("damage"), count=count),
+                value_range=_value_range(content.get("value_range")),
             )
         except FileNotFoundError:
             raise InputError(
@@ -133,6 +136,15 @@ def _damage(stored: Mapping[str, str] | None, *, count: int) -> dict[int, str] |
     if stored is None:
         return None
     return {_whole(int(index), "damage", most=count - 1): _text(text, "damage") for index, text in stored.items()}
+
+
+def _value_range(stored: object) -> ValueRange | None:
+    if stored is None:
+        return None
+    try:
+        return parse_value_range(_text(stored, "value_range"))
+    except InputError as error:
+        raise ValueError(f"value_range is {stored!r}") from error
 
 
 def _whole(value: object, name: str, *, most: int) -> int:

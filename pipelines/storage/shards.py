@@ -66,7 +66,12 @@ class ShardSource:
             self._keys.check()
         except ValueError as error:
             raise _damaged(folder / KEYS, f"does not fit the index ({error})") from error
-        self.facts = ImageFacts.of(self.manifest.count, damage=self.manifest.damage, checksums=self._checksums())
+        self.facts = ImageFacts.of(
+            self.manifest.count,
+            damage=self.manifest.damage,
+            checksums=self._checksums(),
+            value_range=self.manifest.value_range,
+        )
         limit = max_open_files()
         if limit is not None and len(self.manifest.shards) > limit:
             raise InputError(

@@ -212,14 +212,15 @@ def test_max_size_of_odd_encodings(converted: Callable[..., ShardSource], tmp_pa
 
 
 def test_images_with_decoder_warnings_are_listed_and_stored(
-    converted: Callable[..., ShardSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    converted: Callable[..., ShardSource], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 50 - 1)  # Pillow warns about larger images
-    source = converted({"large.jpg": GOOD, "small.jpg": ODD["gray.jpg"]})
+    cut = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01"  # in the middle of its only entry
+    segment = b"\xff\xe1" + struct.pack(">H", len(cut) + 2) + cut
+    source = converted({"cut.jpg": GOOD[:2] + segment + GOOD[2:], "whole.jpg": ODD["gray.jpg"]})
     assert len(source) == 2
     (item,) = lines(tmp_path / "dst" / "warnings.jsonl")
-    assert item["key"] == "large.jpg"
-    assert "2000 pixels" in item["warning"]
+    assert item["key"] == "cut.jpg"
+    assert "Corrupt EXIF data" in item["warning"]
 
 
 def test_member_keys_are_safe_and_unique() -> None:

@@ -1,0 +1,83 @@
+"""States the range of values of a source's deep images, or stops where it would have to be guessed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from pipelines.decode.pillow import DEEP_ENDINGS, measure
+from pipelines.runtime import InputError
+from pipelines.storage.image_facts import facts_of
+from pipelines.storage.source import Source
+from pipelines.value_range import Measured, ValueRange
+
+_LOOKED_AT, _SAMPLE, _THREADS = 4096, 32, 8  # names, files
+
+
+def state_value_range(source: Source, stated: ValueRange | None, *, default: ValueRange | None = None) -> None:
+    """Keep the range of values with the source, for all who decode its images.
+
+    Args:
+        source: the images.
+        stated: the range that the user states.
+        default: the range to take if neither the user nor the conversion of the data states one.
+
+    Raises:
+        InputError: the data were converted with another range than `stated`; or no range is known, and a sample of the
+            images shows that they do not use their bits.
+    """
+    facts = facts_of(source)
+    if facts.value_range is not None:
+        if stated not in (None, facts.value_range):
+            raise InputError(
+                f"value_range is {str(stated)!r} but must be {str(facts.value_range)!r}, with which {source.location} "
+                "was converted: leave --value-range out, or convert the data again with it.",
+                field="value_range",
+            )
+        return
+    facts.value_range = stated or default
+    if facts.value_range is None:
+        _check_sample(source)
+
+
+def pixels_of(source: Source) -> str:
+    """The source's fingerprint, with the range of its values if there is one: equal pixels, equal text."""
+    value_range = facts_of(source).value_range
+    return source.fingerprint if value_range is None else f"{source.fingerprint} {value_range}"
+
+
+def _check_sample(source: Source) -> None:
+    """Check that an evenly spread sample of the images needs no range."""
+    found = [(key, measured) for key, measured in _measure_sample(source) if not measured.is_black]
+    if not found or any(measured.uses_16_bits for _, measured in found):
+        return  # an image of fewer bits among those of 16 is refused when it is decoded
+    key, largest = max(found, key=lambda item: item[1].high)
+    values = f"values from {largest.low:.6g} to {largest.high:.6g}"
+    if largest.fits_16_bits:
+        bits = int(largest.suggestion().high).bit_length()
+        values = f"values up to {largest.high:.0f}, {bits} bits in a file of 16, which would be nearly black"
+    raise InputError(
+        f"value_range is not stated but must be for images such as {key} of {source.location} ({values}): add "
+        f"{largest.suggestion().option()}, or convert the images with mvssl-convert, which measures it.",
+        field="value_range",
+    )
+
+
+def _measure_sample(source: Source) -> Iterator[tuple[str, Measured]]:
+    spread = np.linspace(0, len(source) - 1, min(_LOOKED_AT, len(source))).astype(np.int64).tolist()
+    likely = [index for index in spread if os.path.splitext(source.key(index))[1].lower() in DEEP_ENDINGS]
+    sample = [likely[n] for n in np.unique(np.linspace(0, len(likely) - 1, min(_SAMPLE, len(likely))).astype(int))]
+
+    def look(index: int) -> tuple[str, Measured | None]:
+        try:
+            return source.key(index), measure(source.read(index))
+        except OSError:  # the loader names it
+            return source.key(index), None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for key, measured in pool.map(look, sample):
+            if measured is not None:
+                yield key, measured
