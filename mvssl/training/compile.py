@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
+import shutil
+import struct
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch._inductor.config
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from mvssl.config.options import Execution
 from mvssl.config.recipe import Recipe
@@ -24,6 +30,8 @@ Result = TypeVar("Result")
 
 CACHE_FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 """Environment variables of the caches of torch.compile and Triton, and our folders in the user's cache."""
+_TORCHS_DEFAULT = default_cache_dir()  # torch sets its variable to this when it is imported
+_CODE = (".so", ".cubin", ".py", ".cpp", ".json")  # files whose names torch or Triton derive from their contents
 _RECOMPILE_LIMIT = 256  # graphs per function, one for each shape of networks in a process; torch's own limit is 8
 
 
@@ -166,7 +174,7 @@ def keep_compiled_code() -> None:
     that are set already stay; so does torch's default if no cache folder can be used.
     """
     for variable, name in CACHE_FOLDERS.items():
-        if variable in os.environ:
+        if os.environ.get(variable, _TORCHS_DEFAULT) != _TORCHS_DEFAULT:
             continue
         try:
             folder = writable_cache(cache_folder(), execute=True) / name
@@ -175,5 +183,47 @@ def keep_compiled_code() -> None:
             obstacle = str(error)
         if obstacle is None:
             os.environ[variable] = str(folder)
+            _remove_damaged(folder, whole_entries=variable == "TRITON_CACHE_DIR")
         else:
             logger.warning("compiled code is not cached for the next start: %s; set %s", obstacle, variable)
+
+
+def _remove_damaged(cache: Path, *, whole_entries: bool) -> None:
+    """Remove files that a power cut or a full disk has emptied or cut short, which are then compiled again.
+
+    torch and Triton take what is there: a library that is cut short kills the process, anything else fails every time.
+
+    Args:
+        cache: folder of one of them.
+        whole_entries: remove all files of an entry, a folder, if one is damaged.
+    """
+    damaged = [path for path in cache.rglob("*") if path.suffix in _CODE and path.is_file() and not _is_whole(path)]
+    for path in damaged:
+        with contextlib.suppress(OSError):  # another rank removes them too
+            if whole_entries:
+                shutil.rmtree(path.parent)
+            else:
+                path.unlink()
+    if damaged:
+        logger.warning(
+            "%d cached files of compiled code are damaged and compiled again, e.g. %s", len(damaged), damaged[0]
+        )
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is not empty and, if it is ELF (.so, .cubin), holds all that its headers name."""
+    try:
+        content = path.stat().st_size
+        if path.suffix not in (".so", ".cubin") or sys.platform != "linux":
+            return content > 0
+        with path.open("rb") as file:
+            header = file.read(64)
+            segments, sections = struct.unpack_from("<QQ", header, 0x20)
+            segment_size, segment_count, section_size, section_count = struct.unpack_from("<4H", header, 0x36)
+            file.seek(segments)
+            table = file.read(segment_size * segment_count)
+            parts = [struct.unpack_from("<8x Q 16x Q", table, n * segment_size) for n in range(segment_count)]
+    except (OSError, struct.error):
+        return False
+    ends = [sections + section_size * section_count, *(start + size for start, size in parts)]
+    return header[:4] == b"\x7fELF" and max(ends) <= content

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +69,9 @@ def test_an_out_of_memory_error_names_the_options_that_help(tiny_recipe: Recipe)
     assert "): lower --batch-size" in told(tiny_recipe, ranks=4, step_mode="per-view", cuda_graph="off")
 
 
+compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
 @pytest.fixture
 def no_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """No environment variable names a cache. Returns the user's cache folder."""
@@ -103,6 +110,66 @@ def test_a_folder_that_cannot_be_written_leaves_torchs_default(
     assert os.environ["TRITON_CACHE_DIR"] == str(no_caches / "triton")
     assert "not cached for the next start" in caplog.text
     assert "set TORCHINDUCTOR_CACHE_DIR" in caplog.text
+
+
+def test_the_default_that_torch_sets_is_no_choice_of_the_users(no_caches: Path) -> None:
+    """torch sets its variable when it is imported."""
+    code = "from mvssl.training.compile import keep_compiled_code as k\nimport os\nk()\nprint(os.environ['%s'])"
+    environment = {name: value for name, value in os.environ.items() if name not in CACHE_FOLDERS}
+    command = [sys.executable, "-c", code % "TORCHINDUCTOR_CACHE_DIR"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(no_caches / "inductor")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 63, 64, 1000, 0.5, 0.9])
+def test_damaged_compiled_code_is_removed(kept: float, no_caches: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A library that is cut short would kill the process when it is loaded."""
+    found = importlib.util.find_spec("numpy._core._multiarray_umath")
+    assert found is not None
+    assert found.origin is not None
+    library = Path(found.origin).read_bytes()
+    cut = library[: int(kept * len(library)) if 0 < kept < 1 else int(kept)]
+    good, bad = no_caches / "inductor" / "aa" / "good.so", no_caches / "inductor" / "aa" / "bad.so"
+    entry, other = no_caches / "triton" / "ENTRY", no_caches / "triton" / "OTHER"
+    for folder in (good.parent, entry, other):
+        folder.mkdir(parents=True)
+    for path, content in (
+        (good, library),
+        (bad, cut),
+        (entry / "kernel.cubin", cut),
+        (other / "kernel.cubin", library),
+    ):
+        path.write_bytes(content)
+    for folder in (entry, other):
+        (folder / "kernel.json").write_text("{}")
+    (no_caches / "inductor" / "aa" / "empty.py").write_text("")
+    (no_caches / "inductor" / "aa" / "lock").write_text("")
+    keep_compiled_code()
+    assert sorted(path.name for path in good.parent.iterdir()) == ["good.so", "lock"]
+    assert [path.name for path in (no_caches / "triton").iterdir()] == ["OTHER"]
+    assert len(list(other.iterdir())) == 2
+    assert [record.getMessage()[:40] for record in caplog.records] == [
+        "2 cached files of compiled code are dama",
+        "1 cached files of compiled code are dama",
+    ]
+
+
+@compiler
+@pytest.mark.slow
+def test_damaged_compiled_code_is_compiled_again(no_caches: Path) -> None:
+    code = (
+        "from mvssl.training.compile import keep_compiled_code\nkeep_compiled_code()\nimport torch\n"
+        "print(torch.compile(lambda x: x.sin() * 2)(torch.zeros(8)).sum().item())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in CACHE_FOLDERS}
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == "0.0\n"
+        libraries = [path for path in no_caches.rglob("*.so") if path.is_file()]
+        assert libraries
+        for path in libraries:
+            path.write_bytes(path.read_bytes()[:1000])
+    assert "compiled again" in done.stderr
 
 
 @pytest.mark.slow
