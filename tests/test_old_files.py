@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,26 @@ def test_a_stopped_run_resumes_to_the_same_numbers(before: Path) -> None:
         for key, value in theirs.items():
             expected = value if isinstance(value, str | int) else pytest.approx(value, rel=2e-3)  # other processors
             assert mine[key] == expected, (theirs["step"], key)
+
+
+def test_an_old_run_resumes_with_its_steps_executed_otherwise(before: Path) -> None:
+    """Step mode and memory format were fields of its recipe."""
+    run = before / "stopped"
+    recipe = RunFolder(run).recipe()
+    assert {"step_mode", "compile", "channels_last"} <= json.loads((run / "config.json").read_text())["recipe"].keys()
+    step, done = (json.loads((run / "checkpoints/last/checkpoint.json").read_text())[key] for key in ("step", "recipe"))
+    assert done["step_mode"] == "joint"
+    options: dict[str, Any] = {"step_mode": "per-view", "channels_last": False, "cuda_graph": "off"}
+    split = replace(recipe, accumulate=2)
+    mvssl.train(split, data=before / "data", out=run, device="cpu", log_every=1, resume=True, **options)
+    resumed, whole = rows(run / "metrics.jsonl"), rows(BEFORE / "whole/metrics.jsonl")
+    assert [row["step"] for row in resumed] == [row["step"] for row in whole]
+    kept = [row for row in rows(BEFORE / "stopped/metrics.jsonl") if row["step"] <= step]
+    assert resumed[: len(kept)] == kept != []
+    config = json.loads((run / "config.json").read_text())
+    assert config["options"]["changes"] == [{"step": step, "field": "accumulate", "was": 1, "now": 2}]
+    log = (run / "train.log").read_text()
+    assert f"BatchNorm statistics are over micro-batches of 2 images from step {step} on instead of 4" in log
 
 
 def test_an_old_run_is_evaluated_and_reported(

@@ -82,7 +82,11 @@ def assert_close(ours: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"step_mode": "per-view"}, {"channels_last": False}, {"compile": "on"}, {"compile": "off", "cuda_graph": "off"}],
+    [
+        {"step_mode": "per-view"},
+        {"channels_last": False, "cuda_graph": "off"},
+        pytest.param({"compile": "on"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_how_steps_are_executed_may_change(
@@ -299,6 +303,7 @@ def resumed(recipe: Recipe, data: Path, out: Path) -> None:
     train(recipe, data, out, resume=True)
 
 
+@pytest.mark.slow
 def test_ranks_count_as_micro_batches(run: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
     """Two ranks halve the images of BatchNorm; two micro-batches of one process instead of them change nothing."""
     out = tmp_path / "ranks"
@@ -388,6 +393,27 @@ def test_the_advice_of_a_full_memory_works(
     assert (tmp_path / "run").exists() is not dry
     if not dry:
         assert rows(tmp_path / "run")[-1]["step"] == STEPS > limit
+
+
+def not_compiling(recipe: Recipe, data: Path, out: Path, options: dict[str, Any]) -> None:
+    """A run where no code compiles; called on a rank."""
+
+    def backend(*_: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    real: Any = torch.compile
+    torch.compile = lambda function, **given: real(function, **given | {"backend": backend})  # the process is ours
+    train(recipe, data, out, **options)
+
+
+@pytest.mark.slow
+def test_the_advice_of_a_failed_compilation_on_ranks_works(images: Path, no_batchnorm: Recipe, tmp_path: Path) -> None:
+    recipe = replace(no_batchnorm, epochs=1, optimizer=replace(no_batchnorm.optimizer, warmup_epochs=0))
+    for outcome in run_ranks(not_compiling, 2, recipe, images, tmp_path / "run", {"compile": "on"}):
+        assert outcome.error == "InputError", outcome.message
+        assert "use --compile off, and --resume if the run folder exists" in outcome.message
+    results(run_ranks(not_compiling, 2, recipe, images, tmp_path / "run", {"compile": "off", "resume": True}))
+    assert rows(tmp_path / "run")[-1]["step"] == 4
 
 
 def test_a_full_memory_in_the_first_step_leaves_a_run_that_resumes(
