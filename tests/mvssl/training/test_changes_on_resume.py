@@ -402,7 +402,9 @@ def not_compiling(recipe: Recipe, data: Path, out: Path, options: dict[str, Any]
         raise RuntimeError("no compiler here")
 
     real: Any = torch.compile
-    torch.compile = lambda function, **given: real(function, **given | {"backend": backend})  # the process is ours
+    pytest.MonkeyPatch().setattr(  # never undone: the process is the rank's own
+        torch, "compile", lambda function, **given: real(function, **given | {"backend": backend})
+    )
     train(recipe, data, out, **options)
 
 
