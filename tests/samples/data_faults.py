@@ -157,9 +157,11 @@ def disk(fault: Callable[[Path, int], object]) -> Iterator[None]:
             return True
         return False
 
-    def many_files(paths: Any, nbytes: Any) -> Any:
+    def many_files(paths: Any, nbytes: Any, **options: Any) -> Any:
         bad = [fails(Path(path), 0) for path in paths]
-        return [None if failed else data for failed, data in zip(bad, read_files(paths, nbytes), strict=True)]
+        return [
+            None if failed else data for failed, data in zip(bad, read_files(paths, nbytes, **options), strict=True)
+        ]
 
     def many_places(descriptors: Any, offset: Any, size: Any, **options: Any) -> Any:
         paths = [Path(os.readlink(f"/proc/self/fd/{descriptor}")) for descriptor in descriptors]
