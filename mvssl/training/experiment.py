@@ -127,10 +127,7 @@ class Experiment:
         Exports the backbone again: a kill may have come between checkpoint and export.
         """
         saved = self.world.run_on_rank0(lambda: checkpoint.load(folder.last))
-        if saved.meta["data"] != self.source.fingerprint:
-            self.world.run_on_rank0(lambda: self._check_other_form(folder))
-        elif not folder.data.exists():  # a run of an earlier version
-            self.world.run_on_rank0(lambda: DataRecord.of(self.source).save(folder.data))
+        self.world.run_on_rank0(lambda: self.check_images(folder, saved.meta["data"]))
         self.step.load_state_dict(saved.state["step"])
         self.world.run_on_rank0(lambda: self._export(folder))
         return Position(
@@ -150,9 +147,18 @@ class Experiment:
             ranks=meta.get("ranks", self.world.size),
         )
 
-    def _check_other_form(self, folder: RunFolder) -> None:
-        """Check that data of another fingerprint are the images of the run in another form, such as converted."""
+    def check_images(self, folder: RunFolder, fingerprint: str | None) -> None:
+        """Check that the images are those of the run, perhaps in another form, such as converted.
+
+        Args:
+            folder: of the run; without a record of its images, one is made.
+            fingerprint: of the images at the last checkpoint; None if there is none yet.
+        """
         recorded = DataRecord.load(folder.data)
+        if fingerprint == self.source.fingerprint or (fingerprint is None and recorded is None):
+            if recorded is None:  # a run of an earlier version, or one that was killed before it had written the record
+                DataRecord.of(self.source).save(folder.data)
+            return
         found = [] if recorded is None else recorded.differences(DataRecord.of(self.source))
         if recorded is not None and not found:
             return

@@ -199,6 +199,7 @@ def _start_or_resume(experiment: Experiment, folder: RunFolder) -> _Start:
     taken = init_from(experiment.step.online, experiment.step.target, recipe, weights)
     notes = () if taken is None else (taken,)
     if options.resume:
+        world.run_on_rank0(lambda: experiment.check_images(folder, None))
         begun = replace(experiment.computed, recipe=world.run_on_rank0(folder.recipe))
         return _resume(experiment, folder, Position(before=begun), notes=notes)
     plain = {  # absolute paths, so that they hold in any working directory

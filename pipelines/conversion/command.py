@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,10 @@ from pipelines.conversion.sources import find_jobs
 from pipelines.conversion.value_measure import measure_jobs
 from pipelines.progress import Progress
 from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
+from pipelines.storage import open_source
 from pipelines.storage.beton_format import BETON, is_beton_name
+from pipelines.storage.image_facts import facts_of
+from pipelines.storage.shards import ShardSource
 from pipelines.value_range import parse_value_range
 
 _MEGABYTE = 1_000_000
@@ -61,6 +65,9 @@ class Convert:
     value_range: Annotated[str, tyro.conf.arg(metavar="auto|MIN..MAX")] = "auto"
     """Values that become 0..255 in images of more than 8 bits; those outside are clamped. auto takes the fewest of 8,
     10, 12, 14 and 16 bits that hold every value of all these images."""
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Read the converted data back and compare the checksum of every image. With the command of a finished conversion,
+    only this is done. (Training compares them, too, whenever it reads an image.)"""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Remove converted data from DST and start again."""
 
@@ -102,6 +109,9 @@ def convert(config: Convert) -> None:
         _measure(conversions, workers)
     for conversion in conversions:
         print(conversion.run(workers=workers), flush=True)
+    if config.verify:
+        for job in jobs:
+            print(verify(config.dst / job.name), flush=True)
 
 
 def _measure(conversions: Sequence[Conversion], workers: int) -> None:
@@ -115,6 +125,35 @@ def _measure(conversions: Sequence[Conversion], workers: int) -> None:
         raise
     for conversion, refused in zip(conversions, values.refused, strict=True):
         conversion.set_values(values.value_range, refused)
+
+
+def verify(folder: Path) -> str:
+    """Read converted data and compare the checksum of every image; a sentence for the user.
+
+    Raises:
+        InputError: images are damaged; the message names the first ones.
+        OSError: the disk fails.
+    """
+    source = open_source(folder)
+    sums = facts_of(source).checksums
+    if sums is None and isinstance(source, ShardSource):  # converted by an earlier version
+        source.verify()
+        return f"{folder}: the shards have their checksums."
+    if sums is None:
+        raise InputError(f"{folder} has no checksums (converted by an earlier version): convert it again.")
+    with Progress(Console(stderr=True), f"verifying {folder}", total=len(source)) as progress:
+        damaged = []
+        for index in range(len(source)):
+            if zlib.crc32(source.read(index).data) != sums[index]:
+                damaged.append(source.key(index))
+            progress.add(note=f"{len(damaged)} damaged")
+    if damaged:
+        raise InputError(
+            f"{folder} has {len(damaged)} damaged images of {len(source)} ({', '.join(damaged[:3])}"
+            f"{', ...' if len(damaged) > 3 else ''}): restore it from where it was copied, or convert again with "
+            "--overwrite."
+        )
+    return f"{folder}: all {len(source)} images have their checksums."
 
 
 def _cores() -> int:

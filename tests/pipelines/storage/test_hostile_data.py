@@ -141,8 +141,14 @@ def test_a_manifest_that_is_none_is_refused(content: str, converted: Path, tmp_p
 
 
 @pytest.mark.parametrize("form", ["shards", "beton"])
-def test_a_flipped_bit_of_an_image_is_a_bad_image_with_its_name(form: str, converted: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_of_an_image_is_a_bad_image_with_its_name(
+    form: str, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = copied(converted, form, tmp_path)
+    options: dict[str, Any] = {"shard_size": 0.008} if form == "shards" else {"format": "beton"}
+    convert(Convert(src=converted / "files", dst=folder, **options, verify=True))
+    assert "holds all 6 images of this conversion already" in (said := capsys.readouterr().out)
+    assert "all 6 images have their checksums" in said
     source = open_source(folder)
     assert fetch(folder) == {}
     data = source.read(5)
@@ -150,6 +156,8 @@ def test_a_flipped_bit_of_an_image_is_a_bad_image_with_its_name(form: str, conve
     content = bytearray(file.read_bytes())
     content[content.index(data[-1000:].tobytes()) + 500] ^= 1
     file.write_bytes(content)
+    with pytest.raises(InputError, match=r"has 1 damaged images of 6 \(b/5\): restore it"):
+        convert(Convert(src=converted / "files", dst=folder, **options, verify=True))
     assert fetch(folder) == {5: "its bytes are not those that mvssl-convert wrote (checksum)"}
 
 
