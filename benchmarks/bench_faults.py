@@ -62,12 +62,14 @@ class Command:
         words: of the command line.
         place: folder or file below the working folder in which its files lie; all else is input.
         again: words of the command that is given after a fault; the same by default.
+        copies: what lies there before the command, copied from the working folder.
     """
 
     main: Callable[[], None]
     words: tuple[str, ...]
     place: str
     again: Callable[[tuple[str, ...]], tuple[str, ...]] = lambda words: words
+    copies: str | None = None
 
 
 def resumed(words: tuple[str, ...]) -> tuple[str, ...]:
@@ -90,6 +92,24 @@ COMMANDS: dict[str, Command] = {
         words=("recipe.json", "--data", "base", "--out", "work/run", *COMPUTE, "--save-every-steps", "1"),
         place="work",
         again=resumed,
+    ),
+    "train over a run": Command(
+        main=train.main,
+        words=(
+            "recipe.json",
+            "--data",
+            "base",
+            "--out",
+            "work/run",
+            *COMPUTE,
+            "--log",
+            "csv",
+            "--overwrite",
+            "--seed",
+            "3",
+        ),
+        place="work",
+        copies="run",
     ),
     "knn": Command(
         main=eval.main,
@@ -267,6 +287,8 @@ def disturb(name: str, faults: Iterable[Fault], *, sample: int | None) -> dict[s
     def fresh() -> None:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
+        if command.copies is not None:
+            shutil.copytree(command.copies, place / command.copies, symlinks=True)
 
     fresh()
     undisturbed = run_disturbed(command, command.words)

@@ -13,8 +13,9 @@ from typing import Any
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import from_dict, to_dict
 from mvssl.runs.changes import record_changes, resumed_recipe
+from mvssl.runs.data_record import DataRecord
 from mvssl.runs.environment import environment
-from pipelines.files import locked, sync_files, sync_folder, write_whole
+from pipelines.files import locked, sync_files, sync_folder, temporary_path, write_whole
 from pipelines.runtime import InputError
 
 logger = logging.getLogger("mvssl")
@@ -66,6 +67,11 @@ class RunFolder:
         value = self.options()[name]
         return None if value is None else Path(value)
 
+    @property
+    def newest(self) -> Path:
+        """The last checkpoint; a kill may have come before the first one was linked as such."""
+        return self.last if self.last.is_symlink() else max(self.checkpoints.glob("step-*"), default=self.last)
+
     def has_checkpoint(self) -> bool:
         """Whether the run has saved a checkpoint, intact or damaged."""
         return self.last.is_symlink() or any(self.checkpoints.glob("step-*"))
@@ -112,6 +118,11 @@ class RunFolder:
         """
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return  # `create` reports a file in its place, or above it
+        begun = {
+            file.name for path in (self.environment, self.data, self.config) for file in (path, temporary_path(path))
+        }
+        if {path.name for path in self.path.iterdir()} <= begun - {self.config.name}:
+            return  # a run that was killed before it had begun
         if not self._is_run():
             raise InputError(
                 f"out is {str(self.path)!r}, which exists and is no run folder, so it is left alone: choose "
@@ -123,13 +134,14 @@ class RunFolder:
                 "delete it and start again, or choose another --out."
             )
 
-    def create(self, recipe: Recipe, options: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Write the first files of a new run into the claimed folder."""
+    def create(self, recipe: Recipe, options: Mapping[str, Any], images: DataRecord, *, overwrite: bool) -> None:
+        """Write the first files of a new run into the claimed folder; config.json, the last one, makes it a run."""
         self.check_free(overwrite=overwrite)
         try:
             self._delete()
-            write_json(self.config, {"recipe": to_dict(recipe), "options": dict(options)})
             write_json(self.environment, environment())
+            images.save(self.data)
+            write_json(self.config, {"recipe": to_dict(recipe), "options": dict(options)})
         except OSError as error:
             raise self._cannot_be_written(error) from error
 
@@ -209,8 +221,9 @@ class RunFolder:
             if path.exists():
                 shutil.rmtree(path)
         for path in vars(self).values():
-            if path not in (self.path, self.last, *folders):
+            if path not in (self.path, self.last, self.config, *folders):
                 path.unlink(missing_ok=True)
+        self.config.unlink(missing_ok=True)  # without it, this is no run that may be deleted
 
 
 def write_json(path: Path, value: Any) -> None:

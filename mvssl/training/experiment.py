@@ -126,7 +126,7 @@ class Experiment:
 
         Exports the backbone again: a kill may have come between checkpoint and export.
         """
-        saved = self.world.run_on_rank0(lambda: checkpoint.load(folder.last))
+        saved = self.world.run_on_rank0(lambda: checkpoint.load(folder.newest))
         self.world.run_on_rank0(lambda: self.check_images(folder, saved.meta["data"]))
         self.step.load_state_dict(saved.state["step"])
         self.world.run_on_rank0(lambda: self._export(folder))

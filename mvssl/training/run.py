@@ -205,8 +205,9 @@ def _start_or_resume(experiment: Experiment, folder: RunFolder) -> _Start:
     plain = {  # absolute paths, so that they hold in any working directory
         name: str(value.resolve()) if isinstance(value, Path) else value for name, value in asdict(options).items()
     }
-    world.run_on_rank0(lambda: folder.create(recipe, plain, overwrite=options.overwrite))
-    world.run_on_rank0(lambda: DataRecord.of(experiment.source).save(folder.data))
+    world.run_on_rank0(
+        lambda: folder.create(recipe, plain, DataRecord.of(experiment.source), overwrite=options.overwrite)
+    )
     return _Start(position=Position(), notes=notes)
 
 

@@ -71,7 +71,7 @@ def _backbone(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _from_run(online: OnlineNetwork, path: Path) -> _Outcome:
-    last = RunFolder(path).last
+    last = RunFolder(path).newest
     saved = checkpoint.load(last if last.exists() else path)
     state: dict[str, Tensor] = dict(saved.state["step"]["online"])
     outcome = _Outcome(origin=f"online network, step {saved.meta['step']}")

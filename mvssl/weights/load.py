@@ -149,11 +149,11 @@ def _digest(architecture: str, backbone: nn.Module) -> str:
 def _from_run(folder: RunFolder, recipe: Recipe, network: Network) -> LoadedBackbone:
     """The backbone of the last checkpoint, or of the exported file if no checkpoint is left."""
     backbone = build_backbone(recipe.backbone, drop_path=False)
-    if network == "online" and not folder.last.exists() and folder.backbone.exists():
+    if network == "online" and not folder.newest.exists() and folder.backbone.exists():
         tensors, where = dict(read_weights(folder.backbone)), folder.backbone
         about = str(folder.backbone)
     else:
-        saved = checkpoint.load(folder.last)
+        saved = checkpoint.load(folder.newest)
         weights = saved.state["step"][network]
         if weights is None:
             raise InputError(
