@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pipelines.runtime import InputError, empty_path, invalid
+from pipelines.runtime import InputError, empty_path, invalid, shown
 
 RULE = "rule"
 """Key of a field's rule in its metadata."""
@@ -43,12 +43,12 @@ def ruled(rule: Rule, default: Any) -> Any:
 
 def positive(default: Any) -> Any:
     """A field that is a finite number above 0."""
-    return ruled(Rule(lambda x: math.isfinite(x) and x > 0, "a number above 0", "give a positive value"), default)
+    return ruled(Rule(lambda x: is_finite(x) and x > 0, "a number above 0", "give a positive value"), default)
 
 
 def at_least_zero(default: Any) -> Any:
     """A field that is a finite number, 0 or more."""
-    return ruled(Rule(lambda x: math.isfinite(x) and x >= 0, "0 or more", "give a value that is not negative"), default)
+    return ruled(Rule(lambda x: is_finite(x) and x >= 0, "0 or more", "give a value that is not negative"), default)
 
 
 def at_least(least: int, default: Any, remedy: str = "give a larger number") -> Any:
@@ -56,9 +56,22 @@ def at_least(least: int, default: Any, remedy: str = "give a larger number") -> 
     return ruled(Rule(lambda x: x >= least, f"at least {least}", remedy), default)
 
 
+def between(least: int, most: int, default: Any, remedy: str = "give a number in that range") -> Any:
+    """A field that is a whole number from `least` to `most`, above which no real use is."""
+    return ruled(Rule(lambda x: least <= x <= most, f"at least {least} and at most {most:,}", remedy), default)
+
+
 def fraction(default: Any) -> Any:
     """A field in [0, 1]."""
     return ruled(Rule(lambda x: 0.0 <= x <= 1.0, "between 0 and 1", "give a fraction"), default)
+
+
+def is_finite(number: float) -> bool:
+    """Whether a number is finite and fits into a float, which whole numbers need not."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def check_fields(owner: Any, *, with_class: bool = True) -> None:
@@ -182,6 +195,14 @@ def _fits(hint: Any, value: Any) -> bool:
     return not is_class or isinstance(value, hint)
 
 
+def brief(value: object) -> str:
+    """A value in few characters."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a number of more than 4,300 digits
+        return shown(value)
+
+
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", Path: "a path"}
 
 
@@ -204,6 +225,4 @@ def _words(hint: Any) -> str:
 
 
 def _wrong_type(field: str, value: object, hint: Any) -> InputError:
-    return InputError(
-        f"{field} is {reprlib.repr(value)} but must be {_words(hint)}: give a value of that kind.", field=field
-    )
+    return InputError(f"{field} is {brief(value)} but must be {_words(hint)}: give a value of that kind.", field=field)

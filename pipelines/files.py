@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import fcntl
 import functools
 import json
@@ -14,11 +15,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from pipelines.runtime import InputError, empty_path, visible
+from pipelines.runtime import InputError, empty_path, shown, visible
 
-_LARGEST_JSON = 1 << 28  # bytes; a manifest of a million classes has a tenth of it
+LARGEST_JSON = 1 << 28  # bytes; a manifest of a million classes has a tenth of it
+_DEEPEST = 64  # levels of a JSON or TOML file; a recipe has four
+_LARGEST_NUMBER = 1 << 64
 
 _log = logging.getLogger("mvssl.data")
 _TRIAL_BYTES = 1 << 20  # written to see whether a folder has room; with a full quota only empty files can be made
@@ -124,20 +127,79 @@ def write_whole(path: Path, content: bytes | str) -> None:
         temporary.write_bytes(visible(content).encode() if isinstance(content, str) else content)
 
 
+def read_regular(path: Path, *, most: int) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe, socket or device, whose data may never come or never end.
+        ValueError: it has more than `most` bytes.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"it has {size:,} bytes, more than the allowed {most:,}")
+        return file.read(size)
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """A regular file, open for reading; OSError for a pipe, socket or device, whose data may never come or end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would wait
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "it is a pipe, socket or device and no regular file", str(path))
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not JSON in UTF-8, is nested too deep, or is larger than any file of ours.
+        ValueError: it is not JSON in UTF-8, is nested too deep, is larger than any file of ours, or has a number that
+            no file of ours has (infinite, NaN, or above 2**64).
     """
-    size = path.stat().st_size
-    if size > _LARGEST_JSON:
-        raise ValueError(f"it has {size:,} bytes, more than {_LARGEST_JSON:,}")
+    value = parse_json(read_regular(path, most=LARGEST_JSON))
+    check_nesting(value, numbers=True)
+    return value
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError if it is none, or is nested too deep."""
     try:
-        return json.loads(path.read_bytes())
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        value = json.loads(text)
+    except RecursionError:
+        raise _too_deep() from None
+    check_nesting(value)
+    return value
+
+
+def check_nesting(value: Any, *, numbers: bool = False) -> None:
+    """Check plain values from a file, so that other functions can recurse into them; with `numbers` these too.
+
+    Raises:
+        ValueError: they are nested too deep, or a number is not finite or too large.
+    """
+    level = [value]
+    for _ in range(_DEEPEST):
+        below: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                below.extend(one.values())
+            elif isinstance(one, list):
+                below.extend(one)
+            elif numbers and isinstance(one, (int, float)) and not abs(one) <= _LARGEST_NUMBER:
+                raise ValueError(f"it has the number {shown(one)}, which no such file has")
+        if not below:
+            return
+        level = below
+    raise _too_deep()
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"it is nested deeper than {_DEEPEST} levels")
 
 
 def sync_folder(folder: Path) -> None:

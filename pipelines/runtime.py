@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 T = TypeVar("T")
+_LONGEST_SHOWN = 1000  # characters of a value in a message
 _BYTES = re.compile("[\udc80-\udcff]")  # as `os.fsdecode` keeps them
 
 
@@ -39,7 +40,16 @@ def invalid(field: str, value: object, allowed: str, remedy: str) -> InputError:
         allowed: continues "must be".
         remedy: an imperative without a full stop.
     """
-    return InputError(f"{field} is {value!r} but must be {allowed}: {remedy}.", field=field)
+    return InputError(f"{field} is {shown(value)} but must be {allowed}: {remedy}.", field=field)
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, cut if it is long: values may come from files of others."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more than 4,300 digits, or lists in lists in lists
+        return f"too large a value ({type(value).__name__})"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN // 2]}... ({len(text):,} characters)"
 
 
 def visible(text: str) -> str:

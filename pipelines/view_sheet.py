@@ -5,7 +5,6 @@ For the views of a recipe: `mvssl-train RECIPE --print-config | python -m pipeli
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,7 +15,7 @@ import tyro
 
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, paper_views
 from pipelines.decode import make_decoder
-from pipelines.files import strict_text
+from pipelines.files import parse_json, read_regular, strict_text
 from pipelines.loading.deep_images import state_value_range
 from pipelines.order import Order
 from pipelines.runtime import parse_arguments, run_cli
@@ -24,6 +23,8 @@ from pipelines.storage import check_outside, open_source
 from pipelines.storage.image_facts import facts_of
 from pipelines.value_range import parse_value_range
 from pipelines.views.sheet import view_sheet
+
+_LARGEST = 1 << 22  # bytes of a recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +102,15 @@ def _specs(options: Options) -> tuple[ViewSpec, ...]:
     )
 
 
+def _text(path: Path) -> str:
+    return strict_text(read_regular(path, most=_LARGEST))
+
+
 def _read_views(path: Path) -> tuple[ViewSpec, ...]:
     """The views in a recipe's JSON."""
     remedy = "write it with mvssl-train RECIPE --print-config"
     try:
-        plain = json.loads(sys.stdin.read() if str(path) == "-" else strict_text(path.read_bytes()))
+        plain = parse_json(sys.stdin.read(_LARGEST) if str(path) == "-" else _text(path))
     except (OSError, ValueError) as error:
         raise InputError(f"views is {str(path)!r}, which cannot be read as JSON ({error}): {remedy}.") from error
     views = plain.get("views") if isinstance(plain, dict) else plain

@@ -30,7 +30,7 @@ ORDER = {
     "pipelines": [
         {"runtime", "progress"},
         {"files", "checks", "value_range"},
-        {"c_library", "batch"},
+        {"c_library", "batch", "arrays"},
         {"decode"},
         {"storage"},
         {"views", "conversion"},

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from pipelines.checks import at_least, at_least_zero, check_fields
+from pipelines.checks import at_least, at_least_zero, between, check_fields
 from pipelines.decode import DaliOptions, DecodeOptions, DecoderName
+from pipelines.decode.base import MOST_THREADS
 from pipelines.loading.pixel_cache import Cache
 from pipelines.runtime import InputError, invalid
 from pipelines.value_range import parse_value_range
@@ -78,11 +79,11 @@ class RunOptions(Execution):
     val: Path | None = None
     device: str = "auto"
     decoder: DecoderName = "auto"
-    threads: int | None = at_least(1, None, "give a positive number")
+    threads: int | None = between(1, MOST_THREADS, None, "give a positive number")
     dali: DaliOptions = field(default_factory=DaliOptions)
     value_range: str | None = None
     cache: Cache = "off"
-    prefetch: int = at_least(1, 2, "give a positive number")
+    prefetch: int = between(1, 1000, 2, "give a small number")
     log: tuple[LogTarget, ...] = ("tensorboard",)
     run_name: str | None = None
     notes: str | None = None
@@ -90,7 +91,7 @@ class RunOptions(Execution):
     log_every: int = at_least(1, 10, "give a positive number")
     save_every_epochs: int = at_least_zero(1)
     save_every_steps: int | None = at_least(1, None, "give a positive number")
-    keep_checkpoints: int = at_least(1, 2, "give a positive number")
+    keep_checkpoints: int = between(1, 10**9, 2, "give a positive number")
     time: str | None = None
     resume: bool = False
     extend: bool = False

@@ -6,14 +6,33 @@ run is resumed, a recipe only as `mvssl.runs.changes` says.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from mvssl.config.device import Precision
-from pipelines.checks import Rule, at_least, at_least_zero, check_fields, check_types, fraction, positive, ruled
+from pipelines.checks import (
+    Rule,
+    at_least_zero,
+    between,
+    check_fields,
+    check_types,
+    fraction,
+    is_finite,
+    positive,
+    ruled,
+)
 from pipelines.runtime import InputError, invalid
-from pipelines.views.spec import Interpolation, ViewSpec, check_views, tasks
+from pipelines.views.spec import LARGEST_SIDE, Interpolation, ViewSpec, check_views, tasks
+
+# Above all real uses; what is larger is a mistake, or a recipe that is to exhaust memory or time.
+LARGEST_BATCH = 1 << 20
+_MOST_EPOCHS = 10**8
+_MOST_IMAGES = 1 << 40
+_WIDEST = 1 << 17
+_MOST_LAYERS = 64
+_MOST_PARAMETERS = 1 << 32  # of the hidden layers of all predictors
+_LARGEST_K, _MOST_K = 1_000_000, 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +79,20 @@ class Head:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if len(self.hidden) > _MOST_LAYERS:
+            raise InputError(
+                f"Head.hidden has {len(self.hidden):,} layers but must have at most {_MOST_LAYERS}: leave some out.",
+                field="Head.hidden",
+            )
         for name, widths in (("hidden", self.hidden), ("out", (self.out,))):
-            if any(width < 1 for width in widths):
-                raise invalid(f"Head.{name}", getattr(self, name), "at least 1 wide", "the paper uses 4096 and 256")
+            if any(not 1 <= width <= _WIDEST for width in widths):
+                allowed = f"at least 1 wide and at most {_WIDEST:,}"
+                raise invalid(f"Head.{name}", getattr(self, name), allowed, "the paper uses 4096 and 256")
+
+    @property
+    def parameters(self) -> int:
+        """Weights between the hidden layers and of the last one, without those of the first."""
+        return sum(before * after for before, after in pairwise((*self.hidden, self.out)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,15 +150,19 @@ class Evaluation:
         interpolation: of the resize; the reference implementation's is bilinear.
     """
 
-    every_epochs: int = at_least_zero(10)
-    resize: int = positive(256)
-    crop: int = positive(224)
+    every_epochs: int = between(0, _MOST_EPOCHS, 10)
+    resize: int = between(1, LARGEST_SIDE, 256)
+    crop: int = between(1, LARGEST_SIDE, 224)
     k: tuple[int, ...] = ruled(
-        Rule(lambda x: x and min(x) >= 1, "one or more numbers of at least 1", "the paper uses 10 and 20"),
+        Rule(
+            lambda x: 1 <= len(x) <= _MOST_K and min(x) >= 1 and max(x) <= _LARGEST_K,
+            f"one or more numbers of at least 1 and at most {_LARGEST_K:,}",
+            f"the paper uses 10 and 20; there may be {_MOST_K}",
+        ),
         default=(20, 10),
     )
     temperature: float = positive(0.07)
-    max_train: int | None = positive(None)
+    max_train: int | None = between(1, _MOST_IMAGES, None)
     interpolation: Interpolation = "bicubic"
 
     def __post_init__(self) -> None:
@@ -177,10 +211,10 @@ class Recipe:
     projector: Head = field(default_factory=Head)
     predictor: Head = field(default_factory=Head)
     optimizer: Optimizer = field(default_factory=Optimizer)
-    epochs: int = at_least(1, 200, "give the number of passes over the data")
-    batch_size: int = at_least(2, 1024, "BatchNorm needs two images or more")
-    order_chunk: int = at_least_zero(0)
-    order_window: int = 32_768
+    epochs: int = between(1, _MOST_EPOCHS, 200, "give the number of passes over the data")
+    batch_size: int = between(2, LARGEST_BATCH, 1024, "BatchNorm needs two images or more")
+    order_chunk: int = between(0, _MOST_IMAGES, 0)
+    order_window: int = between(1, _MOST_IMAGES, 32_768)
     accumulate: int = 1
     target_decay: float = fraction(0.996)
     temperature: float | None = positive(None)
@@ -196,7 +230,7 @@ class Recipe:
         for task, weight in self.task_weights.items():
             if task not in known:
                 raise invalid("Recipe.task_weights", task, f"a task of the views {known}", "correct the name")
-            if not (math.isfinite(weight) and weight >= 0):
+            if not (is_finite(weight) and weight >= 0):
                 raise invalid(f"Recipe.task_weights[{task!r}]", weight, "0 or more", "give a weight")
         check_fields(self)
         if self.order_window < max(1, self.order_chunk):
@@ -224,6 +258,14 @@ class Recipe:
                 f"Head.out is {self.projector.out} for the projector and {self.predictor.out} for the predictor but "
                 "must be the same, since predictions are compared with projections: set both alike.",
                 field="Head.out",
+            )
+
+        slots = len(known) if self.predictors == "per-view" else 1
+        if self.projector.parameters + slots * self.predictor.parameters > _MOST_PARAMETERS:
+            raise InputError(
+                f"Head.hidden is {self.projector.hidden} for the projector and {self.predictor.hidden} for "
+                f"{slots} predictors, which are more than {_MOST_PARAMETERS:,} weights: make them narrower.",
+                field="Head.hidden",
             )
 
     @property

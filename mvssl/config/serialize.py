@@ -18,6 +18,7 @@ from pipelines.files import given_path
 from pipelines.runtime import InputError, invalid
 
 T = TypeVar("T")
+_LONGEST_LIST = 1000  # of views, layers and the like
 
 EXECUTION = ("step_mode", "compile", "channels_last")
 """Fields of `Execution` that recipes had before; files written then still hold them."""
@@ -115,6 +116,8 @@ def _tuple(kinds: tuple[Any, ...], value: Any, where: str, null_word: str | None
         of_tables = dataclasses.is_dataclass(kinds[0])
         remedy = "write it as a list of tables, [[...]] in TOML" if of_tables else "write it in brackets, as [1, 2]"
         raise invalid(where, value, "a list", remedy)
+    if len(value) > _LONGEST_LIST:
+        raise InputError(f"{where} is a list of {len(value):,} but must have at most {_LONGEST_LIST:,}: shorten it.")
     if not any_length and len(value) != len(kinds):
         raise invalid(where, value, f"a list of {len(kinds)}", f"give {len(kinds)} values")
     each = [kinds[0]] * len(value) if any_length else kinds

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvssl.config.recipe import LARGEST_BATCH
 from mvssl.evaluate.accuracy import Accuracy, accuracy_of
 from mvssl.evaluate.feature_store import DONE
 from mvssl.evaluate.features import cached_features, load_features
 from mvssl.evaluate.linear_fit import Classifiers, Setting, fit, race, standardisation, stratified
 from mvssl.evaluate.session import EvalSession, check_labelled
 from mvssl.evaluate.supervised import Classifier, Supervision, train_and_measure
-from pipelines.checks import Rule, at_least, at_least_zero, check_fields, ruled
+from pipelines.checks import Rule, at_least, between, check_fields, ruled
 from pipelines.runtime import InputError
 
 ROUNDS = ((0.05, 1.0), (0.2, 0.125))
@@ -41,8 +42,8 @@ class FastLinear:
     lr: tuple[float, ...] = ruled(_NOT_EMPTY, default=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2))
     weight_decay: tuple[float, ...] = ruled(_NOT_EMPTY, default=(0.0, 1e-4, 1e-3, 1e-2))
     epochs: int = at_least(1, 100)
-    batch_size: int = at_least(1, 512)
-    drawn: int = at_least_zero(0)
+    batch_size: int = between(1, LARGEST_BATCH, 512)
+    drawn: int = between(0, 10_000, 0)
     held_out: float = ruled(Rule(lambda x: 0 < x < 1, "between 0 and 1", "0.1 is usual"), default=0.1)
     seed: int = 0
 

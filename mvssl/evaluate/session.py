@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from mvssl.config.device import autocast_dtype, resolve_device
-from mvssl.config.recipe import Evaluation
+from mvssl.config.recipe import LARGEST_BATCH, Evaluation
 from mvssl.distributed import World, join_world, process_local_rank, rank_count
 from mvssl.models.backbones import feature_width
 from mvssl.runs.results import ResultFile, locked_folder
 from mvssl.weights.load import BackboneSource, LoadedBackbone, load_backbone
-from pipelines.checks import at_least, check_fields
+from pipelines.checks import between, check_fields
 from pipelines.decode import DecodeOptions, DecoderName
+from pipelines.decode.base import MOST_THREADS
 from pipelines.loading.deep_images import pixels_of, state_value_range
 from pipelines.progress import Progress
 from pipelines.runtime import InputError, visible
@@ -46,9 +47,9 @@ class ComputeOptions:
 
     device: str = "auto"
     decoder: DecoderName = "auto"
-    threads: int | None = at_least(1, None)
+    threads: int | None = between(1, MOST_THREADS, None)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    extract_batch: int = at_least(1, 256)
+    extract_batch: int = between(1, LARGEST_BATCH, 256)
     value_range: str | None = None
 
     def __post_init__(self) -> None:

@@ -20,13 +20,13 @@ from timm.data.mixup import Mixup
 from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]  # public, but not marked so
 from torch import Tensor, nn
 
-from mvssl.config.recipe import Evaluation
+from mvssl.config.recipe import LARGEST_BATCH, Evaluation
 from mvssl.evaluate.accuracy import accuracy_of
 from mvssl.evaluate.features import center_crops, train_view
 from mvssl.evaluate.session import EvalSession, Session
 from mvssl.models.backbones import is_convolutional, to_memory_format
 from mvssl.runs import checkpoint
-from pipelines.checks import Rule, at_least, at_least_zero, check_fields, positive, ruled
+from pipelines.checks import Rule, at_least, at_least_zero, between, check_fields, positive, ruled
 from pipelines.loader import Loader
 from pipelines.loading.pixel_cache import Cache, free_memory, with_cache
 from pipelines.order import Order
@@ -55,7 +55,7 @@ class Supervision:
     """
 
     epochs: int = at_least(1, 100)
-    batch_size: int = at_least(1, 512)
+    batch_size: int = between(1, LARGEST_BATCH, 512)
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = positive(0.005)
     momentum: float = 0.9

@@ -14,12 +14,13 @@ from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import EXECUTION, build, from_dict, to_dict
 from mvssl.recipes import get_recipe
 from pipelines.checks import typed
-from pipelines.files import strict_text
+from pipelines.files import check_nesting, read_regular, strict_text
 from pipelines.runtime import InputError, invalid
 from pipelines.views.spec import ViewSpec
 
 logger = logging.getLogger("mvssl")
 _READERS = {".toml": tomllib.loads, ".json": json.loads}
+_LARGEST = 1 << 22  # bytes of a recipe file
 _TOML_NULL = "none"  # TOML has no null
 
 
@@ -84,12 +85,14 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not is_recipe_file(path.name):
         raise invalid("the ending", path.suffix, ".toml or .json", "rename the file")
     try:
-        content = _READERS[path.suffix.lower()](strict_text(path.read_bytes()))
+        content = _READERS[path.suffix.lower()](strict_text(read_regular(path, most=_LARGEST)))
+        check_nesting(content)
     except OSError as error:
         raise InputError(f"the recipe file cannot be read ({error.strerror or error}): check the path.") from error
     except InputError as error:
         raise InputError(f"the recipe file is not UTF-8 text: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+        error = ValueError("it is nested too deep") if isinstance(error, RecursionError) else error
         kind = path.suffix[1:].upper()
         raise InputError(f"the recipe file is not valid {kind} ({error}): correct it there.") from error
     if not isinstance(content, Mapping):

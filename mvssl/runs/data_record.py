@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.arrays import read_arrays
 from pipelines.conversion.tar_writer import member_keys
 from pipelines.files import write_whole
-from pipelines.storage.source import KeyTable, Source
+from pipelines.storage.source import KeyTable, Source, check_columns
 
 _EXAMPLES = 3
 
@@ -44,15 +44,14 @@ class DataRecord:
     def load(cls, path: Path) -> DataRecord | None:
         """The record in a file; None if there is none (runs of earlier versions) or it is damaged."""
         try:
-            with np.load(path, allow_pickle=False) as data:
-                return cls(
-                    keys=KeyTable(blob=data["key_blob"], ends=data["key_ends"]),
-                    nbytes=data["nbytes"],
-                    labels=data["labels"],
-                    classes=tuple(KeyTable(blob=data["class_blob"], ends=data["class_ends"])),
-                )
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            data = read_arrays(path)
+            keys = KeyTable.checked(data["key_blob"], data["key_ends"])
+            classes = tuple(KeyTable.checked(data["class_blob"], data["class_ends"]))
+            nbytes, labels = data["nbytes"], data["labels"]
+            check_columns(len(keys), len(classes), nbytes=nbytes, labels=labels)
+        except (OSError, ValueError, KeyError):
             return None
+        return cls(keys=keys, nbytes=nbytes, labels=labels, classes=classes)
 
     def save(self, path: Path) -> None:
         """Write the record to a file, durably; some 6 bytes an image."""

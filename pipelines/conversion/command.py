@@ -15,6 +15,7 @@ from rich.console import Console
 from pipelines.conversion.conversion import Conversion, Options
 from pipelines.conversion.sources import find_jobs
 from pipelines.conversion.value_measure import measure_jobs
+from pipelines.decode.base import MOST_THREADS
 from pipelines.progress import Progress
 from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
 from pipelines.storage import open_source
@@ -23,6 +24,7 @@ from pipelines.storage.image_facts import facts_of
 from pipelines.storage.shards import ShardSource
 from pipelines.value_range import parse_value_range
 
+_LARGEST_SHARD = 10**9  # MB
 _MEGABYTE = 1_000_000
 
 
@@ -85,10 +87,12 @@ def convert(config: Convert) -> None:
         raise invalid("--quality", config.quality, "1 to 100", "95 is close to the original, 75 small")
     if config.format == "beton" and is_beton_name(config.dst):
         raise InputError(f"DST {config.dst} is the name of a file: give a folder; {BETON} is written in it.")
-    if not config.shard_size > 0:
-        raise invalid("--shard-size", config.shard_size, "above 0 MB", "give megabytes, e.g. 512")
-    if config.workers is not None and config.workers < 1:
-        raise invalid("--workers", config.workers, "1 or more", "give a number of threads or leave it out")
+    if not 0 < config.shard_size <= _LARGEST_SHARD:
+        raise invalid(
+            "--shard-size", config.shard_size, f"above 0 and at most {_LARGEST_SHARD:,} MB", "give megabytes, e.g. 512"
+        )
+    if config.workers is not None and not 1 <= config.workers <= MOST_THREADS:
+        raise invalid("--workers", config.workers, f"1 to {MOST_THREADS}", "give a number of threads or leave it out")
     if config.dst.resolve().is_relative_to(config.src.resolve()):
         raise InputError(f"DST {config.dst} lies in SRC {config.src}: give a DST outside of it.")
     workers = config.workers or _cores()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.files import locked, temporary_path, write_whole
+from pipelines.files import locked, read_json, temporary_path, write_whole
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from pipelines.storage.beton_format import BETON
@@ -135,7 +135,8 @@ class Destination:
 
     def _stored_plan(self) -> dict[str, Any] | None:
         try:
-            return dict(json.loads((self.work / PLAN).read_text()))
+            plan = read_json(self.work / PLAN)
+            return dict(plan) if isinstance(plan, dict) else None
         except (FileNotFoundError, ValueError):
             return None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.arrays import read_arrays
 from pipelines.conversion.image_check import CheckedImage
-from pipelines.files import write_whole
+from pipelines.files import parse_json, write_whole
 from pipelines.storage.manifest import INDEX_DTYPE, Shard
 
 
@@ -59,22 +59,51 @@ class ShardState:
     def load(cls, path: Path) -> ShardState | None:
         """The state at `path`; None if it is missing or damaged. Does not check that the shard exists."""
         try:
-            with np.load(path, allow_pickle=False) as data:
-                rows = data["rows"]
-                meta = json.loads(data["meta"].tobytes())
-            if rows.dtype != INDEX_DTYPE:
-                return None
-            return cls(
+            data = read_arrays(path)
+            meta = parse_json(data["meta"].tobytes())
+            state = cls(
                 shard=None if meta["shard"] is None else Shard(**meta["shard"]),
-                rows=rows,
-                keys=meta["keys"],
-                bad=[(key, reason) for key, reason in meta["bad"]],
-                warned=[(key, warning) for key, warning in meta["warned"]],
+                rows=data["rows"],
+                keys=_texts(meta["keys"]),
+                bad=_pairs(meta["bad"]),
+                warned=_pairs(meta["warned"]),
                 checksums=meta.get("checksums"),
-                damage=None if meta.get("damage") is None else [(int(row), text) for row, text in meta["damage"]],
+                damage=None if meta.get("damage") is None else [(int(row), str(text)) for row, text in meta["damage"]],
             )
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            return state if state._is_sound() else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return None
+
+    def _is_sound(self) -> bool:
+        """Whether what was read from a file can be a state; TypeError for other types."""
+        rows, count, shard = self.rows, len(self.rows), self.shard
+        if rows.dtype != INDEX_DTYPE or rows.shape != (len(self.keys),) or (shard is None) != (count == 0):
+            return False
+        if shard is not None:
+            if not isinstance(shard.name, str) or "/" in shard.name or shard.count != count:
+                return False
+            inside = (rows["offset"] >= 0) & (rows["size"] > 0) & (rows["size"] <= shard.bytes - rows["offset"])
+            sizes = (rows["height"] > 0) & (rows["width"] > 0) & (rows["label"] >= -1)
+            if not (inside & sizes).all() or not all(isinstance(one, str) for one in (shard.sha256, shard.head)):
+                return False
+        sums = self.checksums
+        if sums is not None and (len(sums) != count or not all(0 <= one < 1 << 32 for one in sums)):
+            return False
+        return all(0 <= row < count for row, _ in self.damage or ())
+
+
+def _texts(values: object) -> list[str]:
+    """A list of strings; TypeError for anything else."""
+    if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
+        raise TypeError("no list of strings")
+    return values
+
+
+def _pairs(values: object) -> list[tuple[str, str]]:
+    """A list of pairs of strings; TypeError or ValueError for anything else."""
+    if not isinstance(values, list):
+        raise TypeError("no list")
+    return [(key, text) for key, text in map(_texts, values)]
 
 
 def merged_checksums(states: Sequence[ShardState]) -> npt.NDArray[np.uint32] | None:

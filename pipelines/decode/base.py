@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipelines.runtime import InputError, invalid
 
+MOST_THREADS = 1024  # above all machines
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 1 << 29  # of an encoded image: that many pixels of 16 bits take as much, without compression
 """Larger images are failures instead of running out of memory; Pillow's limit, 2**30 bytes / 4 / 3."""
@@ -123,8 +124,8 @@ class DecodeOptions:
     def __post_init__(self) -> None:
         if self.decoder not in DECODERS:
             raise invalid("decoder", self.decoder, f"one of {', '.join(DECODERS)}", "take auto if in doubt")
-        if self.threads is not None and self.threads < 1:
-            raise invalid("threads", self.threads, "1 or more", "give a positive number, or leave it out")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise invalid("threads", self.threads, f"1 to {MOST_THREADS}", "give a positive number, or leave it out")
 
 
 DecodedPart = tuple[Sequence[int], Tensor, Tensor]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.arrays import read_arrays
 from pipelines.runtime import InputError
 from pipelines.storage.source import KeyTable
 
@@ -258,20 +258,17 @@ def load_index(path: Path, layout: Layout) -> BetonIndex | None:
     if hashlib.sha256(packed).digest() != pointer["sha256"].tobytes():
         raise damaged(path, "has an index with a wrong checksum")
     try:
-        with np.load(io.BytesIO(packed), allow_pickle=False) as data:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in data.zip.infolist()):
-                raise ValueError("it is compressed")  # a few bytes may then be gigabytes
-            keys = KeyTable(blob=data["key_blob"], ends=data["key_ends"])
-            classes = KeyTable(blob=data["class_blob"], ends=data["class_ends"])
-            keys.check()
-            classes.check()
-            sums = data.get("checksums", None)
-            sizes = data["sizes"].astype(np.int64)
-            count = len(layout.images)
-            if sizes.shape != (count, 2) or (sizes <= 0).any() or (sums is not None and sums.shape != (count,)):
-                raise ValueError("its sizes or checksums are not those of the images")
-            return BetonIndex(keys=keys, classes=tuple(classes), sizes=sizes, checksums=sums)
-    except (ValueError, KeyError, EOFError, MemoryError, OverflowError, SyntaxError, zipfile.BadZipFile) as error:
+        data = read_arrays(io.BytesIO(packed))
+        keys = KeyTable.checked(data["key_blob"], data["key_ends"])
+        classes = KeyTable.checked(data["class_blob"], data["class_ends"])
+        sums = data.get("checksums")
+        sizes = data["sizes"].astype(np.int64)
+        count = len(layout.images)
+        good = sums is None or (sums.dtype == np.uint32 and sums.shape == (count,))
+        if sizes.shape != (count, 2) or (sizes <= 0).any() or not good:
+            raise ValueError("its sizes or checksums are not those of the images")
+        return BetonIndex(keys=keys, classes=tuple(classes), sizes=sizes, checksums=sums)
+    except (ValueError, KeyError) as error:
         raise damaged(path, f"has an index that cannot be read ({error})") from error
 
 

@@ -10,22 +10,23 @@ import logging
 import os
 import tempfile
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.arrays import read_arrays
 from pipelines.decode.base import MAX_BYTES
-from pipelines.files import cache_folder, cache_folders, publish, writable_cache
+from pipelines.files import cache_folder, cache_folders, parse_json, publish, writable_cache
 from pipelines.runtime import describe_os_error, visible
 from pipelines.storage.batch_read import RandomAccessFile, advise_files, max_read_ahead, read_files
 from pipelines.storage.file_index import IMAGE_EXTENSIONS, FileIndex, describe_ignored, no_images, scan_folder
 from pipelines.storage.image_facts import ImageFacts
-from pipelines.storage.source import KeyTable, file_name, fingerprint
+from pipelines.storage.source import KeyTable, check_columns, file_name, fingerprint
 from pipelines.storage.text_list import read_list
 
 FALLBACK = True  # the other storages are folders or files too
@@ -137,31 +138,45 @@ def cache_file(path: Path) -> Path:
 def load_index(path: Path) -> FileIndex | None:
     """The cached index of the folder or list at `path`; None if it is missing, stale or damaged."""
     cache = cache_file(path)
-    indices = (_load(folder / cache.name) for folder in cache_folders(cache.parent))
+    indices = (_load(path, folder / cache.name) for folder in cache_folders(cache.parent))
     return next((index for index in indices if index is not None), None)
 
 
-def _load(cache: Path) -> FileIndex | None:
-    """The index in a cache file; None if it is missing, stale or damaged."""
+def _load(path: Path, cache: Path) -> FileIndex | None:
+    """The index of `path` in a cache file; None if it is missing, stale or damaged, or leads out of the folder."""
     try:
-        with np.load(cache, allow_pickle=False) as data:
-            if int(data["version"]) != _VERSION:
-                return None
-            index = FileIndex(
-                root=Path(file_name(KeyTable(blob=data["root"], ends=np.array([len(data["root"])]))[0])),
-                keys=KeyTable(blob=data["key_blob"], ends=data["key_ends"]),
-                nbytes=data["nbytes"],
-                labels=data["labels"],
-                classes=tuple(KeyTable(blob=data["class_blob"], ends=data["class_ends"])),
-                watched=KeyTable(blob=data["watched_blob"], ends=data["watched_ends"]),
-                watched_mtime=data["watched_mtime"],
-                ignored=json.loads(data["ignored"].tobytes()),
-            )
+        data = read_arrays(cache)
+        if data["version"].tolist() != _VERSION:
+            return None
+        index = FileIndex(
+            root=Path(file_name(KeyTable.checked(data["root"], np.array([data["root"].size]))[0])),
+            keys=KeyTable.checked(data["key_blob"], data["key_ends"]),
+            nbytes=data["nbytes"],
+            labels=data["labels"],
+            classes=tuple(KeyTable.checked(data["class_blob"], data["class_ends"])),
+            watched=KeyTable.checked(data["watched_blob"], data["watched_ends"]),
+            watched_mtime=data["watched_mtime"],
+            ignored=_counts(parse_json(data["ignored"].tobytes())),
+        )
+        check_columns(len(index.keys), len(index.classes), nbytes=index.nbytes, labels=index.labels)
+        inside = not path.is_dir() or (index.root == Path(os.path.abspath(path)) and not _leaves_root(index.keys))
         mtimes = zip(index.watched, index.watched_mtime.tolist(), strict=True)
-        fresh = all(os.stat(file_name(watched)).st_mtime_ns == mtime for watched, mtime in mtimes)
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):  # zipfile raises all of these
+        fresh = inside and all(os.stat(file_name(watched)).st_mtime_ns == mtime for watched, mtime in mtimes)
+    except (OSError, ValueError, KeyError):
         return None
     return index if fresh else None
+
+
+def _counts(value: Any) -> dict[str, int]:
+    """Numbers by name; ValueError for anything else."""
+    if not isinstance(value, dict) or not all(type(count) is int for count in value.values()):
+        raise ValueError("it has no numbers of ignored files")
+    return value
+
+
+def _leaves_root(keys: KeyTable) -> bool:
+    """Whether a key of a folder's index leads out of the folder."""
+    return any(key.startswith("/") or f"/{key}/".find("/../") >= 0 for key in keys)
 
 
 def forget_changed_index(path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.arrays import read_header
 from pipelines.files import read_json
 from pipelines.runtime import InputError
 from pipelines.storage.beton_format import BETON, is_our_beton
@@ -184,6 +185,6 @@ def format_of(folder: Path) -> str | None:
 
 def _is_our_index(path: Path) -> bool:
     try:
-        return bool(np.load(path, mmap_mode="r", allow_pickle=False).dtype == INDEX_DTYPE)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, EOFError):
+        return bool(read_header(path).dtype == INDEX_DTYPE)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
         return False

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.arrays import parse_npy
 from pipelines.decode.base import MAX_PIXELS
+from pipelines.files import read_regular
 from pipelines.runtime import InputError, visible
 from pipelines.storage.batch_read import RandomAccessFile, max_open_files, raise_file_limit, read_ranges
 from pipelines.storage.image_facts import ImageFacts
@@ -30,6 +30,7 @@ from pipelines.storage.manifest import (
 from pipelines.storage.source import KeyTable
 
 _CHUNK = 1 << 22  # bytes hashed at a time
+_LARGEST_INDEX = 1 << 40  # bytes
 
 
 def can_open(path: Path) -> bool:
@@ -168,12 +169,12 @@ class ShardSource:
     def _load_checked(self, name: str) -> npt.NDArray[Any]:
         path = self.location / name
         try:
-            content = path.read_bytes()  # not mapped, see `batch_read`
-            array = np.asarray(np.load(io.BytesIO(content), allow_pickle=False))
+            content = read_regular(path, most=_LARGEST_INDEX)  # not mapped, see `batch_read`
+            array = parse_npy(content)
         except FileNotFoundError:
             raise _damaged(path, "is missing") from None
-        except (ValueError, EOFError, MemoryError, OverflowError, SyntaxError, tokenize.TokenError):
-            raise _damaged(path, "cannot be read as an array") from None
+        except ValueError as error:
+            raise _damaged(path, f"cannot be read as an array ({error})") from None
         if hashlib.sha256(content).hexdigest() != self.manifest.sha256.get(name):
             raise _damaged(path, f"does not have the checksum in {MANIFEST}")
         return array

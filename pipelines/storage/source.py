@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -147,6 +147,13 @@ class KeyTable:
         lengths = np.fromiter((len(piece) for piece in encoded), dtype=np.int64, count=len(encoded))
         return cls(blob=np.frombuffer(b"".join(encoded), dtype=np.uint8), ends=np.cumsum(lengths))
 
+    @classmethod
+    def checked(cls, blob: npt.NDArray[Any], ends: npt.NDArray[Any]) -> KeyTable:
+        """The table of two arrays from a file; raises as `check`."""
+        table = cls(blob=blob, ends=ends)
+        table.check()
+        return table
+
     def check(self) -> None:
         """Check strings from a file.
 
@@ -176,6 +183,20 @@ def file_name(key: str) -> str:
     if sys.getfilesystemencoding() == "utf-8":
         return key
     return os.fsdecode(key.encode("utf-8", "surrogateescape"))
+
+
+def check_columns(count: int, classes: int, *, nbytes: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
+    """Check sizes and labels of `count` images from a file.
+
+    Raises:
+        ValueError: they are not int64 [count], a size is negative, or a label is not of one of the classes, nor -1.
+    """
+    for name, column, low, high in (("size", nbytes, 0, 1 << 62), ("label", labels, -1, classes - 1)):
+        if column.dtype != np.int64 or column.shape != (count,):
+            raise ValueError(f"there are {column.dtype} {list(column.shape)} {name}s for {count} images")
+        wrong = np.flatnonzero((column < low) | (column > high))
+        if len(wrong):
+            raise ValueError(f"the {name} of entry {wrong[0]} is {column[wrong[0]]}")
 
 
 def fingerprint(

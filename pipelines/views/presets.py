@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.checks import typed
 from pipelines.runtime import InputError, invalid
-from pipelines.views.spec import ViewSpec
+from pipelines.views.spec import MOST_VIEWS, ViewSpec
 
 # Differences between the two views of a pair in BYOL, MoCo v3 and the paper.
 _FIRST: Mapping[str, Any] = {"blur": 1.0}
@@ -44,8 +44,8 @@ def paper_views(
         InputError: a count is negative, or a size does not fit ViewSpec.
     """
     for field, count in (("num_local", num_local), ("num_cutout", num_cutout), ("num_global_more", num_global_more)):
-        if count < 0:
-            raise invalid(field, count, "0 or more", "give the number of such views per image")
+        if not 0 <= count <= MOST_VIEWS:
+            raise invalid(field, count, f"0 to {MOST_VIEWS}", "give the number of such views per image")
 
     more = (
         ("local", num_local, {"size": local_size, "area": (0.08, 0.25)}),

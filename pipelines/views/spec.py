@@ -14,6 +14,10 @@ from pipelines.runtime import InputError, invalid
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+LARGEST_SIDE = 4096  # pixels of a view or crop; above all uses, and a batch of a few still fits in memory
+MOST_VIEWS = 256  # of an image
+_LONGEST_NAME = 200
+
 Interpolation = Literal["bicubic", "bilinear"]
 """How images are resized; always antialiased."""
 INTERPOLATIONS: tuple[Interpolation, ...] = ("bicubic", "bilinear")
@@ -29,7 +33,7 @@ class ViewSpec:
     Attributes:
         name: of the view, for logs and pictures.
         task: key of the view's predictor; None for a target-only view.
-        size: side of the square view in pixels, a multiple of 8.
+        size: side of the square view in pixels, a multiple of 8, up to 4096.
         area: range of the crop's fraction of the image area; None for the whole image.
         ratio: range of the crop's width / height, sampled log-uniformly.
         flip: probability of a horizontal flip.
@@ -68,16 +72,18 @@ class ViewSpec:
 
     def __post_init__(self) -> None:
         check_types(self, f"ViewSpec({self.name!r}).", tuples=False)
-        if not self.name:
-            raise invalid("ViewSpec.name", self.name, "a word", 'name the view, e.g. "local"')
+        if not 0 < len(self.name) <= _LONGEST_NAME or len(self.task or "") > _LONGEST_NAME:
+            field, value = ("name", self.name) if not 0 < len(self.name) <= _LONGEST_NAME else ("task", self.task)
+            raise invalid(f"ViewSpec.{field}", value, f"a word of at most {_LONGEST_NAME} characters", 'e.g. "local"')
         if self.task is None and not self.is_target:
             raise InputError(
                 f"View {self.name!r} has neither a task nor is it a target, so nothing would use it: "
                 "set ViewSpec.task to a predictor's key or ViewSpec.is_target to True."
             )
         field = f"ViewSpec({self.name!r})."
-        if not isinstance(self.size, int) or self.size < 8 or self.size % 8:
-            raise invalid(f"{field}size", self.size, "a multiple of 8, at least 8", "round it, e.g. 224, 96 or 32")
+        if not isinstance(self.size, int) or not 8 <= self.size <= LARGEST_SIDE or self.size % 8:
+            allowed = f"a multiple of 8, at least 8 and at most {LARGEST_SIDE:,}"
+            raise invalid(f"{field}size", self.size, allowed, "round it, e.g. 224, 96 or 32")
         if self.interpolation not in INTERPOLATIONS:
             raise invalid(f"{field}interpolation", self.interpolation, "bicubic or bilinear", "choose one of these")
         for name in ("flip", "jitter_p", "grayscale", "blur", "solarize", "solarize_threshold"):
@@ -135,6 +141,8 @@ def check_views(specs: Sequence[ViewSpec]) -> None:
     """
     if not specs:
         raise InputError("views is empty but must hold at least two views: use paper_views().")
+    if len(specs) > MOST_VIEWS:
+        raise InputError(f"views has {len(specs):,} views but must have at most {MOST_VIEWS}: leave some out.")
     names = [spec.name for spec in specs]
     if len(set(names)) != len(names):
         raise InputError(f"views has names {names} but each name must be unique: rename the repeated views.")
