@@ -7,6 +7,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -234,6 +235,9 @@ def run_cli(body: Callable[[], int | None]) -> NoReturn:
     the exit code is 1.
     """
     _keep_standard_streams()
+    warnings.filterwarnings(
+        "ignore", module=r"PIL\."
+    )  # about metadata, without the file's name; mvssl-convert lists them
     try:
         code = body() or 0
     except InputError as error:

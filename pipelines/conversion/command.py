@@ -15,7 +15,7 @@ from rich.console import Console
 from pipelines.conversion.conversion import Conversion, Options
 from pipelines.conversion.sources import find_jobs
 from pipelines.conversion.value_measure import measure_jobs
-from pipelines.decode.base import MOST_THREADS
+from pipelines.decode.base import MAX_PIXELS, MAX_REDUCED, MOST_THREADS
 from pipelines.progress import Progress
 from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
 from pipelines.storage import open_source
@@ -45,8 +45,9 @@ class Convert:
     format: Literal["shards", "beton"] = "shards"
     """Tar shards and their index, or one images.beton, which FFCV also reads."""
     max_size: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
-    """Longest side in pixels: larger images are scaled down and encoded again (JPEG, quality 95 or --quality). Without
-    it, bytes pass through unchanged (in .beton only of gray and RGB JPEGs; other images are stored as pixels)."""
+    """Longest side in pixels: larger images are scaled down and encoded again (JPEG, quality 95 or --quality); needed
+    for those of more than 89 megapixels. Without it, bytes pass through unchanged (in .beton only of gray and RGB
+    JPEGs; other images are stored as pixels)."""
     quality: Annotated[int | None, tyro.conf.arg(metavar="Q", help_behavior_hint="(default: bytes pass through)")] = (
         None
     )
@@ -110,7 +111,7 @@ def convert(config: Convert) -> None:
     for conversion in conversions:  # all before the first runs, so that no error comes after hours
         conversion.prepare(overwrite=config.overwrite)
     if options.value_range is None and not all(conversion.finished for conversion in conversions):
-        _measure(conversions, workers)
+        _measure(conversions, workers, limit=MAX_PIXELS if options.max_size is None else MAX_REDUCED)
     for conversion in conversions:
         print(conversion.run(workers=workers), flush=True)
     if config.verify:
@@ -118,11 +119,12 @@ def convert(config: Convert) -> None:
             print(verify(config.dst / job.name), flush=True)
 
 
-def _measure(conversions: Sequence[Conversion], workers: int) -> None:
-    """Find the range of values for all splits."""
+def _measure(conversions: Sequence[Conversion], workers: int, *, limit: int) -> None:
+    """Find the range of values for all splits; `limit` is the number of pixels of the largest image."""
     progress = Progress(Console(stderr=True), "measuring the values of deep images").update
     try:
-        values = measure_jobs([conversion.job for conversion in conversions], workers=workers, progress=progress)
+        jobs = [conversion.job for conversion in conversions]
+        values = measure_jobs(jobs, workers=workers, limit=limit, progress=progress)
     except BaseException:
         for conversion in conversions:
             conversion.release()

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pipelines.decode.base import MAX_PIXELS
 from pipelines.decode.damage import find_damage
 from pipelines.decode.pillow import decode_one
 from pipelines.value_range import ValueRange
@@ -108,6 +109,10 @@ def _stored(
     """The bytes to store of an image and its pixels, uint8 [H, W, 3]."""
     height, width = pixels.shape[:2]
     scale = 1.0 if max_size is None else min(1.0, max_size / max(height, width))
+    if round(scale * height) * round(scale * width) > MAX_PIXELS:
+        return CheckedImage(
+            bad=f"{width} x {height} pixels become more than the allowed {MAX_PIXELS:,}: give a smaller --max-size"
+        )
     if scale == 1.0 and quality is None:
         return CheckedImage(data=data, height=height, width=width, extension=_extension(data[:12].tobytes()))
     if scale < 1.0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,12 +38,15 @@ class Values:
     refused: Sequence[dict[int, str]] = field(default_factory=list)
 
 
-def measure_jobs(jobs: Sequence[Job], *, workers: int, progress: Callable[[int], None] | None = None) -> Values:
+def measure_jobs(
+    jobs: Sequence[Job], *, workers: int, limit: int, progress: Callable[[int], None] | None = None
+) -> Values:
     """Look at every image that may have more than 8 bits: the fewest bits that hold the largest of their values.
 
     Args:
         jobs: the splits.
         workers: threads.
+        limit: pixels of the largest image that can be converted.
         progress: called with the number of images looked at.
 
     Raises:
@@ -58,10 +62,11 @@ def measure_jobs(jobs: Sequence[Job], *, workers: int, progress: Callable[[int],
         return Values(value_range=known.pop(), refused=[{} for _ in jobs])
     largest, done = -1.0, 0
     refused: list[dict[int, str]] = []
-    with ThreadPoolExecutor(workers, thread_name_prefix="mvssl-measure") as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers, thread_name_prefix="mvssl-measure") as pool:
+        warnings.simplefilter("ignore")  # the conversion lists them
         for job in jobs:
             odd: dict[int, str] = {}
-            for index, measured in _measured(job.source, pool):
+            for index, measured in _measured(job.source, pool, limit=limit):
                 done += 1
                 if measured is not None and measured.fits_16_bits:
                     largest = max(largest, measured.high)
@@ -73,14 +78,14 @@ def measure_jobs(jobs: Sequence[Job], *, workers: int, progress: Callable[[int],
     return Values(value_range=None if largest < 0 else bits_for(largest), measured=True, refused=refused)
 
 
-def _measured(source: Source, pool: ThreadPoolExecutor) -> Iterator[tuple[int, Measured | None]]:
+def _measured(source: Source, pool: ThreadPoolExecutor, *, limit: int) -> Iterator[tuple[int, Measured | None]]:
     """Values of the deep images, and None for others that were looked at."""
 
     def look(index: int) -> tuple[int, Measured | None]:
         try:
             if isinstance(source, FolderSource) and not may_be_deep(source.head(index, HEAD_BYTES)):
                 return index, None
-            return index, measure(source.read(index))
+            return index, measure(source.read(index), limit=limit)
         except OSError:  # the conversion names it
             return index, None
 

@@ -78,7 +78,7 @@ def decode_one(
         data: the encoded image.
         value_range: of images with more than 8 bits; None if they use 16.
         max_size: the longest side that is wanted. Images of up to `MAX_REDUCED` pixels are then decoded, and JPEGs with
-            more than `MAX_PIXELS` at a fraction of their size, if more than twice `max_size` remains.
+            more than `MAX_PIXELS` at a fraction of their size.
     """
     if data.size == 0:
         return "the file is empty (0 bytes)"
@@ -89,7 +89,7 @@ def decode_one(
     try:
         with open_image(data) as image:
             if max_size is not None and image.width * image.height > MAX_PIXELS:
-                _reduce(image, 2 * max_size)
+                _reduce(image, max_size)
             if image.width * image.height > limit:
                 return _too_large(image.width, image.height, limit)
             if is_deep(image):
@@ -100,19 +100,22 @@ def decode_one(
     except UnidentifiedImageError:
         return f"not an image file of a known format ({data.size} bytes)"
     except Image.DecompressionBombError:
-        return f"it has more than the allowed {limit:,} pixels"
+        return f"it has more pixels than the allowed {limit:,}: {_smaller(limit)}"
     except Exception as error:  # Pillow raises many types on broken files: OSError, SyntaxError, struct.error, ...
         message = str(error) or type(error).__name__
         return f"the file is truncated ({data.size} bytes)" if "truncated" in message.lower() else message
 
 
-def measure(data: np.ndarray) -> Measured | None:
-    """The values of an image of more than 8 bits; None for all others, broken ones, and files that state the range."""
+def measure(data: np.ndarray, *, limit: int = MAX_PIXELS) -> Measured | None:
+    """The values of an image of more than 8 bits.
+
+    None for other images, for broken ones, those of more than `limit` pixels, and files that state their range.
+    """
     if not may_be_deep(bytes(data[:HEAD_BYTES])):
         return None
     try:
         with open_image(data) as image:
-            if not is_deep(image) or image.width * image.height > MAX_REDUCED:
+            if not is_deep(image) or image.width * image.height > limit:
                 return None
             return measured(image, partial(open_image, data), _upright)
     except Exception:  # the decoder says what is wrong
@@ -144,15 +147,22 @@ def open_image(data: np.ndarray) -> Any:
 
 
 def _reduce(image: Any, size: int) -> None:
-    """Have a JPEG decoded at 1/2, 1/4 or 1/8 of its size, so that its longest side stays at least `size`."""
-    scale = size / max(image.size)
-    if scale < 1:
-        image.draft(None, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    """Have a large JPEG decoded at 1/2, 1/4 or 1/8 of its size: its longest side stays 2 * `size`, or else `size`."""
+    width, height = image.size
+    for side in (2 * size, size):
+        fraction = next((n for n in (8, 4, 2) if max(width, height) >= n * side), 1)
+        if width * height <= MAX_REDUCED * fraction**2:
+            image.draft(None, (width // fraction, height // fraction))
+            return
 
 
 def _too_large(width: int, height: int, limit: int) -> str:
-    remedy = "make it smaller with mvssl-convert --max-size" if limit == MAX_PIXELS else "make it smaller beforehand"
-    return f"{width} x {height} pixels are more than the allowed {limit:,}: {remedy}"
+    return f"{width} x {height} pixels are more than the allowed {limit:,}: {_smaller(limit)}"
+
+
+def _smaller(limit: int) -> str:
+    """The remedy for an image that is too large."""
+    return "make it smaller with mvssl-convert --max-size" if limit == MAX_PIXELS else "make it smaller beforehand"
 
 
 def _upright(image: Any) -> Any:

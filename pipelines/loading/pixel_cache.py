@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +13,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines.batch import DecodedBatch
 from pipelines.decode.base import MAX_PIXELS
+from pipelines.decode.pillow import open_image
 from pipelines.decode.sniff import sniff
 from pipelines.runtime import InputError, invalid
 from pipelines.storage.image_facts import facts_of
@@ -320,7 +319,7 @@ def _pixel_counts(source: Source, indices: range) -> Iterator[tuple[int, int]]:
             yield index, header.height * header.width
             continue
         try:
-            with Image.open(io.BytesIO(data.data)) as image:
+            with open_image(data) as image:
                 yield index, image.width * image.height
         except Exception:  # Pillow raises many types on broken files, which the decoder names
             continue
