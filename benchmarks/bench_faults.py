@@ -53,6 +53,10 @@ IGNORED = (
 """Files that hold times; of them only the names are compared, and of TensorBoard's not even these."""
 
 
+SUMMARY = "summary.json"
+"""Of the speed of training, which a run that was resumed when it had finished does not know."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """A command and the place it writes to.
@@ -232,7 +236,7 @@ def contents(place: Path) -> dict[str, str]:
     found = {}
     for path in sorted(place.rglob("*")):
         name = str(path.relative_to(place))
-        if "tensorboard" in name or not path.is_file():
+        if "tensorboard" in name or path.name == SUMMARY or not path.is_file():
             continue
         found[name] = "" if path.name in IGNORED else hashlib.sha256(_essence(path)).hexdigest()
     return found

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -81,12 +82,28 @@ _REMEDIES = {
 }
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk or quota that is full."""
+
+
 def describe_os_error(error: OSError) -> str:
     """A sentence about an operating-system error: what happened, to which file, and a remedy."""
     what = error.strerror or str(error) or type(error).__name__
     where = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
+    if error.errno in FULL and error.filename is not None:
+        where += f"; {describe_free(Path(os.fsdecode(error.filename)))}"
     remedy = _REMEDIES.get(error.errno or 0)
     return f"{what}{where}: {remedy}." if remedy else f"{what}{where}."
+
+
+def describe_free(path: Path) -> str:
+    """How much is free where `path` is or would be: "0.3 GB of 250.0 GB are free on the disk of /data"."""
+    folder = next((part for part in (path, *path.absolute().parents) if part.exists()), Path("/"))
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return f"the disk of {folder}"
+    return f"{usage.free / 1e9:.1f} GB of {usage.total / 1e9:.1f} GB are free on the disk of {folder}"
 
 
 class _EmptyPath(Exception):

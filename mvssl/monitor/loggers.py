@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from mvssl.config.options import RunOptions
 from mvssl.runs.folder import RunFolder
-from pipelines.runtime import visible
+from pipelines.runtime import describe_os_error
 
 logger = logging.getLogger("mvssl")
 
@@ -168,38 +168,46 @@ LOGGERS: Mapping[str, Callable[[RunFolder, RunOptions, int], MetricLogger]] = {
 
 
 class MetricLoggers:
-    """The loggers that `RunOptions.log` names, as one.
+    """The loggers that `RunOptions.log` names, as one; one that fails is switched off with a warning.
 
     TensorBoard, which is on by default, is left out if it is not installed; `RunOptions` checks for wandb.
     """
 
     def __init__(self, folder: RunFolder, options: RunOptions, *, first_step: int) -> None:
-        self._loggers: list[MetricLogger] = []
+        self._loggers: dict[str, MetricLogger] = {}
         for name, make in LOGGERS.items():
             if name in options.log:
-                if name != "csv" and visible(os.path.abspath(folder.path)) != os.path.abspath(folder.path):
-                    left_out = "%s is left out: it cannot write to %s, whose name is not UTF-8; metrics.jsonl has all"
-                    logger.warning(left_out, name, folder.path)
-                    continue
                 try:
-                    self._loggers.append(make(folder, options, first_step))
+                    self._loggers[name] = make(folder, options, first_step)
                 except ImportError:
                     logger.debug("%s is not installed", name)
+                except Exception as error:
+                    _warn(name, error)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a step to all."""
-        for each in self._loggers:
-            each.write(step, metrics)
+        self._each(lambda one: one.write(step, metrics))
 
     def flush(self) -> None:
         """Flush all."""
-        for each in self._loggers:
-            each.flush()
+        self._each(lambda one: one.flush())
 
     def close(self) -> None:
         """Close all."""
-        for each in self._loggers:
-            each.close()
+        self._each(lambda one: one.close())
+
+    def _each(self, work: Callable[[MetricLogger], None]) -> None:
+        for name, one in list(self._loggers.items()):
+            try:
+                work(one)
+            except Exception as error:
+                _warn(name, error)
+                del self._loggers[name]
+
+
+def _warn(name: str, error: Exception) -> None:
+    why = describe_os_error(error) if isinstance(error, OSError) else f"{_first_line(error)}."
+    logger.warning("logging to %s ends here, the training goes on: %s", name, why)
 
 
 def _write_table(path: Path, rows: Sequence[Sequence[str]]) -> None:

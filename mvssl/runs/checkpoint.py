@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 import torch
 
 from pipelines.files import sync_folder, write_whole
-from pipelines.runtime import InputError
+from pipelines.runtime import FULL, InputError, describe_free
 
 FORMAT = 2
 LAST = "last"
@@ -67,6 +67,8 @@ def save(root: Path, *, step: int, state: Mapping[str, Any], meta: Mapping[str, 
         kept = (root / LAST).resolve().name if (root / LAST).exists() else "none yet"
         cause = (file.error if file is not None else None) or error
         reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+        if getattr(cause, "errno", None) in FULL:
+            reason += f"; {describe_free(root)}"
         raise InputError(
             f"The checkpoint of step {step} could not be written to {root} ({reason}); the last good one is intact "
             f"({kept}): free space or fix the folder, then continue with --resume."

@@ -125,12 +125,14 @@ def _run(recipe: Recipe, options: RunOptions, out: Path, console: Console | None
             asked, recipe = recipe, world.run_on_rank0(partial(_claim, folder, recipe, options, stack))
             if world.is_rank0:
                 stack.callback(folder.sync)
+            open_log = stack.enter_context(run_log(console, rank=world.rank))
             with explain_out_of_memory(recipe, options, ranks=world.size, begun=folder.config.exists):
                 experiment = stack.enter_context(open_experiment(recipe, options, console, world))
             start = _start_or_resume(experiment, folder)
             position = start.position
             seconds = None if options.time is None else parse_time(options.time) - (time.monotonic() - began)
-            with run_log(folder.log, console, rank=world.rank), StopRequest(world, seconds=seconds) as stop:
+            open_log(folder.log)
+            with StopRequest(world, seconds=seconds) as stop:
                 _announce(experiment, folder, start)
                 if asked != recipe:
                     logger.info("the run keeps the names that it was started with: %s", recipe.name)

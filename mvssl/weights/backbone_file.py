@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
 
 from mvssl.models import small_resnets, wide_resnets
 from mvssl.models.backbones import ReferencePositions
 from pipelines.files import write_whole
-from pipelines.runtime import InputError
+from pipelines.runtime import InputError, describe_os_error
 
 
-def export_backbone(backbone: nn.Module, architecture: str, out: Path) -> None:
-    """Write a backbone's parameters and buffers under timm's names, float32, with the architecture as metadata.
-
-    ``timm.create_model(architecture, num_classes=0, checkpoint_path=out)`` loads it (see `loading_code`).
-
-    Raises:
-        InputError: the file cannot be written.
+def backbone_bytes(backbone: nn.Module, architecture: str) -> bytes:
+    """A safetensors file of a backbone's parameters and buffers under timm's names, float32, with the architecture as
+    metadata; ``timm.create_model(architecture, num_classes=0, checkpoint_path=FILE)`` loads it (see `loading_code`).
     """
     tensors = {
         name: (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous().clone()
@@ -29,13 +24,20 @@ def export_backbone(backbone: nn.Module, architecture: str, out: Path) -> None:
     metadata = {"architecture": architecture, "format": "pt", "source": "mvssl"}
     if isinstance(backbone, ReferencePositions):
         metadata["pos_embed"] = "release"
+    return save(tensors, metadata=metadata)
+
+
+def export_backbone(backbone: nn.Module, architecture: str, out: Path) -> None:
+    """Write `backbone_bytes` to a file.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, save(tensors, metadata=metadata))  # save_file's files are readable by their owner only
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"The backbone could not be written to {out} ({error}): free space or choose another path."
-        ) from error
+        write_whole(out, backbone_bytes(backbone, architecture))
+    except OSError as error:
+        raise InputError(f"The backbone could not be written to {out}: {describe_os_error(error)}") from error
 
 
 def loading_code(architecture: str, file: str) -> list[str]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mvssl.models.backbones import ReferencePositions
-from mvssl.weights.backbone_file import export_backbone, loading_code
+from mvssl.weights.backbone_file import backbone_bytes, loading_code
 from mvssl.weights.formats import to_detectron2, to_torchvision
 from mvssl.weights.load import LoadedBackbone
-from pipelines.files import whole_file
+from pipelines.files import write_whole
 from pipelines.runtime import InputError
 
 _TOLERANCE = 1e-4
@@ -48,18 +50,18 @@ def export(loaded: LoadedBackbone, kind: str, out: Path, *, overwrite: bool = Fa
     if out.exists() and not overwrite:
         raise InputError(f"out is {str(out)!r}, which exists: add --overwrite to replace it, or name another file.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out) as temporary:
-        usage = chosen.write(loaded, temporary)
+    content, usage = chosen.write(loaded)
+    write_whole(out, content)
     return usage.replace("FILE", str(out))
 
 
-def _timm(loaded: LoadedBackbone, out: Path) -> str:
+def _timm(loaded: LoadedBackbone) -> tuple[bytes, str]:
     if any("backbone." in name for name in loaded.backbone.state_dict()):
         raise InputError(
             "These weights expect another normalisation than ImageNet's, which a file for timm cannot state: name the "
             "architecture without a tag (--arch), or use them through timm itself."
         )
-    export_backbone(loaded.backbone, loaded.architecture, out)
+    content = backbone_bytes(loaded.backbone, loaded.architecture)
     usage = "; ".join(line.partition("  #")[0] for line in loading_code(loaded.architecture, "FILE"))
     if isinstance(loaded.backbone, ReferencePositions):
         own = loaded.backbone.patch_embed.img_size[0]
@@ -67,57 +69,60 @@ def _timm(loaded: LoadedBackbone, out: Path) -> str:
             f" (for images of {own} pixels; at other sizes timm interpolates position embeddings another way than this "
             "backbone was trained with, which --format onnx and program keep)"
         )
-    return usage
+    return content, usage
 
 
-def _torchvision(loaded: LoadedBackbone, out: Path) -> str:
-    torch.save(to_torchvision(_tensors(loaded.backbone), architecture=loaded.architecture), out)
-    return 'model.load_state_dict(torch.load("FILE"), strict=False), which leaves the classifier as it is'
+def _torchvision(loaded: LoadedBackbone) -> tuple[bytes, str]:
+    file = io.BytesIO()
+    torch.save(to_torchvision(_tensors(loaded.backbone), architecture=loaded.architecture), file)
+    usage = 'model.load_state_dict(torch.load("FILE"), strict=False), which leaves the classifier as it is'
+    return file.getvalue(), usage
 
 
-def _detectron2(loaded: LoadedBackbone, out: Path) -> str:
+def _detectron2(loaded: LoadedBackbone) -> tuple[bytes, str]:
     tensors = to_detectron2(_tensors(loaded.backbone), architecture=loaded.architecture)
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     # The heuristics add the model's own prefix, such as backbone.bottom_up.
     content = {"model": arrays, "__author__": "mvssl", "matching_heuristics": True}
-    out.write_bytes(pickle.dumps(content))
-    return "python -m tools.coco_detection --weights FILE, in a clone of mvssl, trains Mask R-CNN FPN on COCO with it"
+    usage = "python -m tools.coco_detection --weights FILE, in a clone of mvssl, trains Mask R-CNN FPN on COCO with it"
+    return pickle.dumps(content), usage
 
 
-def _onnx(loaded: LoadedBackbone, out: Path) -> str:
+def _onnx(loaded: LoadedBackbone) -> tuple[bytes, str]:
     missing = [name for name in ("onnxscript", "onnx") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"format is 'onnx', which needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
     size = loaded.evaluation.crop
-    torch.onnx.export(
+    exported: Any = torch.onnx.export(
         loaded.backbone,
         (torch.zeros(2, 3, size, size),),
-        str(out),
         dynamo=True,
-        external_data=False,
         verbose=False,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         input_names=["images"],
         output_names=["features"],
     )
+    content: bytes = exported.model_proto.SerializeToString()
     signature = f"ImageNet-normalised images [B, 3, {size}, {size}] to features [B, D]"
     if importlib.util.find_spec("onnxruntime") is None:
-        return f"FILE maps {signature}; not checked, as onnxruntime is not installed (pip install onnxruntime)"
+        return content, f"FILE maps {signature}; not checked: onnxruntime is not installed (pip install onnxruntime)"
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     checked = _check_program(loaded, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]))
-    return f"FILE maps {signature}; onnxruntime {checked}"
+    return content, f"FILE maps {signature}; onnxruntime {checked}"
 
 
-def _program(loaded: LoadedBackbone, out: Path) -> str:
+def _program(loaded: LoadedBackbone) -> tuple[bytes, str]:
     size = loaded.evaluation.crop
     images = torch.zeros(2, 3, size, size)
     with torch.no_grad():
         program = torch.export.export(loaded.backbone, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, out)
-    checked = _check_program(loaded, torch.export.load(out).module())
-    return f'torch.export.load("FILE").module() takes images [B, 3, {size}, {size}]; it {checked}'
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    content = file.getvalue()
+    checked = _check_program(loaded, torch.export.load(io.BytesIO(content)).module())
+    return content, f'torch.export.load("FILE").module() takes images [B, 3, {size}, {size}]; it {checked}'
 
 
 def _tensors(backbone: nn.Module) -> dict[str, Tensor]:
@@ -149,11 +154,12 @@ class ExportFormat:
 
     Attributes:
         endings: accepted endings of the file's name.
-        write: writes a backbone to a path and returns a sentence on usage, with FILE for the path.
+        write: the content of the file, and a sentence on usage with FILE for its path. Writers of libraries that were
+            given a path would report a full disk in ways of their own.
     """
 
     endings: tuple[str, ...]
-    write: Callable[[LoadedBackbone, Path], str]
+    write: Callable[[LoadedBackbone], tuple[bytes, str]]
 
 
 # A new format is one function and one entry, named as in --format.

@@ -78,7 +78,8 @@ def test_conversion_of_such_files(data: Path, tmp_path: Path, form: str) -> None
 
 def test_warnings_about_them_are_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     strict = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
-    with run_log(tmp_path / "train.log", Console(file=strict, width=200)):
+    with run_log(Console(file=strict, width=200)) as open_log:
+        open_log(tmp_path / "train.log")
         logging.getLogger("mvssl.data").warning("image %s is bad", CAFE)
     strict.flush()
     assert strict.buffer.getvalue() == b"warning: image caf\\xe9.jpg is bad\n"

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,7 +28,8 @@ def failing(error: BaseException) -> Callable[[], None]:
         (
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/out/file"),
             1,
-            "error: No space left on device (/out/file): free some space there and run the same command again.\n",
+            "error: No space left on device (/out/file); 0.5 GB of 2.0 GB are free on the disk of /: free some space "
+            "there and run the same command again.\n",
         ),
         (
             PermissionError(errno.EACCES, os.strerror(errno.EACCES), b"/out"),
@@ -39,8 +41,13 @@ def failing(error: BaseException) -> Callable[[], None]:
     ],
 )
 def test_errors_are_one_sentence(
-    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
+    error: BaseException,
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5e8, total=2e9))
     with pytest.raises(SystemExit) as leaving:
         run_cli(failing(error))
     assert leaving.value.code == code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -185,3 +186,14 @@ def last_step(out: Path) -> int:
 
 def log(out: Path) -> str:
     return (out / "train.log").read_text()
+
+
+@contextmanager
+def limited_files(limit: int) -> Iterator[None]:
+    """Let writes fail above `limit` bytes per file, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import importlib.util
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +18,7 @@ from mvssl.monitor.loggers import CsvLogger, MetricLoggers
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import read_jsonl
 from pipelines.runtime import InputError
-from tests.samples.tiny_runs import train
+from tests.samples.tiny_runs import metrics, train
 
 
 def table(path: Path) -> list[list[str]]:
@@ -83,3 +86,23 @@ def test_without_tensorboard_nothing_is_written(tmp_path: Path, monkeypatch: pyt
     loggers.close()
     assert not folder.tensorboard.exists()
     assert table(folder.csv / "train.csv") == [["step", "loss"], ["1", "1.0"]]
+
+
+def test_a_logger_that_fails_is_switched_off_and_the_training_goes_on(
+    finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "run" / "csv"))
+
+    monkeypatch.setattr(CsvLogger, "write", full)
+    monkeypatch.setattr("torch.utils.tensorboard.writer.SummaryWriter.add_scalar", broken)
+    train(tiny_recipe, images, tmp_path / "run", log=("csv", "tensorboard"))
+    log = RunFolder(tmp_path / "run").log.read_text()
+    assert log.count("logging to csv ends here, the training goes on: No space left on device") == 1
+    assert "GB are free on the disk of" in log
+    assert log.count("logging to tensorboard ends here, the training goes on: the queue is closed.") == 1
+    assert metrics(tmp_path / "run") == metrics(finished)
+
+
+def broken(*_: Any, **__: Any) -> None:
+    raise RuntimeError("the queue is closed\nand more")

@@ -21,6 +21,7 @@ from mvssl.weights.export import export
 from mvssl.weights.load import BackboneSource, LoadedBackbone, load_backbone
 from pipelines.runtime import InputError
 from tests.samples.checkpoint_samples import random_backbone, release, write
+from tests.samples.data_faults import limited_files
 
 
 def a_backbone(name: str, *, crop: int = 64) -> LoadedBackbone:
@@ -175,3 +176,15 @@ def test_what_cannot_be_exported_is_an_input_error(tmp_path: Path) -> None:
     tagged = load_backbone(BackboneSource(weights=path, arch="vit_tiny_patch16_224.augreg_in21k_ft_in1k"))
     with pytest.raises(InputError, match="expect another normalisation than ImageNet's"):
         export(tagged, "timm", tmp_path / "vit.safetensors")
+
+
+@pytest.mark.parametrize("kind", exporting.EXPORT_FORMATS)
+def test_a_full_disk_is_one_error_of_the_system_and_keeps_the_file_that_was_there(kind: str, tmp_path: Path) -> None:
+    loaded = a_backbone("resnet18" if kind in ("torchvision", "detectron2") else "test_resnet")
+    out = tmp_path / f"backbone{exporting.EXPORT_FORMATS[kind].endings[0]}"
+    out.write_bytes(b"before")
+    with limited_files(10_000), pytest.raises(OSError, match="File too large") as failed:
+        export(loaded, kind, out, overwrite=True)
+    assert failed.value.filename is not None
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert out.read_bytes() == b"before"

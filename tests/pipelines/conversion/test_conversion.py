@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,7 @@ from pipelines.storage import open_source
 from pipelines.storage.folder import FolderSource
 from pipelines.storage.shards import ShardSource
 from tests.samples.convert_runs import COUNT, Run, digests
+from tests.samples.data_faults import limited_files
 
 
 def test_same_bytes_for_any_number_of_workers(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -91,17 +89,6 @@ def test_kill_and_resume(run: Run, folder: Path, tmp_path: Path) -> None:
     assert 0 < converted_now < COUNT
     run(folder, tmp_path / "whole", "--shard-size", "0.1")
     assert digests(dst) == digests(tmp_path / "whole")
-
-
-@contextmanager
-def limited_files(limit: int) -> Iterator[None]:
-    """Let writes fail above `limit` bytes per file, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_full_disk_keeps_finished_shards(run: Run, folder: Path, tmp_path: Path) -> None:
