@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipelines.names import visible
 from pipelines.order import Ranks
 from pipelines.runtime import EXIT_ERROR, InputError
 
@@ -260,7 +261,7 @@ def exit_code_of_rank(command: Callable[[], int | None]) -> int:
         return command() or 0
     except OtherRankFailed as failure:
         if process_rank() == 0:
-            print(f"error: {failure}", file=sys.stderr)
+            print(f"error: {visible(str(failure))}", file=sys.stderr)
         return EXIT_ERROR
     except InputError as error:
         if process_rank() == 0:

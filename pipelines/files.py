@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from pipelines.runtime import InputError, empty_path, shown, visible
+from pipelines.names import shortened, utf8
+from pipelines.runtime import InputError, empty_path, shown
 
 LARGEST_JSON = 1 << 28  # bytes; a manifest of a million classes has a tenth of it
 _DEEPEST = 64  # levels of a JSON or TOML file; a recipe has four
@@ -81,8 +82,10 @@ def strict_text(data: bytes) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"it begins as {error.encoding.upper()} but is damaged: save it as UTF-8.") from error
     for number, line in enumerate(text.split("\n"), start=1):
-        if visible(line) != line:
-            raise InputError(f"line {number} is neither UTF-8 nor UTF-16 ({visible(line)}): save the file as UTF-8.")
+        if utf8(line) != line:
+            raise InputError(
+                f"line {number} is neither UTF-8 nor UTF-16 ({shortened(line, 100)}): save the file as UTF-8."
+            )
     return text
 
 
@@ -122,9 +125,9 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write `content` through `whole_file`; text is UTF-8, names of files that are not become `visible`."""
+    """Write `content` through `whole_file`; text is written as `utf8`."""
     with whole_file(path) as temporary:
-        temporary.write_bytes(visible(content).encode() if isinstance(content, str) else content)
+        temporary.write_bytes(utf8(content).encode() if isinstance(content, str) else content)
 
 
 def read_regular(path: Path, *, most: int) -> bytes:

@@ -9,6 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from pipelines.names import say, visible
+
+_WORK = 120  # characters of what is done
+
 
 class Progress:
     """Prints how many images some work has done: a line every few seconds, and one when the total is reached.
@@ -24,7 +28,7 @@ class Progress:
         """`work` names it, such as "features of data/train"; `done` images were done by an earlier run."""
         self.done = done
         self._console = console
-        self._work = work
+        self._work = visible(work, _WORK)
         self._total = total
         self._before = done
         self._began = self._printed = time.monotonic()
@@ -51,7 +55,7 @@ class Progress:
         self.done = done
         now = time.monotonic()
         rate = self.done_now / max(now - self._began, 1e-9)
-        speed = f"{rate:,.0f} images/s" + (f", {note}" if note else "")
+        speed = visible(f"{rate:,.0f} images/s" + (f", {note}" if note else ""), _WORK)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, speed=speed)
             return
@@ -64,13 +68,14 @@ class Progress:
         else:
             left = f", {duration((self._total - done) / rate)} left" if rate and not finished else ""
             state = f"{done:,} of {self._total:,}, {speed}{left}"
-        self._console.print(f"{self._work}: {state}", highlight=False, markup=False, soft_wrap=True)
+        say(self._console, f"{self._work}: {state}")
 
     def __enter__(self) -> Progress:
         self._last_line = False
         if self._console.is_terminal and self._total is not None:
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-            self._bar = Bar(*columns, TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), console=self._console)
+            work, speed = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[speed]}"))
+            columns = (work, BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
+            self._bar = Bar(*columns, console=self._console)
             self._bar.add_task(self._work, total=self._total, completed=self.done, speed="")
             self._bar.start()
         return self

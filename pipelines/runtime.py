@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
-import re
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar, cast
 
+from pipelines.names import VisibleFormatter, shortened, visible
+
 T = TypeVar("T")
-_LONGEST_SHOWN = 1000  # characters of a value in a message
-_BYTES = re.compile("[\udc80-\udcff]")  # as `os.fsdecode` keeps them
+_LONGEST_SHOWN = 1000  # characters of a value or path in a message
 
 
 class InputError(ValueError):
     """A value, file or folder given by the user cannot be used; the message is a sentence with the remedy.
 
-    Command-line programs print the message without a traceback and exit with code 1.
+    The message is `visible`, whatever names are in it. Command-line programs print it without a traceback and exit with
+    code 1.
 
     Attributes:
         field: name of the field or option that is wrong, e.g. "Recipe.epochs"; None if it is no single one.
     """
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(visible(message))
         self.field = field
 
 
@@ -52,11 +54,6 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # a number of more than 4,300 digits, or lists in lists in lists
         return f"too large a value ({type(value).__name__})"
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN // 2]}... ({len(text):,} characters)"
-
-
-def visible(text: str) -> str:
-    """Text that can be written anywhere: bytes of file names that are not UTF-8 become escapes such as ``\\xe9``."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") if _BYTES.search(text) else text
 
 
 def empty_path(field: str) -> InputError:
@@ -89,7 +86,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 def describe_os_error(error: OSError) -> str:
     """A sentence about an operating-system error: what happened, to which file, and a remedy."""
     what = error.strerror or str(error) or type(error).__name__
-    where = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
+    where = "" if error.filename is None else f" ({shortened(os.fsdecode(error.filename), _LONGEST_SHOWN)})"
     if error.errno in FULL and error.filename is not None:
         where += f"; {describe_free(Path(os.fsdecode(error.filename)))}"
     remedy = _REMEDIES.get(error.errno or 0)
@@ -145,10 +142,25 @@ def parse_arguments(kind: type[T], *, args: Sequence[str] | None = None, **setti
 
     words = sys.argv[1:] if args is None else list(args)
     try:
-        parsed: T = tyro.cli(kind, args=words, registry=registry, **settings)
+        return _visibly(lambda: cast(T, tyro.cli(kind, args=words, registry=registry, **settings)))
     except _EmptyPath:
         raise empty_path(_empty_argument(words)) from None
-    return parsed
+
+
+def _visibly(parse: Callable[[], T]) -> T:
+    """What `parse` returns; the help or usage error that it prints and exits with is `visible`, line by line."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            return parse()
+    except SystemExit:
+        printed = [(stream, text.getvalue()) for stream, text in ((sys.stdout, out), (sys.stderr, err))]
+        plain = [(stream, "\n".join(map(visible, text.split("\n")))) for stream, text in printed]
+        if plain == printed:
+            return parse()  # again, in the colours and width of the terminal
+        for stream, text in plain:
+            stream.write(text)
+        raise
 
 
 def _empty_argument(words: Sequence[str]) -> str:
@@ -255,10 +267,12 @@ def run_cli(body: Callable[[], int | None]) -> NoReturn:
     warnings.filterwarnings(
         "ignore", module=r"PIL\."
     )  # about metadata, without the file's name; mvssl-convert lists them
+    if logging.lastResort is not None:  # prints the warnings of commands without a log
+        logging.lastResort.setFormatter(VisibleFormatter())
     try:
         code = body() or 0
     except InputError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         code = EXIT_ERROR
     except OSError as error:
         print(f"error: {visible(describe_os_error(error))}", file=sys.stderr)

@@ -17,6 +17,7 @@ from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw, pape
 from pipelines.decode import make_decoder
 from pipelines.files import parse_json, read_regular, strict_text
 from pipelines.loading.deep_images import state_value_range
+from pipelines.names import visible
 from pipelines.order import Order
 from pipelines.runtime import parse_arguments, run_cli
 from pipelines.storage import check_outside, open_source
@@ -79,7 +80,7 @@ def run(options: Options) -> None:
     decoder = make_decoder("pillow", device="cpu", batch_size=options.num_images, threads=1, value_range=known)
     decoded = decoder([source.read(int(i)) for i in index])
     for position, reason in decoded.failures.items():
-        print(f"skipping {source.key(int(index[position]))}: {reason}", file=sys.stderr)
+        print(visible(f"skipping {source.key(int(index[position]))}: {reason}"), file=sys.stderr)
     good = [int(i) for position, i in enumerate(index) if position not in decoded.failures]
     if not good:
         raise InputError(f"None of the {len(index)} chosen images of {options.data} can be decoded: try another seed.")

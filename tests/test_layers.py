@@ -28,6 +28,7 @@ ORDER = {
         {"cli"},
     ],
     "pipelines": [
+        {"names"},
         {"runtime", "progress"},
         {"files", "checks", "value_range"},
         {"c_library", "batch", "arrays"},

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from pipelines.names import visible
 from pipelines.runtime import InputError, run_cli
 
 FILES = (
@@ -42,7 +43,8 @@ def summary(out: Path) -> str:
         f"  trained    {100 * trained:5.1f} %",
     ]
     if trained <= untrained:
-        raise InputError("\n".join([*lines, "", "Training has not helped: try another --seed, and please report it."]))
+        print(*map(visible, lines), sep="\n")
+        raise InputError("Training has not helped: try another --seed, and please report it.")
     return "\n".join(lines)
 
 
@@ -53,4 +55,4 @@ def _knn(path: Path) -> tuple[int, float]:
 
 
 if __name__ == "__main__":
-    run_cli(lambda: print(summary(Path(sys.argv[1]))))
+    run_cli(lambda: print(*map(visible, summary(Path(sys.argv[1])).split("\n")), sep="\n"))

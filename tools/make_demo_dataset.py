@@ -18,6 +18,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from pipelines.names import visible
 from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
 from tools.demo_images import CLASSES, class_name, render_image
 
@@ -97,7 +98,8 @@ def body() -> None:
     start = time.perf_counter()
     counts = make_demo_dataset(config)
     images = " and ".join(f"{count:,} {split}" for split, count in counts.items())
-    print(f"Created {images} images of {config.classes} classes in {time.perf_counter() - start:.0f} s: {config.out}")
+    took = time.perf_counter() - start
+    print(visible(f"Created {images} images of {config.classes} classes in {took:.0f} s: {config.out}"))
 
 
 if __name__ == "__main__":

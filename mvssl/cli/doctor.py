@@ -22,6 +22,7 @@ from rich.table import Table
 from pipelines.decode import default_threads
 from pipelines.decode.ffcv import missing_ffcv
 from pipelines.files import cache_folder, cache_obstacle
+from pipelines.names import cell, say_table
 from pipelines.runtime import InputError, parse_arguments
 from pipelines.storage import open_source, split_paths
 from pipelines.views.native.sampling import native_obstacle
@@ -60,8 +61,9 @@ def doctor(arguments: Sequence[str], console: Console) -> int:
         for column in ("", "state", "found", "fix"):
             table.add_column(column, overflow="fold")
         for name, finding in findings.items():
-            table.add_row(name, f"[{_COLOURS[finding.state]}]{finding.state}[/]", finding.found, finding.remedy)
-        console.print(table)
+            state = cell(finding.state, style=_COLOURS[finding.state])
+            table.add_row(name, state, cell(finding.found), cell(finding.remedy))
+        say_table(console, table)
     return int(any(finding.state == "missing" for finding in findings.values()))
 
 

@@ -24,6 +24,7 @@ from mvssl.evaluate.session import ComputeOptions, EvalOptions, open_session
 from mvssl.evaluate.supervised import Supervision
 from mvssl.runs.results import describe
 from mvssl.weights.load import BackboneSource
+from pipelines.names import NAME, cell, say, say_table
 from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
 
 USAGE = """usage: mvssl-eval EVALUATION (--run RUN | --weights FILE) [options]
@@ -88,7 +89,7 @@ def run_knn(arguments: Sequence[str]) -> None:
             neighbour_sheet(session, path, images=asked.sheet)
             session.say(f"Neighbours: {path}")
             if bool((session.train.labels < 0).any()):
-                session.console.print("These images have no labels, so there is no accuracy.")
+                session.say("These images have no labels, so there is no accuracy.")
                 return
         identity = session.identity("knn", k=k, temperature=asked.temperature)
         results, path = session.measure_once(
@@ -217,8 +218,8 @@ def run_compare(arguments: Sequence[str]) -> None:
     table = Table(title="top-1 % (95 % interval)", title_justify="left", box=None, pad_edge=False)
     table.add_column("")
     for summary in summaries:
-        table.add_column(summary.name, justify="right")
-    table.add_row("what", *(summary.about for summary in summaries))
+        table.add_column(cell(summary.name, NAME), justify="right")
+    table.add_row("what", *(cell(summary.about) for summary in summaries))
     table.add_row("steps", *(f"{summary.steps:,}" if summary.steps else "" for summary in summaries))
     knn = [summary.curves.get("knn", ([], []))[1] for summary in summaries]
     if any(knn):
@@ -226,17 +227,16 @@ def run_compare(arguments: Sequence[str]) -> None:
     for name in measured:
         cells = [summary.results.get(name) for summary in summaries]
         table.add_row(
-            name,
+            cell(name, NAME),
             *(
                 "" if cell is None else f"{100 * cell[0]:.2f} ({100 * cell[1]:.1f} to {100 * cell[2]:.1f})"
                 for cell in cells
             ),
         )
-    console.print(table)
-    for line in dict.fromkeys(line for summary in summaries for line in summary.conditions):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    say_table(console, table)
+    say(console, *dict.fromkeys(line for summary in summaries for line in summary.conditions))
     plot(summaries, asked.out)
-    console.print(f"Plot: {asked.out}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"Plot: {asked.out}")
 
 
 def _print_table(
@@ -248,14 +248,14 @@ def _print_table(
     conditions: Mapping[str, Any],
 ) -> None:
     """Print a table of numbers, what they were measured with, and the file that has them."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for column in heads:
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    console.print(f"Measured with: {describe(conditions)}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"Results: {path}", highlight=False, markup=False, soft_wrap=True)
+        table.add_row(*map(cell, row))
+    say(console, title, style="table.title")
+    say_table(console, table)
+    say(console, f"Measured with: {describe(conditions)}", f"Results: {path}")
 
 
 def _accuracy_cells(results: dict[str, Any]) -> list[str]:

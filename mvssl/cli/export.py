@@ -12,6 +12,7 @@ import tyro
 
 from mvssl.weights.export import export
 from mvssl.weights.load import BackboneSource, load_backbone
+from pipelines.names import visible
 from pipelines.runtime import parse_arguments, run_cli
 
 
@@ -38,7 +39,8 @@ def body(arguments: Sequence[str]) -> int:
     asked = parse_arguments(ExportArguments, prog="mvssl-export", args=arguments)
     loaded = load_backbone(asked.source)
     note = export(loaded, asked.format, asked.out, overwrite=asked.overwrite)
-    print(f"{asked.out}: {loaded.architecture} ({loaded.about or loaded.name}), {asked.format}\n  {note}")
+    what = f"{loaded.architecture} ({loaded.about or loaded.name})"
+    print(visible(f"{asked.out}: {what}, {asked.format}"), visible(f"  {note}"), sep="\n")
     return 0
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Recipe
 from mvssl.recipes import PUBLISHED, all_recipes
+from pipelines.names import cell, say
 from pipelines.runtime import InputError
 from pipelines.views.spec import ViewSpec, tasks
 
@@ -43,7 +44,7 @@ def print_recipes(console: Console) -> None:
         )
     wide = Console(file=console.file, width=WIDTH, highlight=False)
     wide.print(table)
-    wide.print(CAPTION, markup=False)
+    say(wide, *CAPTION.split("\n"))
 
 
 def count_views(views: Sequence[ViewSpec]) -> str:
@@ -109,7 +110,7 @@ COMMON: dict[str, tuple[CommonOption, ...]] = {
 
 def print_short_help(console: Console, recipe: Recipe, name: str) -> None:
     """Print the common options with their values in this recipe."""
-    console.print(f"usage: mvssl-train {name} --data PATH --out RUN [options]\n", highlight=False, markup=False)
+    say(console, f"usage: mvssl-train {name} --data PATH --out RUN [options]", "")
     values = {"recipe": recipe, "options": RunOptions()}
     for title, options in COMMON.items():
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False)
@@ -119,16 +120,14 @@ def print_short_help(console: Console, recipe: Recipe, name: str) -> None:
             for part in rest:
                 value = getattr(value, part)
             shown = "" if value is None or value is False else f" [{_plain(value)}]"
-            table.add_row(f"  {common.option}", common.about + shown)
-        console.print(table, markup=False)
-        console.print()
-    console.print(
-        "  --dry-run        build everything, run a few steps, report memory and speed; write nothing\n"
-        "  --print-config   print the resolved recipe as JSON\n"
+            table.add_row(cell(f"  {common.option}"), cell(common.about + shown))
+        console.print(table)
+        say(console, "")
+    say(
+        console,
+        "  --dry-run        build everything, run a few steps, report memory and speed; write nothing",
+        "  --print-config   print the resolved recipe as JSON",
         "  --help-all       every option: views, heads, schedules, DALI, logging and saving",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
 
 

@@ -32,6 +32,7 @@ from mvssl.training.monitor import Diverged
 from mvssl.training.preflight import dry_run, profile_run
 from mvssl.training.run import run
 from mvssl.training.shutdown import EXIT_INTERRUPTED, Interrupted, requeue
+from pipelines.names import say, visible
 from pipelines.runtime import EXIT_ERROR, InputError, invalid, parse_arguments, run_cli
 from pipelines.storage import open_source, split_paths
 
@@ -78,7 +79,7 @@ def body(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     console = Console()
     if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(USAGE, highlight=False, markup=False, soft_wrap=True)
+        say(console, *USAGE.split("\n"))
         print_recipes(console)
         return 0 if arguments else 2
     if arguments[0] == "--list":
@@ -130,8 +131,7 @@ def _train(parsed: TrainArguments, console: Console) -> int:
             run(parsed.recipe, parsed.options, console=console)
     except Interrupted as stopped:
         if process_rank() == 0:
-            for line in filter(None, (str(stopped), requeue(stopped.stopped_by))):
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
+            say(console, *filter(None, (str(stopped), requeue(stopped.stopped_by))))
         return EXIT_INTERRUPTED
     except Diverged:
         if process_rank() == 0:
@@ -164,7 +164,7 @@ def parse(arguments: Sequence[str]) -> TrainArguments:
         fitted, batch_note = _largest_batch(parsed)
         parsed, note = replace(parsed, recipe=fitted), "\n".join(filter(None, (note, batch_note)))
     if note:
-        print(note, file=sys.stderr)
+        print(*map(visible, note.split("\n")), sep="\n", file=sys.stderr)
     return parsed
 
 
@@ -268,7 +268,7 @@ def report(arguments: Sequence[str], console: Console) -> int:
     if asked.out is not None and asked.out.suffix != ".html":
         raise InputError(f"out is {str(asked.out)!r} but must end in .html: rename it.")
     write_report(out, folder)
-    console.print(f"Report: {out}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"Report: {out}")
     return 0
 
 

@@ -10,10 +10,12 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mvssl.monitor.pictures import plain_labels, show_plainly
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import read_jsonl
 from mvssl.runs.results import conditions_of, describe, read_result
 from pipelines.files import whole_file
+from pipelines.names import NAME, visible
 from pipelines.runtime import InputError
 
 CURVES = {
@@ -82,6 +84,7 @@ def plot(summaries: Sequence[RunSummary], path: Path) -> None:
     """
     shown = [name for name in ("knn", *CURVES) if any(name in summary.curves for summary in summaries)]
     measured = list(dict.fromkeys(name for summary in summaries for name in summary.results))
+    runs = [summary.name for summary in summaries]
     panels = len(shown) + bool(measured)
     if not panels:
         raise InputError("These runs have neither curves nor results yet: train or evaluate them first.")
@@ -92,14 +95,15 @@ def plot(summaries: Sequence[RunSummary], path: Path) -> None:
         axes.set_title("kNN top-1, %" if name == "knn" else CURVES[name], fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
+        lines = []
         for place, summary in enumerate(summaries):
             steps, values = summary.curves.get(name, ([], []))
-            axes.plot(steps, values, color=f"C{place}", label=summary.name, marker="." if len(steps) < 30 else "")
-        axes.legend(fontsize=8)
+            lines += axes.plot(steps, values, color=f"C{place}", marker="." if len(steps) < 30 else "")
+        show_plainly(axes.legend(lines, plain_labels(runs), fontsize=8).get_texts(), runs)
     if measured:
         axes = figure.add_subplot(-(-panels // 2), min(2, panels), panels)
         axes.set_title("top-1, % (95 % interval)", fontsize=10)
-        axes.set_yticks(range(len(measured)), measured)
+        axes.set_yticks(range(len(measured)), [visible(name, NAME) for name in measured], parse_math=False)
         axes.invert_yaxis()
         axes.grid(alpha=0.3, axis="x")
         for place, summary in enumerate(summaries):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mvssl.distributed import World
 from mvssl.runs.folder import write_json
 from pipelines.files import temporary_path, whole_file
+from pipelines.names import csv_text
 from pipelines.runtime import InputError
 from pipelines.storage.source import Source
 
@@ -255,8 +256,8 @@ def check_ending(out: Path) -> None:
 def write_table(out: Path, store: FeatureStore, source: Source) -> int:
     """Export the rows that are done, in dataset order; returns their number.
 
-    .npy: float [M, D], and OUT.csv with the columns row, key, label (-1: none) and class. Parquet: the columns key,
-    label, class and feature (a list of D numbers).
+    .npy: float [M, D], and OUT.csv with the columns row, key, label (-1: none) and class; keys and class names are
+    `csv_text`. Parquet: the columns key, label, class and feature (a list of D numbers).
 
     Raises:
         OSError: the file cannot be written; an earlier one is untouched.
@@ -288,7 +289,8 @@ def _write_keys(path: Path, source: Source, rows: NDArray[np.int64]) -> None:
         writer = csv.writer(file)
         writer.writerow(("row", "key", "label", "class"))
         for number, index in enumerate(rows.tolist()):
-            writer.writerow((number, source.key(index), *_label(source, index)))
+            label, name = _label(source, index)
+            writer.writerow((number, csv_text(source.key(index)), label, csv_text(name)))
 
 
 def _write_parquet(path: Path, store: FeatureStore, source: Source, rows: NDArray[np.int64]) -> None:

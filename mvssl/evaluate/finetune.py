@@ -17,6 +17,7 @@ from mvssl.evaluate.supervised import Classifier, Supervision, train_and_measure
 from mvssl.weights.backbone_file import export_backbone
 from pipelines.files import strict_text
 from pipelines.loading.deep_images import pixels_of
+from pipelines.names import say
 from pipelines.runtime import InputError, invalid
 from pipelines.storage.source import Source, SubsetSource
 
@@ -76,7 +77,7 @@ def finetune(
     classes = len(session.train.classes)
     absent = classes - len(np.unique(source.labels))
     if absent:
-        session.console.print(f"{absent} of {classes} classes have no labelled image", style="yellow")
+        say(session.console, f"{absent} of {classes} classes have no labelled image", style="yellow")
     size = min(supervision.batch_size, len(source))
     supervision = dataclasses.replace(supervision, batch_size=size - size % session.world.size or size)
     identity = session.identity("finetune", images=pixels_of(source), **supervision.identity())

@@ -24,8 +24,9 @@ from pipelines.checks import between, check_fields
 from pipelines.decode import DecodeOptions, DecoderName
 from pipelines.decode.base import MOST_THREADS
 from pipelines.loading.deep_images import pixels_of, state_value_range
+from pipelines.names import say
 from pipelines.progress import Progress
-from pipelines.runtime import InputError, visible
+from pipelines.runtime import InputError
 from pipelines.storage import align_labels, open_source, split_paths
 from pipelines.storage.source import Source
 from pipelines.value_range import ValueRange, parse_value_range
@@ -108,7 +109,7 @@ class Session:
 
     def say(self, line: str) -> None:
         """Print a line without wrapping."""
-        self.console.print(visible(line), highlight=False, markup=False, soft_wrap=True)
+        say(self.console, line)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,9 @@ from rich.live import Live
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
+from pipelines.names import NAME, cell, say, visible
 from pipelines.progress import duration
 
 
@@ -47,7 +49,7 @@ class Status:
 
     def line(self) -> str:
         """Everything in one line."""
-        losses = "  ".join(f"{task} {loss:.4f}" for task, loss in self.losses.items())
+        losses = "  ".join(f"{visible(task, NAME)} {loss:.4f}" for task, loss in self.losses.items())
         return (
             f"epoch {self.epoch}/{self.epochs}  step {self.step}/{self.steps}  ETA {duration(self.seconds_left)}  |  "
             f"loss {losses}  |  {self.images_per_second:,.0f} images/s  "
@@ -60,10 +62,10 @@ class Status:
         """Everything but epoch and step in two rows, with colours."""
         wait = 100 * self.data_wait
         table = Table.grid(padding=(0, 3))
-        table.add_row(
-            "loss  " + "  ".join(f"[cyan]{task}[/] {loss:.4f}" for task, loss in self.losses.items()),
-            f"lr {self.learning_rate:.3g}   tau {self.tau:.5f}",
-        )
+        losses = Text("loss")
+        for task, loss in self.losses.items():
+            losses.append("  ").append_text(cell(task, NAME, style="cyan")).append(f" {loss:.4f}")
+        table.add_row(losses, f"lr {self.learning_rate:.3g}   tau {self.tau:.5f}")
         table.add_row(
             f"[bold]{self.images_per_second:,.0f}[/] images/s   "
             f"{self.images_per_second * self.views_per_image:,.0f} views/s",
@@ -96,7 +98,7 @@ class TrainingProgress:
     def show(self, status: Status) -> None:
         """Show a log point."""
         if not self.live:
-            self._console.print(status.line(), soft_wrap=True, highlight=False)
+            say(self._console, status.line())
             return
         description = f"epoch {status.epoch}/{status.epochs}  step {status.step}/{status.steps}"
         self._bar.update(self._task, completed=status.step, description=description)

@@ -17,9 +17,12 @@ from typing import Any, Protocol
 
 from mvssl.config.options import RunOptions
 from mvssl.runs.folder import RunFolder
+from pipelines.names import csv_text, shell_word, visible
 from pipelines.runtime import describe_os_error
 
 logger = logging.getLogger("mvssl")
+
+_TAG = 64  # characters that W&B allows in a tag
 
 
 class MetricLogger(Protocol):
@@ -51,7 +54,7 @@ class TensorBoardLogger:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of a step."""
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(visible(name), value, step)
 
     def flush(self) -> None:
         """Write what is buffered into the event file."""
@@ -63,7 +66,10 @@ class TensorBoardLogger:
 
 
 class CsvLogger:
-    """Writes one table per kind, RUN/csv/KIND.csv: the step, then the metrics in order of first appearance."""
+    """Writes one table per kind, RUN/csv/KIND.csv: the step, then the metrics in order of first appearance.
+
+    Names of columns are written as `csv_text`.
+    """
 
     def __init__(self, folder: RunFolder, options: RunOptions, first_step: int) -> None:
         self._folder = folder.csv
@@ -82,7 +88,7 @@ class CsvLogger:
         rows: dict[str, dict[str, float]] = {}
         for name, value in metrics.items():
             kind, _, column = name.partition("/")
-            rows.setdefault(kind, {})[column] = value
+            rows.setdefault(kind, {})[csv_text(column)] = value
         for kind, row in rows.items():
             path = self._folder / f"{kind}.csv"
             new = [name for name in row if name not in self._columns.get(kind, ())]
@@ -122,11 +128,11 @@ class WandbLogger:
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "mvssl"),
-                name=options.run_name or folder.path.name,
+                name=visible(options.run_name or folder.path.name),
                 id=identity,
                 resume="allow",
                 notes=options.notes,
-                tags=list(options.tags) or None,
+                tags=[visible(tag, _TAG) for tag in options.tags] or None,
                 config=json.loads(folder.config.read_text())["recipe"],
                 dir=str(folder.path),
                 mode=mode,
@@ -135,7 +141,8 @@ class WandbLogger:
         except Exception as error:
             logger.warning("Weights & Biases cannot be used (%s): this run is not logged there.", _first_line(error))
             return
-        where = self._run.url if mode == "online" else f"offline; wandb sync {Path(self._run.dir).parent} uploads it"
+        local = shell_word(str(Path(self._run.dir).parent))
+        where = self._run.url if mode == "online" else f"offline; wandb sync {local} uploads it"
         logger.info("Weights & Biases: %s", where)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -143,7 +150,7 @@ class WandbLogger:
         if self._run is None:
             return
         try:
-            self._run.log(dict(metrics), step=step)
+            self._run.log({visible(name): value for name, value in metrics.items()}, step=step)
         except Exception as error:
             logger.warning("Logging to Weights & Biases failed (%s) and ends here.", _first_line(error))
             self._run = None

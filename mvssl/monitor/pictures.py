@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from mvssl.config.recipe import Recipe
@@ -16,11 +19,14 @@ from mvssl.runs.jsonl import read_jsonl
 from pipelines.batch import DecodedBatch
 from pipelines.decode import make_decoder
 from pipelines.files import whole_file
+from pipelines.names import NAME, visible
 from pipelines.storage.image_facts import facts_of
 from pipelines.storage.source import Source
 from pipelines.views.engine import ViewEngine
 from pipelines.views.sampling import draw
 from pipelines.views.sheet import view_sheet
+
+_COLUMNS = 5  # of a legend
 
 
 def plot_losses(metrics: Path, out: Path) -> None:
@@ -32,23 +38,43 @@ def plot_losses(metrics: Path, out: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps = [row["step"] for row in train]
+    lines, names = [], []
     for key in [key for key in (train[0] if train else {}) if key.startswith("loss/")]:
-        axes.plot(steps, [row[key] for row in train], label=key.removeprefix("loss/"), linewidth=1.4)
+        lines += axes.plot(steps, [row[key] for row in train], linewidth=1.4)
+        names.append(key.removeprefix("loss/"))
     axes.set_xlabel("step")
     axes.set_ylabel("loss per task")
     axes.grid(alpha=0.25)
-    handles, labels = axes.get_legend_handles_labels()
     if knn:
         right = axes.twinx()
-        right.plot([row["step"] for row in knn], [100 * row["top1"] for row in knn], "k.--", label="kNN top-1")
+        lines += right.plot([row["step"] for row in knn], [100 * row["top1"] for row in knn], "k.--")
+        names.append("kNN top-1")
         right.set_ylabel("kNN top-1 (%)")
         right.set_ylim(0, 100)
-        more_handles, more_labels = right.get_legend_handles_labels()
-        handles, labels = handles + more_handles, labels + more_labels
-    if handles:
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(handles), frameon=False)
+    if lines:
+        legend = figure.legend(
+            lines, plain_labels(names), loc="outside upper center", ncols=min(len(lines), _COLUMNS), frameon=False
+        )
+        show_plainly(legend.get_texts(), names)
     with whole_file(out) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def plain_labels(names: Sequence[str]) -> list[str]:
+    """Labels that stand for names until `show_plainly`: matplotlib leaves out those that begin with an underscore."""
+    return [str(number) for number in range(len(names))]
+
+
+def show_plainly(texts: Sequence[Text], names: Sequence[str]) -> None:
+    """Let texts of a figure show names `visible`, at most `NAME` characters, with ``$`` as it is.
+
+    Characters that the font lacks become escapes.
+    """
+    for text, name in zip(texts, names, strict=True):
+        font = get_font(findfont(text.get_fontproperties()))
+        shown = visible(name, NAME)
+        text.set_parse_math(False)
+        text.set_text("".join(c if font.get_char_index(ord(c)) else ascii(c)[1:-1] for c in shown))
 
 
 def write_view_sheet(recipe: Recipe, source: Source, images: NDArray[np.int64], out: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
 from mvssl.config.recipe import Recipe
@@ -22,6 +23,7 @@ from mvssl.runs.results import conditions_of, describe, read_result
 from mvssl.runs.summary import read_summary
 from mvssl.weights.backbone_file import loading_code
 from pipelines.files import write_whole
+from pipelines.names import shell_word, visible
 from pipelines.progress import duration
 from pipelines.runtime import InputError
 
@@ -56,13 +58,13 @@ def render(folder: RunFolder) -> str:
         templates()
         .get_template("report.html.j2")
         .render(
-            run=folder.path,
+            run=shell_word(str(folder.path)),
             title=options.get("run_name") or folder.path.name,
             recipe=recipe,
             options=options,
             epoch=train[-1]["epoch"] + 1 if train else 0,
             tiles=_tiles(train, knn, speed),
-            failure=folder.failure.read_text(errors="replace")[:4000] if folder.failure.exists() else "",
+            failure=folder.failure.read_text(errors="replace")[:4000].split("\n") if folder.failure.exists() else (),
             charts=_charts(recipe, train, knn, speed),
             summary=read_summary(folder.summary),
             evaluations=_evaluations(folder),
@@ -77,14 +79,20 @@ def render(folder: RunFolder) -> str:
 
 @cache
 def templates() -> Environment:
-    """The templates in this package: report.html.j2 and chart.svg.j2, which it includes."""
+    """The templates in this package: report.html.j2 and chart.svg.j2, which it includes; text in them is `visible`."""
     return Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=_visible,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _visible(value: object) -> object:
+    """A value of a template: text as `visible`, unless a template has made it."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
-from pipelines.runtime import SteadyStream, describe_os_error, steady, visible
+from pipelines.names import VisibleFormatter, cell
+from pipelines.runtime import SteadyStream, describe_os_error, steady
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def run_log(console: Console, *, rank: int = 0) -> Iterator[Callable[[Path], Non
         if rank:
             return
         file = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
-        file.setFormatter(_Visible("%(asctime)s %(levelname)s %(message)s"))
+        file.setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(message)s"))
         for record in early.records:
             file.handle(record)
         logger.removeHandler(early)
@@ -84,13 +85,6 @@ class _FileHandler(logging.FileHandler):
         logger.warning("%s cannot be written any more, the training goes on: %s", self.baseFilename, why)
 
 
-class _Visible(logging.Formatter):
-    """Formats records with names of files that are not UTF-8 in them."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
-
-
 class _ConsoleHandler(logging.Handler):
     """Prints messages; warnings and errors with their level."""
 
@@ -100,10 +94,11 @@ class _ConsoleHandler(logging.Handler):
         self._prefix = prefix
 
     def emit(self, record: logging.LogRecord) -> None:
-        mark = f"[yellow]{record.levelname.lower()}:[/] " if record.levelno >= logging.WARNING else ""
-        text = mark + escape(self._prefix + visible(record.getMessage()))
+        text = cell(self._prefix + record.getMessage())
+        if record.levelno >= logging.WARNING:
+            text = Text.assemble((f"{record.levelname.lower()}:", "yellow"), " ", text)
         gone = getattr(self._console.file, "failure", None) is not None
         if gone and record.levelno >= logging.WARNING:
-            Console(file=steady(sys.stderr)).print(text, soft_wrap=True, highlight=False)
+            Console(file=steady(sys.stderr)).print(text, soft_wrap=True)
         else:
-            self._console.print(text, soft_wrap=True, highlight=False)
+            self._console.print(text, soft_wrap=True)

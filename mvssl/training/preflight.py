@@ -27,6 +27,7 @@ from mvssl.training.memory import explain_out_of_memory
 from mvssl.training.step import StepOutput
 from mvssl.weights.init_from import init_from
 from pipelines.batch import ViewBatch
+from pipelines.names import say, visible
 from pipelines.runtime import InputError
 
 FIRST = 2  # steps on batches of their own: the first one compiles, the second one shows that the loader continues
@@ -45,40 +46,38 @@ def dry_run(recipe: Recipe, options: RunOptions, console: Console) -> None:
         if options.resume:
             RunFolder(options.out).check_same_recipe(recipe, extend=options.extend)
         elif options.out.exists() and not options.overwrite:
-            note = f"note: {options.out} exists; the real run will need --resume or --overwrite"
-            console.print(note, highlight=False)
+            say(console, f"note: {options.out} exists; the real run will need --resume or --overwrite")
 
     with open_trial(recipe, options, console, check=check) as trial:
         experiment, ranks = trial.experiment, trial.experiment.world.size
         losses = trial.first_steps()
         seconds = trial.seconds
-        gpu = ""
+        gpu: tuple[str, ...] = ()
         if _on_gpu(experiment.device):
             profile = profile_steps(trial.step, steps=DRY_RUN_STEPS, device=experiment.device)
             seconds = profile.milliseconds / 1e3
             gpu = (
                 f"  launches        {profile.launches:,.0f} a step, of {profile.kernels:,.0f} kernels; "
-                f"{experiment.step.description}\n"
+                f"{experiment.step.description}",
                 f"  GPU busy        {100 * (profile.busy_share or 0):.1f} % of a step; bottleneck: "
-                f"{profile.bottleneck()}\n"
+                f"{profile.bottleneck()}",
             )
         parameters = sum(p.numel() for p in experiment.step.online.parameters())
         images = recipe.batch_size / seconds
         loss = ", ".join(f"{value:.4f}" for value in losses)
         finite = all(map(math.isfinite, losses))
-        trial.console.print(
+        say(
+            trial.console,
             f"dry run of {recipe.name} on {experiment.device}: {len(experiment.source):,} images, "
-            f"{experiment.total_steps:,} steps in all\n"
-            f"  online network  {parameters / 1e6:.1f} M parameters\n"
-            f"  loss            {loss}{'' if finite else '  (not finite: lower --optimizer.base-lr)'}\n"
+            f"{experiment.total_steps:,} steps in all",
+            f"  online network  {parameters / 1e6:.1f} M parameters",
+            f"  loss            {loss}{'' if finite else '  (not finite: lower --optimizer.base-lr)'}",
             f"  step            {seconds:.3f} s, {images:,.0f} source images/s, {images * len(recipe.views):,.0f} "
-            "views/s (the step alone, without loading)\n"
-            f"{gpu}"
-            f"  batch           {recipe.batch_size}, {recipe.batch_size // ranks} a process ({ranks})\n"
-            f"  memory          {peak_memory_gib(experiment.device):.2f} GiB at peak\n"
+            "views/s (the step alone, without loading)",
+            *gpu,
+            f"  batch           {recipe.batch_size}, {recipe.batch_size // ranks} a process ({ranks})",
+            f"  memory          {peak_memory_gib(experiment.device):.2f} GiB at peak",
             "nothing was written",
-            highlight=False,
-            soft_wrap=True,
         )
 
 
@@ -112,7 +111,7 @@ def profile_run(recipe: Recipe, options: RunOptions, console: Console, *, steps:
             for _ in range(trace_steps):
                 trial.step()
         shown = [*lines, *format_table(profile.entries, milliseconds=profile.milliseconds, rows=SHOWN)]
-        trial.console.print("\n".join([*shown, f"all files: {folder}"]), highlight=False, markup=False, soft_wrap=True)
+        say(trial.console, *shown, f"all files: {folder}")
 
 
 def _summary(profile: StepProfile, experiment: Experiment, *, fed: float | None) -> list[str]:
@@ -138,7 +137,7 @@ def _summary(profile: StepProfile, experiment: Experiment, *, fed: float | None)
 def _write_profile(folder: Path, lines: list[str], profile: StepProfile, recipe: Recipe, *, fed: float | None) -> None:
     """Write profile.txt and profile.json."""
     rows = format_table(profile.entries, milliseconds=profile.milliseconds, rows=WRITTEN)
-    (folder / "profile.txt").write_text("\n".join([*lines, "", *rows]) + "\n", encoding="utf-8")
+    (folder / "profile.txt").write_text("\n".join(map(visible, [*lines, "", *rows])) + "\n", encoding="utf-8")
     numbers = asdict(profile) | {
         "busy_share": profile.busy_share,
         "fed_milliseconds": fed,
@@ -217,7 +216,7 @@ def open_trial(
         experiment = stack.enter_context(open_experiment(recipe, options, console, world))
         taken = init_from(experiment.step.online, experiment.step.target, recipe, options.init_from)
         if taken is not None:
-            console.print(taken, highlight=False, markup=False, soft_wrap=True)
+            say(console, taken)
         if experiment.total_steps < FIRST:
             raise InputError(
                 f"The whole run is {experiment.total_steps} step but must be {FIRST} or more to measure one: lower "

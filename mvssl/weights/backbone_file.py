@@ -10,6 +10,7 @@ from torch import nn
 from mvssl.models import small_resnets, wide_resnets
 from mvssl.models.backbones import ReferencePositions
 from pipelines.files import write_whole
+from pipelines.names import python_text
 from pipelines.runtime import InputError, describe_os_error
 
 
@@ -47,5 +48,5 @@ def loading_code(architecture: str, file: str) -> list[str]:
         for module in (small_resnets, wide_resnets)
         if architecture in module.NAMES
     ]
-    model = f'timm.create_model("{architecture}", num_classes=0, checkpoint_path="{file}")'
+    model = f"timm.create_model({python_text(architecture)}, num_classes=0, checkpoint_path={python_text(file)})"
     return ["import timm", *register, f"backbone = {model}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from mvssl.weights.backbone_file import backbone_bytes, loading_code
 from mvssl.weights.formats import to_detectron2, to_torchvision
 from mvssl.weights.load import LoadedBackbone
 from pipelines.files import write_whole
+from pipelines.names import python_text, shell_word
 from pipelines.runtime import InputError
 
 _TOLERANCE = 1e-4
@@ -52,7 +54,8 @@ def export(loaded: LoadedBackbone, kind: str, out: Path, *, overwrite: bool = Fa
     out.parent.mkdir(parents=True, exist_ok=True)
     content, usage = chosen.write(loaded)
     write_whole(out, content)
-    return usage.replace("FILE", str(out))
+    names = {'"FILE"': python_text(str(out)), "--weights FILE": f"--weights {shell_word(str(out))}", "FILE": str(out)}
+    return re.sub("|".join(names), lambda found: names[found[0]], usage)
 
 
 def _timm(loaded: LoadedBackbone) -> tuple[bytes, str]:

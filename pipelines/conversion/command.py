@@ -16,6 +16,7 @@ from pipelines.conversion.conversion import Conversion, Options
 from pipelines.conversion.sources import find_jobs
 from pipelines.conversion.value_measure import measure_jobs
 from pipelines.decode.base import MAX_PIXELS, MAX_REDUCED, MOST_THREADS
+from pipelines.names import visible
 from pipelines.progress import Progress
 from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
 from pipelines.storage import open_source
@@ -113,10 +114,10 @@ def convert(config: Convert) -> None:
     if options.value_range is None and not all(conversion.finished for conversion in conversions):
         _measure(conversions, workers, limit=MAX_PIXELS if options.max_size is None else MAX_REDUCED)
     for conversion in conversions:
-        print(conversion.run(workers=workers), flush=True)
+        print(visible(conversion.run(workers=workers)), flush=True)
     if config.verify:
         for job in jobs:
-            print(verify(config.dst / job.name), flush=True)
+            print(visible(verify(config.dst / job.name)), flush=True)
 
 
 def _measure(conversions: Sequence[Conversion], workers: int, *, limit: int) -> None:

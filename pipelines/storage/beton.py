@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.runtime import visible
+from pipelines.names import utf8
 from pipelines.storage.batch_read import RandomAccessFile, raise_file_limit, read_ranges
 from pipelines.storage.beton_format import (
     BETON,
@@ -77,7 +77,7 @@ class BetonSource:
         self.sizes = sizes
         """int64 [len, 2]: (height, width) of each image in pixels; EXIF orientation applied in our own files."""
         self.fingerprint = fingerprint(self._keys, labels=self.labels, nbytes=self.nbytes, classes=self.classes)
-        self.classes = tuple(map(visible, self.classes))
+        self.classes = tuple(map(utf8, self.classes))
         self._file_bytes, self._head = layout.file_bytes, layout.head
         self._offset = layout.images["pointer"].astype(np.int64)
         self._images = layout.images
@@ -114,7 +114,7 @@ class BetonSource:
 
     def key(self, index: int) -> str:
         """The key given by mvssl-convert, or the sample number in FFCV's own files."""
-        return visible(self._keys[index])
+        return utf8(self._keys[index])
 
     def close(self) -> None:
         """Release the open file; threads that are reading may finish. Reading opens it again."""

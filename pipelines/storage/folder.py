@@ -22,7 +22,8 @@ import numpy.typing as npt
 from pipelines.arrays import read_arrays
 from pipelines.decode.base import MAX_BYTES
 from pipelines.files import cache_folder, cache_folders, parse_json, publish, writable_cache
-from pipelines.runtime import describe_os_error, visible
+from pipelines.names import utf8
+from pipelines.runtime import describe_os_error
 from pipelines.storage.batch_read import RandomAccessFile, advise_files, max_read_ahead, read_files
 from pipelines.storage.file_index import IMAGE_EXTENSIONS, FileIndex, describe_ignored, no_images, scan_folder
 from pipelines.storage.image_facts import ImageFacts
@@ -58,7 +59,7 @@ def open_path(path: Path, *, progress: Callable[[int], None] | None = None, use_
     empty = np.flatnonzero(index.nbytes == 0)
     if len(empty):
         what = "%s: %d of %d files are empty or broken links, such as %s"
-        _log.warning(what, path, len(empty), len(index.keys), visible(index.keys[int(empty[0])]))
+        _log.warning(what, path, len(empty), len(index.keys), index.keys[int(empty[0])])
     return FolderSource(index, location=path)
 
 
@@ -69,7 +70,7 @@ class FolderSource:
         self._index = index
         self.location = location
         self.labels = index.labels
-        self.classes = tuple(map(visible, index.classes))
+        self.classes = tuple(map(utf8, index.classes))
         self.nbytes = index.nbytes
         self.facts = ImageFacts.of(len(index.keys))
         self.fingerprint = fingerprint(index.keys, labels=index.labels, nbytes=index.nbytes, classes=index.classes)
@@ -108,7 +109,7 @@ class FolderSource:
 
     def key(self, index: int) -> str:
         """Path relative to the folder (or to the list's folder; absolute if the list says so)."""
-        return visible(self._index.keys[index])
+        return utf8(self._index.keys[index])
 
     def close(self) -> None:
         """Does nothing: no file is kept open."""

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from pipelines.arrays import parse_npy
 from pipelines.decode.base import MAX_PIXELS
 from pipelines.files import read_regular
-from pipelines.runtime import InputError, visible
+from pipelines.names import utf8
+from pipelines.runtime import InputError
 from pipelines.storage.batch_read import RandomAccessFile, max_open_files, raise_file_limit, read_ranges
 from pipelines.storage.image_facts import ImageFacts
 from pipelines.storage.manifest import (
@@ -56,7 +57,7 @@ class ShardSource:
         """Open converted data; raises InputError if it is unfinished, damaged, or of another version."""
         self.location = folder
         self.manifest = Manifest.load(folder)
-        self.classes = tuple(map(visible, self.manifest.classes))
+        self.classes = tuple(map(utf8, self.manifest.classes))
         self.fingerprint = self.manifest.fingerprint
         rows = self._load_checked(INDEX)  # [len]
         if rows.dtype != INDEX_DTYPE or rows.shape != (self.manifest.count,):
@@ -123,7 +124,7 @@ class ShardSource:
 
     def key(self, index: int) -> str:
         """Stem of the tar member, e.g. ``n01440764/n01440764_10026``."""
-        return visible(self._keys[index])
+        return utf8(self._keys[index])
 
     def close(self) -> None:
         """Release the open shards; threads that are reading may finish. Reading opens them again."""

@@ -29,7 +29,7 @@ class Source(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names by label, as `visible` writes them; () if the data set is unlabelled."""
+        """Class names by label, as `utf8` writes them; () if the data set is unlabelled."""
 
     @property
     def nbytes(self) -> npt.NDArray[np.int64]:
@@ -54,7 +54,7 @@ class Source(Protocol):
         """
 
     def key(self, index: int) -> str:
-        """Name of one image for messages: the path relative to the folder, or the stem of the tar member; `visible`."""
+        """Name of one image for messages: the path relative to the folder, or the stem of the tar member; `utf8`."""
 
     def close(self) -> None:
         """Release open files. Arrays returned by `read` stay valid."""

@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.files import decode_text
-from pipelines.runtime import InputError, visible
+from pipelines.names import shortened, utf8
+from pipelines.runtime import InputError
 from pipelines.storage.file_index import FileIndex, is_image_name, remedy_for
 from pipelines.storage.source import KeyTable, file_name
 
@@ -123,7 +124,7 @@ def _lines(path: Path) -> list[_Line]:
     ending = path.suffix.lower()
     if ending in _TABLES and "\t" not in first and any(mark in first for mark in _DELIMITERS):
         raise InputError(
-            f"{path}, line {rows.index(first) + 1} is '{visible(first)}' but must be a header: write path,label there "
+            f"{path}, line {rows.index(first) + 1} is '{first}' but must be a header: write path,label there "
             f"(or one of {', '.join(_PATH[1:])} and, if there are labels, one of {', '.join(_LABEL[1:])})."
         )
     return [_plain(path, row.strip(), number) for number, row in enumerate(rows, start=1) if row.strip()]
@@ -187,7 +188,7 @@ def _plain(path: Path, line: str, number: int) -> _Line:
             return _Line(name, label, number)
         if is_image_name(name) and _file_size(os.path.join(path.parent, line)) < 0:
             raise InputError(
-                f"{path}, line {number} names two images, '{visible(name)}' and '{visible(label)}': write one image "
+                f"{path}, line {number} names two images, '{name}' and '{label}': write one image "
                 "per line, and its class after a tab."
             )
         return _Line(line, None, number)  # a tab in the name
@@ -203,7 +204,7 @@ def _other_readings(name: str) -> Iterator[tuple[str, str]]:
     found = [("", name)]
     if name[:1] == name[-1:] and name[:1] in "\"'":
         found.append(("without quotation marks", name[1:-1]))
-    if visible(name) != name:
+    if utf8(name) != name:
         found.append(("as Latin-1", _latin(name)))
     if "\\" in name:
         found.extend([("with / for \\", other.replace("\\", "/")) for _, other in found])
@@ -215,14 +216,14 @@ def _other_readings(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _missing(path: Path, root: Path, line: _Line, name: str, count: int, of: int) -> InputError:
-    tried = " (read as UTF-8 and as Latin-1)" if visible(name) != name else ""
+    tried = " (read as UTF-8 and as Latin-1)" if utf8(name) != name else ""
     remedy = f"write paths relative to {root} or absolute ones"
-    if visible(name) != name:
+    if utf8(name) != name:
         remedy += ", and save the list as UTF-8"
     elif any(mark in name for mark in _DELIMITERS) or name.casefold() in _PATH + _LABEL:
         remedy += "; a CSV table needs the header path,label"
     return InputError(
-        f"{path}, line {line.number}: the file '{visible(line.name)[:_LIMIT]}'{tried} does not exist ({count} of {of} "
+        f"{path}, line {line.number}: the file '{shortened(line.name, _LIMIT)}'{tried} does not exist ({count} of {of} "
         f"are missing): {remedy}."
     )
 
@@ -238,7 +239,7 @@ def _labels(path: Path, lines: Sequence[_Line]) -> tuple[npt.NDArray[np.int64], 
             f"{path}, line {without.number} has no label while other lines have one: give every line a label "
             f"({_NONE} for none) or none at all."
         )
-    return number_labels([_latin(label) if visible(label) != label else label for label in given])
+    return number_labels([_latin(label) if utf8(label) != label else label for label in given])
 
 
 def number_labels(names: Sequence[str]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:

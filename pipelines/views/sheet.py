@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from pipelines.batch import DecodedBatch
+from pipelines.names import visible
 from pipelines.views.params import ViewParams
 from pipelines.views.reference import normalize
 from pipelines.views.spec import ViewSpec
@@ -17,6 +18,7 @@ _PAPER, _INK, _FAINT = "#ffffff", "#1f2328", "#656d76"
 _MARGIN, _GAP, _HEADER, _CAPTION = 24, 16, 44, 40  # pixels
 _SOURCE = 264  # pixels, width of the column of source images
 _LARGEST = 176  # pixels, shown side of the largest view; the others in proportion
+_NAME = 16  # characters of a name above a view
 _NARROWEST = 96  # pixels, so that a caption fits below a small view
 
 
@@ -50,8 +52,8 @@ def view_sheet(
 
     _heading(pen, _MARGIN, "source image", "and the crop of each view")
     for v, spec in enumerate(specs):
-        role = f"task {spec.task}" if spec.task is not None else "target only"
-        _heading(pen, starts[v] + 20, spec.name, f"{spec.size} px, {role}")
+        role = f"task {visible(spec.task, _NAME)}" if spec.task is not None else "target only"
+        _heading(pen, starts[v] + 20, visible(spec.name, _NAME), f"{spec.size} px, {role}")
         _badge(pen, starts[v], _MARGIN, v)
     pictures = [normalize.undo(view.detach().cpu()).permute(0, 2, 3, 1).contiguous().numpy() for view in views]
     for n in range(len(batch)):

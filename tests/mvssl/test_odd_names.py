@@ -23,7 +23,7 @@ from mvssl.runs.folder import RunFolder
 from mvssl.runs.run_log import run_log
 from pipelines.conversion.command import Convert, convert
 from pipelines.files import write_whole
-from pipelines.runtime import visible
+from pipelines.names import visible
 from pipelines.storage import open_source
 
 CAFE, UMLAUT = os.fsdecode(b"caf\xe9.jpg"), os.fsdecode(b"\xe4")
