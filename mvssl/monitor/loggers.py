@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from mvssl.config.options import RunOptions
 from mvssl.runs.folder import RunFolder
-from pipelines.names import csv_text, shell_word, visible
+from pipelines.names import csv_text, shell_word, utf8, visible
 from pipelines.runtime import describe_os_error
 
 logger = logging.getLogger("mvssl")
@@ -184,6 +184,10 @@ class MetricLoggers:
         self._loggers: dict[str, MetricLogger] = {}
         for name, make in LOGGERS.items():
             if name in options.log:
+                if name != "csv" and utf8(os.path.abspath(folder.path)) != os.path.abspath(folder.path):
+                    left_out = "%s is left out: it cannot write to %s, whose name is not UTF-8; metrics.jsonl has all"
+                    logger.warning(left_out, name, folder.path)
+                    continue
                 try:
                     self._loggers[name] = make(folder, options, first_step)
                 except ImportError:
