@@ -86,13 +86,19 @@ def cell(text: str, limit: int = MESSAGE, *, style: str = "") -> Text:
     """Text for rich's tables and displays: `visible`, and not read as markup, emoji codes or numbers to colour."""
     from rich.text import Text
 
-    return Text(visible(text, limit), style)
+    shown = Text(visible(text, limit))
+    if style:
+        shown.stylize(style)
+    return shown
 
 
-def say(console: Console, *lines: str, style: str = "") -> None:
-    """Print lines as `cell`, without wrapping, so that paths stay whole."""
+def say(console: Console, *lines: str | Text, style: str = "") -> None:
+    """Print lines (strings as `cell`) without wrapping, so that paths stay whole."""
+    from rich.segment import Segments
+
     for line in lines:
-        console.print(cell(line, style=style), soft_wrap=True)
+        text = cell(line, style=style) if isinstance(line, str) else line
+        console.print(Segments(text.render(console, end="\n")), soft_wrap=True)  # a Text would lose spaces at its end
 
 
 def say_table(console: Console, table: Table) -> None:

@@ -76,6 +76,7 @@ _REMEDIES = {
     errno.EMFILE: "raise the limit on open files (ulimit -n) and run the same command again",
     errno.ENOENT: "check the path",
     errno.EIO: "check the disk",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
 
 
@@ -272,7 +273,7 @@ def run_cli(body: Callable[[], int | None]) -> NoReturn:
     try:
         code = body() or 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         code = EXIT_ERROR
     except OSError as error:
         print(f"error: {visible(describe_os_error(error))}", file=sys.stderr)
@@ -290,5 +291,5 @@ def _output_code() -> int:
     failure = stream.failure if isinstance(stream, SteadyStream) else None
     if failure is None or failure.errno == errno.EPIPE or stream.on_failure is not None:
         return 0
-    print(f"error: standard output could not be written: {describe_os_error(failure)}", file=sys.stderr)
+    print(f"error: standard output could not be written: {visible(describe_os_error(failure))}", file=sys.stderr)
     return EXIT_ERROR

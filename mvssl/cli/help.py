@@ -11,7 +11,7 @@ from rich.table import Table
 from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Recipe
 from mvssl.recipes import PUBLISHED, all_recipes
-from pipelines.names import cell, say
+from pipelines.names import cell, say, say_table
 from pipelines.runtime import InputError
 from pipelines.views.spec import ViewSpec, tasks
 
@@ -43,7 +43,7 @@ def print_recipes(console: Console) -> None:
             f"{PUBLISHED[name]:g} %" if name in PUBLISHED else "",
         )
     wide = Console(file=console.file, width=WIDTH, highlight=False)
-    wide.print(table)
+    say_table(wide, table)
     say(wide, *CAPTION.split("\n"))
 
 
@@ -121,7 +121,7 @@ def print_short_help(console: Console, recipe: Recipe, name: str) -> None:
                 value = getattr(value, part)
             shown = "" if value is None or value is False else f" [{_plain(value)}]"
             table.add_row(cell(f"  {common.option}"), cell(common.about + shown))
-        console.print(table)
+        say_table(console, table)
         say(console, "")
     say(
         console,

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from pipelines.names import VisibleFormatter, cell
+from pipelines.names import VisibleFormatter, cell, say
 from pipelines.runtime import SteadyStream, describe_os_error, steady
 
 
@@ -99,6 +99,6 @@ class _ConsoleHandler(logging.Handler):
             text = Text.assemble((f"{record.levelname.lower()}:", "yellow"), " ", text)
         gone = getattr(self._console.file, "failure", None) is not None
         if gone and record.levelno >= logging.WARNING:
-            Console(file=steady(sys.stderr)).print(text, soft_wrap=True)
+            say(Console(file=steady(sys.stderr)), text)
         else:
-            self._console.print(text, soft_wrap=True)
+            say(self._console, text)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import unicodedata
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -25,6 +26,7 @@ from pipelines.runtime import InputError, invalid, parse_arguments
 from tests.samples.hostile_names import PIECES, names, read_back, unseen
 
 ALL = "".join(PIECES)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @given(names)
@@ -104,11 +106,12 @@ def printed(of: Console) -> str:
 
 @given(names, st.booleans())
 @example(ALL, True)
+@example("b" * 40 + "   ", False)
 def test_consoles_show_the_visible_form(name: str, terminal: bool) -> None:
     """Whole, in one line, also beyond the console's width."""
     to = console(terminal=terminal)
-    say(to, f"a {name}.", style="yellow")
-    assert printed(to) == visible(f"a {name}.") + "\n"
+    say(to, f"a {name}", style="yellow")
+    assert printed(to) == visible(f"a {name}") + "\n"
 
 
 @given(names)
@@ -195,3 +198,36 @@ def test_commands_without_a_log_warn_in_visible_text() -> None:
     shown = r"[/x]\x1b[31m\n\u202e%s"
     assert done.stderr == f"{shown} is empty\nerror: No such file ({shown}): check the path.\n"
     assert done.returncode == 1
+
+
+def is_safe(node: ast.expr) -> bool:
+    """Whether what is printed is ours, or has gone through `visible`."""
+    if isinstance(node, ast.Starred):
+        return is_safe(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return all(is_safe(part.value if isinstance(part, ast.FormattedValue) else part) for part in node.values)
+    if isinstance(node, ast.Call):
+        called = ast.unparse(node.func)
+        return called in ("visible", "json.dumps") or (called == "map" and ast.unparse(node.args[0]) == "visible")
+    return isinstance(node, ast.Constant) or (isinstance(node, ast.Name) and node.id.isupper())
+
+
+def printed_past_names(source: str) -> list[str]:
+    """The prints of Python code that could show the name of something as it is."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    prints = [call for call in calls if ast.unparse(call.func) == "print" and not all(map(is_safe, call.args))]
+    of_rich = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "print"]
+    return [f"{call.lineno}: {ast.unparse(call)}" for call in (*prints, *of_rich)]
+
+
+def test_the_reader_sees_what_prints_names() -> None:
+    code = "print('a', USAGE, json.dumps(x), *map(visible, y))\nprint(f'{visible(a)} b')\nsay(console, a)\n"
+    assert printed_past_names(code) == []
+    assert len(printed_past_names("print(a)\nprint(f'{a}')\nprint(*a)\nconsole.print('a')\nprint(str(visible))")) == 5
+
+
+@pytest.mark.parametrize("package", ["pipelines", "mvssl", "tools"])
+def test_everything_is_printed_through_names(package: str) -> None:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        if path != ROOT / "pipelines" / "names.py":
+            assert printed_past_names(path.read_text(encoding="utf-8")) == [], path
