@@ -18,7 +18,7 @@ ALLOWED = {
 ORDER = {
     "mvssl": [
         {"own_pipelines"},
-        {"config", "distributed"},
+        {"config", "distributed", "pickles"},
         {"models"},
         {"optim", "methods", "recipes", "runs"},
         {"weights"},

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from mvssl.monitor.pictures import plain_labels, show_plainly
 from mvssl.runs.folder import RunFolder
-from mvssl.runs.jsonl import read_jsonl
+from mvssl.runs.jsonl import read_metrics
 from mvssl.runs.results import conditions_of, describe, read_result
 from pipelines.files import whole_file
 from pipelines.names import NAME, visible
@@ -119,11 +119,13 @@ def plot(summaries: Sequence[RunSummary], path: Path) -> None:
 
 def _curves(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    for row in read_jsonl(metrics):
+    for row in read_metrics(metrics):
         if row["kind"] == "knn":
             points = {"knn": 100 * row["top1"]}
+        elif row["kind"] != "train":
+            continue
         else:
-            points = {name: row[name] for name in CURVES if name in row}
+            points = {name: row[name] for name in CURVES if row.get(name) is not None}
         for name, value in points.items():
             steps, values = curves.setdefault(name, ([], []))
             steps.append(row["step"])

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvssl.distributed import World
-from mvssl.runs.folder import write_json
-from pipelines.files import temporary_path, whole_file
+from mvssl.runs.checked_json import write_json
+from pipelines.arrays import read_header
+from pipelines.files import read_json, temporary_path, whole_file
 from pipelines.names import csv_text
 from pipelines.runtime import InputError
 from pipelines.storage.source import Source
@@ -102,7 +103,8 @@ class FeatureStore:
         for start in range(0, len(self.state), _CHUNK_ROWS):
             state = self.state[start : start + _CHUNK_ROWS]
             sums = _checksums(self.values[start : start + _CHUNK_ROWS], state)
-            wrong = ((sums != self.checks[start : start + _CHUNK_ROWS]) & (state != MISSING)).nonzero()[0]
+            differ = sums != self.checks[start : start + _CHUNK_ROWS]
+            wrong = (differ & (state != MISSING) | (state > BAD)).nonzero()[0]
             state[wrong] = MISSING
             damaged += len(wrong)
         return damaged
@@ -163,15 +165,20 @@ def open_store(
         lambda: _create(folder, {"rows": rows, "width": width, "dtype": dtype, **identity}, overwrite=overwrite)
     )
 
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
+        "features.npy": (dtype, (rows, width)),
+        "state.npy": ("uint8", (rows,)),
+        "checks.npy": ("uint32", (rows,)),
+    }
+
     def mapped(name: str) -> NDArray[Any]:
         try:
-            array: NDArray[Any] = np.load(folder / name, mmap_mode="r+")
+            return _mapped(folder / name, *expected[name])
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{folder / name} cannot be read ({error}): delete the folder {folder}, or give the processes of all "
                 "machines a folder that they share."
             ) from error
-        return array
 
     def opened() -> FeatureStore:
         return FeatureStore(folder, *(mapped(name) for name in _FILES))
@@ -198,7 +205,7 @@ def _create(folder: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
     path = folder / "identity.json"
     if path.exists():
         try:
-            existing = json.loads(path.read_text())
+            existing = read_json(path)
         except ValueError:
             existing = None
         if existing == json.loads(json.dumps(identity)):
@@ -221,6 +228,21 @@ def _create(folder: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
     _allocate(folder / "state.npy", (identity["rows"],), "uint8")
     _allocate(folder / "checks.npy", (identity["rows"],), "uint32")
     write_json(path, identity)
+
+
+def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """The array in a file, mapped for writing.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is another array, or a link, through which other files would be written.
+    """
+    header = read_header(path)
+    if path.is_symlink():
+        raise ValueError(f"it is a link to {os.readlink(path)}")
+    if (header.dtype, header.shape, header.fortran) != (np.dtype(dtype), shape, False):
+        raise ValueError(f"it holds {header.dtype} {list(header.shape)} instead of {dtype} {list(shape)}")
+    return np.memmap(path, dtype=header.dtype, mode="r+", offset=header.offset, shape=shape)
 
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: str) -> None:

@@ -25,6 +25,7 @@ from mvssl.evaluate.accuracy import accuracy_of
 from mvssl.evaluate.features import center_crops, train_view
 from mvssl.evaluate.session import EvalSession, Session
 from mvssl.models.backbones import is_convolutional, to_memory_format
+from mvssl.optim.state import check_optimizer_state
 from mvssl.runs import checkpoint
 from pipelines.checks import Rule, at_least, at_least_zero, between, check_fields, positive, ruled
 from pipelines.loader import Loader
@@ -295,8 +296,12 @@ class TrainingState:
         saved = checkpoint.load(self.folder / checkpoint.LAST)
         if saved.meta.get("identity") != json.loads(json.dumps(dict(self.identity))):
             return 0
-        model.load_state_dict(saved.state["model"], strict=False)  # lacks a frozen backbone
-        optimizer.load_state_dict(saved.state["optimizer"])
+        try:
+            check_optimizer_state(optimizer, saved.state["optimizer"])
+            model.load_state_dict(saved.state["model"], strict=False)  # lacks a frozen backbone
+            optimizer.load_state_dict(saved.state["optimizer"])
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise saved.damaged(f"state.pt: {str(error).splitlines()[0]}") from error
         return int(saved.meta["step"])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mvssl.config.recipe import Backbone
 from mvssl.models import small_resnets, wide_resnets  # noqa: F401  (register their names with timm)
-from pipelines.runtime import InputError
+from pipelines.runtime import InputError, shown
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -38,9 +38,9 @@ def build_backbone(config: Backbone, *, drop_path: bool = True) -> nn.Module:
         InputError: timm has no such model, or it lacks stochastic depth or a convolution that the recipe requires.
     """
     if not timm.is_model(config.name.split(".")[0]):
-        near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
+        near = difflib.get_close_matches(config.name[:100], timm.list_models(), n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them."
-        raise InputError(f"Backbone.name is {config.name!r} but must be the name of a timm model: {hint}")
+        raise InputError(f"Backbone.name is {shown(config.name)} but must be the name of a timm model: {hint}")
     model = _create(config, {"drop_path_rate": config.drop_path} if drop_path and config.drop_path > 0 else {})
     if config.init == "release":
         init_as_reference(model)
@@ -60,6 +60,11 @@ def _create(config: Backbone, wanted: dict[str, float]) -> nn.Module:
         except TypeError as error:
             refusal = error
             continue
+        except (RuntimeError, ValueError, AssertionError) as error:  # a tag that does not exist, or is an address
+            raise InputError(
+                f"Backbone.name is {shown(config.name)} but timm cannot build it ({str(error).splitlines()[0]}): "
+                "leave the tag behind the dot out, or name another model."
+            ) from error
         return model
     if wanted:
         raise InputError(

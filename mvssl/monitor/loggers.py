@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import importlib
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mvssl.config.options import RunOptions
+from mvssl.config.serialize import to_dict
 from mvssl.runs.folder import RunFolder
 from pipelines.names import csv_text, shell_word, utf8, visible
 from pipelines.runtime import describe_os_error
@@ -133,7 +133,7 @@ class WandbLogger:
                 resume="allow",
                 notes=options.notes,
                 tags=[visible(tag, _TAG) for tag in options.tags] or None,
-                config=json.loads(folder.config.read_text())["recipe"],
+                config=to_dict(folder.recipe()),
                 dir=str(folder.path),
                 mode=mode,
                 settings=wandb.Settings(console="off", silent=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +16,7 @@ from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from mvssl.config.recipe import Recipe
-from mvssl.runs.jsonl import read_jsonl
+from mvssl.runs.jsonl import read_metrics
 from pipelines.batch import DecodedBatch
 from pipelines.decode import make_decoder
 from pipelines.files import whole_file
@@ -31,7 +32,7 @@ _COLUMNS = 5  # of a legend
 
 def plot_losses(metrics: Path, out: Path) -> None:
     """Plot the loss of each task and any kNN accuracy over the steps in metrics.jsonl, as a PNG."""
-    rows = list(read_jsonl(metrics))
+    rows = list(read_metrics(metrics))
     train = [row for row in rows if row["kind"] == "train"]
     knn = [row for row in rows if row["kind"] == "knn"]
     figure = Figure(figsize=(8.0, 4.5), dpi=110, layout="constrained")
@@ -40,7 +41,7 @@ def plot_losses(metrics: Path, out: Path) -> None:
     steps = [row["step"] for row in train]
     lines, names = [], []
     for key in [key for key in (train[0] if train else {}) if key.startswith("loss/")]:
-        lines += axes.plot(steps, [row[key] for row in train], linewidth=1.4)
+        lines += axes.plot(steps, [math.nan if row.get(key) is None else row[key] for row in train], linewidth=1.4)
         names.append(key.removeprefix("loss/"))
     axes.set_xlabel("step")
     axes.set_ylabel("loss per task")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from matplotlib.ticker import MaxNLocator
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
 from mvssl.runs.folder import RunFolder
-from mvssl.runs.jsonl import read_jsonl
+from mvssl.runs.jsonl import read_metrics, read_throughput
 from mvssl.runs.results import conditions_of, describe, read_result
 from mvssl.runs.summary import read_summary
 from mvssl.weights.backbone_file import loading_code
-from pipelines.files import write_whole
+from pipelines.files import open_regular, read_json, write_whole
 from pipelines.names import shell_word, visible
 from pipelines.progress import duration
 from pipelines.runtime import InputError
@@ -33,6 +32,7 @@ Curve = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 508, 12, 206  # edges of the plot area
+_LARGEST_PICTURE = 1 << 25  # bytes
 MAX_POINTS = 400  # of a curve; more are averaged
 
 
@@ -49,10 +49,10 @@ def write_report(path: Path, folder: RunFolder) -> None:
 def render(folder: RunFolder) -> str:
     """The report as HTML."""
     recipe, options = folder.recipe(), folder.options()
-    rows = _rows(folder.metrics)
+    rows = list(read_metrics(folder.metrics)) if folder.metrics.exists() else []
     train = [row for row in rows if row["kind"] == "train"]
     knn = [row for row in rows if row["kind"] == "knn"]
-    speed = _rows(folder.throughput)
+    speed = list(read_throughput(folder.throughput)) if folder.throughput.exists() else []
     view_fields, fields = _recipe_fields(recipe)
     return (
         templates()
@@ -62,13 +62,13 @@ def render(folder: RunFolder) -> str:
             title=options.get("run_name") or folder.path.name,
             recipe=recipe,
             options=options,
-            epoch=train[-1]["epoch"] + 1 if train else 0,
+            epoch=(train[-1].get("epoch") or 0) + 1 if train else 0,
             tiles=_tiles(train, knn, speed),
-            failure=folder.failure.read_text(errors="replace")[:4000].split("\n") if folder.failure.exists() else (),
+            failure=_start_of(folder.failure, 4000).decode(errors="replace").splitlines(),
             charts=_charts(recipe, train, knn, speed),
             summary=read_summary(folder.summary),
             evaluations=_evaluations(folder),
-            views_png=base64.b64encode(folder.views.read_bytes()).decode() if folder.views.exists() else "",
+            views_png=base64.b64encode(_start_of(folder.views, _LARGEST_PICTURE)).decode(),
             loading_code=loading_code(recipe.backbone.name, str(folder.backbone)) if folder.backbone.exists() else (),
             view_fields=view_fields,
             fields=fields,
@@ -95,12 +95,12 @@ def _visible(value: object) -> object:
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON Lines file; none if there is no file."""
-    try:
-        return list(read_jsonl(path)) if path.exists() else []
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): restore it, or delete the broken line.") from error
+def _start_of(path: Path, most: int) -> bytes:
+    """The first bytes of a file; none if there is no file."""
+    if not path.exists():
+        return b""
+    with open_regular(path) as file:
+        return file.read(most)
 
 
 def _tiles(train: Sequence[Row], knn: Sequence[Row], speed: Sequence[Row]) -> list[tuple[str, str]]:
@@ -109,7 +109,8 @@ def _tiles(train: Sequence[Row], knn: Sequence[Row], speed: Sequence[Row]) -> li
     if train:
         last = train[-1]
         tiles += [("steps", f"{last['step']:,}"), ("loss", f"{last['loss']:.4f}")]
-        tiles.append(("effective rank", f"{last['effective_rank']:.1f}"))
+        if last.get("effective_rank") is not None:
+            tiles.append(("effective rank", f"{last['effective_rank']:.1f}"))
     if knn:
         tiles.append(("kNN top-1", f"{100 * knn[-1]['top1']:.2f} %"))
     if speed:
@@ -191,12 +192,15 @@ def _short(value: Any) -> str:
 def _machine(folder: RunFolder) -> dict[str, Any] | None:
     """Contents of environment.json; None if it is missing."""
     try:
-        held: dict[str, Any] = json.loads(folder.environment.read_text())
+        held: dict[str, Any] = read_json(folder.environment)
+        whole = isinstance(held["packages"], dict) and all(isinstance(held[name], list) for name in ("gpus", "command"))
+        if not whole or not all(isinstance(one, str) for one in (*held["gpus"], *held["command"])):
+            raise ValueError("packages, gpus or command are of another kind")
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise InputError(f"{folder.environment} is damaged ({error}): restore it.") from error
-    return held
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder.environment} is damaged ({error}): restore it, or delete it.") from error
+    return {"cores": "?", "processor": "?", "platform": "?", "python": "?", **held}
 
 
 class Tick(NamedTuple):

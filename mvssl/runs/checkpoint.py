@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
+import pickle
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,12 +18,16 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+from torch import Tensor
 
-from pipelines.files import sync_folder, write_whole
-from pipelines.runtime import FULL, InputError, describe_free
+from mvssl.pickles.torch_file import parse_torch_file
+from mvssl.runs.checked_json import check_checksum, read_object, write_checked
+from pipelines.files import read_regular, sync_folder
+from pipelines.runtime import FULL, InputError, describe_free, shown
 
 FORMAT = 2
 LAST = "last"
+_LARGEST = 1 << 40  # bytes of state.pt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,32 @@ class Checkpoint:
     state: dict[str, Any]
     meta: dict[str, Any]
     path: Path
+
+    def needs(self, *names: str) -> None:
+        """Check that checkpoint.json has these entries; InputError if not."""
+        missing = [name for name in names if name not in self.meta]
+        if missing:
+            raise self.damaged(f"checkpoint.json has no {missing[0]}")
+
+    def network(self, name: str) -> dict[str, Tensor] | None:
+        """Tensors of the online or target network of a run by name; None without a target.
+
+        Raises:
+            InputError: there are none, or something else.
+        """
+        step = self.state.get("step")
+        tensors = step.get(name, {}) if isinstance(step, dict) else {}
+        if tensors is None and name == "target":
+            return None
+        if not isinstance(tensors, dict) or not tensors or not all(isinstance(x, Tensor) for x in tensors.values()):
+            raise self.damaged(f"state.pt has no tensors of the {name} network")
+        return {str(key): tensor for key, tensor in tensors.items()}
+
+    def damaged(self, reason: str) -> InputError:
+        """The error for a checkpoint whose content cannot be used although its checksum is right."""
+        return InputError(
+            f"The checkpoint {self.path} is damaged or of another program ({reason}): use another one, or start again."
+        )
 
 
 def save(root: Path, *, step: int, state: Mapping[str, Any], meta: Mapping[str, Any], keep: int) -> Path:
@@ -47,12 +78,12 @@ def save(root: Path, *, step: int, state: Mapping[str, Any], meta: Mapping[str, 
     try:
         root.mkdir(parents=True, exist_ok=True)
         for leftover in [*root.glob(".writing-*"), *root.glob(".old-*")]:
-            shutil.rmtree(leftover)
+            _remove(leftover)
         temporary.mkdir()
         with _HashingFile(temporary / "state.pt") as file:
             torch.save(dict(state), cast(IO[bytes], file))
         described = {"format": FORMAT, "step": step, "sha256": file.sha256.hexdigest(), **meta}
-        write_whole(temporary / "checkpoint.json", json.dumps(described, indent=1))  # syncs the folder, too
+        write_checked(temporary / "checkpoint.json", described)  # syncs the folder, too
         if final.exists():
             final.rename(old)
         temporary.rename(final)
@@ -75,17 +106,22 @@ def save(root: Path, *, step: int, state: Mapping[str, Any], meta: Mapping[str, 
         ) from error
     # Checkpoints of later steps, left by a run that was set back to an earlier one, are not counted and not touched.
     for outdated in [path for path in sorted(root.glob("step-*")) if path.name <= final.name][:-keep]:
-        shutil.rmtree(outdated)
+        _remove(outdated)
     return final
 
 
-def load(path: Path, *, map_location: str | torch.device = "cpu") -> Checkpoint:
-    """Read and verify a checkpoint folder, or a link to one such as ``checkpoints/last``.
+def load(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint folder, or a link to one such as ``checkpoints/last``; runs no code from it.
 
     Raises:
         InputError: there is none, it is damaged, or it has another format; the message names a usable one.
     """
     names = [candidate.name for candidate in sorted(path.parent.glob("step-*"))]
+    if path.is_symlink() and not _stays(path):
+        raise InputError(
+            f"{path} is a link to {os.readlink(path)!r} but must be one to a checkpoint beside it: "
+            + (f"to use the newest one, run: {_link_command(names[-1], path)}." if names else "check the path.")
+        )
     if not path.is_dir():
         raise InputError(
             f"{path} is no checkpoint: "
@@ -98,19 +134,74 @@ def load(path: Path, *, map_location: str | torch.device = "cpu") -> Checkpoint:
         else "there is no earlier one, so training has to start again"
     )
     try:
-        meta = json.loads((path / "checkpoint.json").read_text())
-        data = (path / "state.pt").read_bytes()
+        meta = read_object(path / "checkpoint.json")
+        if type(meta.get("format")) is int and meta["format"] != FORMAT:
+            raise InputError(
+                f"The checkpoint {path} has format {meta['format']} but this version of mvssl reads format {FORMAT}: "
+                "use the version that wrote it."
+            )
+        check_checksum(meta)
+        data = read_regular(path / "state.pt", most=_LARGEST)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"The checkpoint {path} is damaged ({error}): {remedy}.") from error
-    if meta.get("format") != FORMAT:
-        raise InputError(
-            f"The checkpoint {path} has format {meta.get('format')!r} but this version of mvssl reads format {FORMAT}: "
-            "use the version that wrote it."
-        )
+    problem = _problem(meta, path.resolve().name)
+    if problem:
+        raise InputError(f"The checkpoint {path} is damaged (checkpoint.json: {problem}): {remedy}.")
     if hashlib.sha256(data).hexdigest() != meta["sha256"]:
         raise InputError(f"The checkpoint {path} is damaged (state.pt does not match its checksum): {remedy}.")
-    state = torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
+    try:
+        state = parse_torch_file(io.BytesIO(data))
+        if not isinstance(state, dict):
+            raise pickle.UnpicklingError("it holds no table of tensors")
+    except (OSError, pickle.UnpicklingError) as error:
+        raise InputError(f"The checkpoint {path} is damaged (state.pt: {error}): {remedy}.") from error
     return Checkpoint(state=state, meta=meta, path=path)
+
+
+_KINDS: dict[str, type] = {
+    "format": int,
+    "step": int,
+    "sha256": str,
+    "recipe": dict,
+    "options": dict,
+    "precision": str,
+    "ranks": int,
+    "data": str,
+    "metrics_bytes": int,
+    "evaluated": bool,
+    "identity": dict,
+}
+_MOST_STEPS = 1 << 53
+
+
+def _problem(meta: Mapping[str, Any], folder: str) -> str:
+    """What of checkpoint.json is missing or of another kind; "" if nothing. `folder` is the checkpoint's name."""
+    for name, kind in _KINDS.items():
+        if name not in meta and name not in ("format", "step", "sha256"):
+            continue
+        value: Any = meta.get(name)
+        if type(value) is not kind or (isinstance(value, int) and not 0 <= value <= _MOST_STEPS):
+            return f"{name} is {shown(value)}"
+    named = re.fullmatch(r"step-(\d{8,16})", folder)
+    if named and int(named[1]) != meta.get("step"):
+        return f"step is {meta.get('step')} in the folder {folder}"
+    return ""
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, or a link to one."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def _stays(link: Path) -> bool:
+    """Whether a link leads to something in its own folder."""
+    target = link.parent / os.readlink(link)
+    return ".." not in Path(os.readlink(link)).parts and target.parent.resolve() == link.parent.resolve()
 
 
 def _link_command(name: str, path: Path) -> str:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import from_dict, to_dict
 from mvssl.runs.changes import record_changes, resumed_recipe
+from mvssl.runs.checked_json import read_checked, write_checked, write_json
 from mvssl.runs.data_record import DataRecord
 from mvssl.runs.environment import environment
-from pipelines.files import locked, sync_files, sync_folder, temporary_path, write_whole
-from pipelines.runtime import InputError
+from pipelines.files import locked, sync_files, sync_folder, temporary_path
+from pipelines.runtime import InputError, shown
 
 logger = logging.getLogger("mvssl")
 
@@ -55,7 +56,10 @@ class RunFolder:
         Raises:
             InputError: this is no run folder, or its config.json is damaged.
         """
-        return from_dict(self._config()["recipe"])
+        try:
+            return from_dict(self._config()["recipe"])
+        except InputError as error:
+            raise InputError(f"{self.config}: {error}", field=error.field) from error
 
     def options(self) -> dict[str, Any]:
         """The options that the run was started with, as JSON values; raises as `recipe`."""
@@ -64,7 +68,7 @@ class RunFolder:
 
     def option(self, name: str) -> Path | None:
         """A path among the options (data, val or init_from); None if it was not given. Raises as `recipe`."""
-        value = self.options()[name]
+        value = self.options().get(name)
         return None if value is None else Path(value)
 
     @property
@@ -141,7 +145,7 @@ class RunFolder:
             self._delete()
             write_json(self.environment, environment())
             images.save(self.data)
-            write_json(self.config, {"recipe": to_dict(recipe), "options": dict(options)})
+            write_checked(self.config, {"recipe": to_dict(recipe), "options": dict(options)})
         except OSError as error:
             raise self._cannot_be_written(error) from error
 
@@ -174,7 +178,7 @@ class RunFolder:
         if extended:
             options["earlier_epochs"] = [*options.get("earlier_epochs", ()), begun.epochs]
         if recipe != begun or options != earlier:
-            write_json(self.config, {"recipe": to_dict(recipe), "options": options})
+            write_checked(self.config, {"recipe": to_dict(recipe), "options": options})
         return begun.epochs if extended else None
 
     def restore_config(self) -> None:
@@ -182,7 +186,7 @@ class RunFolder:
         try:
             self._read_config()
         except (OSError, ValueError) as error:
-            write_json(self.config, self._config())
+            write_checked(self.config, self._config())
             logger.warning("%s was damaged (%s) and is restored from the last checkpoint", self.config, error)
 
     def _config(self) -> dict[str, Any]:
@@ -191,9 +195,10 @@ class RunFolder:
             return self._read_config()
         except (OSError, ValueError) as error:
             for path in sorted(self.checkpoints.glob("step-*/checkpoint.json"), reverse=True):
-                with suppress(OSError, ValueError, KeyError, TypeError):
-                    meta = json.loads(path.read_text())
-                    return {"recipe": dict(meta["recipe"]), "options": dict(meta["options"])}
+                with suppress(OSError, ValueError):
+                    config = _checked_config(read_checked(path))
+                    _warn_of_copy(self.config, str(error), path)
+                    return config
             if isinstance(error, FileNotFoundError):
                 raise InputError(
                     f"{self.path} is no run folder (it has no config.json): give the --out of mvssl-train."
@@ -201,24 +206,38 @@ class RunFolder:
             raise InputError(f"{self.config} cannot be read ({error}): restore it or start the run again.") from error
 
     def _read_config(self) -> dict[str, Any]:
-        """The contents of config.json; ValueError if it is no JSON object."""
-        plain = json.loads(self.config.read_text())
-        if not isinstance(plain, dict):
-            raise ValueError("it is no JSON object")
-        return plain
+        """The contents of config.json; ValueError if it is damaged, or is another program's."""
+        return _checked_config(read_checked(self.config))
 
     def _is_run(self) -> bool:
         """Whether config.json is that of a run (other programs write files of that name, too)."""
         try:
-            return {"recipe", "options"} <= self._config().keys()
+            self._config()
         except InputError:
             return False
+        return True
+
+    def check_links(self) -> None:
+        """Check that no file that training appends to is a link out of the folder, which may come from somebody else.
+
+        Raises:
+            InputError: one is.
+        """
+        inside = self.path.resolve()
+        for path in (self.metrics, self.throughput, self.log, *self.csv.glob("*"), *self.tensorboard.glob("*")):
+            if path.is_symlink() and not _target(path).is_relative_to(inside):
+                raise InputError(
+                    f"{path} is a link to {_target(path)}, outside of the run folder, where nothing is written: put "
+                    "the file itself in its place."
+                )
 
     def _delete(self) -> None:
         """Delete what a run writes, and nothing else in the folder."""
         folders = (self.tensorboard, self.csv, self.wandb, self.checkpoints, self.evaluations)
         for path in folders:
-            if path.exists():
+            if path.is_symlink():
+                path.unlink()  # and what it leads to stays
+            elif path.exists():
                 shutil.rmtree(path)
         for path in vars(self).values():
             if path not in (self.path, self.last, self.config, *folders):
@@ -226,6 +245,42 @@ class RunFolder:
         self.config.unlink(missing_ok=True)  # without it, this is no run that may be deleted
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a whole JSON file."""
-    write_whole(path, json.dumps(value, indent=2) + "\n")
+@cache
+def _warn_of_copy(config: Path, reason: str, copy: Path) -> None:
+    """Say once that the recipe and options of a run are those of a checkpoint."""
+    logger.warning("%s is damaged (%s): its recipe and options are taken from %s", config, reason, copy)
+
+
+def _target(link: Path) -> Path:
+    """Where a link leads; the link itself if it leads in a circle."""
+    try:
+        return link.resolve()
+    except RuntimeError:
+        return link
+
+
+_OPTIONS: dict[str, type] = {
+    **dict.fromkeys(("data", "val", "init_from", "run_name", "notes"), str),
+    **dict.fromkeys(("tags", "changes", "earlier_epochs"), list),
+}
+_CHANGE = {"step": int, "field": str, "was": object, "now": object}
+
+
+def _checked_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe and options among JSON values from a file.
+
+    Raises:
+        ValueError: they are missing, or an option that is read again has another type.
+    """
+    config = {name: content.get(name) for name in ("recipe", "options")}
+    for name, value in config.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"it has no table {name!r}")
+    options: dict[str, Any] = config["options"] or {}
+    for name, kind in _OPTIONS.items():
+        if not isinstance(options.get(name), (kind, type(None))):
+            raise ValueError(f"its options.{name} is {shown(options[name])}")
+    for number, change in enumerate(options.get("changes") or ()):
+        if not isinstance(change, dict) or not all(isinstance(change.get(k), v) for k, v in _CHANGE.items()):
+            raise ValueError(f"its options.changes[{number}] is {shown(change)}")
+    return config

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.runtime import InputError
+from pipelines.files import check_nesting, open_regular, parse_json
+from pipelines.runtime import InputError, shown
+
+_LONGEST_LINE = 1 << 20  # bytes
+_NUMBERS = {
+    "train": ("step", "loss"),
+    "knn": ("step", "top1"),
+}
+"""Numbers that a row of each kind has."""
+_SPEED = ("step", "seconds", "images_per_second", "data_wait", "memory_gib")
 
 
 class JsonLines:
@@ -52,15 +62,63 @@ def complete_bytes(path: Path) -> int:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON Lines file, without a last line that a kill cut short."""
-    with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+    """Yield the objects of a JSON Lines file, without a last line that a kill cut short.
+
+    Raises:
+        InputError: a line is no JSON object, or one of its values is neither a finite number nor a text nor null.
+    """
+    with open_regular(path) as file:
+        for number in itertools.count(1):
+            line = file.readline(_LONGEST_LINE)
+            if not line.endswith(b"\n"):
+                if len(line) == _LONGEST_LINE:
+                    raise _damaged(path, number, f"it has more than {_LONGEST_LINE:,} bytes")
+                return
+            try:
+                row = parse_json(line)
+                check_nesting(row, numbers=True)
+            except ValueError as error:
+                raise _damaged(path, number, str(error)) from error
+            if not isinstance(row, dict) or any(isinstance(value, (dict, list, bool)) for value in row.values()):
+                raise _damaged(path, number, "it is no table of numbers")
+            yield row
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of metrics.jsonl; raises as `read_jsonl`, or if a row lacks a number that its kind has."""
+    for number, row in enumerate(read_jsonl(path), start=1):
+        kind = row.get("kind")
+        if not isinstance(kind, str):
+            raise _damaged(path, number, f"kind is {shown(kind)}")
+        _check_numbers(path, number, row, _NUMBERS.get(kind, ("step",)))
+        yield row
+
+
+def read_throughput(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of throughput.jsonl; raises as `read_metrics`."""
+    for number, row in enumerate(read_jsonl(path), start=1):
+        _check_numbers(path, number, row, _SPEED)
+        yield row
+
+
+def _check_numbers(path: Path, number: int, row: Mapping[str, Any], needed: Sequence[str]) -> None:
+    missing = [name for name in needed if not isinstance(row.get(name), (int, float))]
+    texts = [name for name, value in row.items() if isinstance(value, str) and name != "kind"]
+    for name in (*missing, *texts):
+        raise _damaged(path, number, f"{name} is {shown(row.get(name))}")
+
+
+def _damaged(path: Path, number: int, reason: str) -> InputError:
+    return InputError(f"{path} is damaged (line {number}: {reason}): restore it, or delete the broken line.")
 
 
 def last_knn(metrics: Path) -> dict[int, float]:
     """Top-1 accuracy for each k of the last kNN evaluation in metrics.jsonl; empty if there is none."""
-    rows = [row for row in read_jsonl(metrics) if row["kind"] == "knn"] if metrics.exists() else []
+    rows = [row for row in read_metrics(metrics) if row["kind"] == "knn"] if metrics.exists() else []
     prefix = "top1_k"
-    return {int(k.removeprefix(prefix)): value for row in rows[-1:] for k, value in row.items() if k.startswith(prefix)}
+    return {
+        int(number): value
+        for row in rows[-1:]
+        for name, value in row.items()
+        if (number := name.removeprefix(prefix)) != name and number.isascii() and number.isdecimal()
+    }

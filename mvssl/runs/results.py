@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mvssl.runs.checked_json import read_checked, write_checked
 from mvssl.runs.environment import environment
-from mvssl.runs.folder import write_json
 from pipelines.files import locked
-from pipelines.runtime import InputError
+from pipelines.runtime import InputError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,20 +74,58 @@ class ResultFile:
             "results": dict(results),
             "environment": environment(),
         }
-        write_json(self.path, content)
+        write_checked(self.path, content)
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result file's evaluation, network, identity, results and environment."""
+    """A result file's evaluation, network, identity, results and environment.
+
+    Raises:
+        InputError: it cannot be read, its checksum is wrong, or it holds something else.
+    """
     try:
-        content = json.loads(path.read_text())
-        if {"evaluation", "network", "identity", "results"} <= content.keys():
-            return dict(content)
-    except (OSError, ValueError, AttributeError) as error:
+        content = read_checked(path)
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{path} cannot be read as a result of mvssl-eval ({error}): delete it, or choose another --out."
         ) from error
-    raise InputError(f"{path} is no result of mvssl-eval: move it away, or choose another folder with --out.")
+    problem = _problem(content)
+    if problem:
+        raise InputError(
+            f"{path} is no result of mvssl-eval ({problem}): move it away, or choose another folder with --out."
+        )
+    return content
+
+
+_ENTRIES = {"evaluation": str, "network": str, "identity": dict, "results": dict}
+_NUMBERS = ("images", "neighbours", "train_images", "lr", "weight_decay", "temperature", "k")
+
+
+def _problem(content: Mapping[str, Any]) -> str:
+    """What of a result file's content is missing or of another kind; "" if it is a result."""
+    for name, kind in _ENTRIES.items():
+        if not isinstance(content.get(name), kind):
+            return f"{name} is {shown(content.get(name))}"
+    if not isinstance(content.get("conditions", {}), dict):
+        return "conditions are no table"
+    results = content["results"]
+    settings = results.get("settings", [])
+    for row in (results.get("best", results), *(settings if isinstance(settings, list) else [settings])):
+        if not isinstance(row, dict):
+            return f"an accuracy is {shown(row)}"
+        interval = row.get("top1_interval_95")
+        accuracies = [row.get("top1"), *(interval if isinstance(interval, list) and len(interval) == 2 else [None])]
+        accuracies += [] if row.get("top5") is None else [row["top5"]]
+        if not all(_is_number(value) and 0 <= value <= 1 for value in accuracies):
+            return f"an accuracy is {shown(accuracies)}"
+        wrong = [name for name in _NUMBERS for of in (results, row) if name in of and not _is_number(of[name])]
+        if wrong:
+            return f"{wrong[0]} is no number"
+    return ""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def conditions_of(result: Mapping[str, Any]) -> Mapping[str, Any]:

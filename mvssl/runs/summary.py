@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from mvssl.runs.folder import write_json
+from mvssl.runs.checked_json import write_json
+from pipelines.checks import check_types
+from pipelines.files import read_json
 from pipelines.runtime import InputError
 
 
@@ -53,8 +54,14 @@ def read_summary(path: Path) -> Summary | None:
         InputError: the file is damaged.
     """
     try:
-        held = json.loads(path.read_text())
-        return Summary(**{each.name: held[each.name] for each in fields(Summary)})
+        held = read_json(path)
+        summary = Summary(**{each.name: held[each.name] for each in fields(Summary)})
+        check_types(summary, "")
+        if not isinstance(summary.bad_images, dict):
+            raise ValueError("bad_images is no table")
+        if not all(isinstance(reason, str) for reason in summary.bad_images.values()):
+            raise ValueError("bad_images has a reason that is no text")
+        return summary
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

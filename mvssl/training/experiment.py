@@ -38,6 +38,7 @@ from pipelines.storage.folder import forget_changed_index
 from pipelines.storage.image_facts import facts_of
 from pipelines.storage.source import Source
 from pipelines.value_range import FULL, ValueRange, parse_value_range
+from pipelines.views.spec import tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,14 +128,19 @@ class Experiment:
         Exports the backbone again: a kill may have come between checkpoint and export.
         """
         saved = self.world.run_on_rank0(lambda: checkpoint.load(folder.newest))
+        saved.needs("recipe", "data", "metrics_bytes", "evaluated")
         self.world.run_on_rank0(lambda: self.check_images(folder, saved.meta["data"]))
-        self.step.load_state_dict(saved.state["step"])
+        try:
+            self.step.load_state_dict(saved.state["step"])
+            buffer = checked_buffer(saved.state["window"], len(tasks(self.recipe.views)))
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise saved.damaged(f"state.pt: {str(error).splitlines()[0]}") from error
         self.world.run_on_rank0(lambda: self._export(folder))
         return Position(
             step=int(saved.meta["step"]),
             metrics_bytes=int(saved.meta["metrics_bytes"]),
             evaluated=bool(saved.meta["evaluated"]),
-            buffer=saved.state["window"],
+            buffer=buffer,
             before=self._computed_before(saved.meta),
         )
 
@@ -171,6 +177,24 @@ class Experiment:
 
     def _export(self, folder: RunFolder) -> None:
         export_backbone(self.step.online.backbone, self.recipe.backbone.name, folder.backbone)
+
+
+def checked_buffer(buffer: Any, tasks_count: int) -> dict[str, Any] | None:
+    """The metrics that a checkpoint keeps until the next log point.
+
+    Raises:
+        ValueError: they are not those of a run with this number of tasks.
+    """
+    if buffer is None:
+        return None
+    rows, index = buffer["rows"], buffer["index"]
+    if not all(isinstance(one, list) and all(isinstance(x, torch.Tensor) for x in one) for one in (rows, index)):
+        raise ValueError("its metrics are no lists of tensors")
+    if len(rows) != len(index) or any(row.shape != (2 + tasks_count,) or not row.is_floating_point() for row in rows):
+        raise ValueError(f"its metrics are not of {tasks_count} tasks")
+    if any(numbers.ndim != 1 or numbers.dtype != torch.int64 for numbers in index):
+        raise ValueError("its metrics are of no images")
+    return {"rows": rows, "index": index}
 
 
 @contextmanager

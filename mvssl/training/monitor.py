@@ -23,8 +23,9 @@ from mvssl.monitor.console import Status, TrainingProgress
 from mvssl.monitor.idle_sampler import IdleSampler
 from mvssl.monitor.loggers import MetricLoggers
 from mvssl.monitor.pictures import plot_losses
+from mvssl.runs.checked_json import write_json
 from mvssl.runs.environment import peak_memory_gib
-from mvssl.runs.folder import RunFolder, write_json
+from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import JsonLines, complete_bytes
 from mvssl.runs.summary import Summary, write_summary
 from mvssl.training.experiment import Experiment, Position

@@ -26,7 +26,7 @@ from mvssl.optim.schedule import learning_rate
 from mvssl.runs.changes import describe_changes
 from mvssl.runs.data_record import DataRecord
 from mvssl.runs.folder import RunFolder
-from mvssl.runs.jsonl import read_jsonl
+from mvssl.runs.jsonl import read_metrics
 from mvssl.runs.run_log import run_log
 from mvssl.training.arguments import recipe_and_options
 from mvssl.training.experiment import Experiment, Position, open_experiment
@@ -63,7 +63,7 @@ class TrainResult:
     def curves(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
         """Steps [N] and values [N] of every logged metric, by name: loss, loss/global, lr, knn/top1, ..."""
         points: dict[str, list[tuple[int, float]]] = {}
-        for row in read_jsonl(RunFolder(self.out).metrics):
+        for row in read_metrics(RunFolder(self.out).metrics):
             prefix = "" if row["kind"] == "train" else f"{row['kind']}/"
             for name, value in row.items():
                 if name not in ("kind", "step", "epoch") and value is not None:
@@ -172,6 +172,7 @@ def _claim(folder: RunFolder, recipe: Recipe, options: RunOptions, stack: ExitSt
     stack.enter_context(folder.claim())
     recipe = check()  # again: another process may have been here before the lock was ours
     if options.resume:
+        folder.check_links()
         folder.restore_config()
     return recipe
 

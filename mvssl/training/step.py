@@ -33,6 +33,7 @@ from mvssl.models.view_batching import (
     task_pairs,
 )
 from mvssl.optim import apply_rates, build_optimizer, ema_momentum, rates_to_device
+from mvssl.optim.state import check_optimizer_state, check_scaler_state
 from mvssl.training.compile import Compiler, wants_compile
 from mvssl.training.cuda_graph import WARM_UP, WARM_UP_RANKS, CudaGraph, StepGraph, in_stream, wants_capture
 from pipelines.runtime import InputError, invalid
@@ -358,8 +359,9 @@ class TrainStep:
         """Restore `state_dict`; the values are copied.
 
         Raises:
-            RuntimeError: names or shapes are those of other networks.
+            RuntimeError, ValueError, KeyError, TypeError: names, shapes or numbers are not those of this step.
         """
+        check_optimizer_state(self.optimizer, state["optimizer"])
         self._graph.drop()  # it replays on the old tensors
         self.online.load_state_dict(state["online"])
         if self.target is not None:
@@ -367,6 +369,7 @@ class TrainStep:
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # optimisers keep the tensors they are given
         rates_to_device(self.optimizer, self.recipe.optimizer)
         if state["scaler"]:  # empty if the steps before were not in fp16
+            check_scaler_state(state["scaler"])
             self.scaler.load_state_dict(state["scaler"])
 
     def _discard_gradients(self) -> None:

@@ -73,7 +73,8 @@ def _backbone(tensors: Mapping[str, Tensor]) -> str:
 def _from_run(online: OnlineNetwork, path: Path) -> _Outcome:
     last = RunFolder(path).newest
     saved = checkpoint.load(last if last.exists() else path)
-    state: dict[str, Tensor] = dict(saved.state["step"]["online"])
+    state: dict[str, Tensor] = saved.network("online") or {}
+    saved.needs("recipe")
     outcome = _Outcome(origin=f"online network, step {saved.meta['step']}")
     outcome.taken += [_backbone({k: v for k, v in state.items() if k.startswith("backbone.")}), "projector"]
     given, bank = predictor_tasks(from_dict(saved.meta["recipe"])), online.predictors

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from mvssl.config.recipe import Backbone, Evaluation, Recipe
 from mvssl.models.backbones import build_backbone
 from mvssl.models.encoder import initial_backbone
+from mvssl.pickles.safe_pickle import Global, Inert
+from mvssl.pickles.torch_file import read_torch_file
 from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
 from mvssl.weights.formats import Network, find_network, from_torchvision, guess_architecture
-from mvssl.weights.safe_pickle import Global, Inert
-from mvssl.weights.torch_file import read_torch_file
 from pipelines.checks import check_fields
 from pipelines.runtime import InputError
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD, Interpolation
@@ -149,12 +149,12 @@ def _digest(architecture: str, backbone: nn.Module) -> str:
 def _from_run(folder: RunFolder, recipe: Recipe, network: Network) -> LoadedBackbone:
     """The backbone of the last checkpoint, or of the exported file if no checkpoint is left."""
     backbone = build_backbone(recipe.backbone, drop_path=False)
-    if network == "online" and not folder.newest.exists() and folder.backbone.exists():
+    if network == "online" and not any(folder.checkpoints.glob("step-*")) and folder.backbone.exists():
         tensors, where = dict(read_weights(folder.backbone)), folder.backbone
         about = str(folder.backbone)
     else:
         saved = checkpoint.load(folder.newest)
-        weights = saved.state["step"][network]
+        weights = saved.network(network)
         if weights is None:
             raise InputError(
                 f"network is 'target' but the run in {folder.path} has no separate target network ({recipe.method} "

@@ -31,7 +31,8 @@ from mvssl.monitor.console import Status, TrainingProgress
 from mvssl.monitor.loggers import MetricLoggers
 from mvssl.monitor.pictures import plain_labels, plot_losses, show_plainly
 from mvssl.monitor.report import make_chart, templates
-from mvssl.runs.folder import RunFolder, write_json
+from mvssl.runs.checked_json import write_json
+from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import JsonLines
 from mvssl.weights.backbone_file import loading_code
 from pipelines.conversion.command import Convert, convert

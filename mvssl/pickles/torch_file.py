@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mvssl.weights.safe_pickle import Global, Inert, unpickle
+from mvssl.pickles.safe_pickle import Global, Inert, hashable, unpickle
+from pipelines.files import open_regular
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file before torch 1.6
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
@@ -46,6 +47,9 @@ _STORAGES = {
     "QUInt2x4Storage": torch.uint8,
 }
 _MOST_MODULES = 100_000  # of one network; a hostile file can name one module in exponentially many ways
+_LONGEST_NAME = 10_000
+_MOST_LEVELS = 100  # of modules in modules
+_SMALL = 1 << 26  # bytes that a file may always unpack to
 _CHUNK = 1 << 24
 
 
@@ -61,20 +65,29 @@ def read_torch_file(path: Path) -> Any:
         pickle.UnpicklingError: the file is damaged, or no such file.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
-        try:
-            zipped = file.read(4) == b"PK\x03\x04"
-            file.seek(0)
-            content = _plain(_read_zip(file) if zipped else _read_legacy(file))
-            return {k: _plain(v) for k, v in content.items()} if isinstance(content, Mapping) else content
-        except (OSError, pickle.UnpicklingError):
-            raise
-        except Exception as error:  # a hostile file can cause any of them
-            raise pickle.UnpicklingError(str(error) or type(error).__name__) from error
+    with open_regular(path) as file:
+        return parse_torch_file(file)
+
+
+def parse_torch_file(file: IO[bytes]) -> Any:
+    """Read the content of an open file; see `read_torch_file`."""
+    try:
+        zipped = file.read(4) == b"PK\x03\x04"
+        file.seek(0)
+        content = _plain(_read_zip(file) if zipped else _read_legacy(file))
+        return {k: _plain(v) for k, v in content.items()} if isinstance(content, Mapping) else content
+    except (OSError, pickle.UnpicklingError):
+        raise
+    except Exception as error:  # a hostile file can cause any of them
+        raise pickle.UnpicklingError(str(error) or type(error).__name__) from error
 
 
 def _read_zip(file: IO[bytes]) -> Any:
+    size = file.seek(0, io.SEEK_END)
     with closing(zipfile.ZipFile(file)) as archive:
+        unpacked = sum(info.file_size for info in archive.infolist())
+        if unpacked > max(_SMALL, 2 * size):  # torch does not compress tensors
+            raise zipfile.BadZipFile(f"it would unpack from {size:,} to {unpacked:,} bytes")
         names = sorted((name for name in archive.namelist() if name.split("/")[-1] == "data.pkl"), key=len)
         if not names:
             raise zipfile.BadZipFile("it is a zip archive without data.pkl")
@@ -94,7 +107,10 @@ def _read_zip(file: IO[bytes]) -> Any:
             if dtype is None:
                 return Inert(kind.name)
             if key not in storages:
-                with archive.open(f"{root}data/{key}") as record:
+                name = f"{root}data/{key}"
+                if count * dtype.itemsize > archive.getinfo(name).file_size:
+                    raise EOFError(f"a storage has {count} numbers, more than its part of the file")
+                with archive.open(name) as record:
                     storages[key] = _read_storage(record, dtype, count, big=big)
             return storages[key]
 
@@ -204,7 +220,12 @@ def _storage_of_bytes(data: bytes) -> Any:
 
 
 def _dict(items: Any = ()) -> dict[Any, Any]:
-    return dict(items)
+    pairs = items.items() if isinstance(items, Mapping) else items
+    return {hashable(name): value for name, value in pairs}
+
+
+def _set(elements: Any = ()) -> frozenset[Any]:
+    return frozenset(map(hashable, elements))
 
 
 def _encode(text: str, *_: Any) -> bytes:
@@ -214,9 +235,9 @@ def _encode(text: str, *_: Any) -> bytes:
 _KNOWN: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _dict,
     "collections.Counter": _dict,
-    "builtins.set": set,
-    "__builtin__.set": set,
-    "builtins.frozenset": frozenset,
+    "builtins.set": _set,
+    "__builtin__.set": _set,
+    "builtins.frozenset": _set,
     "_codecs.encode": _encode,
     "torch.Size": tuple,
     "torch._utils._rebuild_tensor": _tensor,
@@ -266,6 +287,8 @@ def _state_dict(module: Inert) -> dict[str, Tensor]:
         if count > _MOST_MODULES:
             raise pickle.UnpicklingError(f"a network has more than {_MOST_MODULES:,} modules")
         prefix, module, above = open_modules.pop()
+        if len(above) > _MOST_LEVELS or len(prefix) > _LONGEST_NAME:
+            raise pickle.UnpicklingError(f"a network has modules in modules, more than {_MOST_LEVELS} levels deep")
         own = below = state = module.state
         if "_modules" in state:
             hidden = state.get("_non_persistent_buffers_set") or ()

@@ -62,6 +62,23 @@ def unpickle(file: IO[bytes], *, known: Known, persistent: Callable[[Any], Any])
         raise pickle.UnpicklingError("its pickle is damaged" if unclear else str(error)) from error
 
 
+_DEEPEST_KEY = 20
+
+
+def hashable(key: Any) -> Any:
+    """A key of a dict or element of a set, if it can be hashed: Python overflows its stack in tuples of tuples.
+
+    Raises:
+        pickle.UnpicklingError: it is nested too deep.
+    """
+    level = [key]
+    for _ in range(_DEEPEST_KEY):
+        level = [part for one in level if isinstance(one, (tuple, frozenset)) for part in one]
+        if not level:
+            return key
+    raise pickle.UnpicklingError("a key of a table is nested too deep")
+
+
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 _LITERALS = frozenset(
@@ -129,11 +146,11 @@ class _Machine:
 
     def _dict(self, _: Any) -> None:
         above = self._pop_mark()
-        self.stack.append(dict(zip(above[::2], above[1::2], strict=True)))
+        self.stack.append({hashable(key): value for key, value in zip(above[::2], above[1::2], strict=True)})
 
     def _frozenset(self, _: Any) -> None:
         above = self._pop_mark()
-        self.stack.append(frozenset(above))
+        self.stack.append(frozenset(map(hashable, above)))
 
     def _append(self, _: Any) -> None:
         self._extend([self.stack.pop()])
@@ -150,7 +167,7 @@ class _Machine:
         if isinstance(target, Inert):
             target.elements.extend(elements)
         else:
-            target.update(elements)
+            target.update(map(hashable, elements))
 
     def _setitem(self, _: Any) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -165,7 +182,7 @@ class _Machine:
         if isinstance(target, Inert):
             target.pairs.extend(pairs)
         else:
-            target.update(pairs)
+            target.update((hashable(key), value) for key, value in pairs)
 
     def _global(self, argument: str) -> None:
         self.stack.append(Global(argument.replace(" ", ".", 1)))  # module and name
