@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-import tarfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.files import strict_text
+from pipelines.conversion import tar_reader
+from pipelines.files import open_regular, read_regular, strict_text
 from pipelines.runtime import InputError
 from pipelines.storage.file_index import is_image_name
 from pipelines.storage.source import KeyTable, fingerprint
@@ -21,7 +20,7 @@ from pipelines.storage.source import KeyTable, fingerprint
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
 _REPORT_EVERY = 10_000  # images
-_MAX_PADDING = 1 << 20  # bytes of zeros after the last member: the largest record in use (GNU tar's default: 10 KiB)
+_LARGEST_LIST = 1 << 28  # bytes of a label file
 _WNID = re.compile(r"n\d{8}")
 _HEADER = "ImageId"  # first word of LOC_val_solution.csv
 
@@ -78,98 +77,81 @@ def open_archive(
         classes: class names in the order in which integers in `val_labels` count.
         progress: called with the number of images found so far.
     """
-    if _is_train_archive(path):
-        return _open_train_archive(path, progress)
+    with open_regular(path) as file:
+        if _is_train_archive(path, file.fileno()):
+            return _open_train_archive(path, file.fileno(), progress)
+        members = _val_members(path, file.fileno(), progress) if val_labels is not None else []
     if val_labels is None:
         raise InputError(
             f"{path} does not say which class its images have: give --val-labels FILE with one wnid per line in the "
             "order of the file names, or lines of NAME WNID."
         )
-    members = _val_members(path, progress)
     names = read_val_labels(val_labels, [member[0] for member in members], classes)
     return ArchiveSource(path, list(zip(names, members, strict=True)), tuple(sorted(set(names))))
 
 
-def _is_train_archive(path: Path) -> bool:
+def _is_train_archive(path: Path, descriptor: int) -> bool:
     """Whether the first file in the archive is an archive itself."""
-    with path.open("rb") as file, _open_tar(file, path) as archive:
-        for info in archive:
-            if info.isfile():
-                return info.name.endswith(".tar")
+    for member in _members(path, descriptor):
+        return member.name.endswith(".tar")
     raise InputError(f"{path} holds no files: download it again.")
 
 
-def _open_train_archive(path: Path, progress: Callable[[int], None] | None) -> ArchiveSource:
+def _open_train_archive(path: Path, descriptor: int, progress: Callable[[int], None] | None) -> ArchiveSource:
     """Index a tar of one tar per class (``n01440764.tar``, ...); classes are their sorted names."""
     members: list[tuple[str, Member]] = []
     classes = set()
-    with path.open("rb") as file, _open_tar(file, path) as archive:
-        for info in _members(archive, file, path):
-            inner = archive.extractfile(info) if info.name.endswith(".tar") else None
-            if inner is None:
-                continue
-            name, start = PurePosixPath(info.name).stem, info.offset_data
-            with _open_tar(inner, path, start=start) as class_archive:
-                images = filter(_is_image, _members(class_archive, inner, path, start=start))
-                members.extend((name, _member(image, start=start)) for image in images)
-            classes.add(name)
-            if progress is not None:
-                progress(len(members))
+    for archive in _members(path, descriptor):
+        if not archive.name.endswith(".tar"):
+            continue
+        name, end = PurePosixPath(archive.name).stem, archive.offset + archive.size
+        images = filter(_is_image, _members(path, descriptor, start=archive.offset, end=end))
+        members.extend((name, _member(image)) for image in images)
+        classes.add(name)
+        if progress is not None:
+            progress(len(members))
     if not members:
         raise _damaged(path, "there are no images in it")
     return ArchiveSource(path, members, tuple(sorted(classes)))
 
 
-def _val_members(path: Path, progress: Callable[[int], None] | None) -> list[Member]:
+def _val_members(path: Path, descriptor: int, progress: Callable[[int], None] | None) -> list[Member]:
     """Images of a flat tar, sorted by file name."""
     members: list[Member] = []
-    with path.open("rb") as file, _open_tar(file, path) as archive:
-        for info in filter(_is_image, _members(archive, file, path)):
-            members.append(_member(info))
-            if progress is not None and len(members) % _REPORT_EVERY == 0:
-                progress(len(members))
+    for image in filter(_is_image, _members(path, descriptor)):
+        members.append(_member(image))
+        if progress is not None and len(members) % _REPORT_EVERY == 0:
+            progress(len(members))
     if not members:
         raise _damaged(path, "there are no images in it")
     return sorted(members)
 
 
-def _open_tar(file: IO[bytes], path: Path, *, start: int = 0) -> tarfile.TarFile:
-    try:
-        return tarfile.open(fileobj=file, mode="r:")
-    except tarfile.TarError as error:
-        raise _damaged(path, f"at byte {start} there is no uncompressed tar file ({error})") from None
+def _members(path: Path, descriptor: int, *, start: int = 0, end: int | None = None) -> Iterator[tar_reader.Member]:
+    """The files of an archive, or of the one from byte `start` to byte `end` in it.
 
-
-def _members(archive: tarfile.TarFile, file: IO[bytes], path: Path, *, start: int = 0) -> list[tarfile.TarInfo]:
-    """All members of `archive`, read from `file`, which begins at byte `start` of `path`.
-
-    `tarfile` takes an unreadable header for the end of the archive and silently drops everything after it. So the
-    members must be followed by the zeros that every tar program writes.
+    Raises:
+        InputError: it is damaged, a name leads out of it, or an image or archive in it is a link.
     """
     try:
-        members = archive.getmembers()
-    except tarfile.TarError as error:
+        for member in tar_reader.tar_members(descriptor, start=start, end=end):
+            parts = PurePosixPath(member.name).parts
+            if ".." in parts or "/" in parts[:1] or not parts:
+                raise _damaged(path, f"the name of {member.name[:200]!r} leads out of it")
+            if not member.is_link:
+                yield member
+            elif _is_image(member) or member.name.endswith(".tar"):
+                raise _damaged(path, f"{member.name[:200]!r} is a link and no file")
+    except tar_reader.DamagedTarError as error:
         raise _damaged(path, str(error)) from None
-    end = 0
-    if members:
-        last = members[-1]
-        end = last.offset_data + (-(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if last.isreg() else 0)
-    file.seek(end)
-    rest = file.read(_MAX_PADDING + 1)
-    # After the first block of zeros POSIX allows any bytes up to the end of the record.
-    if len(rest) < tarfile.BLOCKSIZE or any(rest[: tarfile.BLOCKSIZE]) or any(rest[tarfile.RECORDSIZE :]):
-        raise _damaged(path, f"at byte {start + end} there is neither a file nor the end marker")
-    if len(rest) > _MAX_PADDING:
-        raise _damaged(path, f"from byte {start + end} on there are only zeros")
-    return members
 
 
-def _is_image(info: tarfile.TarInfo) -> bool:
-    return info.isfile() and is_image_name(PurePosixPath(info.name).name)
+def _is_image(member: tar_reader.Member) -> bool:
+    return is_image_name(PurePosixPath(member.name).name)
 
 
-def _member(info: tarfile.TarInfo, *, start: int = 0) -> Member:
-    return PurePosixPath(info.name).stem, start + info.offset_data, info.size
+def _member(member: tar_reader.Member) -> Member:
+    return PurePosixPath(member.name).stem, member.offset, member.size
 
 
 def _damaged(path: Path, problem: str) -> InputError:
@@ -253,11 +235,12 @@ def _resolve(path: Path, numbers: list[int], classes: tuple[str, ...] | None) ->
 def _lines(path: Path, option: str) -> list[str]:
     """Lines that are not empty."""
     try:
-        lines = [line.strip() for line in strict_text(path.read_bytes()).split("\n") if line.strip()]
+        text = strict_text(read_regular(path, most=_LARGEST_LIST))
     except FileNotFoundError:
         raise InputError(f"{option} {path} does not exist: check the path.") from None
-    except InputError as error:
+    except ValueError as error:
         raise InputError(f"{option} {path} is not a text file: {error}") from None
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise InputError(f"{option} {path} is empty: give one line per entry.")
     return lines
