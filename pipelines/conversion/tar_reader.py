@@ -42,7 +42,8 @@ def tar_members(descriptor: int, *, start: int = 0, end: int | None = None) -> I
     end = os.fstat(descriptor).st_size if end is None else end
     position = start
     while True:
-        at, named, sizes = position, "", []
+        at, named = position, ""
+        sizes: list[str] = []
         for _ in range(_MOST_HEADERS):
             block = os.pread(descriptor, max(0, min(BLOCK, end - position)), position)
             if len(block) == BLOCK and not any(block):
