@@ -176,7 +176,16 @@ def test_a_sparse_file_of_gnu_tar(tmp_path: Path) -> None:
     with (tmp_path / "a.jpg").open("wb") as file:
         file.truncate(1 << 20)
     for form in ("gnu", "posix"):
-        command: list[str | Path] = ["tar", f"--format={form}", "-S", "-cf", tmp_path / "a.tar", "-C", tmp_path, "a.jpg"]
+        command: list[str | Path] = [
+            "tar",
+            f"--format={form}",
+            "-S",
+            "-cf",
+            tmp_path / "a.tar",
+            "-C",
+            tmp_path,
+            "a.jpg",
+        ]
         subprocess.run(command, check=True)
         with pytest.raises(DamagedTarError, match="sparse"):
             listed(tmp_path / "a.tar")
