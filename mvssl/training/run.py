@@ -35,6 +35,7 @@ from mvssl.training.memory import explain_out_of_memory
 from mvssl.training.monitor import Diverged, Monitor
 from mvssl.training.shutdown import Interrupted, StopRequest
 from mvssl.weights.init_from import init_from
+from pipelines.names import NAME, visible
 from pipelines.runtime import InputError, steady
 from pipelines.storage import Source, check_outside, split_paths
 
@@ -286,7 +287,8 @@ def describe_images(source: Source) -> str:
         return f"{images} without labels"
     labels, counts = np.unique(labelled, return_counts=True)
     if len(labels) <= 4:
-        each = ", ".join(f"{source.classes[label]} {count:,}" for label, count in zip(labels, counts, strict=True))
+        names = (visible(source.classes[label], NAME) for label in labels)
+        each = ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
     else:
         each = f"{counts.min():,} to {counts.max():,} each" if counts.min() < counts.max() else f"{counts[0]:,} each"
     missing = len(source) - len(labelled)
