@@ -74,14 +74,16 @@ def is_finite(number: float) -> bool:
         return False
 
 
-def check_fields(owner: Any, *, with_class: bool = True) -> None:
+def check_fields(owner: Any, *, with_class: bool = True, prefix: str | None = None) -> None:
     """Check every field of a dataclass: its type, its rule, the choices of a `Literal`, and that no path is empty.
 
     Raises:
-        InputError: the first field that breaks its rule, named `CLASS.FIELD`, or `FIELD` without `with_class`.
+        InputError: the first field that breaks its rule, named `CLASS.FIELD`, or `FIELD` without `with_class`, or with
+            this prefix.
     """
     kind: type = type(owner)
-    prefix = f"{kind.__name__}." if with_class else ""
+    if prefix is None:
+        prefix = f"{kind.__name__}." if with_class else ""
     check_types(owner, prefix)
     for own in fields(owner):
         value, rule = getattr(owner, own.name), _rule(kind, own)

@@ -145,11 +145,13 @@ class Loader:
         self._device = with_index(device)
         self._engine = ViewEngine(self._specs, device=self._device, backend=backend, dtype=dtype)
         self._stream = SideStream(self._device)
+        facts = facts_of(source)
         decoder = decoder_of(
             decode,
             device=self._device,
             batch_size=share.stop - share.start,
-            value_range=facts_of(source).value_range,
+            value_range=facts.value_range,
+            limits=facts.limits,
         )
         self._fetch = Fetcher(source, decoder, threads=thread_count(decode))
         self._bad: dict[int, str] = {}  # dataset index -> reason

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from pipelines.checks import at_least, at_least_zero, between, check_fields
-from pipelines.decode import DaliOptions, DecodeOptions, DecoderName
+from pipelines.decode import DaliOptions, DecodeOptions, DecoderName, ImageLimits
 from pipelines.decode.base import MOST_THREADS
 from pipelines.loading.pixel_cache import Cache
 from pipelines.runtime import InputError, invalid
@@ -53,6 +53,7 @@ class RunOptions(Execution):
         dali: options of DALI on a GPU.
         value_range: MIN..MAX of the values of images with more than 8 bits, such as 0..4095 for 12 bits in files of 16;
             values outside are clamped. Converted data have their own; else needed unless 16 bits are used.
+        limits: images beyond these limits are bad images and are replaced.
         cache: pixel cache, so that later epochs neither read nor decode images: in host or device (GPU) memory, or off;
             auto: device if the pixels of all images take at most 40 % of its free memory and steps fit next to them,
             else host if at most 50 %. Every process caches all images.
@@ -82,6 +83,7 @@ class RunOptions(Execution):
     threads: int | None = between(1, MOST_THREADS, None, "give a positive number")
     dali: DaliOptions = field(default_factory=DaliOptions)
     value_range: str | None = None
+    limits: ImageLimits = field(default_factory=ImageLimits)
     cache: Cache = "off"
     prefetch: int = between(1, 1000, 2, "give a small number")
     log: tuple[LogTarget, ...] = ("tensorboard",)

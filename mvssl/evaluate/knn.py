@@ -270,7 +270,8 @@ def _write_sheet(
 
 def _tile(source: Source, index: int) -> Image.Image:
     """Thumbnail of an image's centre, upright."""
-    pixels = decode_one(source.read(index), value_range=facts_of(source).value_range)
+    facts = facts_of(source)
+    pixels = decode_one(source.read(index), value_range=facts.value_range, limits=facts.limits)
     if isinstance(pixels, str):  # replaced in place since its features were computed
         raise InputError(f"Image {source.key(index)} cannot be decoded ({pixels}): restore it.")
     return ImageOps.fit(Image.fromarray(pixels), (_TILE, _TILE))

@@ -21,7 +21,7 @@ from mvssl.models.backbones import feature_width
 from mvssl.runs.results import ResultFile, locked_folder
 from mvssl.weights.load import BackboneSource, LoadedBackbone, load_backbone
 from pipelines.checks import between, check_fields
-from pipelines.decode import DecodeOptions, DecoderName
+from pipelines.decode import DecodeOptions, DecoderName, ImageLimits
 from pipelines.decode.base import MOST_THREADS
 from pipelines.loading.deep_images import pixels_of, state_value_range
 from pipelines.names import say
@@ -44,6 +44,7 @@ class ComputeOptions:
         extract_batch: images per forward of the frozen backbone.
         value_range: MIN..MAX of the values of images with more than 8 bits, such as 0..4095 for 12 bits in files of 16;
             by default that of the run or of converted data.
+        limits: images beyond these limits are bad images.
     """
 
     device: str = "auto"
@@ -52,6 +53,7 @@ class ComputeOptions:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     extract_batch: int = between(1, LARGEST_BATCH, 256)
     value_range: str | None = None
+    limits: ImageLimits = field(default_factory=ImageLimits)
 
     def __post_init__(self) -> None:
         check_fields(self, with_class=False)
@@ -92,6 +94,7 @@ class Session:
         console: for messages; silent on ranks other than 0.
         stated_range: range of values of images with more than 8 bits, by the user; None if not stated.
         run_range: that of the run; taken where neither the user nor the data state one.
+        limits: of images; None for the defaults.
     """
 
     device: torch.device
@@ -102,6 +105,7 @@ class Session:
     console: Console = field(default_factory=lambda: Console(quiet=True))
     stated_range: ValueRange | None = None
     run_range: ValueRange | None = None
+    limits: ImageLimits | None = None
 
     def autocasting(self) -> torch.autocast:
         """The context of a forward."""
@@ -263,6 +267,7 @@ def open_backbone(source: BackboneSource, compute: ComputeOptions) -> Iterator[B
             console=Console(quiet=not world.is_rank0),
             stated_range=None if compute.value_range is None else parse_value_range(compute.value_range),
             run_range=_run_range(loaded),
+            limits=compute.limits,
             loaded=loaded,
             width=width,
         )
@@ -298,7 +303,7 @@ def open_images(path: Path, session: Session) -> Source:
 
     def opened() -> Source:
         source = open_source(path, progress=progress)
-        state_value_range(source, session.stated_range, default=session.run_range)
+        state_value_range(source, session.stated_range, default=session.run_range, limits=session.limits)
         return source
 
     return session.world.run_on_rank0_first(opened)

@@ -82,9 +82,16 @@ def write_view_sheet(recipe: Recipe, source: Source, images: NDArray[np.int64], 
     """Draw some images (indices [N]) and their views in epoch 0, the same as in training."""
     specs = recipe.views
     index = torch.from_numpy(images)  # [N]
-    value_range = facts_of(source).value_range
+    facts = facts_of(source)
     with closing(
-        make_decoder("pillow", device="cpu", batch_size=len(index), threads=1, value_range=value_range)
+        make_decoder(
+            "pillow",
+            device="cpu",
+            batch_size=len(index),
+            threads=1,
+            value_range=facts.value_range,
+            limits=facts.limits,
+        )
     ) as decoder:
         decoded = decoder([_read(source, i) for i in index.tolist()])
     good = torch.tensor([n not in decoded.failures for n in range(len(index))])  # [N]

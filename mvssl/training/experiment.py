@@ -27,6 +27,7 @@ from mvssl.training.cuda_graph import wants_capture
 from mvssl.training.memory import peak_step_memory
 from mvssl.training.step import TrainStep
 from mvssl.weights.backbone_file import export_backbone
+from pipelines.decode import ImageLimits
 from pipelines.loader import Loader
 from pipelines.loading.deep_images import state_value_range
 from pipelines.loading.pixel_cache import Cache, CachedSource, free_memory, with_cache
@@ -209,14 +210,14 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
     with ExitStack() as stack:
         train_path, val_path = world.run_on_all(partial(_data_paths, options.data, options.val, world))
         stated = world.run_on_rank0(partial(_stated_range, options))
-        source = _open_source(train_path, console, world, stated=stated)
+        source = _open_source(train_path, console, world, stated=stated, limits=options.limits)
         stack.callback(source.close)
         known = facts_of(source).value_range
         if known is not None:  # also of converted data; kept with the run
             options = replace(options, value_range=str(known))
         val = None
         if val_path is not None:
-            val = _open_source(val_path, console, world, stated=stated, default=known)
+            val = _open_source(val_path, console, world, stated=stated, default=known, limits=options.limits)
             stack.callback(val.close)
             _check_same_range(source, val)
             _check_same_images(val, world)
@@ -328,6 +329,7 @@ def _open_source(
     *,
     stated: ValueRange | None,
     default: ValueRange | None = None,
+    limits: ImageLimits,
 ) -> Source:
     """Open images; rank 0 indexes a folder first, the others then find its index in the cache.
 
@@ -338,7 +340,7 @@ def _open_source(
 
     def opened() -> Source:
         source = open_source(path, progress=Progress(console, f"indexing {path}").update)
-        state_value_range(source, stated, default=default)
+        state_value_range(source, stated, default=default, limits=limits)
         return source
 
     return world.run_on_rank0_first(opened)

@@ -184,7 +184,7 @@ def adapt_to_ffcv(image: CheckedImage, *, page: int, quality: int | None) -> Che
         return image
     if image.extension == "jpg" and _is_gray_or_rgb(image):
         return image if image.data.nbytes <= page else CheckedImage(bad=_too_large(image.data.nbytes, page))
-    pixels = decode_one(image.data, value_range=image.value_range)
+    pixels = decode_one(image.data, value_range=image.value_range, limits=image.limits)
     if isinstance(pixels, str):
         return CheckedImage(bad=pixels)
     if pixels.nbytes <= page and max(pixels.shape) <= _MAX_SIDE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +15,8 @@ from rich.console import Console
 from pipelines.conversion.conversion import Conversion, Options
 from pipelines.conversion.sources import find_jobs
 from pipelines.conversion.value_measure import measure_jobs
-from pipelines.decode.base import MAX_PIXELS, MAX_REDUCED, MOST_THREADS
+from pipelines.decode.base import MOST_THREADS
+from pipelines.decode.limits import ImageLimits
 from pipelines.names import visible
 from pipelines.progress import Progress
 from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
@@ -47,8 +48,8 @@ class Convert:
     """Tar shards and their index, or one images.beton, which FFCV also reads."""
     max_size: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
     """Longest side in pixels: larger images are scaled down and encoded again (JPEG, quality 95 or --quality); needed
-    for those of more than 89 megapixels. Without it, bytes pass through unchanged (in .beton only of gray and RGB
-    JPEGs; other images are stored as pixels)."""
+    for those beyond --limits.pixels, which are read up to twice that size, JPEGs at any size. Without it, bytes pass
+    through unchanged (in .beton only of gray and RGB JPEGs; other images are stored as pixels)."""
     quality: Annotated[int | None, tyro.conf.arg(metavar="Q", help_behavior_hint="(default: bytes pass through)")] = (
         None
     )
@@ -72,6 +73,8 @@ class Convert:
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Read the converted data back and compare the checksum of every image. With the command of a finished conversion,
     only this is done. (Training compares them, too, whenever it reads an image.)"""
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    """Images beyond these limits are quarantined."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Remove converted data from DST and start again."""
 
@@ -105,6 +108,7 @@ def convert(config: Convert) -> None:
         format=config.format,
         strict=config.strict,
         value_range=None if config.value_range == "auto" else parse_value_range(config.value_range),
+        limits=config.limits,
     )
     progress = Progress(Console(stderr=True), f"indexing {config.src}").update
     jobs = find_jobs(config.src, val_labels=config.val_labels, classes_file=config.classes, progress=progress)
@@ -112,7 +116,7 @@ def convert(config: Convert) -> None:
     for conversion in conversions:  # all before the first runs, so that no error comes after hours
         conversion.prepare(overwrite=config.overwrite)
     if options.value_range is None and not all(conversion.finished for conversion in conversions):
-        _measure(conversions, workers, limit=MAX_PIXELS if options.max_size is None else MAX_REDUCED)
+        _measure(conversions, workers, reduced=options.max_size is not None)
     for conversion in conversions:
         print(visible(conversion.run(workers=workers)), flush=True)
     if config.verify:
@@ -120,12 +124,12 @@ def convert(config: Convert) -> None:
             print(visible(verify(config.dst / job.name)), flush=True)
 
 
-def _measure(conversions: Sequence[Conversion], workers: int, *, limit: int) -> None:
-    """Find the range of values for all splits; `limit` is the number of pixels of the largest image."""
+def _measure(conversions: Sequence[Conversion], workers: int, *, reduced: bool) -> None:
+    """Find the range of values for all splits, of which smaller versions are wanted if `reduced`."""
     progress = Progress(Console(stderr=True), "measuring the values of deep images").update
     try:
         jobs = [conversion.job for conversion in conversions]
-        values = measure_jobs(jobs, workers=workers, limit=limit, progress=progress)
+        values = measure_jobs(jobs, workers=workers, reduced=reduced, progress=progress)
     except BaseException:
         for conversion in conversions:
             conversion.release()

@@ -9,7 +9,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from pipelines.conversion.shard_state import Format, Merged, ShardState
 from pipelines.conversion.sources import Job, ReadErrors, SourceGoneError, read
 from pipelines.conversion.tar_writer import TarFormat, member_keys
 from pipelines.decode.damage import ODD, can_find_damage
+from pipelines.decode.limits import ImageLimits, beyond_bytes
 from pipelines.files import write_whole
 from pipelines.progress import Progress
 from pipelines.runtime import InputError
 from pipelines.storage.beton_format import page_bytes
+from pipelines.storage.image_facts import facts_of
 from pipelines.storage.manifest import FORMATS, INDEX_DTYPE, QUARANTINE, VERSION, WARNINGS, Manifest
 from pipelines.storage.source import KeyTable, fingerprint
 from pipelines.value_range import ValueRange
@@ -48,6 +50,7 @@ class Options:
         format: "shards" or "beton".
         strict: leave out images that are damaged but decode.
         value_range: of images with more than 8 bits, as stated; None: to be measured.
+        limits: images beyond them are bad.
     """
 
     max_size: int | None
@@ -56,6 +59,7 @@ class Options:
     format: str
     strict: bool = False
     value_range: ValueRange | None = None
+    limits: ImageLimits = field(default_factory=ImageLimits)
 
 
 class Conversion:
@@ -82,7 +86,9 @@ class Conversion:
             **({} if options.format == "shards" else {"form": options.format}),
             **({"strict": True} if options.strict else {}),
             **({} if options.value_range is None else {"value_range": str(options.value_range)}),
+            **({} if options.limits == ImageLimits() else {"limits": dataclasses.asdict(options.limits)}),
         }
+        facts_of(job.source).limits = options.limits
         self._format: Format = TarFormat(self._destination)
         if options.format == "beton":
             self._format = BetonFormat(
@@ -190,6 +196,9 @@ class Conversion:
             yield first, future.result()
 
     def _check(self, index: int) -> CheckedImage:
+        problem = beyond_bytes(int(self.job.source.nbytes[index]), self._options.limits)
+        if problem:
+            return CheckedImage(bad=problem)
         data = read(self.job.source, index)
         if isinstance(data, str):
             return CheckedImage(bad=data, unread=True)
@@ -202,6 +211,7 @@ class Conversion:
             quality=options.quality,
             strict=options.strict,
             value_range=self._value_range,
+            limits=options.limits,
             log=self._log,
         )
         return self._format.adapt(image)

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipelines.decode.base import MAX_PIXELS
 from pipelines.decode.damage import find_damage
+from pipelines.decode.limits import ImageLimits
 from pipelines.decode.pillow import decode_one
 from pipelines.value_range import ValueRange
 
@@ -45,6 +45,7 @@ class CheckedImage:
         unread: whether it is bad because its bytes could not be read.
         warned: warnings about an image that decodes, or "".
         value_range: of the stored image, if it has more than 8 bits.
+        limits: that it was checked against.
         damage: what `find_damage` says about an image that decodes, None if nothing; also in `warned`.
     """
 
@@ -58,6 +59,7 @@ class CheckedImage:
     warned: str = ""
     damage: str | None = None
     value_range: ValueRange | None = None
+    limits: ImageLimits = field(default_factory=ImageLimits)
 
     @property
     def checksum(self) -> int:
@@ -72,6 +74,7 @@ def check_image(
     quality: int | None = None,
     strict: bool = False,
     value_range: ValueRange | None = None,
+    limits: ImageLimits | None = None,
     log: WarningLog,
 ) -> CheckedImage:
     """Decode an encoded image completely, as training would, and return the bytes to store.
@@ -83,10 +86,12 @@ def check_image(
         quality: JPEG quality at which every image is encoded again, upright. None: bytes pass through.
         strict: an image that is damaged but decodes is bad.
         value_range: of images with more than 8 bits; None if they use 16.
+        limits: images beyond them are bad; None for the defaults.
         log: collects this thread's warnings.
     """
+    limits = limits or ImageLimits()
     log.take()
-    pixels = decode_one(data, value_range=value_range, max_size=max_size)  # [H, W, 3]
+    pixels = decode_one(data, value_range=value_range, max_size=max_size, limits=limits)  # [H, W, 3]
     warned = log.take()
     if isinstance(pixels, str):
         return CheckedImage(bad=pixels)
@@ -99,19 +104,21 @@ def check_image(
         if strict:
             return CheckedImage(bad=text)
         warned = "; ".join(filter(None, (warned, text)))
-    stored = _stored(data, pixels, max_size=max_size, quality=quality)
-    return stored if stored.bad else dataclasses.replace(stored, warned=warned, damage=damage, value_range=value_range)
+    stored = _stored(data, pixels, max_size=max_size, quality=quality, most=limits.pixels)
+    if stored.bad:
+        return stored
+    return dataclasses.replace(stored, warned=warned, damage=damage, value_range=value_range, limits=limits)
 
 
 def _stored(
-    data: npt.NDArray[np.uint8], pixels: npt.NDArray[np.uint8], *, max_size: int | None, quality: int | None
+    data: npt.NDArray[np.uint8], pixels: npt.NDArray[np.uint8], *, max_size: int | None, quality: int | None, most: int
 ) -> CheckedImage:
-    """The bytes to store of an image and its pixels, uint8 [H, W, 3]."""
+    """The bytes to store of an image and its pixels, uint8 [H, W, 3], of which at most `most` are stored."""
     height, width = pixels.shape[:2]
     scale = 1.0 if max_size is None else min(1.0, max_size / max(height, width))
-    if round(scale * height) * round(scale * width) > MAX_PIXELS:
+    if round(scale * height) * round(scale * width) > most:
         return CheckedImage(
-            bad=f"{width} x {height} pixels become more than the allowed {MAX_PIXELS:,}: give a smaller --max-size"
+            bad=f"{width} x {height} pixels become more than the allowed {most:,}: give a smaller --max-size"
         )
     if scale == 1.0 and quality is None:
         return CheckedImage(data=data, height=height, width=width, extension=_extension(data[:12].tobytes()))

@@ -39,14 +39,14 @@ class Values:
 
 
 def measure_jobs(
-    jobs: Sequence[Job], *, workers: int, limit: int, progress: Callable[[int], None] | None = None
+    jobs: Sequence[Job], *, workers: int, reduced: bool, progress: Callable[[int], None] | None = None
 ) -> Values:
     """Look at every image that may have more than 8 bits: the fewest bits that hold the largest of their values.
 
     Args:
         jobs: the splits.
         workers: threads.
-        limit: pixels of the largest image that can be converted.
+        reduced: whether smaller versions of images are wanted.
         progress: called with the number of images looked at.
 
     Raises:
@@ -66,7 +66,7 @@ def measure_jobs(
         warnings.simplefilter("ignore")  # the conversion lists them
         for job in jobs:
             odd: dict[int, str] = {}
-            for index, measured in _measured(job.source, pool, limit=limit):
+            for index, measured in _measured(job.source, pool, reduced=reduced):
                 done += 1
                 if measured is not None and measured.fits_16_bits:
                     largest = max(largest, measured.high)
@@ -78,14 +78,15 @@ def measure_jobs(
     return Values(value_range=None if largest < 0 else bits_for(largest), measured=True, refused=refused)
 
 
-def _measured(source: Source, pool: ThreadPoolExecutor, *, limit: int) -> Iterator[tuple[int, Measured | None]]:
+def _measured(source: Source, pool: ThreadPoolExecutor, *, reduced: bool) -> Iterator[tuple[int, Measured | None]]:
     """Values of the deep images, and None for others that were looked at."""
+    limits = facts_of(source).limits
 
     def look(index: int) -> tuple[int, Measured | None]:
         try:
             if isinstance(source, FolderSource) and not may_be_deep(source.head(index, HEAD_BYTES)):
                 return index, None
-            return index, measure(source.read(index), limit=limit)
+            return index, measure(source.read(index), limits=limits, reduced=reduced)
         except OSError:  # the conversion names it
             return index, None
 

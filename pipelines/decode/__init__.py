@@ -10,20 +10,21 @@ import os
 import torch
 
 from pipelines.batch import with_index
-from pipelines.decode.base import DECODERS, MAX_PIXELS, DaliOptions, Decoded, DecodeOptions, Decoder, DecoderName
+from pipelines.decode.base import DECODERS, DaliOptions, Decoded, DecodeOptions, Decoder, DecoderName
 from pipelines.decode.ffcv import FfcvDecoder
+from pipelines.decode.limits import ImageLimits
 from pipelines.decode.pillow import PillowDecoder
 from pipelines.runtime import InputError, invalid
 from pipelines.value_range import ValueRange
 
 __all__ = [
     "DECODERS",
-    "MAX_PIXELS",
     "DaliOptions",
     "DecodeOptions",
     "Decoded",
     "Decoder",
     "DecoderName",
+    "ImageLimits",
     "decoder_of",
     "default_threads",
     "make_decoder",
@@ -41,6 +42,7 @@ def make_decoder(
     threads: int,
     dali: DaliOptions | None = None,
     value_range: ValueRange | None = None,
+    limits: ImageLimits | None = None,
 ) -> Decoder:
     """Make a decoder.
 
@@ -51,6 +53,7 @@ def make_decoder(
         threads: CPU threads for decoding.
         dali: options of DALI on a GPU.
         value_range: of images with more than 8 bits; None if they use 16.
+        limits: images beyond them are failures; None for the defaults.
 
     Raises:
         InputError: unknown kind, a number below 1, a requested library that is missing, or `dali` without a GPU.
@@ -69,10 +72,10 @@ def make_decoder(
             "leave them out, or take device cuda and decoder dali."
         )
     if kind == "pillow":
-        return PillowDecoder(threads=threads, value_range=value_range)
+        return PillowDecoder(threads=threads, value_range=value_range, limits=limits)
     if kind == "ffcv":
         try:
-            return FfcvDecoder(threads=threads, value_range=value_range)
+            return FfcvDecoder(threads=threads, value_range=value_range, limits=limits)
         except OSError as error:
             raise InputError(
                 f"decoder is 'ffcv' but FFCV's library cannot be used ({error}): run tools/install_ffcv.sh, or take "
@@ -87,7 +90,12 @@ def make_decoder(
     from pipelines.decode.dali import DaliDecoder  # DALI may be missing
 
     return DaliDecoder(
-        device=with_index(device), batch_size=batch_size, threads=threads, options=dali, value_range=value_range
+        device=with_index(device),
+        batch_size=batch_size,
+        threads=threads,
+        options=dali,
+        value_range=value_range,
+        limits=limits,
     )
 
 
@@ -97,6 +105,7 @@ def decoder_of(
     device: str | torch.device,
     batch_size: int,
     value_range: ValueRange | None = None,
+    limits: ImageLimits | None = None,
 ) -> Decoder:
     """The decoder for these options (None for the defaults); raises as `make_decoder`."""
     options = options or DecodeOptions()
@@ -107,6 +116,7 @@ def decoder_of(
         threads=thread_count(options),
         dali=options.dali,
         value_range=value_range,
+        limits=limits,
     )
 
 

@@ -13,11 +13,6 @@ from torch import Tensor
 from pipelines.runtime import InputError, invalid
 
 MOST_THREADS = 1024  # above all machines
-MAX_PIXELS = 89_478_485
-MAX_BYTES = 1 << 29  # of an encoded image: that many pixels of 16 bits take as much, without compression
-"""Larger images are failures instead of running out of memory; Pillow's limit, 2**30 bytes / 4 / 3."""
-MAX_REDUCED = 2 * MAX_PIXELS
-"""As `MAX_PIXELS`, where only a smaller version of the image is wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +35,11 @@ class Decoder(Protocol):
 
     Gray and palette images become RGB, CMYK is converted, alpha is dropped, values of more than 8 bits are scaled by
     their range (16-bit values that use all bits need none and keep their high byte), the orientation is that of
-    Pillow's `exif_transpose`, and the first of several frames is taken. Empty, truncated, undecodable and huge
-    (`MAX_PIXELS`) files are failures with a reason, not exceptions. The result for an image does not depend on the
+    Pillow's `exif_transpose`, and the first of several frames is taken. Empty, truncated and undecodable files, and
+    those beyond the limits, are failures with a reason, not exceptions. The result for an image does not depend on the
     others of the call. A JPEG that is damaged inside but complete decodes with its damage, as with libjpeg; some of
-    those pass with DALI, which complains on standard error, and fail with Pillow, which is silent.
+    those pass with DALI, which complains on standard error, and fail with Pillow, which is silent: `find_damage` tells
+    which images go to Pillow with every decoder.
     """
 
     @property

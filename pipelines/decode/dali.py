@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from pipelines.decode.base import MAX_PIXELS, DaliOptions, Decoded, DecodedPart, completed_by_pillow
+from pipelines.decode.base import DaliOptions, Decoded, DecodedPart, completed_by_pillow
+from pipelines.decode.limits import ImageLimits
 from pipelines.decode.pillow import PillowDecoder, decode_one
 from pipelines.decode.sniff import sniff
 from pipelines.runtime import InputError, invalid
@@ -31,7 +32,7 @@ class DaliDecoder:
     DALI cannot skip a sample: an image that it refuses loses the batch. Such a batch is halved until the refused image
     is alone, and only that one goes to Pillow, so the result for an image never depends on its neighbours.
 
-    GPU memory: the pixels of each batch that is alive (3 bytes per pixel, at most `MAX_PIXELS` per image), nvJPEG's
+    GPU memory: the pixels of each batch that is alive (3 bytes per pixel, within the limit on pixels), nvJPEG's
     buffers (16 MiB per thread, more for large images) and those of the hardware decoder. DALI allocates them from its
     own pool, which grows to the largest need and never shrinks: a few huge images cost their memory until the process
     ends. With `DALI_USE_CUDA_MALLOC_ASYNC=1` in the environment DALI uses CUDA's pool, which frees unused memory.
@@ -45,12 +46,14 @@ class DaliDecoder:
         threads: int,
         options: DaliOptions | None = None,
         value_range: ValueRange | None = None,
+        limits: ImageLimits | None = None,
     ) -> None:
         self._device = device
         self._batch_size = batch_size
         self._threads = threads
         self._options = options or DaliOptions()
-        self._pillow = PillowDecoder(threads=threads, value_range=value_range)
+        self._limits = limits or ImageLimits()
+        self._pillow = PillowDecoder(threads=threads, value_range=value_range, limits=self._limits)
         self._pipeline = self._build()
 
     @property
@@ -66,13 +69,19 @@ class DaliDecoder:
         """
         if len(encoded) > self._batch_size:
             raise invalid("encoded", len(encoded), f"at most {self._batch_size} images", "make a larger decoder")
-        parts = self._decode(encoded, [n for n, data in enumerate(encoded) if n not in by_pillow and _for_dali(data)])
+        wanted = [n for n, data in enumerate(encoded) if n not in by_pillow and self._is_plain(data)]
+        parts = self._decode(encoded, wanted)
         return completed_by_pillow(parts, encoded, pillow=self._pillow, upload=self._upload)
 
     def close(self) -> None:
         """End the threads and free the pipeline."""
         self._pillow.close()
         del self._pipeline
+
+    def _is_plain(self, data: np.ndarray) -> bool:
+        """Whether DALI decodes an image: a plain JPEG within the limits."""
+        header = sniff(data)
+        return header is not None and header.plain and header.within(self._limits, data)
 
     def _build(self) -> Any:
         on_gpu = self._device.type == "cuda"
@@ -137,7 +146,7 @@ class DaliDecoder:
 
         If Pillow decodes the image, DALI must decode the same pixels re-encoded as a plain JPEG.
         """
-        pixels = decode_one(data)
+        pixels = decode_one(data, limits=self._limits)
         if isinstance(pixels, str):
             return
         _log.warning("DALI refuses an image that Pillow decodes, which is slow: %s", reason)
@@ -155,11 +164,6 @@ class DaliDecoder:
         if self._device.type != "cuda" or pixels.numel() == 0:
             return pixels.to(self._device)
         return pixels.pin_memory().to(self._device, non_blocking=True)
-
-
-def _for_dali(data: np.ndarray) -> bool:
-    header = sniff(data)
-    return header is not None and header.plain and header.height * header.width <= MAX_PIXELS
 
 
 def _reason(error: RuntimeError) -> str:

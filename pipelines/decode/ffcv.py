@@ -12,11 +12,13 @@ import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import torch
 
-from pipelines.decode.base import MAX_PIXELS, Decoded, completed_by_pillow
+from pipelines.decode.base import Decoded, completed_by_pillow
+from pipelines.decode.limits import ImageLimits
 from pipelines.decode.pillow import PillowDecoder
 from pipelines.decode.sniff import Header, sniff
 from pipelines.value_range import ValueRange
@@ -30,7 +32,9 @@ class FfcvDecoder:
 
     name = "ffcv"
 
-    def __init__(self, *, threads: int, value_range: ValueRange | None = None) -> None:
+    def __init__(
+        self, *, threads: int, value_range: ValueRange | None = None, limits: ImageLimits | None = None
+    ) -> None:
         """Load FFCV's library.
 
         Raises:
@@ -39,14 +43,19 @@ class FfcvDecoder:
         self._library = load_ffcv()
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mvssl-ffcv")
-        self._pillow = PillowDecoder(threads=threads, value_range=value_range)
+        self._limits = limits or ImageLimits()
+        self._pillow = PillowDecoder(threads=threads, value_range=value_range, limits=self._limits)
         self._local = threading.local()
         self._handles: list[ctypes.c_void_p] = []
 
     def __call__(self, encoded: Sequence[np.ndarray], by_pillow: Collection[int] = ()) -> Decoded:
         """Decode N images, uint8 [bytes] each, to pixels on the CPU; see `Decoder`."""
         headers = [sniff(data) for data in encoded]
-        wanted = [n for n, header in enumerate(headers) if n not in by_pillow and _for_ffcv(header)]
+        wanted = [
+            n
+            for n, header in enumerate(headers)
+            if n not in by_pillow and _is_plain(header) and header.within(self._limits, encoded[n])
+        ]
         sizes = torch.tensor([_size(headers[n]) for n in wanted], dtype=torch.int64).reshape(-1, 2)
         ends = (sizes.prod(dim=1) * 3).cumsum(0)
         pixels = torch.empty(int(ends[-1]) if wanted else 0, dtype=torch.uint8)
@@ -130,9 +139,9 @@ def missing_ffcv() -> str | None:
     return None
 
 
-def _for_ffcv(header: Header | None) -> bool:
+def _is_plain(header: Header | None) -> TypeGuard[Header]:
     """Whether an image is a plain upright JPEG."""
-    return header is not None and header.plain and header.upright and header.height * header.width <= MAX_PIXELS
+    return header is not None and header.plain and header.upright
 
 
 def _size(header: Header | None) -> tuple[int, int]:

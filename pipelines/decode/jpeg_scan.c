@@ -10,7 +10,7 @@
 #include <string.h>
 
 enum { FINE, ODD, SHORT, INVALID, EXTRA, RESTART, MISSING }; /* verdicts, numbered in damage.py */
-enum { LOOK = 9, MAX_THREADS = 64, MAX_PIXELS = 1 << 28 };
+enum { LOOK = 9, MAX_THREADS = 64, MAX_PIXELS = 1 << 28, MAX_SCANS = 100 };
 
 /* Same layout as _REQUEST in damage.py. */
 typedef struct {
@@ -29,7 +29,7 @@ typedef struct {
 } Table;
 
 typedef struct {
-    int id, h, v, table[2];
+    int id, h, v, quantization, table[2];
     int64_t width, height; /* in blocks */
     uint64_t *nonzero;     /* of progressive files, by block: which coefficients are not zero so far */
     int8_t precision[64];  /* lowest bit coded so far, -1: none */
@@ -47,6 +47,7 @@ typedef struct {
     Table tables[2][4]; /* DC, AC */
     Component parts[4];
     int count, progressive, interval, hmax, vmax;
+    int quantizations; /* bits of the quantization tables that are defined */
     int64_t width, height;
     int from, to, high, low, run; /* of the scan; blocks left of an end-of-band run */
 } Jpeg;
@@ -144,6 +145,15 @@ static int define(Jpeg *jpeg, const uint8_t *at, const uint8_t *end) {
     return at == end;
 }
 
+static int define_quantization(Jpeg *jpeg, const uint8_t *at, const uint8_t *end) {
+    while (at < end) {
+        if (*at >> 4 > 1 || (*at & 15) > 3) return 0;
+        jpeg->quantizations |= 1 << (*at & 15);
+        at += *at >> 4 ? 129 : 65;
+    }
+    return at == end;
+}
+
 static int frame(Jpeg *jpeg, const uint8_t *at, const uint8_t *end, int progressive) {
     if (jpeg->count || end - at < 6 || at[0] != 8) return 0;
     jpeg->height = number(at + 1);
@@ -155,7 +165,8 @@ static int frame(Jpeg *jpeg, const uint8_t *at, const uint8_t *end, int progress
     for (int n = 0; n < jpeg->count; n++) {
         Component *part = &jpeg->parts[n];
         part->id = at[6 + 3 * n], part->h = at[7 + 3 * n] >> 4, part->v = at[7 + 3 * n] & 15;
-        if (part->h < 1 || part->h > 4 || part->v < 1 || part->v > 4) return 0;
+        part->quantization = at[8 + 3 * n];
+        if (part->h < 1 || part->h > 4 || part->v < 1 || part->v > 4 || part->quantization > 3) return 0;
         if (part->h > jpeg->hmax) jpeg->hmax = part->h;
         if (part->v > jpeg->vmax) jpeg->vmax = part->v;
         memset(part->precision, -1, sizeof part->precision);
@@ -294,6 +305,7 @@ static int scan(Jpeg *jpeg, const uint8_t *at, const uint8_t *end, Request *requ
         for (int p = 0; p < jpeg->count; p++)
             if (jpeg->parts[p].id == at[1 + 2 * n]) chosen[n] = &jpeg->parts[p];
         if (!chosen[n] || (at[2 + 2 * n] >> 4) > 3 || (at[2 + 2 * n] & 15) > 3) return -1;
+        if (!(jpeg->quantizations >> chosen[n]->quantization & 1)) return -1;
         chosen[n]->table[0] = at[2 + 2 * n] >> 4;
         chosen[n]->table[1] = at[2 + 2 * n] & 15;
     }
@@ -319,7 +331,7 @@ static int scan(Jpeg *jpeg, const uint8_t *at, const uint8_t *end, Request *requ
     }
     int64_t units = across * down;
     int padded = FINE, gap;
-    request->scan++;
+    if (++request->scan > MAX_SCANS) return -1;
     request->whole = !jpeg->progressive && count == jpeg->count;
     if (order) return order;
     reset(&jpeg->bits, end);
@@ -378,6 +390,8 @@ static int examine(Jpeg *jpeg, Request *request) {
         if (next < at || next > end) return broken;
         if (marker == 0xC4) {
             if (!define(jpeg, at, next)) return broken;
+        } else if (marker == 0xDB) {
+            if (!define_quantization(jpeg, at, next)) return ODD;
         } else if (marker >= 0xC0 && marker <= 0xC2) {
             if (!frame(jpeg, at, next, marker == 0xC2)) return ODD;
         } else if (marker >= 0xC0 && marker <= 0xCF) {

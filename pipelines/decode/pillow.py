@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pipelines.decode.base import MAX_PIXELS, MAX_REDUCED, Decoded
+from pipelines.decode.base import Decoded
 from pipelines.decode.deep import deep_rgb, is_deep, measured
+from pipelines.decode.limits import ImageLimits, beyond, beyond_frames, beyond_pixels
 from pipelines.decode.sniff import sniff
 from pipelines.value_range import Measured, ValueRange
 
@@ -31,6 +32,9 @@ _FORMATS = tuple(
 _DEEP_FORMATS = (b"\x89P", b"II", b"MM", b"P2", b"P3", b"P5", b"P6", b"Pf")  # PNG, TIFF, PGM and PPM
 DEEP_ENDINGS = (".png", ".tif", ".tiff", ".pgm", ".ppm", ".pnm")
 """Endings of files that may have more than 8 bits a channel without stating what their values mean."""
+DEFAULT_LIMITS = ImageLimits()
+_UNPACKED = ("Decompressed data too large", "MAX_TEXT_MEMORY")  # of Pillow's errors
+_PART = 1 << 22  # pixels
 HEAD_BYTES = 25  # of a file, for `may_be_deep`
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,9 +52,11 @@ class PillowDecoder:
 
     name = "pillow"
 
-    def __init__(self, *, threads: int, value_range: ValueRange | None = None) -> None:
+    def __init__(
+        self, *, threads: int, value_range: ValueRange | None = None, limits: ImageLimits | None = None
+    ) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mvssl-pillow")
-        self._decode = partial(decode_one, value_range=value_range)
+        self._decode = partial(decode_one, value_range=value_range, limits=limits or ImageLimits())
 
     def __call__(self, encoded: Sequence[np.ndarray], by_pillow: Collection[int] = ()) -> Decoded:
         """Decode N images, uint8 [bytes] each, to pixels on the CPU."""
@@ -70,54 +76,65 @@ class PillowDecoder:
 
 
 def decode_one(
-    data: np.ndarray, *, value_range: ValueRange | None = None, max_size: int | None = None
+    data: np.ndarray,
+    *,
+    value_range: ValueRange | None = None,
+    max_size: int | None = None,
+    limits: ImageLimits = DEFAULT_LIMITS,
 ) -> np.ndarray | str:
     """Decode one image, uint8 [bytes], to uint8 [H, W, 3], or to the reason why that fails.
 
     Args:
         data: the encoded image.
         value_range: of images with more than 8 bits; None if they use 16.
-        max_size: the longest side that is wanted. Images of up to `MAX_REDUCED` pixels are then decoded, and JPEGs with
-            more than `MAX_PIXELS` at a fraction of their size.
+        max_size: the longest side that is wanted. Images of up to twice the limit on pixels are then decoded, and JPEGs
+            with more than the limit at a fraction of their size.
+        limits: images beyond them fail.
     """
     if data.size == 0:
         return "the file is empty (0 bytes)"
-    limit = MAX_PIXELS if max_size is None else MAX_REDUCED
+    reduced = max_size is not None
     header = sniff(data)
-    if header is not None and max_size is None and header.height * header.width > limit:
-        return _too_large(header.width, header.height, limit)
+    if header is not None and not reduced:
+        problem = beyond_pixels(header.width, header.height, limits)
+        if problem:
+            return problem
     try:
-        with open_image(data) as image:
-            if max_size is not None and image.width * image.height > MAX_PIXELS:
-                _reduce(image, max_size)
-            if image.width * image.height > limit:
-                return _too_large(image.width, image.height, limit)
+        with open_image(data, limits) as image:
+            if max_size is not None and image.width * image.height > limits.pixels:
+                _reduce(image, max_size, limits)
+            problem = beyond_pixels(image.width, image.height, limits, reduced=reduced)
+            if problem:
+                return problem
             if is_deep(image):
-                return deep_rgb(image, partial(open_image, data), _upright, value_range)
+                return deep_rgb(image, partial(open_image, data, limits), _upright, value_range)
             upright = _upright(image)
             upright.info.pop("transparency", None)  # dropped like an alpha channel
-            return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
+            return _pixels(upright if upright.mode == "RGB" else upright.convert("RGB"))
     except UnidentifiedImageError:
         return f"not an image file of a known format ({data.size} bytes)"
     except Image.DecompressionBombError:
-        return f"it has more pixels than the allowed {limit:,}: {_smaller(limit)}"
+        return "Pillow does not decode as many pixels as it has: make it smaller beforehand"
     except Exception as error:  # Pillow raises many types on broken files: OSError, SyntaxError, struct.error, ...
         message = str(error) or type(error).__name__
+        if any(words in message for words in _UNPACKED):
+            return "its text or colour profile unpacks to more than Pillow's limit: remove its metadata"
         return f"the file is truncated ({data.size} bytes)" if "truncated" in message.lower() else message
 
 
-def measure(data: np.ndarray, *, limit: int = MAX_PIXELS) -> Measured | None:
+def measure(data: np.ndarray, *, limits: ImageLimits = DEFAULT_LIMITS, reduced: bool = False) -> Measured | None:
     """The values of an image of more than 8 bits.
 
-    None for other images, for broken ones, those of more than `limit` pixels, and files that state their range.
+    None for other images, for broken ones, those beyond the limits (of twice as many pixels if `reduced`), and files
+    that state their range.
     """
     if not may_be_deep(bytes(data[:HEAD_BYTES])):
         return None
     try:
-        with open_image(data) as image:
-            if not is_deep(image) or image.width * image.height > limit:
+        with open_image(data, limits) as image:
+            if not is_deep(image) or beyond_pixels(image.width, image.height, limits, reduced=reduced):
                 return None
-            return measured(image, partial(open_image, data), _upright)
+            return measured(image, partial(open_image, data, limits), _upright)
     except Exception:  # the decoder says what is wrong
         return None
 
@@ -129,45 +146,57 @@ def may_be_deep(head: bytes) -> bool:
     return head[:2] in _DEEP_FORMATS
 
 
-def open_image(data: np.ndarray) -> Any:
+def open_image(data: np.ndarray, limits: ImageLimits = DEFAULT_LIMITS) -> Any:
     """Open an image, uint8 [bytes], as `Image.open` does, without its warning about large ones, which have our limit.
 
     Raises:
         UnidentifiedImageError: it is of none of our formats.
+        ValueError: it is beyond a limit, other than that on pixels.
     """
+    problem = beyond(data, limits)
+    if problem:
+        raise ValueError(problem)
     prefix = bytes(data[:16])
     for name in _FORMATS:
         factory, accepts = Image.OPEN[name]
         try:
             if accepts is None or accepts(prefix) is True:
-                return factory(io.BytesIO(data.data), "")
+                image: Any = factory(io.BytesIO(data.data), "")
+                problem = beyond_frames(image.n_frames, limits) if name == "AVIF" else ""
+                if problem:
+                    raise ValueError(problem)
+                return image
         except (SyntaxError, IndexError, TypeError, struct.error):  # as `Image.open`: perhaps another format
             continue
     raise UnidentifiedImageError("cannot identify the image")
 
 
-def _reduce(image: Any, size: int) -> None:
+def _reduce(image: Any, size: int, limits: ImageLimits) -> None:
     """Have a large JPEG decoded at 1/2, 1/4 or 1/8 of its size: its longest side stays 2 * `size`, or else `size`."""
     width, height = image.size
     for side in (2 * size, size):
         fraction = next((n for n in (8, 4, 2) if max(width, height) >= n * side), 1)
-        if width * height <= MAX_REDUCED * fraction**2:
+        if width * height <= 2 * limits.pixels * fraction**2:
             image.draft(None, (width // fraction, height // fraction))
             return
 
 
-def _too_large(width: int, height: int, limit: int) -> str:
-    return f"{width} x {height} pixels are more than the allowed {limit:,}: {_smaller(limit)}"
-
-
-def _smaller(limit: int) -> str:
-    """The remedy for an image that is too large."""
-    return "make it smaller with mvssl-convert --max-size" if limit == MAX_PIXELS else "make it smaller beforehand"
+def _pixels(image: Any) -> np.ndarray:
+    """Pixels of an RGB image, uint8 [H, W, 3]: those of a large one in parts, as Pillow holds two copies of each."""
+    rows = max(1, _PART // image.width)
+    if image.height <= rows:
+        return np.asarray(image)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, rows):
+        pixels[top : top + rows] = image.crop((0, top, image.width, min(image.height, top + rows)))
+    return pixels
 
 
 def _upright(image: Any) -> Any:
     """The image loaded and turned by its orientation."""
     image.load()
+    if image.format == "WEBP":
+        image._decoder = image.fp = None  # three more copies of the pixels
     orientation = _orientation(image)  # afterwards: in a PNG it may follow the pixels
     return image if orientation is None else image.transpose(_UPRIGHT[orientation])
 

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipelines.decode.limits import ImageLimits, beyond_bytes, beyond_pixels, beyond_scans
+
 _FRAME = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended and progressive Huffman frames (ITU T.81, table B.1)
 _NO_FRAME = frozenset((0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xD8, 0xD9, 0xDA))
 _PNG = b"\x89PNG\r\n\x1a\n"
-_SCAN = 0xDA
+_SCAN, _PROGRESSIVE = 0xDA, 0xC2
+_MOST_SEGMENTS = 2000  # before the first scan, fill bytes included; Pillow decodes the others
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _XMP_TURNED = re.compile(rb'tiff:Orientation(?:="|>)[2-8]')
 _ORIENTATION = 0x0112  # EXIF 2.32, section 4.6.4
@@ -31,12 +34,20 @@ class Header:
         plain: whether it is a complete 8-bit gray or YCbCr Huffman JPEG, whose orientation is stated once and as EXIF
             wants it, which all decoders treat alike.
         upright: whether a plain image needs no rotation.
+        scans: whether it is a JPEG that may have several scans.
     """
 
     height: int
     width: int
     plain: bool
     upright: bool = False
+    scans: bool = False
+
+    def within(self, limits: ImageLimits, data: np.ndarray) -> bool:
+        """Whether the image, uint8 [bytes] with this header, is within the limits."""
+        if beyond_bytes(data.size, limits) or beyond_pixels(self.width, self.height, limits):
+            return False
+        return not (self.scans and beyond_scans(data, limits))
 
 
 def sniff(data: np.ndarray) -> Header | None:
@@ -55,10 +66,13 @@ def _big(view: memoryview, at: int, count: int) -> int:
 
 def _jpeg(view: memoryview) -> Header | None:
     """Walk the segments up to the first scan."""
-    at, last, stored_rgb, frame = 2, len(view) - 20, False, 0
+    at, last, stored_rgb, frame, rest = 2, len(view) - 20, False, 0, _MOST_SEGMENTS
     metadata: list[bytes] = []  # EXIF and XMP may also follow the frame header
     while at < last:
         ff, marker, size = _segment(view, at)
+        rest -= 1
+        if not rest:
+            return None
         if ff != 0xFF or marker == _SCAN:
             break
         if marker == 0xFF:  # a fill byte before the marker
@@ -83,7 +97,11 @@ def _jpeg(view: memoryview) -> Header | None:
     complete = view[-2] == 0xFF and view[-1] == 0xD9
     orientation = _agreed_orientation(metadata) if metadata else 1
     plain = complete and view[frame + 4] == 8 and height > 0 and width > 0 and (parts == 1 or ycbcr)
-    return Header(height=height, width=width, plain=plain and orientation is not None, upright=orientation == 1)
+    at_once = at < last and view[at + 1] == _SCAN and view[at + 4] == parts  # all components in the first scan
+    scans = view[frame + 1] == _PROGRESSIVE or not at_once
+    return Header(
+        height=height, width=width, plain=plain and orientation is not None, upright=orientation == 1, scans=scans
+    )
 
 
 def _agreed_orientation(metadata: list[bytes]) -> int | None:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from pipelines.decode.limits import ImageLimits
 from pipelines.decode.pillow import DEEP_ENDINGS, measure
 from pipelines.runtime import InputError
 from pipelines.storage.image_facts import facts_of
@@ -17,19 +18,27 @@ from pipelines.value_range import Measured, ValueRange
 _LOOKED_AT, _SAMPLE, _THREADS = 4096, 32, 8  # names, files
 
 
-def state_value_range(source: Source, stated: ValueRange | None, *, default: ValueRange | None = None) -> None:
-    """Keep the range of values with the source, for all who decode its images.
+def state_value_range(
+    source: Source,
+    stated: ValueRange | None,
+    *,
+    default: ValueRange | None = None,
+    limits: ImageLimits | None = None,
+) -> None:
+    """Keep the range of values, and limits, with the source, for all who decode its images.
 
     Args:
         source: the images.
         stated: the range that the user states.
         default: the range to take if neither the user nor the conversion of the data states one.
+        limits: of images; None for the defaults.
 
     Raises:
         InputError: the data were converted with another range than `stated`; or no range is known, and a sample of the
             images shows that they do not use their bits.
     """
     facts = facts_of(source)
+    facts.limits = limits or ImageLimits()
     if facts.value_range is not None:
         if stated not in (None, facts.value_range):
             raise InputError(
@@ -44,9 +53,11 @@ def state_value_range(source: Source, stated: ValueRange | None, *, default: Val
 
 
 def pixels_of(source: Source) -> str:
-    """The source's fingerprint, with the range of its values if there is one: equal pixels, equal text."""
-    value_range = facts_of(source).value_range
-    return source.fingerprint if value_range is None else f"{source.fingerprint} {value_range}"
+    """The source's fingerprint, with the range of its values and other limits if any: equal pixels, equal text."""
+    facts = facts_of(source)
+    others = [facts.value_range] if facts.value_range is not None else []
+    changed = [facts.limits] if facts.limits != ImageLimits() else []
+    return " ".join(map(str, (source.fingerprint, *others, *changed)))
 
 
 def _check_sample(source: Source) -> None:
@@ -67,13 +78,14 @@ def _check_sample(source: Source) -> None:
 
 
 def _measure_sample(source: Source) -> Iterator[tuple[str, Measured]]:
+    limits = facts_of(source).limits
     spread = np.linspace(0, len(source) - 1, min(_LOOKED_AT, len(source))).astype(np.int64).tolist()
     likely = [index for index in spread if os.path.splitext(source.key(index))[1].lower() in DEEP_ENDINGS]
     sample = [likely[n] for n in np.unique(np.linspace(0, len(likely) - 1, min(_SAMPLE, len(likely))).astype(int))]
 
     def look(index: int) -> tuple[str, Measured | None]:
         try:
-            return source.key(index), measure(source.read(index))
+            return source.key(index), measure(source.read(index), limits=limits)
         except OSError:  # the loader names it
             return source.key(index), None
 

@@ -109,7 +109,10 @@ def _iterate(
         outside = wanted[(wanted < 0) | (wanted >= len(source))]
         raise invalid("indices", int(outside[0]), f"in [0, {len(source)})", "give indices of this data set")
     device = with_index(device)
-    decoder = decoder_of(decode, device=device, batch_size=batch_size, value_range=facts_of(source).value_range)
+    facts = facts_of(source)
+    decoder = decoder_of(
+        decode, device=device, batch_size=batch_size, value_range=facts.value_range, limits=facts.limits
+    )
     fetch = Fetcher(source, decoder, threads=thread_count(decode))
     batches = [wanted[at : at + batch_size].tolist() for at in range(0, len(wanted), batch_size)]
     side = SideStream(device)

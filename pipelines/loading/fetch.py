@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from pipelines.batch import DecodedBatch
 from pipelines.decode import Decoder
-from pipelines.decode.damage import ODD, can_find_damage, find_damage
+from pipelines.decode.damage import ODD, can_find_damage, find_damage, refused_jpegs
+from pipelines.decode.limits import beyond_bytes
 from pipelines.loading.pixel_cache import CachedSource, PixelCache
 from pipelines.order import replacement
 from pipelines.runtime import InputError
@@ -56,8 +57,8 @@ class Fetcher:
     """Reads and decodes images. One thread may read ahead while another one decodes.
 
     A JPEG is examined for damage when it is decoded for the first time, unless `mvssl-convert` has examined it. The log
-    names damaged ones once. Pillow decodes them every time: it is silent, where libjpeg in DALI writes to standard
-    error.
+    names damaged ones once. Pillow decodes them every time, so that all decoders agree on which are bad images and on
+    the pixels of the others; and it is silent, where libjpeg in DALI writes to standard error.
 
     Attributes:
         reading_seconds, decoding_seconds: time spent in `read` and in calls (monotonic clock).
@@ -113,8 +114,11 @@ class Fetcher:
 
     def _read(self, indices: Sequence[int]) -> dict[int, Encoded]:
         """Encoded bytes by dataset index: all in one call if the storage can do that, the others in threads."""
-        at_once = self._source.read_batch(indices) if isinstance(self._source, ReadsBatches) else ()
-        read: dict[int, Encoded] = {i: data for i, data in zip(indices, at_once, strict=False) if data is not None}
+        sizes, limits = self._source.nbytes, self._facts.limits
+        read: dict[int, Encoded] = {i: beyond_bytes(int(sizes[i]), limits) for i in indices if sizes[i] > limits.bytes}
+        wanted = [index for index in indices if index not in read]
+        at_once = self._source.read_batch(wanted) if isinstance(self._source, ReadsBatches) else ()
+        read.update((i, data) for i, data in zip(wanted, at_once, strict=False) if data is not None)
         rest = [index for index in indices if index not in read]
         share = -(-len(rest) // READERS) or 1
         for part in self._pool.map(self._read_each, [rest[at : at + share] for at in range(0, len(rest), share)]):
@@ -160,8 +164,12 @@ class Fetcher:
         """Positions of damaged JPEGs among the images of these dataset indices, which are examined if need be."""
         facts = self._facts
         new = [n for n, index in enumerate(indices) if not facts.examined[index]]
-        if new and can_find_damage():
-            for n, damage in find_damage([encoded[n] for n in new], threads=self._threads).items():
+        if new:
+            unknown = [encoded[n] for n in new]
+            found = find_damage(unknown, threads=self._threads)
+            if not can_find_damage() and self._decoder.name != "pillow":
+                found = refused_jpegs(unknown, threads=self._threads, limits=facts.limits) | found
+            for n, damage in found.items():
                 facts.damage[indices[new[n]]] = damage
             facts.examined[[indices[n] for n in new]] = True
         return [n for n, index in enumerate(indices) if index in facts.damage] if facts.damage else []

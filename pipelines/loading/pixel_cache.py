@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.batch import DecodedBatch
-from pipelines.decode.base import MAX_PIXELS
+from pipelines.decode.limits import beyond_pixels
 from pipelines.decode.pillow import open_image
 from pipelines.decode.sniff import sniff
 from pipelines.runtime import InputError, invalid
@@ -295,7 +295,7 @@ def pixel_bytes(source: Source, *, progress: Callable[[int], None] | None = None
 
     def measure(part: range) -> int:
         for index, pixels in _pixel_counts(source, part):
-            sizes[index] = 3 * pixels if pixels <= MAX_PIXELS else 0
+            sizes[index] = 3 * pixels
         return len(part)
 
     done = 0
@@ -308,21 +308,24 @@ def pixel_bytes(source: Source, *, progress: Callable[[int], None] | None = None
 
 
 def _pixel_counts(source: Source, indices: range) -> Iterator[tuple[int, int]]:
-    """Each index with its number of pixels, as far as the files tell."""
+    """Each index with its number of pixels, as far as the files tell and the limits allow."""
+    limits = facts_of(source).limits
     for index in indices:
         try:
             data = source.read(index)
         except OSError:  # the fetcher names it
             continue
         header = sniff(data)
-        if header is not None:
-            yield index, header.height * header.width
-            continue
-        try:
-            with open_image(data) as image:
-                yield index, image.width * image.height
-        except Exception:  # Pillow raises many types on broken files, which the decoder names
-            continue
+        if header is None:
+            try:
+                with open_image(data, limits) as image:
+                    width, height = image.size
+            except Exception:  # Pillow raises many types on broken files, which the decoder names
+                continue
+        else:
+            width, height = header.width, header.height
+        if not beyond_pixels(width, height, limits):
+            yield index, width * height
 
 
 def _available() -> int:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.arrays import read_arrays
-from pipelines.decode.base import MAX_BYTES
+from pipelines.decode.limits import beyond_bytes
 from pipelines.files import cache_folder, cache_folders, parse_json, publish, writable_cache
 from pipelines.names import utf8
 from pipelines.runtime import describe_os_error
@@ -81,8 +81,9 @@ class FolderSource:
     def read(self, index: int) -> npt.NDArray[np.uint8]:
         """Whole file: uint8 [bytes]; empty for an empty file. Raises OSError if the file cannot be read."""
         file = RandomAccessFile(self._path(index))
-        if file.nbytes > MAX_BYTES:
-            raise OSError(errno.EFBIG, f"it has {file.nbytes:,} bytes, more than the allowed {MAX_BYTES:,}")
+        problem = beyond_bytes(file.nbytes, self.facts.limits)
+        if problem:
+            raise OSError(errno.EFBIG, problem)
         data = file.read(offset=0, size=file.nbytes)
         return np.empty(0, dtype=np.uint8) if data is None else data  # it was cut short this moment
 
@@ -94,7 +95,7 @@ class FolderSource:
     def read_batch(self, indices: Sequence[int]) -> list[npt.NDArray[np.uint8] | None]:
         """Whole files; see `ReadsBatches`."""
         nbytes = self.nbytes[np.asarray(indices, dtype=np.int64)]
-        return read_files([self._path(index) for index in indices], nbytes, limit=MAX_BYTES)
+        return read_files([self._path(index) for index in indices], nbytes, limit=self.facts.limits.bytes)
 
     def will_need(self, indices: Sequence[int]) -> None:
         """See `ReadsAhead`."""

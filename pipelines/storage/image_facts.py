@@ -1,4 +1,4 @@
-"""What is known of a source's images besides their bytes: damage, and the range of their values."""
+"""What is known of a source's images besides their bytes: damage, the range of their values, limits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.decode.limits import ImageLimits
 from pipelines.value_range import ValueRange
 
 
@@ -22,6 +23,7 @@ class ImageFacts:
         named: indices of damaged images that the log has named.
         checksums: uint32 [len], CRC-32 of what `read` returns; None if they were not recorded.
         value_range: of images with more than 8 bits; None if it is not known.
+        limits: images beyond them are neither read nor decoded.
     """
 
     examined: npt.NDArray[np.bool_]
@@ -29,6 +31,7 @@ class ImageFacts:
     named: set[int] = field(default_factory=set)
     checksums: npt.NDArray[np.uint32] | None = None
     value_range: ValueRange | None = None
+    limits: ImageLimits = field(default_factory=ImageLimits)
 
     @classmethod
     def of(
@@ -57,6 +60,7 @@ class ImageFacts:
             named=named,
             checksums=None if self.checksums is None else self.checksums[indices],
             value_range=self.value_range,
+            limits=self.limits,
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.arrays import parse_npy
-from pipelines.decode.base import MAX_PIXELS
+from pipelines.decode.limits import MOST_PIXELS
 from pipelines.files import read_regular
 from pipelines.names import utf8
 from pipelines.runtime import InputError
@@ -189,8 +189,8 @@ def _check_rows(path: Path, rows: npt.NDArray[np.void], manifest: Manifest) -> N
         "shard": (rows["shard"] >= 0) & (rows["shard"] < len(manifest.shards)),
         "offset": (rows["offset"] >= 0) & (rows["offset"] <= sizes[shard]),
         "size": (rows["size"] > 0) & (rows["size"] <= sizes[shard] - np.minimum(rows["offset"], sizes[shard])),
-        "height": (rows["height"] > 0) & (rows["height"] <= MAX_PIXELS),
-        "width": (rows["width"] > 0) & (rows["width"].astype(np.int64) * rows["height"] <= MAX_PIXELS),
+        "height": (rows["height"] > 0) & (rows["height"] < MOST_PIXELS >> 2),
+        "width": (rows["width"] > 0) & (rows["width"].astype(np.int64) * rows["height"] <= MOST_PIXELS),
         "label": (rows["label"] >= -1) & (rows["label"] < max(len(manifest.classes), 0)),
     }
     for name, good in allowed.items():

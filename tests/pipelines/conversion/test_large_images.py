@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.conversion import image_check
 from pipelines.conversion.command import Convert, convert
 from pipelines.conversion.image_check import WarningLog, check_image
-from pipelines.decode import pillow
+from pipelines.decode import ImageLimits
 from pipelines.decode.pillow import decode_one
 from pipelines.loading import pixel_cache
 from pipelines.storage import open_source
@@ -35,7 +34,8 @@ def test_a_photo_of_108_megapixels(photo: Path, tmp_path: Path, capfd: pytest.Ca
     convert(Convert(src=photo, dst=tmp_path / "plain"))
     (line,) = (tmp_path / "plain" / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(line)["reason"] == (
-        "12000 x 9000 pixels are more than the allowed 89,478,485: make it smaller with mvssl-convert --max-size"
+        "12000 x 9000 pixels are more than the allowed 89,478,485: make it smaller with mvssl-convert --max-size, "
+        "or raise --limits.pixels"
     )
     convert(Convert(src=photo, dst=tmp_path / "small", max_size=400))
     source = open_source(tmp_path / "small")
@@ -48,55 +48,46 @@ def test_a_photo_of_108_megapixels(photo: Path, tmp_path: Path, capfd: pytest.Ca
     assert "Warning" not in capfd.readouterr().err
 
 
-@pytest.fixture
-def low_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits of 2,000 and 4,000 pixels, ours and Pillow's."""
-    for module in (pillow, image_check, pixel_cache):
-        monkeypatch.setattr(module, "MAX_PIXELS", 2000)
-    monkeypatch.setattr(pillow, "MAX_REDUCED", 4000)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-
-
+LOW = ImageLimits(pixels=2000)
 KINDS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 
 
-@pytest.mark.usefixtures("low_limit")
 @pytest.mark.parametrize("kind", KINDS)
 def test_pillow_does_not_warn_before_our_reason(kind: str) -> None:
     data = encode(Image.fromarray(picture(50, 60)), kind)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert decode_one(data) == (
-            "60 x 50 pixels are more than the allowed 2,000: make it smaller with mvssl-convert --max-size"
+        assert decode_one(data, limits=LOW) == (
+            "60 x 50 pixels are more than the allowed 2,000: make it smaller with mvssl-convert --max-size, "
+            "or raise --limits.pixels"
         )
-        assert list(pixel_cache._pixel_counts(MemorySource([data]), range(1))) == [(0, 3000)]
+        source = MemorySource([data])
+        assert list(pixel_cache._pixel_counts(source, range(1))) == [(0, 3000)]
 
 
-@pytest.mark.usefixtures("low_limit")
 @pytest.mark.parametrize("kind", KINDS)
 def test_smaller_versions_of_larger_images(kind: str) -> None:
     log = WarningLog()
     data = encode(Image.fromarray(picture(50, 60)), kind)
     with log.collecting():
-        assert "allowed 2,000" in check_image(data, max_size=None, log=log).bad
-        small = check_image(data, max_size=30, log=log)
+        assert "allowed 2,000" in check_image(data, max_size=None, limits=LOW, log=log).bad
+        small = check_image(data, max_size=30, limits=LOW, log=log)
         assert (small.height, small.width, small.bad, small.warned) == (25, 30, "", "")
-        same = check_image(data, max_size=60, log=log)
+        same = check_image(data, max_size=60, limits=LOW, log=log)
         assert same.bad == "60 x 50 pixels become more than the allowed 2,000: give a smaller --max-size"
 
 
-@pytest.mark.usefixtures("low_limit")
 def test_the_largest_jpegs_are_decoded_at_a_fraction_of_their_size() -> None:
     pixels = picture(304, 400)  # 60 times the limit
     data = encode(Image.fromarray(pixels), quality=95, subsampling=0)
-    reduced = decode_one(data, max_size=25)
+    reduced = decode_one(data, max_size=25, limits=LOW)
     assert not isinstance(reduced, str)
     assert reduced.shape == (38, 50, 3)  # an eighth
     want = np.asarray(Image.fromarray(pixels).resize((50, 38), Image.Resampling.BOX))
     assert np.abs(reduced.astype(int) - want).mean() < 6
-    half = decode_one(encode(Image.fromarray(picture(80, 120))), max_size=55)
+    half = decode_one(encode(Image.fromarray(picture(80, 120))), max_size=55, limits=LOW)
     assert not isinstance(half, str)
     assert half.shape == (40, 60, 3)  # a half, though less than twice as large as what is wanted
-    reason = decode_one(data, max_size=300)
+    reason = decode_one(data, max_size=300, limits=LOW)
     assert isinstance(reason, str)
     assert "400 x 304 pixels are more than the allowed 4,000: make it smaller beforehand" in reason

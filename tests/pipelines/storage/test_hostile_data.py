@@ -16,8 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.decode import make_decoder
-from pipelines.decode.base import MAX_BYTES
+from pipelines.decode import ImageLimits, make_decoder
 from pipelines.loading.fetch import Fetcher
 from pipelines.runtime import InputError
 from pipelines.storage import open_source, shards
@@ -217,10 +216,11 @@ def test_a_file_that_became_a_pipe_is_a_bad_image(
 
 def test_a_huge_file_is_a_bad_image_and_is_not_read(converted: Path, tmp_path: Path) -> None:
     folder = copied(converted, "files", tmp_path)
+    most = ImageLimits().bytes
     with (folder / "a" / "huge.jpg").open("wb") as file:
-        file.truncate(6 * MAX_BYTES)  # sparse
+        file.truncate(6 * most)  # sparse
     source = opened(folder)
     assert source.read_batch([source.nbytes.argmax()]) == [None]
     assert list(fetch(folder).values()) == [
-        f"it cannot be read: it has {6 * MAX_BYTES:,} bytes, more than the allowed {MAX_BYTES:,}"
+        f"its {6 * most:,} bytes are more than the allowed {most:,}: make it smaller, or raise --limits.bytes"
     ]
