@@ -15,11 +15,13 @@ from mvssl.evaluate.linear_fit import stratified
 from mvssl.evaluate.session import EvalSession, check_labelled
 from mvssl.evaluate.supervised import Classifier, Supervision, train_and_measure
 from mvssl.weights.backbone_file import export_backbone
-from pipelines.files import strict_text
+from pipelines.files import read_regular, strict_text
 from pipelines.loading.deep_images import pixels_of
 from pipelines.names import say
 from pipelines.runtime import InputError, invalid
 from pipelines.storage.source import Source, SubsetSource
+
+_LARGEST_LIST = 1 << 28  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,9 @@ def listed_images(source: Source, path: Path) -> NDArray[np.int64]:
         InputError: the file cannot be read, is empty, or names an image that is missing or ambiguous.
     """
     try:
-        names = [line.strip() for line in strict_text(path.read_bytes()).split("\n") if line.strip()]
+        names = [
+            line.strip() for line in strict_text(read_regular(path, most=_LARGEST_LIST)).split("\n") if line.strip()
+        ]
     except (OSError, InputError) as error:
         raise InputError(f"label_list is {str(path)!r} but cannot be read ({error}): give a text file.") from error
     if not names:

@@ -18,6 +18,7 @@ from pipelines.runtime import InputError
 
 Network = Literal["online", "target"]
 Tensors = dict[str, Tensor]
+_MOST_NAMES, _LONGEST_NAME = 200, 100  # that are compared with those of known formats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +194,7 @@ def _unknown_format(content: Mapping[str, Any], where: str) -> str:
     names = {
         f"{key}/" * bool(key) + ".".join(name.split(".")[:2]) for key in sections for name in _tensors(content, key)
     }
-    found = sorted(names) or sorted(map(str, content))
+    found = [name[:_LONGEST_NAME] for name in (sorted(names) or sorted(map(str, content)))[:_MOST_NAMES]]
     expected = {
         known.name: [f"{key}/" * bool(key) + prefix for key in known.networks.values() for prefix in known.needs]
         for known in CHECKPOINT_FORMATS
@@ -321,6 +322,13 @@ _VITS = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "
 
 def guess_architecture(tensors: Mapping[str, Tensor]) -> str | None:
     """timm's name of the architecture that has these tensors (under timm's names); None if it is not recognised."""
+    try:
+        return _guess_architecture(tensors)
+    except (ValueError, IndexError):  # a tensor of other dimensions than its name promises
+        return None
+
+
+def _guess_architecture(tensors: Mapping[str, Tensor]) -> str | None:
     if "conv1.weight" in tensors and "layer1.0.conv1.weight" in tensors:
         return _guess_resnet(tensors)
     if "patch_embed.proj.weight" in tensors and "cls_token" in tensors:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
 from mvssl.weights.formats import Network, find_network, from_torchvision, guess_architecture
 from pipelines.checks import check_fields
+from pipelines.names import shortened
 from pipelines.runtime import InputError
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD, Interpolation
 
@@ -285,7 +285,16 @@ def load_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], name: str, 
                 f"{where} does not fit {name}: it {problem} {', '.join(keys[:3])}{more}. Name the architecture that "
                 "the weights belong to (--arch), or export them again."
             )
-    backbone.load_state_dict(given)
+    try:
+        backbone.load_state_dict(given)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"{where} does not fit {name}: {str(error).splitlines()[-1].strip()}: export the weights again."
+        ) from error
+
+
+_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError)
+"""What safetensors and torch raise for files that are damaged or lie."""
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
@@ -307,8 +316,8 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         content = read_torch_file(path)
-    except (OSError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    except (*_UNREADABLE, pickle.UnpicklingError, SafetensorError) as error:
+        reason = shortened((str(error) or type(error).__name__).splitlines()[0], 500)
         raise InputError(
             f"{path} cannot be read as a file of weights ({reason}): copy or download it again; it must be a "
             ".safetensors file or written by torch.save."
@@ -335,5 +344,5 @@ def read_metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
-    except (OSError, SafetensorError, json.JSONDecodeError):
+    except (*_UNREADABLE, SafetensorError):
         return {}  # read_weights says why

@@ -202,3 +202,53 @@ def test_what_a_kill_leaves_is_no_obstacle(tmp_path: Path) -> None:
     for name in ("features.npy", ".identity.tmp.json"):
         (tmp_path / "s" / name).write_bytes(b"half")
     assert a_store(tmp_path / "s").missing(range(36)).size == 36
+
+
+LIES: dict[str, Any] = {
+    "another dtype": np.zeros((6, 4), np.float64),
+    "another shape": np.zeros((6, 5), np.float32),
+    "more rows": np.zeros((7, 4), np.float32),
+    "in Fortran's order": np.asfortranarray(np.zeros((6, 4), np.float32)),
+    "objects": np.array([[{}] * 4] * 6),
+}
+
+
+@pytest.mark.parametrize("lie", [*LIES, "a shape beyond the file", "a link", "cut short", "a pipe"])
+def test_a_store_that_lies_is_refused_and_nothing_else_is_written(lie: str, tmp_path: Path) -> None:
+    folder, precious = tmp_path / "store", tmp_path / "precious.npy"
+
+    def opened() -> Any:
+        return open_store(folder, rows=6, width=4, dtype="float32", identity={"network": "a"})
+
+    opened()
+    path = folder / "features.npy"
+    np.save(precious, np.load(path))
+    before = precious.read_bytes()
+    if lie in LIES:
+        np.save(path, LIES[lie], allow_pickle=True)
+    elif lie == "a link":
+        path.unlink()
+        path.symlink_to(precious)
+    elif lie == "a pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif lie == "cut short":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.write_bytes(path.read_bytes().replace(b"(6, 4), }    ", b"(60000, 4), }"))
+    size = path.lstat().st_size
+    with pytest.raises(InputError, match=r"features\.npy cannot be read \(.*it "):
+        opened()
+    assert path.lstat().st_size == size
+    assert precious.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["[]", "[" * 9000, "7", '{"rows": 1e999}'])
+def test_an_identity_that_is_none_is_refused(content: str, tmp_path: Path) -> None:
+    def opened() -> Any:
+        return open_store(tmp_path / "store", rows=6, width=4, dtype="float32", identity={"network": "a"})
+
+    opened()
+    (tmp_path / "store/identity.json").write_text(content)
+    with pytest.raises(InputError, match="holds other features"):
+        opened()
