@@ -53,8 +53,8 @@ IGNORED = (
 """Files that hold times; of them only the names are compared, and of TensorBoard's not even these."""
 
 
-SUMMARY = "summary.json"
-"""Of the speed of training, which a run that was resumed when it had finished does not know."""
+SUMMARY = "summary"
+"""summary.json is of the speed of training, which a run that was resumed when it had finished does not know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +236,7 @@ def contents(place: Path) -> dict[str, str]:
     found = {}
     for path in sorted(place.rglob("*")):
         name = str(path.relative_to(place))
-        if "tensorboard" in name or path.name == SUMMARY or not path.is_file():
+        if "tensorboard" in name or SUMMARY in path.name or not path.is_file():
             continue
         found[name] = "" if path.name in IGNORED else hashlib.sha256(_essence(path)).hexdigest()
     return found
@@ -261,7 +261,13 @@ def _essence(path: Path) -> bytes:
 
 
 def write_inputs(place: Path) -> None:
-    """Images, a recipe, and a finished run, in the working folder."""
+    """Images and a recipe in the working folder."""
+    write_images(place)
+    (place / "recipe.json").write_text(json.dumps(to_dict(tiny_recipe())))
+
+
+def write_images(place: Path) -> None:
+    """A few small images of two classes in base/train and base/val."""
     random = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 3)):
         for label in "ab":
@@ -270,7 +276,11 @@ def write_inputs(place: Path) -> None:
             for number in range(count):
                 pixels = random.integers(0, 255, (24, 24, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.png")
-    recipe = Recipe(
+
+
+def tiny_recipe() -> Recipe:
+    """Two epochs of two steps on these images, in a second."""
+    return Recipe(
         name="faults",
         views=paper_views(num_local=1, num_cutout=1, size=32, local_size=16, blur_kernel=5),
         backbone=Backbone(name="test_resnet"),
@@ -281,7 +291,6 @@ def write_inputs(place: Path) -> None:
         batch_size=8,
         evaluation=Evaluation(every_epochs=1, resize=32, crop=32, k=(3,)),
     )
-    (place / "recipe.json").write_text(json.dumps(to_dict(recipe)))
 
 
 def disturb(name: str, faults: Iterable[Fault], *, sample: int | None) -> dict[str, Any]:

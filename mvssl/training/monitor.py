@@ -24,7 +24,7 @@ from mvssl.monitor.idle_sampler import IdleSampler
 from mvssl.monitor.loggers import MetricLoggers
 from mvssl.monitor.pictures import plot_losses
 from mvssl.runs.checked_json import write_json
-from mvssl.runs.environment import peak_memory_gib
+from mvssl.runs.environment import peak_memory_gib, return_free_memory
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import JsonLines, complete_bytes
 from mvssl.runs.summary import Summary, write_summary
@@ -193,6 +193,7 @@ class Monitor:
         """Redraw losses.png."""
         if self._loggers is not None:
             plot_losses(self._folder.metrics, self._folder.losses)
+            return_free_memory()
 
     def summarise(self, *, step: int, stopped_by: str | None = None) -> Summary:
         """Summary of the run since its start or resumption. Rank 0 writes summary.json, unless no step was taken.
