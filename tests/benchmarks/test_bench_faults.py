@@ -24,7 +24,7 @@ def test_nothing_is_lost_or_blocked(tmp_path: Path) -> None:
     assert [row["command"] for row in rows] == list(COMMANDS)
     for row in rows:
         assert row["operations"] >= 4
-        assert row["faults"] == dict.fromkeys(FAULTS, {"tried": 2, "failed": 0})
+        assert row["faults"] == {fault: {"tried": 2, "failed": 0} for fault in FAULTS}
 
 
 @pytest.mark.slow
