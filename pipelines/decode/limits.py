@@ -17,10 +17,12 @@ MOST_CHUNKS = 100_000
 """Of a PNG; they usually have 8 KiB or more, and are read one by one."""
 _MOST = 1 << 40  # of every other limit: above all files
 _MOST_SIDE = 1_000_000  # pixels; a narrower image has less than a tenth of the pixels allowed
+_MOST_SEGMENTS = 1_000_000  # of a JPEG, in and between its scans
 _MOST_PARTS = 20_000  # segments and fill bytes of a JPEG's header; Pillow reads them one by one
 _MOST_EXIF = 1 << 24  # bytes; Pillow joins EXIF segments in quadratic time
 _MOST_HEADER = 1 << 16  # bytes of a PPM's header, with its comments
-_SCAN_COUNTED = re.compile(rb"\xff[\xda\xd9]")
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a JPEG's segments, and its end
+_ALONE = frozenset((0xFF, 0x01, *range(0xD0, 0xD8)))  # markers without a length, and fill bytes
 _COMMENT = re.compile(rb"#[^\r\n]*")
 _TAG_BYTES = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8], np.int64)  # of a value, by TIFF type
 
@@ -81,12 +83,14 @@ def beyond_scans(data: np.ndarray, limits: ImageLimits) -> str:
     whole = data.tobytes()
     if whole.count(b"\xff\xda") <= limits.scans:  # also in thumbnails and further images
         return ""
-    count = 0
-    for found in _SCAN_COUNTED.finditer(whole, max(0, _jpeg_parts(data.data)[0])):
-        if found.group() == b"\xff\xd9":
-            break
-        count += 1
-    return _beyond_passes(count, "scans", limits)
+    count, at = 0, 2
+    for _ in range(_MOST_SEGMENTS):
+        found = _MARKER.search(whole, at)
+        if found is None or found.group() == b"\xff\xd9":
+            return _beyond_passes(count, "scans", limits)
+        count += found.group() == b"\xff\xda"
+        at = found.end() + int.from_bytes(whole[found.end() : found.end() + 2], "big")
+    return f"it has more than the allowed {_MOST_SEGMENTS:,} segments: encode it again"
 
 
 def _beyond_passes(count: int, what: str, limits: ImageLimits) -> str:
@@ -116,25 +120,25 @@ def beyond(data: np.ndarray, limits: ImageLimits) -> str:
         return ""
 
 
-def _jpeg_parts(view: memoryview) -> tuple[int, int, int]:
-    """Offset of the first scan of a JPEG, -1 if it is too far; number of segments and fill bytes; bytes of EXIF."""
+def _jpeg_parts(view: memoryview) -> tuple[int, int]:
+    """Segments and fill bytes before the first scan of a JPEG, as far as they are allowed, and bytes of EXIF."""
     at, parts, exif = 2, 0, 0
     while at + 4 <= len(view) and view[at] == 0xFF and view[at + 1] != 0xDA:
         parts += 1
         if parts > _MOST_PARTS:
-            return -1, parts, exif
-        if view[at + 1] == 0xFF:
-            at += 1
+            break
+        if view[at + 1] in _ALONE:
+            at += 1 if view[at + 1] == 0xFF else 2
             continue
         size = view[at + 2] << 8 | view[at + 3]
         if view[at + 1] == 0xE1 and bytes(view[at + 4 : at + 8]) == b"Exif":
             exif += size
         at += 2 + size
-    return at, parts, exif
+    return parts, exif
 
 
 def _jpeg(data: np.ndarray, limits: ImageLimits) -> str:
-    _, parts, exif = _jpeg_parts(data.data)
+    parts, exif = _jpeg_parts(data.data)
     if parts > _MOST_PARTS:
         return f"its header has more than the allowed {_MOST_PARTS:,} segments: encode it again"
     if exif > _MOST_EXIF:

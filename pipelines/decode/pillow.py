@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from pipelines.decode.base import Decoded
 from pipelines.decode.deep import deep_rgb, is_deep, measured
 from pipelines.decode.limits import ImageLimits, beyond, beyond_frames, beyond_pixels
-from pipelines.decode.sniff import sniff
+from pipelines.decode.sniff import has_end_marker, sniff
 from pipelines.value_range import Measured, ValueRange
 
 Image.init()
@@ -110,7 +110,10 @@ def decode_one(
                 return deep_rgb(image, partial(open_image, data, limits), _upright, value_range)
             upright = _upright(image)
             upright.info.pop("transparency", None)  # dropped like an alpha channel
-            return _pixels(upright if upright.mode == "RGB" else upright.convert("RGB"))
+            pixels = _pixels(upright if upright.mode == "RGB" else upright.convert("RGB"))
+            if image.format in ("JPEG", "MPO") and not has_end_marker(data.tobytes()):
+                return "truncated JPEG: the end-of-image marker is missing"  # Pillow notices that of some
+            return pixels
     except UnidentifiedImageError:
         return f"not an image file of a known format ({data.size} bytes)"
     except Image.DecompressionBombError:

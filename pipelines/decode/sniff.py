@@ -12,7 +12,9 @@ import numpy as np
 from pipelines.decode.limits import ImageLimits, beyond_bytes, beyond_pixels, beyond_scans
 
 _FRAME = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended and progressive Huffman frames (ITU T.81, table B.1)
-_NO_FRAME = frozenset((0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xD8, 0xD9, 0xDA))
+_NO_FRAME = frozenset(
+    (0x01, *range(0xD0, 0xD8), 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xD8, 0xD9, 0xDA)
+)
 _PNG = b"\x89PNG\r\n\x1a\n"
 _SCAN, _PROGRESSIVE = 0xDA, 0xC2
 _MOST_SEGMENTS = 2000  # before the first scan, fill bytes included; Pillow decodes the others
@@ -58,6 +60,20 @@ def sniff(data: np.ndarray) -> Header | None:
     if len(view) < 4 or view[0] != 0xFF or view[1] != 0xD8:
         return None
     return _jpeg(view)
+
+
+def has_end_marker(jpeg: bytes) -> bool:
+    """Whether an end-of-image marker follows the first scan of a JPEG (one in an EXIF thumbnail does not count)."""
+    at = 2
+    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF:
+        marker = jpeg[at + 1]
+        if marker == 0xFF or marker == 0x01 or 0xD0 <= marker < 0xD8:  # a fill byte, or a marker without a length
+            at += 1 if marker == 0xFF else 2
+            continue
+        if marker == 0xDA:
+            break
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return jpeg.rfind(b"\xff\xd9", at) > 0
 
 
 def _big(view: memoryview, at: int, count: int) -> int:

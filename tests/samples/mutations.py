@@ -33,6 +33,11 @@ def originals() -> dict[str, bytes]:
     files["JPEG rotated"] = with_orientation(encode(image), 6).tobytes()
     files["JPEG RGB"] = encode(image, keep_rgb=True).tobytes()
     files["JPEG with a profile"] = encode(image, icc_profile=bytes(3000)).tobytes()
+    plain = files["JPEG baseline"]
+    for kind, marker in (("arithmetic", 0xC9), ("lossless", 0xC3), ("extended", 0xC1)):
+        files[f"JPEG said to be {kind}"] = plain.replace(b"\xff\xc0", bytes([0xFF, marker]), 1)
+    at = plain.index(b"\xff\xc0") + 4
+    files["JPEG said to have 12 bits"] = plain[:at] + b"\x0c" + plain[at + 1 :]
     files["MPO"] = encode(image, "MPO", save_all=True, append_images=[image]).tobytes()
     files["PNG"] = encode(image, "PNG").tobytes()
     files["PNG palette"] = encode(image.quantize(17), "PNG").tobytes()

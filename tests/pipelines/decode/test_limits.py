@@ -65,6 +65,23 @@ def test_scans_of_thumbnails_and_of_images_behind_do_not_count() -> None:
     assert reason(own + many) == ""
 
 
+def test_scans_cannot_be_hidden() -> None:
+    """Behind what looks like an end, like a long segment, or like no marker."""
+    data = gray_jpeg(64, 80, scans=101)
+    second = data.index(b"\xff\xda", data.index(b"\xff\xda") + 2)
+    for hidden in (
+        data[:2] + b"\xff\xd6" + data[2:],
+        data[:2] + b"\xff\x01" + data[2:],
+        data[:2] + b"garbage" + data[2:],
+        data[:2] + b"\xff\xff\xff" + data[2:],
+        data[:2] + b"\xff\xd8" + data[2:],
+        data[:second] + b"\xff\xe1\x00\x06\xff\xd9\xff\xd9" + data[second:],
+        data[:second] + b"garbage" + data[second:],
+    ):
+        assert "scans" in reason(hidden) or "broken" in reason(hidden)
+        assert "scans" in reason(hidden + gray_jpeg(64, 80, scans=1)) or "broken" in reason(hidden)
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_every_decoder_obeys(decoder: str) -> None:
     plain = encode(picture(40, 50), quality=90)
