@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
+from pipelines.files import read_json
 from pipelines.names import visible
 from pipelines.runtime import InputError, run_cli
 
@@ -50,7 +50,7 @@ def summary(out: Path) -> str:
 
 def _knn(path: Path) -> tuple[int, float]:
     """Number of neighbours and accuracy of the first setting of mvssl-eval knn."""
-    first = json.loads(path.read_text())["results"]["settings"][0]
+    first = read_json(path)["results"]["settings"][0]
     return first["k"], first["top1"]
 
 

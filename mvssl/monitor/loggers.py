@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from mvssl.config.options import RunOptions
 from mvssl.config.serialize import to_dict
 from mvssl.runs.folder import RunFolder
+from pipelines.files import LARGEST_JSON, read_regular
 from pipelines.names import csv_text, shell_word, utf8, visible
 from pipelines.runtime import describe_os_error
 
@@ -123,7 +124,7 @@ class WandbLogger:
         wandb = importlib.import_module("wandb")
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_account() else "offline")
         # The id depends on the run alone, so that a resumed run is the same run there.
-        identity = hashlib.sha256(folder.environment.read_bytes()).hexdigest()[:16]
+        identity = hashlib.sha256(read_regular(folder.environment, most=LARGEST_JSON)).hexdigest()[:16]
         self._run: Any = None
         try:
             self._run = wandb.init(

@@ -217,11 +217,11 @@ class RunFolder:
             return False
         return True
 
-    def check_links(self) -> None:
-        """Check that no file that training appends to is a link out of the folder, which may come from somebody else.
+    def check_files(self) -> None:
+        """Check the files that training appends to, which may come from somebody else.
 
         Raises:
-            InputError: one is.
+            InputError: one is a link out of the folder, or a pipe, folder or device.
         """
         inside = self.path.resolve()
         for path in (self.metrics, self.throughput, self.log, *self.csv.glob("*"), *self.tensorboard.glob("*")):
@@ -230,6 +230,8 @@ class RunFolder:
                     f"{path} is a link to {_target(path)}, outside of the run folder, where nothing is written: put "
                     "the file itself in its place."
                 )
+            if path.exists() and not path.is_file():
+                raise InputError(f"{path} is no regular file: restore the one of the run, or delete it.")
 
     def _delete(self) -> None:
         """Delete what a run writes, and nothing else in the folder."""

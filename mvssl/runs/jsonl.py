@@ -58,7 +58,18 @@ class JsonLines:
 
 def complete_bytes(path: Path) -> int:
     """Size of the file up to its last complete line; 0 if there is no file."""
-    return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+    if not path.exists():
+        return 0
+    with open_regular(path) as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - _LONGEST_LINE)
+            file.seek(start)
+            last = file.read(end - start).rfind(b"\n")
+            if last >= 0:
+                return start + last + 1
+            end = start
+    return 0
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -106,7 +106,8 @@ def _problem(content: Mapping[str, Any]) -> str:
     for name, kind in _ENTRIES.items():
         if not isinstance(content.get(name), kind):
             return f"{name} is {shown(content.get(name))}"
-    if not isinstance(content.get("conditions", {}), dict):
+    conditions = content.get("conditions", {})
+    if not isinstance(conditions, dict) or any(isinstance(value, (dict, list)) for value in conditions.values()):
         return "conditions are no table"
     results = content["results"]
     settings = results.get("settings", [])
@@ -143,8 +144,8 @@ def describe(known: Mapping[str, Any]) -> str:
     """Conditions in words: crop, network and start of the linear layer."""
     words = []
     if "resize" in known:
-        words.append(f"resize {known['resize']} ({known['interpolation']}), crop {known['crop']}")
-    network = known["network"]
+        words.append(f"resize {known['resize']} ({known.get('interpolation')}), crop {known.get('crop')}")
+    network = known.get("network")
     words.append("the file's only network" if network == "only" else f"{network} network")
     if "head_start" in known:
         words.append(f"linear layer from {known['head_start']}")

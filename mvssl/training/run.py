@@ -173,7 +173,7 @@ def _claim(folder: RunFolder, recipe: Recipe, options: RunOptions, stack: ExitSt
     stack.enter_context(folder.claim())
     recipe = check()  # again: another process may have been here before the lock was ours
     if options.resume:
-        folder.check_links()
+        folder.check_files()
         folder.restore_config()
     return recipe
 

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.arrays import read_arrays
+from pipelines.files import open_regular
 from pipelines.runtime import InputError
 from pipelines.storage.source import KeyTable
 
@@ -95,7 +96,7 @@ def read_layout(path: Path) -> Layout:
     Images are the first RGBImageField; labels the IntField named label, labels, target or class, else the first one.
     """
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(HEADER.itemsize)
         if len(start) < HEADER.itemsize:
             raise damaged(path, f"has {size} bytes, fewer than a .beton file's header")
@@ -275,7 +276,7 @@ def load_index(path: Path, layout: Layout) -> BetonIndex | None:
 def is_our_beton(path: Path) -> bool:
     """Whether mvssl-convert wrote this file, complete or not."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _MAGIC in file.read(HEADER.itemsize + FIELD.itemsize)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return False

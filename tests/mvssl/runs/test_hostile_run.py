@@ -21,6 +21,7 @@ import torch
 
 from mvssl.config.recipe import Recipe
 from mvssl.evaluate.compare import summarise
+from mvssl.evaluate.session import ComputeOptions, EvalOptions, open_session
 from mvssl.monitor.report import render
 from mvssl.runs import checkpoint
 from mvssl.runs.checked_json import read_checked, write_checked
@@ -69,6 +70,13 @@ def sentence(action: Callable[[], object]) -> str:
     assert "\n" not in message
     assert len(message) < 3000
     return message
+
+
+def open_of_run(run: Path) -> None:
+    """Evaluate a run on the images that its config names."""
+    options, compute = EvalOptions(out=run / "out"), ComputeOptions(device="cpu", decoder="pillow")
+    with open_session(BackboneSource(run=run), options, compute):
+        pass
 
 
 # Flipped bits.
@@ -398,3 +406,56 @@ def test_a_summary_of_other_types(run: Path, field: str) -> None:
     content = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps({**content, field: [[1]]}))
     assert field in sentence(lambda: render(RunFolder(run)))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "throughput.jsonl", "train.log"])
+def test_a_pipe_in_the_place_of_a_file_that_is_appended_to(
+    run: Path, images: Path, tiny_recipe: Recipe, name: str
+) -> None:
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    message = sentence(lambda: train(replace(tiny_recipe, epochs=4), images, run, resume=True, extend=True))
+    assert f"{name} is no regular file" in message
+
+
+NODES: dict[str, Callable[[Path], None]] = {
+    "folder": Path.mkdir,
+    "pipe": lambda path: os.mkfifo(path),
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "broken link": lambda path: path.symlink_to("nothing"),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "empty file": Path.touch,
+}
+
+
+@pytest.mark.parametrize("kind", NODES)
+def test_something_else_in_the_place_of_a_file(run: Path, kind: str) -> None:
+    """Whatever it is, no reader waits, fills the memory or ends in a traceback."""
+    names = [
+        str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and "tensorboard" not in path.parts
+    ]
+    assert len(names) > 8
+    for name in names:
+        path, kept = run / name, run.parent / "kept"
+        path.rename(kept)
+        NODES[kind](path)
+        actions: list[Callable[[], object]] = [
+            lambda: render(RunFolder(run)),
+            lambda: summarise(run),
+            lambda: load_backbone(BackboneSource(run=run)),
+            lambda: RunFolder(run).check_free(overwrite=False),
+        ]
+        for action in actions:
+            with suppress(InputError, OSError):
+                action()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        kept.rename(path)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\ud800", "x" * 5000, "a\nb", "/dev/zero", "~", "-", " "])
+def test_paths_that_no_file_system_has(run: Path, path: str) -> None:
+    for field in ("data", "val"):
+        change(run / "config.json", lambda config: config["options"].update({field: path}))  # noqa: B023
+        with suppress(OSError):
+            message = sentence(lambda: open_of_run(run))
+            assert message
