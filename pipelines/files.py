@@ -102,17 +102,19 @@ def whole_file(path: Path) -> Iterator[Path]:
     renamed. If the body or the disk fails, it is removed and `path` is untouched.
 
     Raises:
+        InputError: another process is writing this file.
         OSError: the file cannot be written; `filename` is set.
     """
     temporary = temporary_path(path)
-    try:
-        with naming(temporary):
-            yield temporary
-        publish(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    with locked(temporary, f"Another process is writing {path}: wait for it, or choose another place."):
+        try:
+            with naming(temporary):
+                yield temporary
+            publish(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -249,7 +251,7 @@ def locked(path: Path, otherwise: str) -> Iterator[None]:
     """
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
     while True:
-        descriptor = os.open(path, flags, 0o644)
+        descriptor = os.open(path, flags, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
