@@ -20,6 +20,8 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
+from mvssl.config.recipe import Recipe
+from mvssl.config.serialize import from_dict
 from mvssl.pickles.torch_file import parse_torch_file
 from mvssl.runs.checked_json import check_checksum, read_object, write_checked
 from pipelines.files import read_regular, sync_folder
@@ -43,6 +45,14 @@ class Checkpoint:
         missing = [name for name in names if name not in self.meta]
         if missing:
             raise self.damaged(f"checkpoint.json has no {missing[0]}")
+
+    def recipe(self) -> Recipe:
+        """The recipe of the run; InputError if there is none, or another one than this version knows."""
+        self.needs("recipe")
+        try:
+            return from_dict(self.meta["recipe"])
+        except InputError as error:
+            raise InputError(f"{self.path / 'checkpoint.json'}: {error}", field=error.field) from error
 
     def network(self, name: str) -> dict[str, Tensor] | None:
         """Tensors of the online or target network of a run by name; None without a target.

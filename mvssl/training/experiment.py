@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ from rich.console import Console
 from mvssl.config.device import computed_precision, resolve_device
 from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Recipe
-from mvssl.config.serialize import from_dict, to_dict
+from mvssl.config.serialize import to_dict
 from mvssl.distributed import World
 from mvssl.evaluate.online_knn import check_knn_data, scorable
 from mvssl.runs import checkpoint
@@ -142,12 +142,12 @@ class Experiment:
             metrics_bytes=int(saved.meta["metrics_bytes"]),
             evaluated=bool(saved.meta["evaluated"]),
             buffer=buffer,
-            before=self._computed_before(saved.meta),
+            before=self._computed_before(saved),
         )
 
-    def _computed_before(self, meta: Mapping[str, Any]) -> Computed:
+    def _computed_before(self, saved: checkpoint.Checkpoint) -> Computed:
         """How the steps of a checkpoint were computed; as now, if a version that did not record it has written it."""
-        recipe = from_dict(meta["recipe"])
+        recipe, meta = saved.recipe(), saved.meta
         return Computed(
             recipe=recipe,
             precision=meta.get("precision", computed_precision(recipe.precision, self.device)),

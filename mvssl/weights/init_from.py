@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from mvssl.config.recipe import Head, Recipe
-from mvssl.config.serialize import from_dict
 from mvssl.models.encoder import OnlineNetwork, TargetNetwork, predictor_tasks
 from mvssl.models.heads import PredictorBank
 from mvssl.runs import checkpoint
@@ -74,10 +73,9 @@ def _from_run(online: OnlineNetwork, path: Path) -> _Outcome:
     last = RunFolder(path).newest
     saved = checkpoint.load(last if last.exists() else path)
     state: dict[str, Tensor] = saved.network("online") or {}
-    saved.needs("recipe")
     outcome = _Outcome(origin=f"online network, step {saved.meta['step']}")
     outcome.taken += [_backbone({k: v for k, v in state.items() if k.startswith("backbone.")}), "projector"]
-    given, bank = predictor_tasks(from_dict(saved.meta["recipe"])), online.predictors
+    given, bank = predictor_tasks(saved.recipe()), online.predictors
     sources = _sources(given, bank.tasks)
     # The file's slots are in the order of its own tasks.
     for name, initial in bank.state_dict().items():

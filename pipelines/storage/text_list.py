@@ -147,7 +147,10 @@ def _header_delimiter(first: str) -> str | None:
 
 
 def _cells(header: str, delimiter: str) -> list[str]:
-    row = next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])
+    try:
+        row = next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])
+    except csv.Error:  # a cell of more than 131,072 characters
+        row = []
     return [cell.strip().strip("\"'").casefold().replace(" ", "_") for cell in row] or [""]
 
 
@@ -266,7 +269,7 @@ def _latin(text: str) -> str:
 def _file_size(path: str) -> int:
     try:
         return os.stat(path).st_size
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a zero byte in the name
         return -1
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
@@ -277,5 +280,5 @@ def _file_size(path: str) -> int:
 def _mtime(folder: str) -> int:
     try:
         return os.stat(folder).st_mtime_ns
-    except OSError:
+    except (OSError, ValueError):
         return -1  # its files are reported as missing

@@ -149,3 +149,15 @@ def test_what_is_no_list_is_named_with_its_line(data: Path, content: bytes, mess
 def test_an_archive_is_no_list(data: Path, ending: str, remedy: str) -> None:
     with pytest.raises(InputError, match=f"per line\\): {remedy}"):
         opened(data, bytes(5000), f"images.{ending}")
+
+
+@pytest.mark.parametrize("line", ["a\0b.png", "x" * 200_000 + ".png", "a\0b.png\tlabel"])
+@pytest.mark.parametrize("header", ["", "path,label\n"])
+def test_names_that_no_file_can_have(line: str, header: str, tmp_path: Path) -> None:
+    """Behind the part of the list that is looked at to see whether it is text."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    first = "0.png,a\n" if header else "0.png\n"
+    for content in (header + first * 20_000 + line, header + line):
+        (tmp_path / "list.txt").write_text(content)
+        with pytest.raises(InputError, match=r"list\.txt"):
+            open_source(tmp_path / "list.txt")
