@@ -23,6 +23,7 @@ COMMAND = "python -m benchmarks.tables"
 TABLES: dict[str, dict[str, Callable[[Results], list[str]]]] = {
     "README.md": {"headlines": measured.headlines},
     "mvssl/evaluate/README.md": {"evaluation": measured.evaluation},
+    "mvssl/runs/RELIABILITY.md": {"faults": measured.faults, "memory": measured.memory},
     "benchmarks/MEASURED.md": {
         "views": measured.views,
         "loader": measured.loader,

@@ -57,6 +57,8 @@ MADE_BY = {
     "paper_small_cpu_release": "python -m benchmarks.paper_small TINY_IMAGENET --setting cpu_release --methods byol",
     "paper_small_gpu": "python -m benchmarks.paper_small TINY_IMAGENET --setting gpu",
     "evaluation_cpu": "python -m benchmarks.evaluate_small TINY_IMAGENET --out FOLDER",
+    "faults_cpu": "python -m benchmarks.bench_faults",
+    "memory_cpu": "python -m benchmarks.bench_memory",
     "linear_cpu": "python -m benchmarks.bench_micro linear TRAIN.npy VAL.npy",
     "tune_fused": SUITE,
     **{

@@ -436,6 +436,39 @@ def _evaluation_settings(result: Result) -> list[str]:
     ]
 
 
+# Reliability
+
+
+def faults(results: Results) -> list[str]:
+    """Faults tried and failures of bench_faults for each command."""
+    name = "faults_cpu"
+    rows = [
+        [
+            row["command"],
+            f"{row['operations']:,}",
+            *(f"{tried['tried']:,}, {tried['failed']:,} failed" for tried in row["faults"].values()),
+        ]
+        for row in results.get(name, {"commands": []})["commands"]
+    ]
+    heads = ["command", "file operations", "kill -9", "full disk", "read-only disk"]
+    about = origins(results, {"CPU": name}, lambda _: [], link="../../benchmarks/results")
+    return [*table(heads, rows), "", *about]
+
+
+def memory(results: Results) -> list[str]:
+    """Growth of a long training's memory."""
+    name = "memory_cpu"
+    rows = []
+    if name in results:
+        result = results[name]
+        first, last = result["samples"][0], result["samples"][-1]
+        growth = f"{result['mib_per_100_epochs']:.2f}"
+        rows.append([f"{result['epochs']:,}", f"{first[1]:.0f}", f"{last[1]:.0f}", growth])
+    heads = ["epochs", "MiB at the first sample", "MiB at the last", "MiB per 100 epochs, second half"]
+    about = origins(results, {"CPU": name}, lambda _: [], link="../../benchmarks/results")
+    return [*table(heads, rows), "", *about]
+
+
 def linear(results: Results) -> list[str]:
     """Classifiers of `bench_micro linear`."""
     name = "linear_cpu"
