@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -19,6 +20,7 @@ from pipelines.storage.source import KeyTable, fingerprint
 
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
+_LOOKED_AT = 100  # members, to tell ImageNet's flat archive from other tars
 _REPORT_EVERY = 10_000  # images
 _LARGEST_LIST = 1 << 28  # bytes of a label file
 _WNID = re.compile(r"n\d{8}")
@@ -80,6 +82,8 @@ def open_archive(
     with open_regular(path) as file:
         if _is_train_archive(path, file.fileno()):
             return _open_train_archive(path, file.fileno(), progress)
+        if val_labels is None:
+            _check_flat(path, file.fileno())
         members = _val_members(path, file.fileno(), progress) if val_labels is not None else []
     if val_labels is None:
         raise InputError(
@@ -95,6 +99,19 @@ def _is_train_archive(path: Path, descriptor: int) -> bool:
     for member in _members(path, descriptor):
         return member.name.endswith(".tar")
     raise InputError(f"{path} holds no files: download it again.")
+
+
+def _check_flat(path: Path, descriptor: int) -> None:
+    """Refuse a tar that is not ImageNet's: with folders of classes, or WebDataset's files beside each image."""
+    for member in islice(_members(path, descriptor), _LOOKED_AT):
+        *folders, name = [part for part in PurePosixPath(member.name).parts if part != "."]
+        if folders or not is_image_name(name):
+            what = f"folders ({folders[0]}/...)" if folders else f"other files ({name[:100]})"
+            raise InputError(
+                f"{path} is a tar with {what} and none of ImageNet's archives, the only ones that are read as they "
+                f"are: unpack it (mkdir images && tar -xf {path} -C images) and give the folder; its folders are the "
+                "classes."
+            )
 
 
 def _open_train_archive(path: Path, descriptor: int, progress: Callable[[int], None] | None) -> ArchiveSource:
