@@ -45,7 +45,7 @@ _log = logging.getLogger("mvssl.data")
 
 
 def find_damage(encoded: Sequence[NDArray[np.uint8]], *, threads: int = 1) -> dict[int, str]:
-    """Examine images, uint8 [bytes] each, in a third of the time that decoding a JPEG takes, or less.
+    """Examine images, uint8 [bytes] each, in about a quarter of the time that decoding a JPEG takes.
 
     Decoders paint what is missing of a JPEG gray; libjpeg says so on standard error, without a name. They do not look
     at the checksums of a PNG's pixels.

@@ -10,7 +10,7 @@
 #include <string.h>
 
 enum { FINE, ODD, SHORT, INVALID, EXTRA, RESTART, MISSING }; /* verdicts, numbered in damage.py */
-enum { LOOK = 9, MAX_THREADS = 64, MAX_PIXELS = 1 << 28, MAX_SCANS = 100 };
+enum { LOOK = 9, FAST = 12, MAX_THREADS = 64, MAX_PIXELS = 1 << 28, MAX_SCANS = 100 };
 
 /* Same layout as _REQUEST in damage.py. */
 typedef struct {
@@ -25,7 +25,8 @@ typedef struct {
     uint16_t look[1 << LOOK]; /* length << 8 | symbol of the codes of up to LOOK bits; 0: longer */
     int32_t last[17], shift[17]; /* by length: the largest code, -1 if none; index of its symbol less the code */
     uint8_t symbols[256];
-    int known;
+    uint16_t fast[1 << FAST]; /* see `combine` */
+    int known, combined;
 } Table;
 
 typedef struct {
@@ -36,14 +37,17 @@ typedef struct {
 } Component;
 
 typedef struct {
-    const uint8_t *at, *end;
-    uint64_t bits;   /* from the highest bit on */
-    int count, fake; /* bits in there; how many of them are zeros behind the data */
-    int marker;      /* where the data ended: a marker, or -1 for the end of the file */
+    const uint8_t *at, *stop; /* data up to the next marker, without the zeros behind bytes of 0xFF; then 8 zeros */
+    uint64_t bits;            /* from the highest bit on; those behind `count` are zero or equal to what follows */
+    int count, fake;          /* bits in there; how many of them are zeros behind the data */
+    int marker;               /* where the data ended: a marker, or -1 for the end of the file */
+    const uint8_t *next;      /* there */
 } Bits;
 
 typedef struct {
     Bits bits;
+    const uint8_t *end; /* of the file */
+    uint8_t *clean;     /* for `Bits` */
     Table tables[2][4]; /* DC, AC */
     Component parts[4];
     int count, progressive, interval, hmax, vmax;
@@ -52,35 +56,23 @@ typedef struct {
     int from, to, high, low, run; /* of the scan; blocks left of an end-of-band run */
 } Jpeg;
 
+static inline uint64_t eight(const uint8_t *at) {
+    uint64_t bytes;
+    memcpy(&bytes, at, sizeof bytes);
+    return __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? __builtin_bswap64(bytes) : bytes;
+}
+
 static void fill(Bits *b) {
     if (b->count > 56) return;
-    if (!b->marker && b->end - b->at >= 8) { /* whole bytes at once, if none of eight is 0xFF */
-        uint64_t next = 0, inverse;
-        for (int n = 0; n < 8; n++) next = next << 8 | b->at[n];
-        inverse = ~next;
-        if (!((inverse - 0x0101010101010101ull) & ~inverse & 0x8080808080808080ull)) {
-            int bytes = (64 - b->count) >> 3, rest = 64 - 8 * bytes;
-            b->bits |= next >> rest << rest >> b->count;
-            b->at += bytes;
-            b->count += 8 * bytes;
-            return;
-        }
+    if (b->stop - b->at >= 8) {
+        b->bits |= eight(b->at) >> b->count;
+        b->at += (63 - b->count) >> 3;
+        b->count |= 56;
+        return;
     }
     while (b->count <= 56) {
-        uint64_t byte = 0;
-        if (!b->marker) {
-            const uint8_t *at = b->at;
-            if (at >= b->end) b->marker = -1;
-            else if (*at != 0xFF) byte = *b->at++;
-            else {
-                while (at < b->end && *at == 0xFF) at++; /* fill bytes */
-                if (at >= b->end) b->marker = -1;
-                else if (*at) b->marker = *at;
-                else byte = 0xFF, b->at = at + 1;
-            }
-        }
-        if (b->marker) b->fake += 8;
-        b->bits |= byte << (56 - b->count);
+        if (b->at < b->stop) b->bits |= (uint64_t)*b->at++ << (56 - b->count);
+        else b->fake += 8;
         b->count += 8;
     }
 }
@@ -154,6 +146,30 @@ static int define_quantization(Jpeg *jpeg, const uint8_t *at, const uint8_t *end
     return at == end;
 }
 
+/* Look up a DC code, or as many AC codes at once as FAST bits hold, with the bits behind each. Entries: bits, END at the
+ * end of a block, coefficients << COEFFICIENTS; 0 if not even one fits. */
+enum { BITS = 15, END = 16, COEFFICIENTS = 5 };
+
+static void combine(Table *table, int ac) {
+    uint16_t one[1 << FAST];
+    for (int n = 0; n < 1 << FAST; n++) {
+        uint16_t found = table->look[n >> (FAST - LOOK)];
+        int run = (found & 0xFF) >> 4, size = found & 15, bits = (found >> 8) + size;
+        int end = ac && !size && run != 15;
+        one[n] = !found || bits > FAST || (run && !ac) ? 0 : (uint16_t)(bits | (end ? END : (run + 1) << COEFFICIENTS));
+    }
+    for (int n = 0; n < 1 << FAST; n++) {
+        uint16_t all = one[n], next;
+        while (ac && all && !(all & END)) {
+            next = one[n << (all & BITS) & ((1 << FAST) - 1)];
+            if (!next || (all & BITS) + (next & BITS) > FAST) break;
+            all += next;
+        }
+        table->fast[n] = all;
+    }
+    table->combined = 1;
+}
+
 static int frame(Jpeg *jpeg, const uint8_t *at, const uint8_t *end, int progressive) {
     if (jpeg->count || end - at < 6 || at[0] != 8) return 0;
     jpeg->height = number(at + 1);
@@ -187,16 +203,32 @@ static int frame(Jpeg *jpeg, const uint8_t *at, const uint8_t *end, int progress
 
 static int sequential(Jpeg *jpeg, const Component *part) {
     Bits *b = &jpeg->bits;
-    const Table *ac = &jpeg->tables[1][part->table[1]];
-    int size = decode(b, &jpeg->tables[0][part->table[0]]);
-    if (size < 0 || size > 15) return 0;
-    take(b, size);
-    for (int k = 1; k < 64;) {
-        int symbol = decode(b, ac);
-        if (symbol < 0) return 0;
-        int run = symbol >> 4;
-        size = symbol & 15;
-        if (!size && run != 15) return 1;
+    const Table *dc = &jpeg->tables[0][part->table[0]], *ac = &jpeg->tables[1][part->table[1]];
+    const uint8_t *stop = b->stop;
+    for (int k = 0; k < 64;) {
+        uint64_t bits = b->bits; /* in registers */
+        const uint8_t *at = b->at;
+        int count = b->count, end = 0;
+        while (stop - at >= 8) {
+            bits |= eight(at) >> count;
+            at += (63 - count) >> 3;
+            count |= 56;
+            for (int n = 0; n < 56 / FAST; n++) {
+                uint16_t found = (k ? ac : dc)->fast[bits >> (64 - FAST)];
+                int last = k + (found >> COEFFICIENTS);
+                if (!found || last > 63) goto one;
+                bits <<= found & BITS;
+                count -= found & BITS;
+                k = last;
+                if ((end = found & END)) goto one;
+            }
+        }
+    one: /* that does not fit, or near the end of the block or of the data */
+        b->bits = bits, b->at = at, b->count = count;
+        if (end) return 1;
+        int symbol = decode(b, k ? ac : dc), run = k ? symbol >> 4 : 0, size = k ? symbol & 15 : symbol;
+        if (symbol < 0 || size > 15) return 0;
+        if (k && !size && run != 15) return 1;
         k += run + 1;
         if (k > 64) return 0;
         take(b, size);
@@ -275,7 +307,7 @@ static int block(Jpeg *jpeg, const Component *part, int64_t index) {
 static int to_marker(Bits *b) {
     int found = FINE;
     take(b, b->count & 7);
-    for (fill(b); b->count > b->fake || !b->marker; fill(b)) {
+    for (fill(b); b->count > b->fake; fill(b)) {
         uint32_t byte = take(b, 8);
         if (byte && byte != 0xFF) return EXTRA;
         found = ODD;
@@ -283,10 +315,27 @@ static int to_marker(Bits *b) {
     return found;
 }
 
-static void reset(Bits *b, const uint8_t *at) {
-    b->at = at;
+/* Begin to read the data at `at`. */
+static void reset(Jpeg *jpeg, const uint8_t *at) {
+    Bits *b = &jpeg->bits;
+    uint8_t *to = jpeg->clean;
+    b->at = to;
     b->bits = 0;
-    b->count = b->fake = b->marker = 0;
+    b->count = b->fake = 0;
+    for (;;) {
+        const uint8_t *found = at < jpeg->end ? memchr(at, 0xFF, (size_t)(jpeg->end - at)) : NULL;
+        const uint8_t *behind = found ? found : jpeg->end;
+        if (behind > at) memcpy(to, at, (size_t)(behind - at));
+        to += behind - at;
+        b->next = behind;
+        while (behind < jpeg->end && *behind == 0xFF) behind++; /* fill bytes */
+        b->marker = behind < jpeg->end ? *behind : -1;
+        if (b->marker) break;
+        *to++ = 0xFF;
+        at = behind + 1;
+    }
+    memset(to, 0, 8);
+    b->stop = to;
 }
 
 /* The byte behind a marker at or after `at`, which only fill bytes may precede. */
@@ -324,6 +373,11 @@ static int scan(Jpeg *jpeg, const uint8_t *at, const uint8_t *end, Request *requ
             if (jpeg->high != (chosen[n]->precision[k] < 0 ? 0 : chosen[n]->precision[k])) order = INVALID;
         memset(chosen[n]->precision + jpeg->from, jpeg->low, (size_t)(jpeg->to - jpeg->from + 1));
     }
+    for (int n = 0; n < count && !jpeg->progressive; n++)
+        for (int ac = 0; ac < 2; ac++) {
+            Table *table = &jpeg->tables[ac][chosen[n]->table[ac]];
+            if (!table->combined) combine(table, ac);
+        }
     int64_t across = chosen[0]->width, down = chosen[0]->height;
     if (count > 1) {
         across = (jpeg->width + 8 * jpeg->hmax - 1) / (8 * jpeg->hmax);
@@ -334,14 +388,14 @@ static int scan(Jpeg *jpeg, const uint8_t *at, const uint8_t *end, Request *requ
     if (++request->scan > MAX_SCANS) return -1;
     request->whole = !jpeg->progressive && count == jpeg->count;
     if (order) return order;
-    reset(&jpeg->bits, end);
+    reset(jpeg, end);
     for (int64_t unit = 0; unit < units; unit++) {
         request->done = (float)unit / (float)units;
         if (jpeg->interval && unit && unit % jpeg->interval == 0) {
             if ((gap = to_marker(&jpeg->bits)) == EXTRA) return EXTRA;
             padded |= gap;
             if (jpeg->bits.marker != 0xD0 + (int)((unit / jpeg->interval - 1) & 7)) return RESTART;
-            reset(&jpeg->bits, behind_marker(jpeg->bits.at, jpeg->bits.end));
+            reset(jpeg, behind_marker(jpeg->bits.next, jpeg->end));
             jpeg->run = 0;
         }
         int fine = 1;
@@ -361,7 +415,7 @@ static int scan(Jpeg *jpeg, const uint8_t *at, const uint8_t *end, Request *requ
 static int examine(Jpeg *jpeg, Request *request) {
     const uint8_t *at = request->data + 2, *end = request->data + request->size;
     int odd = FINE;
-    jpeg->bits.end = end;
+    jpeg->end = end;
     while (end - at >= 2) {
         if (*at != 0xFF) {
             if (request->scan && *at) return EXTRA;
@@ -403,7 +457,7 @@ static int examine(Jpeg *jpeg, Request *request) {
             if (verdict < 0) return ODD;
             if (verdict > ODD) return verdict;
             if (verdict == ODD) odd = ODD;
-            next = jpeg->bits.at;
+            next = jpeg->bits.next;
         }
         at = next;
     }
@@ -415,10 +469,15 @@ static void check(Request *request) {
     request->verdict = FINE;
     request->scan = request->whole = 0;
     request->done = 0;
-    if (!jpeg) return;
+    if (jpeg) jpeg->clean = malloc((size_t)request->size + 8);
+    if (!jpeg || !jpeg->clean) {
+        free(jpeg);
+        return;
+    }
     if (request->size > 4 && request->data[0] == 0xFF && request->data[1] == 0xD8)
         request->verdict = examine(jpeg, request);
     for (int n = 0; n < 4; n++) free(jpeg->parts[n].nonzero);
+    free(jpeg->clean);
     free(jpeg);
 }
 
