@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ def parse_header(content: bytes | memoryview) -> Header:
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
+        with warnings.catch_warnings(action="ignore"):  # Python's parser complains about texts in it
+            shape, fortran, dtype = read(file)
         good = not dtype.hasobject and dtype.itemsize > 0 and all(0 <= length < _LONGEST_AXIS for length in shape)
     except Exception as error:  # Python's parser, which numpy uses, raises many types
         raise ValueError("it is no array of numpy") from error

@@ -18,7 +18,7 @@ from mvssl.weights.backbone_file import export_backbone
 from pipelines.files import read_regular, strict_text
 from pipelines.loading.deep_images import pixels_of
 from pipelines.names import say
-from pipelines.runtime import InputError, invalid
+from pipelines.runtime import InputError, invalid, shown
 from pipelines.storage.source import Source, SubsetSource
 
 _LARGEST_LIST = 1 << 28  # bytes
@@ -110,6 +110,12 @@ def labelled_share(source: Source, share: float, *, seed: int) -> NDArray[np.int
     return np.flatnonzero(chosen.numpy())
 
 
+def _without_ending(name: str) -> str:
+    """A file's name without its ending; a name such as "." as it is."""
+    path = PurePosixPath(name)
+    return str(path.with_suffix("")) if path.name else name
+
+
 def listed_images(source: Source, path: Path) -> NDArray[np.int64]:
     """int64: the images that a text file names, one per line, by key or by file name alone.
 
@@ -119,27 +125,26 @@ def listed_images(source: Source, path: Path) -> NDArray[np.int64]:
         InputError: the file cannot be read, is empty, or names an image that is missing or ambiguous.
     """
     try:
-        names = [
-            line.strip() for line in strict_text(read_regular(path, most=_LARGEST_LIST)).split("\n") if line.strip()
-        ]
-    except (OSError, InputError) as error:
+        text = strict_text(read_regular(path, most=_LARGEST_LIST))
+    except (OSError, ValueError) as error:
         raise InputError(f"label_list is {str(path)!r} but cannot be read ({error}): give a text file.") from error
+    names = [line.strip() for line in text.split("\n") if line.strip()]
     if not names:
         raise InputError(f"label_list is {str(path)!r}, which names no images: give one name per line.")
     places: dict[str, list[int]] = {}
     for index in range(len(source)):
         key = source.key(index)
         file = PurePosixPath(key)
-        for name in {key, file.name, str(file.with_suffix("")), file.stem}:
+        for name in {key, file.name, _without_ending(key), file.stem}:
             places.setdefault(name, []).append(index)
     indices = []
     for name in dict.fromkeys(names):
-        found = places.get(name) or places.get(str(PurePosixPath(name).with_suffix("")), [])
+        found = places.get(name) or places.get(_without_ending(name), [])
         if len(found) != 1:
             problem = "does not exist" if not found else f"matches {len(found)} images"
             raise InputError(
-                f"label_list names {name!r}, which {problem} in {source.location}: give the names of its images, with "
-                "their folders if files in different folders share a name."
+                f"label_list names {shown(name)}, which {problem} in {source.location}: give the names of its images, "
+                "with their folders if files in different folders share a name."
             )
         indices.append(found[0])
     return np.array(indices, dtype=np.int64)

@@ -485,6 +485,8 @@ def test_labels_of_a_fraction_or_a_list(images: Path, tmp_path: Path) -> None:
     for text, words in (
         ("003.jpg", r"'003\.jpg', which matches 3 images"),
         ("nothing.jpg", "does not exist"),
+        (".", "does not exist"),
+        ("/", "does not exist"),
         ("", "names no images"),
     ):
         names.write_text(text)
