@@ -40,7 +40,7 @@ from pipelines.batch import DecodedBatch
 from pipelines.runtime import InputError, parse_arguments, run_cli
 from pipelines.views.engine import fused_obstacle
 from pipelines.views.fused.jobs import make_jobs, make_jobs_reference
-from pipelines.views.native.sampling import native_obstacle
+from pipelines.views.native import native_obstacle
 from pipelines.views.params import ViewParams
 from pipelines.views.presets import paper_views
 from pipelines.views.sampling import check_params, draw, sample_reference

@@ -20,19 +20,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.names import visible
+from mvssl.ranks import OtherRankFailed, process_rank, rank_count
 from pipelines.order import Ranks
-from pipelines.runtime import EXIT_ERROR, InputError
+from pipelines.runtime import InputError
 
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _HOST_TIMEOUT = timedelta(hours=2)
 """Timeout of the gloo group: rank 0 may spend long indexing a folder or writing a checkpoint."""
-
-
-class OtherRankFailed(Exception):
-    """Another rank failed, and reports the reason itself, or it is gone."""
 
 
 @contextmanager
@@ -185,22 +181,6 @@ class World:
         return self.run_on_all(work)
 
 
-def rank_count() -> int:
-    """Number of ranks of this run, from torchrun's environment variables; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def process_rank() -> int:
-    """Rank of this process, from torchrun's environment variables; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def process_local_rank() -> int | None:
-    """Rank of this process on its host, from torchrun's environment variables; None in a single process."""
-    number = os.environ.get("LOCAL_RANK")
-    return None if rank_count() == 1 or number is None else int(number)
-
-
 @contextmanager
 def join_world(*, cuda: bool) -> Iterator[World]:
     """Join the process group of a run that torchrun started and leave it at the end; a no-op in a single process.
@@ -250,20 +230,3 @@ def _end_with_torchrun() -> None:
     """Get SIGTERM when torchrun dies: killed, it cannot end its ranks, which would train on and hold the run's lock."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def exit_code_of_rank(command: Callable[[], int | None]) -> int:
-    """Run a command that torchrun may have started on several ranks; its exit code (None is 0).
-
-    Only rank 0 reports the failure of another rank. An InputError names the rank if it is not rank 0.
-    """
-    try:
-        return command() or 0
-    except OtherRankFailed as failure:
-        if process_rank() == 0:
-            print(f"error: {visible(str(failure))}", file=sys.stderr)
-        return EXIT_ERROR
-    except InputError as error:
-        if process_rank() == 0:
-            raise
-        raise InputError(f"on rank {process_rank()}: {error}") from error

@@ -18,7 +18,7 @@ import tyro
 import mvssl
 import mvssl.methods
 from mvssl.cli import train as train_cli
-from mvssl.cli.eval import CompareArguments, LinearArguments
+from mvssl.cli.evaluations import CompareArguments, LinearArguments
 from mvssl.config.recipe import Recipe
 from mvssl.recipes import all_recipes
 from pipelines.conversion.command import Convert

@@ -17,7 +17,7 @@ ALLOWED = {
 }
 ORDER = {
     "mvssl": [
-        {"own_pipelines"},
+        {"own_pipelines", "ranks"},
         {"config", "distributed", "pickles"},
         {"models"},
         {"optim", "methods", "recipes", "runs"},

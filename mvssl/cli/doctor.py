@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +27,7 @@ from pipelines.files import cache_folder, cache_obstacle
 from pipelines.names import cell, say_table
 from pipelines.runtime import InputError, parse_arguments
 from pipelines.storage import open_source, split_paths
-from pipelines.views.native.sampling import native_obstacle
+from pipelines.views.native import native_obstacle
 
 State = Literal["ok", "slower", "missing"]
 
@@ -117,13 +119,44 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _torch_build() -> dict[str, Any]:
+    """What torch's own file says of its build (`__version__`, `cuda`, `hip`), without importing torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("torch is not installed")
+    return runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+
+
 def _torch() -> Finding:
-    return Finding("ok", f"{torch.__version__}, built for CUDA {torch.version.cuda or 'none'}")
+    build = _torch_build()
+    return Finding("ok", f"{build['__version__']}, built for CUDA {build['cuda'] or 'none'}")
+
+
+def _driver_loads() -> bool:
+    """Whether a GPU may be here: CUDA's driver can be loaded, or this torch or system has another one."""
+    if sys.platform != "linux" or _torch_build().get("hip"):
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _gpus() -> int:
+    """Number of GPUs that torch sees. Importing torch takes seconds, so without a driver it is not asked."""
+    if not _driver_loads():
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _gpu() -> Finding:
-    if torch.cuda.is_available():
-        gpus, name = torch.cuda.device_count(), torch.cuda.get_device_name(0)
+    if gpus := _gpus():
+        import torch
+
+        name = torch.cuda.get_device_name(0)
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         return Finding("ok", f"{gpus} x {name}, {memory:.0f} GiB, driver {_driver() or 'unknown'}")
     if shutil.which("nvidia-smi") is None:
@@ -134,7 +167,7 @@ def _gpu() -> Finding:
         )
     return Finding(
         "missing",
-        f"driver {_driver() or 'unknown'} is installed, but torch sees no GPU (CUDA {torch.version.cuda})",
+        f"driver {_driver() or 'unknown'} is installed, but torch sees no GPU (CUDA {_torch_build()['cuda']})",
         "update the driver, or install a torch built for its CUDA (see pytorch.org)",
     )
 
@@ -152,14 +185,16 @@ def _dali() -> Finding:
     version = _version("nvidia-dali-cuda120") or _version("nvidia-dali-cuda130")
     if version is None:
         return Finding("slower", "not installed: decoding with Pillow on the CPU", "pip install nvidia-dali-cuda120")
-    where = "CUDA and hardware decoders of the GPU" if torch.cuda.is_available() else "on the CPU (no GPU here)"
+    where = "CUDA and hardware decoders of the GPU" if _gpus() else "on the CPU (no GPU here)"
     return Finding("ok", f"{version}: decodes {where}")
 
 
 def _hardware_decoder() -> Finding:
     """A100, H100 and later data-centre GPUs have a JPEG hardware decoder (NVIDIA's nvJPEG documentation)."""
-    if not torch.cuda.is_available():
+    if not _gpus():
         return Finding("ok", "not checked: there is no GPU")
+    import torch
+
     major, minor = torch.cuda.get_device_capability(0)
     if (major, minor) in ((8, 0), (9, 0)) or major == 10:
         return Finding("ok", "available; --dali.hw-decoder-load uses it")
@@ -186,7 +221,7 @@ def _triton() -> Finding:
     version = _version("triton")
     if version is not None:
         return Finding("ok", f"{version}: views by six kernels on a GPU")
-    if torch.cuda.is_available():
+    if _gpus():
         return Finding("slower", "not installed", "pip install triton")
     return Finding("ok", "not installed")
 
@@ -217,8 +252,10 @@ def _compiled_code() -> Finding:
 
 
 def _nccl() -> Finding:
-    if not torch.cuda.is_available():
+    if not _gpus():
         return Finding("ok", "not needed without GPUs: gloo connects processes on CPUs")
+    import torch
+
     if not torch.distributed.is_nccl_available():
         return Finding("missing", "not in this build of torch: one GPU only", "install torch from pytorch.org")
     return Finding("ok", ".".join(map(str, torch.cuda.nccl.version())))  # type: ignore[no-untyped-call]
@@ -230,14 +267,14 @@ def _shared_memory() -> Finding:
         return Finding("ok", "this system has no /dev/shm")
     free = shutil.disk_usage(folder).free
     found = f"{free / 2**30:.1f} GiB free in /dev/shm"
-    if free < _SHARED_BYTES and torch.cuda.device_count() > 1:
+    if free < _SHARED_BYTES and _gpus() > 1:
         return Finding("missing", found, "start the container with --shm-size 8g or --ipc=host")
     return Finding("ok", f"{found}; the loader uses threads and needs none")
 
 
 def _cores() -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    gpus = torch.cuda.device_count()
+    gpus = _gpus()
     found = f"{cores}" + (f", {cores / gpus:.0f} per GPU" if gpus else "") + f"; {default_threads()} decoding threads"
     if gpus and cores / gpus < _CORES_PER_GPU:
         remedy = f"request {_CORES_PER_GPU} or more per GPU, or cache decoded images with --cache"

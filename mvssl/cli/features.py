@@ -12,10 +12,10 @@ from typing import Annotated
 
 import tyro
 
-from mvssl.distributed import exit_code_of_rank
 from mvssl.evaluate.feature_store import Dtype, check_ending, write_table
 from mvssl.evaluate.features import compute_store
 from mvssl.evaluate.session import BackboneSession, ComputeOptions, interpolated, open_backbone, open_images
+from mvssl.ranks import exit_code_of_rank
 from mvssl.runs.results import describe, locked_folder
 from mvssl.weights.load import BackboneSource
 from pipelines.loading.deep_images import pixels_of

@@ -1,4 +1,7 @@
-"""mvssl-train: pre-train a backbone, check the machine, or write a report."""
+"""mvssl-train: pre-train a backbone, check the machine, or write a report.
+
+What imports torch, which takes seconds, is imported by the functions that need it: help and lists do not.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +20,12 @@ from rich.console import Console
 
 from mvssl.cli.doctor import doctor
 from mvssl.cli.help import print_recipes, print_short_help, with_option
-from mvssl.config.device import resolve_device
 from mvssl.config.options import Execution, RunOptions
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import EXECUTION, to_dict
-from mvssl.distributed import exit_code_of_rank, process_local_rank, process_rank, rank_count
-from mvssl.monitor.report import write_report
+from mvssl.ranks import exit_code_of_rank, process_local_rank, process_rank, rank_count
 from mvssl.recipes import all_recipes
 from mvssl.recipes.files import is_recipe_file, resolve_recipe, resolve_with_options
-from mvssl.runs.folder import RunFolder
-from mvssl.training import arguments as arguments_of_run
-from mvssl.training.memory import with_largest_batch
-from mvssl.training.monitor import Diverged
-from mvssl.training.preflight import dry_run, profile_run
-from mvssl.training.run import run
-from mvssl.training.shutdown import EXIT_INTERRUPTED, Interrupted, requeue
 from pipelines.names import say, visible
 from pipelines.runtime import EXIT_ERROR, InputError, invalid, parse_arguments, run_cli
 from pipelines.storage import open_source, split_paths
@@ -122,6 +116,11 @@ def _silent_unless_first_on_host() -> Iterator[None]:
 
 def _train(parsed: TrainArguments, console: Console) -> int:
     """Train, profile or do a dry run; returns the exit code."""
+    from mvssl.training.monitor import Diverged
+    from mvssl.training.preflight import dry_run, profile_run
+    from mvssl.training.run import run
+    from mvssl.training.shutdown import EXIT_INTERRUPTED, Interrupted, requeue
+
     try:
         if parsed.dry_run:
             dry_run(parsed.recipe, parsed.options, console)
@@ -230,12 +229,18 @@ def fit_warmup(recipe: Recipe, ahead: LookAhead) -> tuple[Recipe, str]:
     """
     if ahead.epochs is None or ahead.warmup:
         return recipe, ""
+    from mvssl.training import arguments as arguments_of_run
+
     recipe, note = arguments_of_run.fit_warmup(recipe, ahead.epochs, resumes=ahead.resumes)
     return recipe, f"{note} (--optimizer.warmup-epochs sets it)" if note else ""
 
 
 def _largest_batch(parsed: TrainArguments) -> tuple[Recipe, str]:
     """The recipe with the largest batch for this GPU; a resumed run keeps its batch."""
+    from mvssl.config.device import resolve_device
+    from mvssl.runs.folder import RunFolder
+    from mvssl.training.memory import with_largest_batch
+
     options = parsed.options
     if options.resume and options.out is not None:
         earlier = RunFolder(options.out).recipe().batch_size
@@ -263,6 +268,9 @@ class ReportArguments:
 def report(arguments: Sequence[str], console: Console) -> int:
     """Run the command; returns the exit code."""
     asked = parse_arguments(ReportArguments, prog="mvssl-train report", args=arguments)
+    from mvssl.monitor.report import write_report
+    from mvssl.runs.folder import RunFolder
+
     folder = RunFolder(asked.run)
     out = asked.out or folder.report
     if asked.out is not None and asked.out.suffix != ".html":

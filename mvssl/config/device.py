@@ -9,9 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mvssl.config.recipe import Precision
 from pipelines.runtime import InputError, invalid
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def resolve_device(name: str, *, local_rank: int | None = None) -> torch.device:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from pipelines.checks import at_least, at_least_zero, between, check_fields
 from pipelines.decode import DaliOptions, DecodeOptions, DecoderName, ImageLimits
 from pipelines.decode.base import MOST_THREADS
-from pipelines.loading.pixel_cache import Cache
+from pipelines.loading import Cache
 from pipelines.runtime import InputError, invalid
 from pipelines.value_range import parse_value_range
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-from mvssl.config.device import Precision
 from pipelines.checks import (
     Rule,
     at_least_zero,
@@ -24,6 +23,8 @@ from pipelines.checks import (
 )
 from pipelines.runtime import InputError, invalid
 from pipelines.views.spec import LARGEST_SIDE, Interpolation, ViewSpec, check_views, tasks
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 # Above all real uses; what is larger is a mistake, or a recipe that is to exhaust memory or time.
 LARGEST_BATCH = 1 << 20

@@ -16,8 +16,9 @@ from rich.console import Console
 
 from mvssl.config.device import autocast_dtype, resolve_device
 from mvssl.config.recipe import LARGEST_BATCH, Evaluation
-from mvssl.distributed import World, join_world, process_local_rank, rank_count
+from mvssl.distributed import World, join_world
 from mvssl.models.backbones import feature_width
+from mvssl.ranks import process_local_rank, rank_count
 from mvssl.runs.results import ResultFile, locked_folder
 from mvssl.weights.load import BackboneSource, LoadedBackbone, load_backbone
 from pipelines.checks import between, check_fields

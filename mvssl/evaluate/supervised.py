@@ -29,7 +29,8 @@ from mvssl.optim.state import check_optimizer_state
 from mvssl.runs import checkpoint
 from pipelines.checks import Rule, at_least, at_least_zero, between, check_fields, positive, ruled
 from pipelines.loader import Loader
-from pipelines.loading.pixel_cache import Cache, free_memory, with_cache
+from pipelines.loading import Cache
+from pipelines.loading.pixel_cache import free_memory, with_cache
 from pipelines.order import Order
 from pipelines.runtime import InputError, invalid
 from pipelines.storage.source import Source

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.config.serialize import build
-from mvssl.distributed import process_rank
+from mvssl.ranks import process_rank
 from mvssl.recipes.files import override, resolve_recipe
-from mvssl.runs.folder import RunFolder
 from pipelines.files import given_path
 from pipelines.runtime import InputError
 
@@ -75,6 +73,8 @@ def fit_warmup(recipe: Recipe, epochs: int, *, resumes: Path | None) -> tuple[Re
     """
     earlier = None
     if resumes is not None:
+        from mvssl.runs.folder import RunFolder  # with torch, which a new run need not wait for
+
         with suppress(InputError):  # the run itself reports it
             earlier = RunFolder(resumes).recipe().optimizer.warmup_epochs
     if earlier is None and not 0 < epochs < recipe.epochs:
@@ -135,4 +135,6 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, np.generic):
         return value.item()
+    import torch
+
     return str(value) if isinstance(value, torch.device) else value

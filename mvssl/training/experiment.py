@@ -29,8 +29,9 @@ from mvssl.training.step import TrainStep
 from mvssl.weights.backbone_file import export_backbone
 from pipelines.decode import ImageLimits
 from pipelines.loader import Loader
+from pipelines.loading import Cache
 from pipelines.loading.deep_images import state_value_range
-from pipelines.loading.pixel_cache import Cache, CachedSource, free_memory, with_cache
+from pipelines.loading.pixel_cache import CachedSource, free_memory, with_cache
 from pipelines.order import Order
 from pipelines.progress import Progress
 from pipelines.runtime import InputError

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from mvssl.distributed import OtherRankFailed
 from mvssl.evaluate.online_knn import evaluate_knn
 from mvssl.evaluate.session import Session
+from mvssl.ranks import OtherRankFailed
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import last_knn
 from mvssl.training.experiment import Experiment, Position

@@ -18,8 +18,9 @@ from mvssl.config.device import resolve_device
 from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
-from mvssl.distributed import join_world, process_local_rank
+from mvssl.distributed import join_world
 from mvssl.monitor.profiling import StepProfile, format_table, profile_steps, synchronize, write_trace
+from mvssl.ranks import process_local_rank
 from mvssl.runs.environment import environment, peak_memory_gib
 from mvssl.runs.folder import RunFolder
 from mvssl.training.experiment import Experiment, open_experiment

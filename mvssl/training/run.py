@@ -19,10 +19,11 @@ from rich.console import Console
 from mvssl.config.device import resolve_device
 from mvssl.config.options import RunOptions, parse_time
 from mvssl.config.recipe import Recipe
-from mvssl.distributed import join_world, process_local_rank
+from mvssl.distributed import join_world
 from mvssl.monitor.pictures import write_view_sheet
 from mvssl.monitor.report import write_report
 from mvssl.optim.schedule import learning_rate
+from mvssl.ranks import process_local_rank
 from mvssl.runs.changes import describe_changes
 from mvssl.runs.data_record import DataRecord
 from mvssl.runs.folder import RunFolder

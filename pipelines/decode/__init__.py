@@ -6,16 +6,17 @@ import functools
 import importlib
 import logging
 import os
+from typing import TYPE_CHECKING
 
-import torch
-
-from pipelines.batch import with_index
 from pipelines.decode.base import DECODERS, DaliOptions, Decoded, DecodeOptions, Decoder, DecoderName
 from pipelines.decode.ffcv import FfcvDecoder
 from pipelines.decode.limits import ImageLimits
 from pipelines.decode.pillow import PillowDecoder
 from pipelines.runtime import InputError, invalid
 from pipelines.value_range import ValueRange
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "DECODERS",
@@ -65,6 +66,10 @@ def make_decoder(
             raise invalid(f"make_decoder.{field}", value, "1 or more", "give a positive number")
     if kind == "auto":
         kind = "pillow" if _warn_if_dali_is_missing() else "dali"
+    import torch  # late, as in all files that a command without images imports
+
+    from pipelines.batch import with_index
+
     dali = dali or DaliOptions()
     if dali != DaliOptions() and (kind != "dali" or torch.device(device).type != "cuda"):
         raise InputError(

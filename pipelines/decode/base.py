@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pipelines.runtime import InputError, invalid
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_THREADS = 1024  # above all machines
 
@@ -124,7 +125,7 @@ class DecodeOptions:
             raise invalid("threads", self.threads, f"1 to {MOST_THREADS}", "give a positive number, or leave it out")
 
 
-DecodedPart = tuple[Sequence[int], Tensor, Tensor]
+DecodedPart: TypeAlias = "tuple[Sequence[int], Tensor, Tensor]"
 """Images decoded together: positions in the call, pixels uint8 (packed), sizes int64 [n, 2]."""
 
 
@@ -153,6 +154,8 @@ def completed_by_pillow(
 
 
 def _merged(parts: Sequence[DecodedPart], failures: Mapping[int, str]) -> Decoded:
+    import torch  # not for a command that decodes nothing
+
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for positions, pixels, sizes in parts:
         lengths: list[int] = (sizes.prod(dim=1) * 3).tolist()

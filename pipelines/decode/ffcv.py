@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TypeGuard
 
 import numpy as np
-import torch
 
 from pipelines.decode.base import Decoded, completed_by_pillow
 from pipelines.decode.limits import ImageLimits
@@ -50,6 +49,8 @@ class FfcvDecoder:
 
     def __call__(self, encoded: Sequence[np.ndarray], by_pillow: Collection[int] = ()) -> Decoded:
         """Decode N images, uint8 [bytes] each, to pixels on the CPU; see `Decoder`."""
+        import torch  # not for what only asks whether FFCV is here
+
         headers = [sniff(data) for data in encoded]
         wanted = [
             n

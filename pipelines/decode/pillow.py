@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipelines.decode.base import Decoded
@@ -60,6 +59,8 @@ class PillowDecoder:
 
     def __call__(self, encoded: Sequence[np.ndarray], by_pillow: Collection[int] = ()) -> Decoded:
         """Decode N images, uint8 [bytes] each, to pixels on the CPU."""
+        import torch  # not for what converts or checks images
+
         del by_pillow
         results = list(self._pool.map(self._decode, encoded))
         images = [image for image in results if not isinstance(image, str)]

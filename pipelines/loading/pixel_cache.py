@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -18,11 +18,11 @@ from pipelines.batch import DecodedBatch
 from pipelines.decode.limits import beyond_pixels
 from pipelines.decode.pillow import open_image
 from pipelines.decode.sniff import sniff
+from pipelines.loading import Cache
 from pipelines.runtime import InputError, invalid
 from pipelines.storage.image_facts import facts_of
 from pipelines.storage.source import ReadsAhead, ReadsBatches, Source
 
-Cache = Literal["off", "host", "device", "auto"]
 CHOICES: tuple[Cache, ...] = get_args(Cache)
 AUTO_FRACTION = {"device": 0.4, "host": 0.5}
 """Fraction of free memory that `auto` takes at most: evaluations and other programs need the rest."""

@@ -17,7 +17,7 @@ from benchmarks.compiled.view_kernels import KERNELS, Arguments, kernel_bytes, m
 from benchmarks.report import tables
 from pipelines import ViewSpec, draw
 from pipelines.runtime import InputError
-from pipelines.views.native.sampling import native_obstacle
+from pipelines.views.native import native_obstacle
 from tests.benchmarks.conftest import Bench
 
 needs_two_cores = pytest.mark.skipif(

@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing as mp
 
 # Ranks are forked from a server that has imported these and done nothing else: importing takes five seconds of a core.
-PRELOADED = ("mvssl.cli.train", "mvssl.cli.eval")
+PRELOADED = ("mvssl.training.preflight", "mvssl.cli.evaluations")
 
 
 @dataclass(frozen=True, kw_only=True)

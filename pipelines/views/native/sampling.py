@@ -6,7 +6,6 @@ import ctypes
 import functools
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from pipelines.c_library import load_library
 from pipelines.views import portable_math
+from pipelines.views.native import SAMPLING
 from pipelines.views.params import SHAPES, ViewParams
 from pipelines.views.spec import ViewSpec
 
 _log = logging.getLogger("mvssl.data")
-_SOURCE = Path(__file__).with_name("sampling.c")
 _BOX = [
     (name, np.float64)
     for name in ("wanted", "area", "area_extent", "ratio_low", "ratio_high", "log_ratio", "log_ratio_extent")
@@ -48,12 +47,6 @@ class _Params(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in SHAPES]
 
 
-def native_obstacle() -> str | None:
-    """Why sampling in C is unavailable, or None. The first call compiles it."""
-    library = load_library(_SOURCE)
-    return library if isinstance(library, str) else None
-
-
 def sample_native(
     specs: Sequence[ViewSpec], sizes: Tensor, *, seed: int, epoch: int, index: Tensor
 ) -> ViewParams | None:
@@ -66,7 +59,7 @@ def sample_native(
         epoch: in [0, 2**32).
         index: int64 [N] on the CPU.
     """
-    library = load_library(_SOURCE)
+    library = load_library(SAMPLING)
     if isinstance(library, str):
         _announce(library)
         return None
@@ -89,7 +82,7 @@ def sample_native(
 
 def params_fit(params: ViewParams, specs: Sequence[ViewSpec], sizes: Tensor) -> bool:
     """Whether parameters of the right types and shapes fit these views and images; False also without a compiler."""
-    library = load_library(_SOURCE)
+    library = load_library(SAMPLING)
     if isinstance(library, str):
         return False
     tensors = [getattr(params, name).contiguous() for name in SHAPES]

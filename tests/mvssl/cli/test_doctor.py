@@ -38,6 +38,7 @@ def test_the_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert found["DALI"].remedy == "pip install nvidia-dali-cuda120"
     assert (found["C compiler"].state, found["disk"].state) == ("slower", "missing")
     assert "does not exist" in found["disk"].found
+    monkeypatch.setattr(doctor, "_driver_loads", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", broken)
     gpu = doctor.examine()["GPU"]
     assert gpu.state == "missing"

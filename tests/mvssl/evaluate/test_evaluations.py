@@ -100,7 +100,7 @@ def test_every_result_is_computed_once(
         raise AssertionError("computed again")
 
     for name in ("fast_linear", "release_linear", "finetune", "knn_grid"):
-        monkeypatch.setattr(f"mvssl.cli.eval.{name}", never)
+        monkeypatch.setattr(f"mvssl.cli.evaluations.{name}", never)
     assert evaluate(*arguments, "--run", finished, "--out", out) == 0  # shows the result without computing it
     assert read_result(path) == first
     more = ["--resize", "40"]

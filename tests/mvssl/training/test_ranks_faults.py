@@ -14,9 +14,10 @@ import torch.distributed as dist
 from mvssl.cli.train import body
 from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Evaluation, Recipe
-from mvssl.distributed import OtherRankFailed, join_world
+from mvssl.distributed import join_world
 from mvssl.evaluate.features import extract_features
 from mvssl.evaluate.session import Session
+from mvssl.ranks import OtherRankFailed
 from mvssl.training.experiment import _data_paths
 from mvssl.training.run import run
 from pipelines.loading.fetch import too_many_bad

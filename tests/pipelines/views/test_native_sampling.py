@@ -21,13 +21,14 @@ from pipelines.views import presets
 from pipelines.views import sampling as checks
 from pipelines.views.fused import jobs
 from pipelines.views.fused.jobs import COLUMNS, Jobs, make_jobs, make_jobs_reference
+from pipelines.views.native import SAMPLING
 from pipelines.views.native import sampling as draws
 from pipelines.views.native.sampling import params_fit, sample_native
 from pipelines.views.params import SHAPES, ViewParams
 from pipelines.views.sampling import check_params, sample_reference
 from tests.samples.other_threads import RELEASED, turns_of_another_thread
 
-SOURCES = (draws._SOURCE, jobs._SOURCE)
+SOURCES = (SAMPLING, jobs._SOURCE)
 needs_compiler = pytest.mark.skipif(
     any(isinstance(c_library.load_library(source), str) for source in SOURCES), reason="needs a C compiler"
 )
