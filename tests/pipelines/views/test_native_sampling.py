@@ -246,7 +246,7 @@ def test_without_a_compiler_torch_draws_the_same(caplog: pytest.LogCaptureFixtur
 def test_a_new_operation_must_be_drawn_in_c_too() -> None:
     """Fails when a decision or a field of ViewSpec is added: draw it in sampling.c, or say here that none needs it."""
     assert tuple(field.name for field in dataclasses.fields(ViewParams)) == tuple(SHAPES)
-    undrawn = {"name", "task", "is_target", "solarize_threshold"}
+    undrawn = {"name", "task", "is_target", "interpolation", "solarize_threshold"}
     drawn = {"area", "ratio", "cutout", "cutout_ratio", "blur_sigma"} | set(draws.Spec.names or ())
     drawn -= {"crop", "sigma", "sigma_extent"}
     assert {field.name for field in dataclasses.fields(ViewSpec)} == drawn | undrawn
