@@ -54,8 +54,8 @@ class Progress:
         """Set the number of images done so far; `note` is shown after the speed."""
         self.done = done
         now = time.monotonic()
-        rate = self.done_now / max(now - self._began, 1e-9)
-        speed = visible(f"{rate:,.0f} images/s" + (f", {note}" if note else ""), _WORK)
+        per_second = self.done_now / max(now - self._began, 1e-9)
+        speed = visible(f"{rate(per_second)} images/s" + (f", {note}" if note else ""), _WORK)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, speed=speed)
             return
@@ -64,9 +64,9 @@ class Progress:
             return
         self._printed = now
         if self._total is None:
-            state = f"{done:,} images so far"
+            state = f"{done:,} images so far, {duration(now - self._began)}"
         else:
-            left = f", {duration((self._total - done) / rate)} left" if rate and not finished else ""
+            left = f", {duration((self._total - done) / per_second)} left" if per_second and not finished else ""
             state = f"{done:,} of {self._total:,}, {speed}{left}"
         say(self._console, f"{self._work}: {state}")
 
@@ -92,3 +92,10 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(max(seconds, 0.0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def rate(per_second: float) -> str:
+    """A number per second: with a decimal below 100, and two digits below 1, so that slow work is not shown as 0."""
+    if per_second >= 100:
+        return f"{per_second:,.0f}"
+    return f"{per_second:.1f}" if per_second >= 1 or not per_second else f"{per_second:.2g}"

@@ -13,11 +13,11 @@ from mvssl.config.recipe import Recipe
 from mvssl.recipes import PUBLISHED, all_recipes
 from pipelines.names import cell, say, say_table
 from pipelines.runtime import InputError
-from pipelines.views.spec import ViewSpec, tasks
+from pipelines.views.spec import ViewSpec, sizes_by_task, tasks
 
 WIDTH = 120
 
-CAPTION = """views: number of views per task, in the order of the recipe; (n) are target-only views
+CAPTION = """views: number of views per task, in the order of the recipe; (n) are target-only views; pixels: their edge
 published: linear-probe top-1 on ImageNet-1k in arXiv 2602.05845; not reproduced with this code;
 74.5 and 78.3 % of the ViTs are of the target network (mvssl-eval --network target)"""
 
@@ -25,7 +25,8 @@ published: linear-probe top-1 on ImageNet-1k in arXiv 2602.05845; not reproduced
 def print_recipes(console: Console) -> None:
     """Print all recipes as a table of at most 120 columns, also to a narrower terminal or a pipe."""
     table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
-    for column in ("recipe", "method", "backbone", "views", "predictors", "batch", "epochs", "optimiser", "published"):
+    names = "recipe method backbone views pixels predictors batch epochs optim. published"
+    for column in names.split():
         table.add_column(
             column, no_wrap=True, justify="right" if column in ("batch", "epochs", "published") else "left"
         )
@@ -36,6 +37,7 @@ def print_recipes(console: Console) -> None:
             recipe.method,
             recipe.backbone.name,
             count_views(recipe.views),
+            size_views(recipe.views),
             recipe.predictors,
             str(recipe.batch_size),
             str(recipe.epochs),
@@ -52,6 +54,11 @@ def count_views(views: Sequence[ViewSpec]) -> str:
     counts = [str(sum(view.task == task for view in views)) for task in tasks(views)]
     only_targets = sum(view.task is None for view in views)
     return "+".join([*counts, f"({only_targets})"] if only_targets else counts)
+
+
+def size_views(views: Sequence[ViewSpec]) -> str:
+    """Edge in pixels of each task's views, in the order of `count_views`, e.g. "224+96+224"."""
+    return "+".join(f"({size})" if task is None else size for task, size in sizes_by_task(views).items())
 
 
 class CommonOption(NamedTuple):

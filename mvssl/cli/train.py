@@ -86,15 +86,18 @@ def body(arguments: Sequence[str]) -> int:
         return 0
     try:
         with _silent_unless_first_on_host():
-            parsed = parse(arguments)
+            parsed, notes = parse_with_notes(arguments)
     except InputError:
         if process_local_rank():
             return EXIT_ERROR
         raise
+    trains = not (parsed.print_config or parsed.dry_run or parsed.profile is not None)
+    if not trains and not process_local_rank():
+        print_notes(notes)
     if parsed.print_config:
         print(json.dumps(to_dict(parsed.recipe) | _given_execution(parsed.options), indent=2))
         return 0
-    return exit_code_of_rank(lambda: _train(parsed, console))
+    return exit_code_of_rank(lambda: _train(parsed, notes, console))
 
 
 def _given_execution(options: RunOptions) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def _silent_unless_first_on_host() -> Iterator[None]:
         yield
 
 
-def _train(parsed: TrainArguments, console: Console) -> int:
+def _train(parsed: TrainArguments, notes: Sequence[str], console: Console) -> int:
     """Train, profile or do a dry run; returns the exit code."""
     from mvssl.training.monitor import Diverged
     from mvssl.training.preflight import dry_run, profile_run
@@ -127,7 +130,7 @@ def _train(parsed: TrainArguments, console: Console) -> int:
         elif parsed.profile is not None:
             profile_run(parsed.recipe, parsed.options, console, steps=parsed.profile)
         else:
-            run(parsed.recipe, parsed.options, console=console)
+            run(parsed.recipe, parsed.options, console=console, notes=notes)
     except Interrupted as stopped:
         if process_rank() == 0:
             say(console, *filter(None, (str(stopped), requeue(stopped.stopped_by))))
@@ -140,7 +143,20 @@ def _train(parsed: TrainArguments, console: Console) -> int:
 
 
 def parse(arguments: Sequence[str]) -> TrainArguments:
-    """Parse `RECIPE [overrides]`, where RECIPE is a name or a recipe file.
+    """As `parse_with_notes`, which are printed to stderr."""
+    parsed, notes = parse_with_notes(arguments)
+    print_notes(notes)
+    return parsed
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """Print notes to stderr."""
+    for note in notes:
+        print(visible(note), file=sys.stderr)
+
+
+def parse_with_notes(arguments: Sequence[str]) -> tuple[TrainArguments, tuple[str, ...]]:
+    """Parse `RECIPE [overrides]`, where RECIPE is a name or a recipe file; with notes on what was chosen.
 
     Raises:
         InputError: the recipe does not exist, its file cannot be read, or a value is not allowed.
@@ -162,9 +178,7 @@ def parse(arguments: Sequence[str]) -> TrainArguments:
     if ahead.automatic_batch:
         fitted, batch_note = _largest_batch(parsed)
         parsed, note = replace(parsed, recipe=fitted), "\n".join(filter(None, (note, batch_note)))
-    if note:
-        print(*map(visible, note.split("\n")), sep="\n", file=sys.stderr)
-    return parsed
+    return parsed, tuple(filter(None, note.split("\n")))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import torch
 
 from mvssl.monitor.idle_sampler import IdleFractions
 from pipelines.loader import StageSeconds
+from pipelines.progress import rate
 
 GOOD_WAIT = 0.01
 """Data wait up to which the loader keeps up with the step."""
@@ -41,7 +42,7 @@ def describe_bottleneck(
     if seconds[slowest] <= 0 or images == 0:
         return "nothing was loaded"
     loader_rate = images / seconds[slowest]
-    rate = f"the loader alone would prepare {loader_rate:,.0f} images/s"
+    alone = f"the loader alone would prepare {rate(loader_rate)} images/s"
     wait = f"{100 * data_wait:.1f} % of the time"
     launching = 0.0 if idle is None else idle.launching(data_wait)
     if launching > max(LAUNCH_BOUND, data_wait if data_wait > GOOD_WAIT else 0.0):
@@ -49,12 +50,12 @@ def describe_bottleneck(
             f"the bottleneck is launching: the GPU had nothing queued {100 * launching:.1f} % of the time while the "
             "host was launching: use --cuda-graph auto (or on), so that a step is one launch; else --compile on, "
             "--step-mode joint, a larger --batch-size, and fewer --threads or other processes where the cores are "
-            f"shared (the step waited for data {wait}; {rate})"
+            f"shared (the step waited for data {wait}; {alone})"
         )
     if data_wait <= GOOD_WAIT or loader_rate >= LOADER_MARGIN * images_per_second:
         peaks = "" if data_wait <= GOOD_WAIT else ", in single moments"
         busy = "" if idle is None else f" and kept the GPU busy {100 * (1 - idle.total):.1f} %"
-        return f"the bottleneck is the step: it waited for data {wait}{peaks}{busy} ({rate})"
+        return f"the bottleneck is the step: it waited for data {wait}{peaks}{busy} ({alone})"
     on_gpu = device.type == "cuda"
     remedies = {
         "storage": "reading images: convert them if they are plain files (mvssl-convert), then add --order-chunk 16 if "
@@ -65,4 +66,4 @@ def describe_bottleneck(
         + ("give the process more CPU cores" if on_gpu else "train on a GPU, or make smaller views"),
     }
     part = f"{100 * seconds[slowest] / sum(seconds.values()):.0f} % of the work on a batch"
-    return f"the bottleneck is {remedies[slowest]} ({part}; the step waited {wait}; {rate})"
+    return f"the bottleneck is {remedies[slowest]} ({part}; the step waited {wait}; {alone})"

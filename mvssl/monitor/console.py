@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -12,17 +14,21 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.names import NAME, cell, say, visible
-from pipelines.progress import duration
+from pipelines.progress import duration, rate
+
+_REDRAWN = 0.2  # seconds between two states of the live panel
+_FIRST_PAUSE = 10.0  # seconds without a line after the first one
+_PAUSE = 30.0  # and after later ones
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """A log point as the console shows it.
+    """A step as the console shows it, at a log point or between two.
 
     Attributes:
         step: optimiser steps done, of `steps`.
         epoch: current epoch from 1, of `epochs`.
-        losses: loss of each task, averaged since the last log point.
+        losses: loss of each task, at a log point averaged since the last one; empty where it is not known yet.
         learning_rate: of the last step.
         tau: EMA momentum of the last step.
         images_per_second: source images/s since the last log point.
@@ -31,6 +37,7 @@ class Status:
         device_idle: fraction of the time in which the GPU had nothing queued; None if not measured.
         memory_gib: peak memory of the device (CUDA) or of the process (CPU).
         seconds_left: estimated time to the end.
+        first_seconds: time of the first step of this run, with the wait for its batch; None for other steps.
     """
 
     step: int
@@ -46,14 +53,18 @@ class Status:
     device_idle: float | None = None
     memory_gib: float
     seconds_left: float
+    first_seconds: float | None = None
 
     def line(self) -> str:
-        """Everything in one line."""
+        """Everything in one line; of the first step no speed, which would be that of starting."""
         losses = "  ".join(f"{visible(task, NAME)} {loss:.4f}" for task, loss in self.losses.items())
+        losses = f"  |  loss {losses}" if losses else ""
+        if self.first_seconds is not None:
+            return f"epoch {self.epoch}/{self.epochs}  step {self.step}/{self.steps}  {self._first()}{losses}"
         return (
-            f"epoch {self.epoch}/{self.epochs}  step {self.step}/{self.steps}  ETA {duration(self.seconds_left)}  |  "
-            f"loss {losses}  |  {self.images_per_second:,.0f} images/s  "
-            f"{self.images_per_second * self.views_per_image:,.0f} views/s  "
+            f"epoch {self.epoch}/{self.epochs}  step {self.step}/{self.steps}  ETA {duration(self.seconds_left)}"
+            f"{losses}  |  {rate(self.images_per_second)} images/s  "
+            f"{rate(self.images_per_second * self.views_per_image)} views/s  "
             f"data-wait {100 * self.data_wait:.1f} %{self._idle()}  |  "
             f"lr {self.learning_rate:.3g}  tau {self.tau:.5f}  memory {self.memory_gib:.2f} GiB"
         )
@@ -62,47 +73,81 @@ class Status:
         """Everything but epoch and step in two rows, with colours."""
         wait = 100 * self.data_wait
         table = Table.grid(padding=(0, 3))
-        losses = Text("loss")
+        losses = Text("loss" if self.losses else "")
         for task, loss in self.losses.items():
             losses.append("  ").append_text(cell(task, NAME, style="cyan")).append(f" {loss:.4f}")
+        if self.first_seconds is not None:
+            table.add_row(losses, self._first())
+            return table
         table.add_row(losses, f"lr {self.learning_rate:.3g}   tau {self.tau:.5f}")
         table.add_row(
-            f"[bold]{self.images_per_second:,.0f}[/] images/s   "
-            f"{self.images_per_second * self.views_per_image:,.0f} views/s",
+            f"[bold]{rate(self.images_per_second)}[/] images/s   "
+            f"{rate(self.images_per_second * self.views_per_image)} views/s",
             f"data-wait [{'green' if wait <= 1 else 'yellow'}]{wait:.1f} %[/]{self._idle()}   "
             f"memory {self.memory_gib:.2f} GiB   ETA {duration(self.seconds_left)}",
         )
         return table
+
+    def _first(self) -> str:
+        return f"the first step took {self.first_seconds or 0.0:.1f} s, start-up included"
 
     def _idle(self) -> str:
         return "" if self.device_idle is None else f"  gpu-idle {100 * self.device_idle:.1f} %"
 
 
 class TrainingProgress:
-    """Progress of a training run: a live panel on a terminal and in a notebook, one line per log point elsewhere.
+    """Progress of a training run: a live panel on a terminal and in a notebook, lines elsewhere.
+
+    The bar moves at every step. A line is printed at every log point, and between two after the first step and by time.
 
     Attributes:
         live: whether it updates in place.
     """
 
-    def __init__(self, console: Console, *, steps: int, done: int) -> None:
+    def __init__(
+        self,
+        console: Console,
+        *,
+        steps: int,
+        done: int,
+        starting: str = "starting",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`done` of `steps` were done before; `starting` is shown until the first step of this run is done."""
         self._console = console
+        self._clock = clock
+        self._steps = steps
+        self._shown: float | None = None
+        self._pause = _FIRST_PAUSE
+        self._losses: dict[str, float] = {}  # the last known
         self.live = console.is_terminal or console.is_jupyter
         if self.live:
             columns = (TextColumn("[bold]{task.description}"), BarColumn(None), TaskProgressColumn())
             self._bar = Bar(*columns, TimeElapsedColumn(), console=console)
-            self._task = self._bar.add_task("training", total=steps, completed=done)
+            self._task = self._bar.add_task(f"step {done}/{steps}  {starting}", total=steps, completed=done)
             self._panel = Live(self._bar, console=console, refresh_per_second=4)
-            self._panel.start()
+            self._panel.start(refresh=True)
+
+    def move(self, step: int) -> None:
+        """Move the bar, if there is one, to this step."""
+        if self.live:
+            self._bar.update(self._task, completed=step, description=f"step {step}/{self._steps}")
+
+    def due(self) -> bool:
+        """Whether a step between two log points is to be shown: the first one, and later ones by time."""
+        return self._shown is None or self._clock() - self._shown >= (_REDRAWN if self.live else self._pause)
 
     def show(self, status: Status) -> None:
-        """Show a log point."""
+        """Show a step. The panel keeps the last losses where new ones are not known."""
+        self._pause = _FIRST_PAUSE if self._shown is None else _PAUSE
+        self._shown = self._clock()
         if not self.live:
             say(self._console, status.line())
             return
-        description = f"epoch {status.epoch}/{status.epochs}  step {status.step}/{status.steps}"
-        self._bar.update(self._task, completed=status.step, description=description)
-        self._panel.update(Group(self._bar, status.panel()))
+        self._losses = status.losses or self._losses
+        self.move(status.step)
+        epoch = Text(f"epoch {status.epoch}/{status.epochs}")
+        self._panel.update(Group(self._bar, epoch, replace(status, losses=self._losses).panel()))
 
     def close(self) -> None:
         """End the live display; its last state stays on the terminal."""

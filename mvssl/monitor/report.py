@@ -23,7 +23,7 @@ from mvssl.runs.summary import read_summary
 from mvssl.weights.backbone_file import loading_code
 from pipelines.files import open_regular, read_json, write_whole
 from pipelines.names import shell_word, visible
-from pipelines.progress import duration
+from pipelines.progress import duration, rate
 from pipelines.runtime import InputError
 
 Row = Mapping[str, Any]
@@ -118,7 +118,7 @@ def _tiles(train: Sequence[Row], knn: Sequence[Row], speed: Sequence[Row]) -> li
         images = sum(row["images_per_second"] * row["seconds"] for row in speed)
         waited = sum(row["data_wait"] * row["seconds"] for row in speed)
         tiles += [
-            ("source images/s", f"{images / seconds:,.0f}"),
+            ("source images/s", rate(images / seconds)),
             ("data wait", f"{100 * waited / seconds:.1f} %"),
             ("training time", duration(seconds)),
             ("peak memory", f"{max(row['memory_gib'] for row in speed):.2f} GiB"),

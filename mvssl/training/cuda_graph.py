@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -270,6 +271,8 @@ class StepGraph:
         # A stack of one view is the loader's tensor, which the loader frees.
         inputs = [stack.clone() for stack in stacks]
         graph = self._make()
+        logger.info("recording the step as a CUDA graph")
+        began = time.monotonic()
         self.capturing = True
         try:
             with in_stream(self._stream):
@@ -297,7 +300,7 @@ class StepGraph:
             )
         else:
             self._graph, self.inputs = graph, inputs
-            logger.info("the step is one CUDA graph from here on")
+            logger.info("the step is one CUDA graph from here on (recorded in %.1f s)", time.monotonic() - began)
         finally:
             self.capturing = False
         gc.collect()  # a traceback holds a failed recording's tensors

@@ -62,6 +62,8 @@ class Loop:
                 epoch_ends = self.step % steps_per_epoch == 0
                 if epoch_ends or self.step % experiment.options.log_every == 0:
                     self.monitor.log_train(output, step=self.step)
+                else:
+                    self.monitor.tick(output, step=self.step)
                 if epoch_ends and self.evaluation_due(epoch + 1):
                     self.evaluate()
                 stopped_by = self.stop.agree()

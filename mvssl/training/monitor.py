@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +28,7 @@ from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import JsonLines, complete_bytes
 from mvssl.runs.summary import Summary, write_summary
 from mvssl.training.experiment import Experiment, Position
+from mvssl.training.pace import Pace, Speed
 from mvssl.training.step import StepOutput
 from pipelines.runtime import InputError
 from pipelines.views.spec import tasks
@@ -62,7 +62,7 @@ class Monitor:
         self._first_step = position.step
         self._collapsed = False
         self._loggers = _Loggers(experiment, folder, console, position) if experiment.world.is_rank0 else None
-        self._clock = _Clock(step=position.step)
+        self._pace = Pace(step=position.step, batch_size=experiment.recipe.batch_size)
         self._idle_sampler = IdleSampler(experiment.device, hold=lambda: experiment.step.capturing)
 
     def __enter__(self) -> Monitor:
@@ -79,13 +79,34 @@ class Monitor:
         """Context of a training step, entered with its batch received."""
         return self._idle_sampler.step()
 
+    def tick(self, output: StepOutput, *, step: int) -> None:
+        """Show a step between two log points, without a host sync: the losses only if they are computed on the CPU."""
+        if self._loggers is None:
+            return
+        experiment, display = self._experiment, self._loggers.display
+        waited, first = experiment.loader.stats.wait_seconds, not self._pace.started
+        self._pace.stepped(step, waited)
+        display.move(step)
+        if not display.due():
+            return
+        losses = {}
+        if experiment.device.type == "cpu" and experiment.world.size == 1:
+            losses = dict(zip(tasks(experiment.recipe.views), output.losses.tolist(), strict=True))
+        status = self._status(step, losses, output, self._pace.recent(step, waited))
+        if first:
+            status = replace(status, first_seconds=self._pace.seconds)
+        display.show(status)
+        if first or not display.live:  # a panel is redrawn too often for a log
+            logger.debug(status.line())
+
     def log_train(self, output: StepOutput, *, step: int) -> None:
         """Check and log the steps since the last log point, of which `output` is the last one's.
 
         Losses are of the whole batch, embeddings are rank 0's.
         """
         self.check_finite(step)
-        speed = self._speed(step)
+        experiment = self._experiment
+        pace = self._pace.log_point(step, experiment.world.max(experiment.loader.stats.wait_seconds))
         if self._loggers is None:
             self.buffer.clear()
             return
@@ -104,11 +125,18 @@ class Monitor:
             "effective_rank": float(rank),
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # fp16 gradients may overflow
         }
-        epoch = (step - 1) // self._experiment.order.steps_per_epoch
+        epoch = (step - 1) // experiment.order.steps_per_epoch
+        speed = {
+            "seconds": pace.seconds,
+            "images_per_second": pace.images_per_second,
+            "views_per_second": pace.images_per_second * len(experiment.recipe.views),
+            "data_wait": pace.data_wait,
+            "memory_gib": peak_memory_gib(experiment.device),
+        }
         idle = self._idle_sampler.fractions()
         if idle is not None:
             speed |= {"device_idle": idle.total, "launching": idle.launching(speed["data_wait"])}
-        status = self._status(step, epoch, losses, output, speed)
+        status = self._status(step, losses, output, pace, device_idle=speed.get("device_idle"))
         self._loggers.metrics.write({"kind": "train", "step": step, "epoch": epoch, **row})
         self._loggers.throughput.write({"step": step, **speed})
         self._loggers.scalars.write(step, {f"train/{name}": value for name, value in row.items() if value is not None})
@@ -175,11 +203,8 @@ class Monitor:
     def pause(self) -> Iterator[None]:
         """Exclude the time of an evaluation or a save from the training speed."""
         self._idle_sampler.interrupt()
-        began = time.perf_counter()
-        yield
-        pause = time.perf_counter() - began
-        self._clock.paused += pause
-        self._clock.mark += pause
+        with self._pace.pause():
+            yield
 
     def sync(self) -> int:
         """Wait until metrics and logs are on the disk; the size of metrics.jsonl (0 on ranks that do not write it)."""
@@ -201,7 +226,7 @@ class Monitor:
         The wait for the first batch is left out: nothing can be ready then.
         """
         experiment, stats = self._experiment, self._experiment.loader.stats
-        seconds = time.perf_counter() - self._clock.began - self._clock.paused
+        seconds = self._pace.seconds
         images_per_second = (step - self._first_step) * experiment.recipe.batch_size / max(seconds, 1e-9)
         first = stats.first_wait_seconds
         waited = experiment.world.max(stats.wait_seconds - first)
@@ -229,47 +254,31 @@ class Monitor:
                 logger.warning("%s could not be written: %s", self._folder.summary, error)
         return summary
 
-    def _speed(self, step: int) -> dict[str, float]:
-        """Throughput and memory since the last log point; the data wait is the longest of any rank."""
-        clock, experiment = self._clock, self._experiment
-        now, waited = time.perf_counter(), experiment.world.max(experiment.loader.stats.wait_seconds)
-        seconds = now - clock.mark
-        images = (step - clock.step) * experiment.recipe.batch_size
-        wait = (waited - clock.waited) / seconds
-        clock.mark, clock.waited, clock.step = now, waited, step
-        clock.warm = clock.warm or (step, now - clock.paused)
-        return {
-            "seconds": seconds,
-            "images_per_second": images / seconds,
-            "views_per_second": images * len(experiment.recipe.views) / seconds,
-            "data_wait": min(wait, 1.0),
-            "memory_gib": peak_memory_gib(experiment.device),
-        }
-
     def _status(
-        self, step: int, epoch: int, losses: dict[str, float], output: StepOutput, speed: dict[str, float]
+        self,
+        step: int,
+        losses: dict[str, float],
+        output: StepOutput,
+        speed: Speed,
+        *,
+        device_idle: float | None = None,
     ) -> Status:
-        """The log point as the display shows it."""
-        recipe, total = self._experiment.recipe, self._experiment.total_steps
-        now = time.perf_counter() - self._clock.paused
-        begin, began = self._clock.warm or (self._first_step, self._clock.began)
-        if step == begin:  # the first log point, start-up included; later ones leave it out
-            begin, began = self._first_step, self._clock.began
-        per_step = (now - began) / (step - begin)
+        """A step as the display shows it."""
+        experiment = self._experiment
         return Status(
             step=step,
-            steps=total,
-            epoch=epoch + 1,
-            epochs=recipe.epochs,
+            steps=experiment.total_steps,
+            epoch=(step - 1) // experiment.order.steps_per_epoch + 1,
+            epochs=experiment.recipe.epochs,
             losses=losses,
             learning_rate=output.lr,
             tau=output.tau,
-            images_per_second=speed["images_per_second"],
-            views_per_image=len(recipe.views),
-            data_wait=speed["data_wait"],
-            device_idle=speed.get("device_idle"),
-            memory_gib=speed["memory_gib"],
-            seconds_left=per_step * (total - step),
+            images_per_second=speed.images_per_second,
+            views_per_image=len(experiment.recipe.views),
+            data_wait=speed.data_wait,
+            device_idle=device_idle,
+            memory_gib=peak_memory_gib(experiment.device),
+            seconds_left=self._pace.seconds_left(step, experiment.total_steps),
         )
 
 
@@ -291,27 +300,6 @@ def _remedy(experiment: Experiment) -> str:
     return f"{lower}, or continue with --resume and --precision fp32"
 
 
-@dataclass(kw_only=True)
-class _Clock:
-    """Training and waiting times, in seconds.
-
-    Attributes:
-        step: step of the last log point.
-        began: start or resumption of the run.
-        mark: time of the last log point.
-        waited: the loader's total waiting time at the last log point.
-        paused: total time of evaluations and saves.
-        warm: step and time (less pauses) of the first log point, which excludes start-up and compilation.
-    """
-
-    step: int
-    began: float = field(default_factory=time.perf_counter)
-    mark: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0
-    paused: float = 0.0
-    warm: tuple[int, float] | None = None
-
-
 class _Loggers:
     """Open outputs of a run: metrics.jsonl (cut back to `position`), throughput.jsonl, metric loggers, display."""
 
@@ -320,7 +308,8 @@ class _Loggers:
         size = complete_bytes(folder.throughput) if position.step else 0
         self.throughput = JsonLines(folder.throughput, keep_bytes=size)
         self.scalars = MetricLoggers(folder, experiment.options, first_step=position.step)
-        self.display = TrainingProgress(console, steps=experiment.total_steps, done=position.step)
+        starting = "compiling" if experiment.step.compiled else "starting"
+        self.display = TrainingProgress(console, steps=experiment.total_steps, done=position.step, starting=starting)
 
     def close(self) -> None:
         """Close all."""

@@ -29,6 +29,7 @@ from mvssl.training.step import StepOutput
 from mvssl.weights.init_from import init_from
 from pipelines.batch import ViewBatch
 from pipelines.names import say, visible
+from pipelines.progress import rate
 from pipelines.runtime import InputError
 
 FIRST = 2  # steps on batches of their own: the first one compiles, the second one shows that the loader continues
@@ -73,7 +74,7 @@ def dry_run(recipe: Recipe, options: RunOptions, console: Console) -> None:
             f"{experiment.total_steps:,} steps in all",
             f"  online network  {parameters / 1e6:.1f} M parameters",
             f"  loss            {loss}{'' if finite else '  (not finite: lower --optimizer.base-lr)'}",
-            f"  step            {seconds:.3f} s, {images:,.0f} source images/s, {images * len(recipe.views):,.0f} "
+            f"  step            {seconds:.3f} s, {rate(images)} source images/s, {rate(images * len(recipe.views))} "
             "views/s (the step alone, without loading)",
             *gpu,
             f"  batch           {recipe.batch_size}, {recipe.batch_size // ranks} a process ({ranks})",
@@ -120,12 +121,12 @@ def _summary(profile: StepProfile, experiment: Experiment, *, fed: float | None)
     images = experiment.recipe.batch_size
     lines = [
         f"{experiment.recipe.name}, batch {images}, on {experiment.device}, {experiment.step.description}",
-        f"step alone      {profile.milliseconds:.2f} ms, {1e3 * images / profile.milliseconds:,.0f} source images/s; "
+        f"step alone      {profile.milliseconds:.2f} ms, {rate(1e3 * images / profile.milliseconds)} source images/s; "
         f"the host is done after {profile.host_milliseconds:.2f} ms",
     ]
     if fed is not None:
         more = 100 * (fed / profile.milliseconds - 1)
-        lines.append(f"with the loader {fed:.2f} ms, {1e3 * images / fed:,.0f} source images/s ({more:+.1f} % time)")
+        lines.append(f"with the loader {fed:.2f} ms, {rate(1e3 * images / fed)} source images/s ({more:+.1f} % time)")
     if profile.busy_milliseconds is not None and profile.busy_share is not None:
         lines.append(
             f"GPU busy        {profile.busy_milliseconds:.2f} ms, {100 * profile.busy_share:.1f} %, in "

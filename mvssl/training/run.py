@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -37,8 +38,10 @@ from mvssl.training.monitor import Diverged, Monitor
 from mvssl.training.shutdown import Interrupted, StopRequest
 from mvssl.weights.init_from import init_from
 from pipelines.names import NAME, visible
+from pipelines.progress import rate
 from pipelines.runtime import InputError, steady
 from pipelines.storage import Source, check_outside, split_paths
+from pipelines.views.spec import sizes_by_task
 
 logger = logging.getLogger("mvssl")
 _TRAINING = threading.Lock()
@@ -102,8 +105,10 @@ def train(
     return run(*recipe_and_options(recipe, unnamed, {"data": data, "out": out, **settings}))
 
 
-def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) -> TrainResult:
-    """Train `recipe` with `options`; see `train`."""
+def run(
+    recipe: Recipe, options: RunOptions, *, console: Console | None = None, notes: Sequence[str] = ()
+) -> TrainResult:
+    """Train `recipe` with `options`; see `train`. The log has `notes` after its first line."""
     if options.out is None:
         raise InputError("out is missing: name the run folder with --out PATH.")
     if not _TRAINING.acquire(blocking=False):
@@ -112,12 +117,12 @@ def run(recipe: Recipe, options: RunOptions, *, console: Console | None = None) 
             "start this one in a process of its own."
         )
     try:
-        return _run(recipe, options, options.out, console)
+        return _run(recipe, options, options.out, console, notes)
     finally:
         _TRAINING.release()
 
 
-def _run(recipe: Recipe, options: RunOptions, out: Path, console: Console | None) -> TrainResult:
+def _run(recipe: Recipe, options: RunOptions, out: Path, console: Console | None, notes: Sequence[str]) -> TrainResult:
     """As `run`, which admits one training at a time."""
     began, folder = time.monotonic(), RunFolder(out)
     device = resolve_device(options.device, local_rank=process_local_rank())
@@ -131,6 +136,7 @@ def _run(recipe: Recipe, options: RunOptions, out: Path, console: Console | None
             with explain_out_of_memory(recipe, options, ranks=world.size, begun=folder.config.exists):
                 experiment = stack.enter_context(open_experiment(recipe, options, console, world))
             start = _start_or_resume(experiment, folder)
+            start = replace(start, notes=(*notes, *start.notes))
             position = start.position
             seconds = None if options.time is None else parse_time(options.time) - (time.monotonic() - began)
             open_log(folder.log)
@@ -235,21 +241,26 @@ def _announce(experiment: Experiment, folder: RunFolder, start: _Start) -> None:
     recipe, order, ranks = experiment.recipe, experiment.order, experiment.world.size
     per_rank = f" ({recipe.batch_size // ranks} on each of {ranks} processes)" if ranks > 1 else ""
     logger.info(
-        "%s %s: %s, %s, %d views an image, batch %d%s, %d epochs of %d steps, on %s with %s",
+        "%s %s: %s, %s in %s, %d views an image (%s pixels), batch %d%s, %d epochs of %d steps (%d), on %s with %s",
         "Resuming" if step else "Training",
         recipe.name,
         recipe.backbone.name,
         describe_images(experiment.source),
+        experiment.source.location,
         len(recipe.views),
+        ", ".join(f"{visible(task or 'target', NAME)} {size}" for task, size in sizes_by_task(recipe.views).items()),
         recipe.batch_size,
         per_rank,
         recipe.epochs,
         order.steps_per_epoch,
+        experiment.total_steps,
         experiment.device,
         experiment.loader.decoder_name,
     )
     if step:
         logger.info("from step %d of %d", step, experiment.total_steps)
+    if experiment.step.compiled:
+        logger.info("compiling: the first step takes longer, up to some minutes, unless its code is cached")
     if experiment.cache:
         logger.info("%s", experiment.cache)
     if recipe.accumulate > 1:
@@ -316,10 +327,10 @@ def _conclude(loop: Loop) -> TrainResult:
         logger.info("the run was already finished, at step %d", loop.step)
     else:
         logger.info(
-            "done: %d steps at %.0f source images/s (%.0f views/s); %s",
+            "done: %d steps at %s source images/s (%s views/s); %s",
             loop.step,
-            summary.images_per_second,
-            summary.images_per_second * len(experiment.recipe.views),
+            rate(summary.images_per_second),
+            rate(summary.images_per_second * len(experiment.recipe.views)),
             summary.bottleneck,
         )
         bad = summary.bad_images

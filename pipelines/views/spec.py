@@ -133,6 +133,12 @@ def tasks(specs: Sequence[ViewSpec]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(spec.task for spec in specs if spec.task is not None))
 
 
+def sizes_by_task(specs: Sequence[ViewSpec]) -> dict[str | None, str]:
+    """Edge of each task's views in pixels, e.g. "224", or "96/64" if they differ; None has the target-only views."""
+    names = [*tasks(specs), *([None] if any(spec.task is None for spec in specs) else [])]
+    return {name: "/".join(dict.fromkeys(str(spec.size) for spec in specs if spec.task == name)) for name in names}
+
+
 def check_views(specs: Sequence[ViewSpec]) -> None:
     """Check that a set of views can be trained on.
 

@@ -23,7 +23,7 @@ def test_indexing_prints_only_if_it_takes_long(monkeypatch: pytest.MonkeyPatch) 
     progress = Progress(Console(file=text), "indexing photos")
     for found in (10, 2000, 3000, 4000):
         progress.update(found)
-    assert text.getvalue() == "indexing photos: 2,000 images so far\nindexing photos: 4,000 images so far\n"
+    assert text.getvalue() == "indexing photos: 2,000 images so far, 0:02\nindexing photos: 4,000 images so far, 0:05\n"
 
 
 def test_counted_work_prints_its_rate_and_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,8 +45,8 @@ def test_resumed_work_counts_its_own_images(monkeypatch: pytest.MonkeyPatch) -> 
         progress.add(50, note="4 bad")
     lines = text.getvalue().splitlines()
     assert lines == [
-        "converting: 150 of 200, 5 images/s, 3 bad, 0:10 left",
-        "converting: 200 of 200, 5 images/s, 4 bad",
+        "converting: 150 of 200, 5.0 images/s, 3 bad, 0:10 left",
+        "converting: 200 of 200, 5.0 images/s, 4 bad",
     ]
     assert (progress.done, progress.done_now, progress.seconds) == (200, 100, 20.0)
 

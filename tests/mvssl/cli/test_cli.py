@@ -84,6 +84,26 @@ def test_print_config_shows_the_overrides(capsys: pytest.CaptureFixture[str]) ->
     assert config["predictors"] == "shared"
 
 
+def test_a_run_says_what_it_is_first_and_shows_its_first_step(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_cli.body(["demo", "--data", str(images), "--out", str(tmp_path / "run"), *TINY]) == 0
+    shown = capsys.readouterr()
+    first, *rest = shown.out.splitlines()
+    for words in (
+        "Training demo",
+        f"in {images}",
+        "(global 32, local 16, cutout 32 pixels)",
+        "batch ",
+        "steps (",
+        "cpu",
+    ):
+        assert words in first
+    assert any("step 1/" in line and "the first step took" in line and "loss global" in line for line in rest)
+    assert "warm-up: " not in shown.err
+    assert rest[0].startswith("warm-up: ")
+
+
 def test_unknown_field_offers_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     code, err = fails(capsys, "demo", "--batch-sise", "8")
     assert code == 2

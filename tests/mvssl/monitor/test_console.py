@@ -8,6 +8,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from mvssl.monitor.console import Status, TrainingProgress
+from pipelines.progress import rate
 
 STATUS = Status(
     step=30,
@@ -61,3 +62,52 @@ def test_live_panel_shows_the_same() -> None:
 def test_the_line_shows_the_idle_fraction_of_a_gpu() -> None:
     assert "gpu-idle" not in STATUS.line()
     assert "data-wait 1.2 %  gpu-idle 3.4 %  |" in replace(STATUS, device_idle=0.034).line()
+
+
+def test_a_pipe_has_a_line_after_the_first_step_then_by_time() -> None:
+    """Log points restart the time; the clock is the test's."""
+    now, text = [100.0], io.StringIO()
+    display = TrainingProgress(Console(file=text, width=60), steps=1000, done=0, clock=lambda: now[0])
+    shown = []
+    for step, seconds in enumerate((100, 109, 110, 139, 140, 169, 170, 175), start=1):
+        now[0] = float(seconds)
+        if display.due():
+            display.show(replace(STATUS, step=step))
+            shown.append(seconds)
+    assert shown == [100, 110, 140, 170]
+    display.show(STATUS)  # a log point, at 175 s
+    now[0] = 204.0
+    assert not display.due()
+    now[0] = 205.0
+    assert display.due()
+    assert text.getvalue().count("\n") == 5
+
+
+def test_first_step_has_its_time_and_no_speed() -> None:
+    line = replace(STATUS, step=1, first_seconds=83.0, losses={}).line()
+    assert line == "epoch 2/6  step 1/120  the first step took 83.0 s, start-up included"
+    assert "loss global 1.2500" in replace(STATUS, first_seconds=83.0).line()
+
+
+def test_the_bar_moves_at_every_step_and_keeps_the_losses() -> None:
+    text, now = io.StringIO(), [0.0]
+    console = Console(file=text, force_terminal=True, width=140, color_system=None)
+    display = TrainingProgress(console, steps=120, done=0, starting="compiling", clock=lambda: now[0])
+    display.show(STATUS)
+    display.show(replace(STATUS, step=31, losses={}))
+    display.move(32)  # no new status
+    assert not display.due()
+    now[0] = 1.0
+    assert display.due()
+    display.close()
+    first, last = text.getvalue().split("\n")[0], text.getvalue()[-1000:]
+    assert "step 0/120  compiling" in first
+    assert "step 32/120" in last
+    assert "global 1.2500" in last
+
+
+def test_slow_rates_are_not_shown_as_zero() -> None:
+    assert [rate(x) for x in (0.0, 0.034, 0.5, 1.0, 7.25, 99.9, 100.0, 1234.5)] == [
+        "0.0", "0.034", "0.5", "1.0", "7.2", "99.9", "100", "1,234",
+    ]  # fmt: skip
+    assert "3.4 images/s  17.0 views/s" in replace(STATUS, images_per_second=3.4).line()
