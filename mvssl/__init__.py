@@ -12,6 +12,7 @@ import mvssl.own_pipelines  # noqa: F401  (before anything imports `pipelines`)
 
 if TYPE_CHECKING:
     from mvssl import recipes
+    from mvssl.config.options import RunOptions
     from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
     from mvssl.recipes.files import load_recipe
     from mvssl.training.monitor import Diverged
@@ -28,6 +29,7 @@ __all__ = [
     "Interrupted",
     "Optimizer",
     "Recipe",
+    "RunOptions",
     "TrainResult",
     "load_recipe",
     "recipes",
@@ -39,6 +41,7 @@ _MODULES = {
     "Diverged": "mvssl.training.monitor",
     "InputError": "pipelines.runtime",
     "Interrupted": "mvssl.training.shutdown",
+    "RunOptions": "mvssl.config.options",
     "TrainResult": "mvssl.training.run",
     "load_recipe": "mvssl.recipes.files",
     "train": "mvssl.training.run",

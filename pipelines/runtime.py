@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import io
 import logging
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -142,26 +144,56 @@ def parse_arguments(kind: type[T], *, args: Sequence[str] | None = None, **setti
         )
 
     words = sys.argv[1:] if args is None else list(args)
+    prog = settings.get("prog") or Path(sys.argv[0]).name
     try:
-        return _visibly(lambda: cast(T, tyro.cli(kind, args=words, registry=registry, **settings)))
+        return _visibly(lambda words: cast(T, tyro.cli(kind, args=words, registry=registry, **settings)), words, prog)
     except _EmptyPath:
         raise empty_path(_empty_argument(words)) from None
 
 
-def _visibly(parse: Callable[[], T]) -> T:
-    """What `parse` returns; the help or usage error that it prints and exits with is `visible`, line by line."""
+def _visibly(parse: Callable[[list[str]], T], words: list[str], prog: str) -> T:
+    """What `parse` returns of the words; the help or usage error that it prints and exits with is `visible`.
+
+    Options that the command `prog` does not have are reported in one sentence.
+    """
     out, err = io.StringIO(), io.StringIO()
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            return parse()
-    except SystemExit:
+            return parse(words)
+    except SystemExit as stop:
+        if stop.code and "Unrecognized options: " in err.getvalue():
+            unknown = _unknown_options(parse, words)
+            listed = re.split(r"[─-]{5,}", err.getvalue().partition("options: ")[2])[0]
+            stray = " ".join(re.sub(r"[│|]", " ", listed).split())
+            what = f"has no option {', '.join(unknown)}" if unknown else f"has no use for {visible(stray, 100)}"
+            print(visible(f"error: {prog} {what}: see {prog} --help."), file=sys.stderr)
+            raise
         printed = [(stream, text.getvalue()) for stream, text in ((sys.stdout, out), (sys.stderr, err))]
         plain = [(stream, "\n".join(map(visible, text.split("\n")))) for stream, text in printed]
         if plain == printed:
-            return parse()  # again, in the colours and width of the terminal
+            return parse(words)  # again, in the colours and width of the terminal
         for stream, text in plain:
             stream.write(text)
         raise
+
+
+def _unknown_options(parse: Callable[[list[str]], object], words: Sequence[str]) -> list[str]:
+    """The options among the words that the help of `parse` does not list, each with the nearest one that it does."""
+    text = io.StringIO()
+    with suppress(SystemExit), redirect_stdout(text):
+        parse(["--help"])
+    known = dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][\w.-]*[a-z0-9]", text.getvalue()))
+    unknown = []
+    for word in dict.fromkeys(word.partition("=")[0] for word in words if re.match(r"--?[^\W\d]", word)):
+        plain = word.replace("_", "-")
+        if plain in known or plain == "-h":
+            continue
+        plain = plain.lstrip("-")[:100]
+        near = [option for option in known if option.endswith(f".{plain}")]  # --base-lr
+        near = near or [f"--{name}" for name in difflib.get_close_matches(plain, [name[2:] for name in known], n=1)]
+        near = near or [option for option in known if option.endswith(f"-{plain}")]  # --lr
+        unknown.append(visible(word, 100) + (f" (did you mean {near[0]}?)" if near else ""))
+    return unknown
 
 
 def _empty_argument(words: Sequence[str]) -> str:

@@ -102,14 +102,16 @@ COMMON: dict[str, tuple[CommonOption, ...]] = {
     ),
     "saving and resuming": (
         CommonOption("options.resume", "resume the run in --out from its last checkpoint"),
-        CommonOption("options.extend", "with --resume: train for more epochs than planned"),
+        CommonOption(
+            "options.extend", "with --resume and a larger --epochs (of the whole run): train beyond the planned end"
+        ),
         CommonOption("options.overwrite", "delete the run in --out first"),
         CommonOption("options.save_every_steps", "steps between two checkpoints, in addition to those by epoch"),
     ),
     "machine and logging": (
         CommonOption("options.device", "auto takes CUDA if available"),
         CommonOption("options.decoder", "auto takes DALI if it is installed"),
-        CommonOption("options.log", "loggers: tensorboard, csv, wandb, or none"),
+        CommonOption("options.log", "loggers besides metrics.jsonl: any of tensorboard csv wandb, or none"),
     ),
 }
 """The options of the short help, by purpose."""

@@ -81,6 +81,8 @@ def body(arguments: Sequence[str]) -> int:
         return 0
     if arguments[0] in SUBCOMMANDS:
         return SUBCOMMANDS[arguments[0]](arguments[1:], console)
+    if arguments[0].startswith("-"):
+        raise _recipe_first(arguments)
     if look_ahead(arguments[1:]).short_help:
         print_short_help(console, resolve_recipe(arguments[0]), arguments[0])
         return 0
@@ -98,6 +100,18 @@ def body(arguments: Sequence[str]) -> int:
         print(json.dumps(to_dict(parsed.recipe) | _given_execution(parsed.options), indent=2))
         return 0
     return exit_code_of_rank(lambda: _train(parsed, notes, console))
+
+
+def _recipe_first(arguments: Sequence[str]) -> InputError:
+    """The error for arguments that begin with an option; names the recipe among them, if one is there."""
+    recipes = all_recipes()
+    words = (word for word in arguments if not word.startswith("-"))
+    later = next((word for word in words if word in recipes or is_recipe_file(word)), None)
+    first = "a recipe" if later is None else repr(later)
+    return InputError(
+        f"recipe is missing: the recipe comes first, then {arguments[0]!r} and other options; write {first} in front "
+        "of them, as in mvssl-train RECIPE --data PATH --out RUN (mvssl-train --list has the recipes)."
+    )
 
 
 def _given_execution(options: RunOptions) -> dict[str, Any]:

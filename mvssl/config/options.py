@@ -58,8 +58,9 @@ class RunOptions(Execution):
             auto: device if the pixels of all images take at most 40 % of its free memory and steps fit next to them,
             else host if at most 50 %. Every process caches all images.
         prefetch: finished batches that wait for the step.
-        log: loggers besides metrics.jsonl and throughput.jsonl: tensorboard (if installed), csv (tables in csv/), wandb
-            (Weights & Biases; without an account into wandb/, for wandb sync), or none.
+        log: one or more loggers, separated by spaces, besides metrics.jsonl and throughput.jsonl, which are always
+            written: tensorboard (if installed), csv (tables in csv/), wandb (Weights & Biases; without an account into
+            wandb/, for wandb sync); none alone turns them off.
         run_name: name of the run in wandb; by default that of `out`.
         notes: a remark, saved in config.json and wandb.
         tags: words, saved in config.json and wandb.
@@ -69,8 +70,9 @@ class RunOptions(Execution):
         keep_checkpoints: checkpoints kept on disk, including the last one.
         time: save and stop before this much time is over, such as 7h30m or 12:00:00.
         resume: resume the run in `out` from its last checkpoint.
-        extend: with resume: train for more epochs than planned. Learning rate, weight decay and EMA momentum follow the
-            schedule of the longer run, so the learning rate rises again at first.
+        extend: with resume and a larger number of all epochs (--resume --extend --epochs 200): train on beyond the
+            planned end. Learning rate, weight decay and EMA momentum follow the schedule of the longer run, so the
+            learning rate rises again at first.
         overwrite: delete the run in `out` first.
         init_from: checkpoint or exported backbone to initialise from (weights only).
     """

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 
+import mvssl
 from mvssl.cli import eval as eval_cli
 from mvssl.cli import export as export_cli
 from mvssl.cli import train as train_cli
@@ -105,9 +106,33 @@ def test_a_run_says_what_it_is_first_and_shows_its_first_step(
 
 
 def test_unknown_field_offers_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    code, err = fails(capsys, "demo", "--batch-sise", "8")
+    code, err = fails(capsys, "demo", "--batch-sise", "8", "--base_lr=0.1", "--views.0.sizes", "32", "--xyzzy")
     assert code == 2
-    assert "--batch-size" in err
+    assert err == (
+        "error: mvssl-train demo has no option --batch-sise (did you mean --batch-size?), --base_lr (did you mean "
+        "--optimizer.base-lr?), --views.0.sizes (did you mean --views.0.size?), --xyzzy: see mvssl-train demo --help.\n"
+    )
+    assert "--lr (did you mean --optimizer.base-lr?)" in fails(capsys, "demo", "--lr", "1")[1]
+    assert (
+        fails(capsys, "demo", "stray")[1]
+        == "error: mvssl-train demo has no use for stray: see mvssl-train demo --help.\n"
+    )
+
+
+def test_the_recipe_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    code, err = fails(capsys, "--data", "photos", "laptop", "--out", "run")
+    assert code == 1
+    assert err.startswith(
+        "error: recipe is missing: the recipe comes first, then '--data' and other options; write 'laptop'"
+    )
+    code, err = fails(capsys, "--epochs=3")
+    assert code == 1
+    assert "then '--epochs=3' and other options; write a recipe in front of them" in err
+
+
+def test_run_options_are_public() -> None:
+    assert mvssl.RunOptions().log_every == 10
+    assert "RunOptions" in mvssl.__all__
 
 
 def test_unknown_recipe_and_bad_value_are_sentences(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
