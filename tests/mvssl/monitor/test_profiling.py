@@ -170,7 +170,7 @@ def test_a_dry_run_on_a_gpu_reports_launches_and_the_bottleneck(
     said = capsys.readouterr().out
     assert "2,500 a step, of 2,600 kernels" in said
     assert "60.0 % of a step; bottleneck: launching" in said
-    assert "80 source images/s" in said  # 8 images in 100 ms
+    assert "80.0 source images/s" in said  # 8 images in 100 ms
 
 
 @pytest.mark.gpu
