@@ -187,7 +187,7 @@ class MetricLoggers:
             if name in options.log:
                 if name != "csv" and utf8(os.path.abspath(folder.path)) != os.path.abspath(folder.path):
                     left_out = "%s is left out: it cannot write to %s, whose name is not UTF-8; metrics.jsonl has all"
-                    logger.warning(left_out, name, folder.path)
+                    logger.warning(left_out, name, utf8(str(folder.path)))
                     continue
                 try:
                     self._loggers[name] = make(folder, options, first_step)
