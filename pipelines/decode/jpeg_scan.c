@@ -2,15 +2,15 @@
  * Baseline, extended and progressive frames of 8 bits; other files are not examined. */
 
 #define _GNU_SOURCE
-#include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "../on_threads.h"
+
 enum { FINE, ODD, SHORT, INVALID, EXTRA, RESTART, MISSING }; /* verdicts, numbered in damage.py */
-enum { LOOK = 9, FAST = 12, MAX_THREADS = 64, MAX_PIXELS = 1 << 28, MAX_SCANS = 100 };
+enum { LOOK = 9, FAST = 12, MAX_PIXELS = 1 << 28, MAX_SCANS = 100 };
 
 /* Same layout as _REQUEST in damage.py. */
 typedef struct {
@@ -496,17 +496,5 @@ static void *work(void *argument) {
 /* Examine all files; the calling thread is one of `threads`. */
 void examine_jpegs(Request *requests, int64_t count, int64_t threads) {
     Queue queue = {.requests = requests, .count = count};
-    pthread_t others[MAX_THREADS];
-    int64_t started = 0;
-    sigset_t all, before;
-    sigfillset(&all); /* Python's threads handle signals */
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (started < threads - 1 && started < count - 1 && started < MAX_THREADS)
-        if (pthread_create(others + started, NULL, work, &queue) == 0)
-            started++;
-        else
-            break; /* fewer threads also work */
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    work(&queue);
-    for (int64_t n = 0; n < started; n++) pthread_join(others[n], NULL);
+    on_threads(work, &queue, count, threads);
 }

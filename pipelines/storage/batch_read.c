@@ -3,14 +3,12 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { MAX_THREADS = 64 };
+#include "../on_threads.h"
 
 /* Same layout as _REQUEST in batch_read.py. */
 typedef struct {
@@ -65,19 +63,7 @@ static void *work(void *argument) {
 /* Serve all requests; the calling thread is one of `threads`. */
 void read_requests(Request *requests, int64_t count, int64_t threads) {
     Queue queue = {.requests = requests, .count = count};
-    pthread_t others[MAX_THREADS];
-    int64_t started = 0;
-    sigset_t all, before;
-    sigfillset(&all); /* Python's threads handle signals */
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (started < threads - 1 && started < count - 1 && started < MAX_THREADS)
-        if (pthread_create(others + started, NULL, work, &queue) == 0)
-            started++;
-        else
-            break; /* fewer threads also work */
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    work(&queue);
-    for (int64_t n = 0; n < started; n++) pthread_join(others[n], NULL);
+    on_threads(work, &queue, count, threads);
 }
 
 /* Start reading whole files into the page cache, at most `limit` bytes per call; files that cannot be opened are skipped. */
