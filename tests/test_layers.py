@@ -169,11 +169,24 @@ def test_no_file_and_no_package_imports_itself_in_a_circle() -> None:
     assert not cycle(packages)
 
 
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest imports a file outside a package by its bare name and refuses the second one."""
+    from collections import Counter
+
+    count = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(count) > 100
+    assert not [name for name, times in count.items() if times > 1]
+
+
 @pytest.mark.parametrize("top", sorted(ORDER))
 def test_packages_stand_on_one_another(top: str) -> None:
     floors = {name: floor for floor, names in enumerate(ORDER[top]) for name in names}
-    inside = {path.stem if path.is_file() else path.name for path in (ROOT / top).iterdir() if path.name[0] not in "._"}
-    assert {path.partition(".")[0] for path in inside} <= floors.keys() | {"README"}, "give the new package a floor"
+    inside = {
+        path.stem
+        for path in (ROOT / top).iterdir()
+        if (path.is_dir() or path.suffix == ".py") and path.name[0] not in "._"
+    }
+    assert inside <= floors.keys(), "give the new package a floor"
     wrong = [
         f"{name} imports {target}"
         for name, targets in imports_of_modules({top}).items()
