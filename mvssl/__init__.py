@@ -50,6 +50,10 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name, or a package of mvssl, when it is first used: mvssl-convert needs none of them."""
+    if name == "__version__":
+        from pipelines.runtime import installed_version
+
+        return installed_version()
     if name in _MODULES:
         globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
         return globals()[name]

@@ -294,9 +294,11 @@ def run_cli(body: Callable[[], int | None]) -> NoReturn:
     InputError and OSError are printed to stderr as "error: SENTENCE" without a traceback (exit code 1); Ctrl-C exits
     with 130. Other exceptions are bugs and keep their traceback. The argument parser exits with 2 for usage errors.
     Output that nobody reads any more stops nothing; if it could not be written for another reason, such as a full disk,
-    the exit code is 1.
+    the exit code is 1. `--version` as the only argument prints the version.
     """
     _keep_standard_streams()
+    if sys.argv[1:] == ["--version"]:
+        body = _print_version
     warnings.filterwarnings(
         "ignore", module=r"PIL\."
     )  # about metadata, without the file's name; mvssl-convert lists them
@@ -314,6 +316,20 @@ def run_cli(body: Callable[[], int | None]) -> NoReturn:
         print("error: interrupted; what was finished is kept.", file=sys.stderr)
         code = EXIT_INTERRUPTED
     sys.exit(code or _output_code())
+
+
+def _print_version() -> None:
+    print(f"mvssl {installed_version()}")
+
+
+def installed_version() -> str:
+    """Version of the installed mvssl; "unknown (not installed)" in a clone that pip knows nothing of."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("mvssl")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
 
 
 def _output_code() -> int:
