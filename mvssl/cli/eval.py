@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from mvssl.cli.evaluations import EVALUATIONS
 from mvssl.ranks import exit_code_of_rank
 from pipelines.runtime import InputError, run_cli
 
@@ -26,8 +27,6 @@ def body(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
-    from mvssl.cli.evaluations import EVALUATIONS  # with torch, which takes seconds and help does not need
-
     name = arguments[0]
     if name not in EVALUATIONS:
         raise InputError(f"evaluation is {name!r} but must be one of {', '.join(EVALUATIONS)}: run mvssl-eval --help.")

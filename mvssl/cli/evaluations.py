@@ -1,4 +1,7 @@
-"""The evaluations of mvssl-eval. A new one is a dataclass of arguments, a function, and an entry in `EVALUATIONS`."""
+"""The evaluations of mvssl-eval. A new one is a dataclass of arguments, a function, and an entry in `EVALUATIONS`.
+
+What imports torch, which takes seconds, is imported by the functions that need it: help does not.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,16 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mvssl.evaluate.compare import plot, summarise
-from mvssl.evaluate.finetune import LabelSubset, finetune
-from mvssl.evaluate.knn import grid_rows, knn_grid, neighbour_sheet
-from mvssl.evaluate.linear import RELEASE, FastLinear, fast_linear, release_linear
-from mvssl.evaluate.session import ComputeOptions, EvalOptions, open_session
-from mvssl.evaluate.supervised import Supervision
-from mvssl.runs.results import describe
-from mvssl.weights.load import BackboneSource
+from mvssl.config.evaluation import (
+    FINETUNING,
+    RELEASE,
+    BackboneSource,
+    ComputeOptions,
+    EvalOptions,
+    FastLinear,
+    LabelSubset,
+    Supervision,
+)
 from pipelines.names import NAME, cell, say, say_table
 from pipelines.runtime import InputError, invalid, parse_arguments
 
@@ -64,6 +69,9 @@ class KnnArguments(MeasureArguments):
 def run_knn(arguments: Sequence[str]) -> None:
     """Measure, print a table and write OUT/knn-NAME.json."""
     asked = parse_arguments(KnnArguments, prog="mvssl-eval knn", args=arguments)
+    from mvssl.evaluate.knn import grid_rows, knn_grid, neighbour_sheet
+    from mvssl.evaluate.session import open_session
+
     evaluation = "knn" if asked.protocol == "ours" else "knn-release"
     with open_session(_source(asked, asked.protocol), asked.options, asked.compute) as session:
         k = asked.k or session.loaded.evaluation.k
@@ -111,6 +119,9 @@ class LinearArguments(MeasureArguments):
 def run_linear(arguments: Sequence[str]) -> None:
     """Measure, print a table and write OUT/linear-PROTOCOL-NAME.json."""
     asked = parse_arguments(LinearArguments, prog="mvssl-eval linear", args=arguments)
+    from mvssl.evaluate.linear import fast_linear, release_linear
+    from mvssl.evaluate.session import open_session
+
     with open_session(_source(asked, asked.protocol), asked.options, asked.compute) as session:
         settings = dataclasses.asdict(asked.fast) if asked.protocol == "fast" else asked.release.identity()
         identity = session.identity(f"linear-{asked.protocol}", **settings)
@@ -136,9 +147,6 @@ def run_linear(arguments: Sequence[str]) -> None:
         _print_table(session.console, title, heads, [row], path, session.conditions(head_std=start))
 
 
-_FINETUNING = Supervision(epochs=30, batch_size=256, lr=0.05, weight_decay=1e-4)
-
-
 @dataclass(frozen=True, kw_only=True)
 class FinetuneArguments(MeasureArguments):
     """Fine-tune the whole network with all labels, a fraction of them or those of a list.
@@ -150,13 +158,16 @@ class FinetuneArguments(MeasureArguments):
     """
 
     subset: Annotated[LabelSubset, tyro.conf.arg(name="")] = field(default_factory=LabelSubset)
-    supervision: Annotated[Supervision, tyro.conf.arg(name="")] = field(default_factory=lambda: _FINETUNING)
+    supervision: Annotated[Supervision, tyro.conf.arg(name="")] = field(default_factory=lambda: FINETUNING)
     backbone_out: Path | None = None
 
 
 def run_finetune(arguments: Sequence[str]) -> None:
     """Train, measure, print a table and write OUT/finetune-LABELS-NAME.json."""
     asked = parse_arguments(FinetuneArguments, prog="mvssl-eval finetune", args=arguments)
+    from mvssl.evaluate.finetune import finetune
+    from mvssl.evaluate.session import open_session
+
     with open_session(asked.source, asked.options, asked.compute) as session:
         settings = {**asked.supervision.identity(), **dataclasses.asdict(asked.subset)}
         settings["label_list"] = str(asked.subset.label_list)
@@ -196,6 +207,8 @@ class CompareArguments:
 def run_compare(arguments: Sequence[str]) -> None:
     """Print the table and draw the plot."""
     asked = parse_arguments(CompareArguments, prog="mvssl-eval compare", args=arguments)
+    from mvssl.evaluate.compare import plot, summarise
+
     summaries = [summary for path in asked.runs for summary in summarise(path)]
     console = Console()
     measured = list(dict.fromkeys(name for summary in summaries for name in summary.results))
@@ -232,6 +245,8 @@ def _print_table(
     conditions: Mapping[str, Any],
 ) -> None:
     """Print a table of numbers, what they were measured with, and the file that has them."""
+    from mvssl.runs.results import describe
+
     table = Table(box=None, pad_edge=False)
     for column in heads:
         table.add_column(column, justify="right")

@@ -10,8 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mvssl.weights.export import export
-from mvssl.weights.load import BackboneSource, load_backbone
+from mvssl.config.evaluation import BackboneSource
 from pipelines.names import visible
 from pipelines.runtime import parse_arguments, run_cli
 
@@ -37,6 +36,9 @@ class ExportArguments:
 def body(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     asked = parse_arguments(ExportArguments, prog="mvssl-export", args=arguments)
+    from mvssl.weights.export import export  # with torch, which takes seconds and help does not need
+    from mvssl.weights.load import load_backbone
+
     loaded = load_backbone(asked.source)
     note = export(loaded, asked.format, asked.out, overwrite=asked.overwrite)
     what = f"{loaded.architecture} ({loaded.about or loaded.name})"

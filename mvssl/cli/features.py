@@ -8,18 +8,17 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from mvssl.evaluate.feature_store import Dtype, check_ending, write_table
-from mvssl.evaluate.features import compute_store
-from mvssl.evaluate.session import BackboneSession, ComputeOptions, interpolated, open_backbone, open_images
+from mvssl.config.evaluation import BackboneSource, ComputeOptions
 from mvssl.ranks import exit_code_of_rank
-from mvssl.runs.results import describe, locked_folder
-from mvssl.weights.load import BackboneSource
 from pipelines.loading.deep_images import pixels_of
 from pipelines.runtime import InputError, parse_arguments, run_cli
+
+if TYPE_CHECKING:  # with torch, which takes seconds and help does not need
+    from mvssl.evaluate.session import BackboneSession
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class FeatureArguments:
     out: tyro.conf.Positional[Path]
     source: Annotated[BackboneSource, tyro.conf.arg(name="")]
     compute: Annotated[ComputeOptions, tyro.conf.arg(name="")] = field(default_factory=ComputeOptions)
-    dtype: Dtype = "float32"
+    dtype: Literal["float16", "float32"] = "float32"
     overwrite: bool = False
 
 
@@ -52,6 +51,10 @@ def body(arguments: Sequence[str]) -> int:
 
 
 def _write(asked: FeatureArguments) -> None:
+    from mvssl.evaluate.feature_store import check_ending
+    from mvssl.evaluate.session import open_backbone
+    from mvssl.runs.results import locked_folder
+
     check_ending(asked.out)
     partial = asked.out.with_name(f"{asked.out.name}.partial")
     if asked.out.exists() and not asked.overwrite and not partial.exists():  # both: stopped just before the end
@@ -64,6 +67,11 @@ def _write(asked: FeatureArguments) -> None:
 
 
 def _compute(asked: FeatureArguments, session: BackboneSession, partial: Path) -> None:
+    from mvssl.evaluate.feature_store import write_table
+    from mvssl.evaluate.features import compute_store
+    from mvssl.evaluate.session import interpolated, open_images
+    from mvssl.runs.results import describe
+
     source = open_images(asked.images, session)
     evaluation = session.loaded.evaluation
     identity = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mvssl.config.evaluation import LabelSubset, Supervision
 from mvssl.evaluate.linear_fit import stratified
 from mvssl.evaluate.session import EvalSession, check_labelled
-from mvssl.evaluate.supervised import Classifier, Supervision, train_and_measure
+from mvssl.evaluate.supervised import Classifier, train_and_measure
 from mvssl.weights.backbone_file import export_backbone
 from pipelines.files import read_regular, strict_text
 from pipelines.loading.deep_images import pixels_of
@@ -22,41 +22,6 @@ from pipelines.runtime import InputError, invalid, shown
 from pipelines.storage.source import Source, SubsetSource
 
 _LARGEST_LIST = 1 << 28  # bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelSubset:
-    """Which labels are used.
-
-    Attributes:
-        labels: fraction of the images of each class, sampled at random.
-        label_list: a text file that names the images instead, one per line, such as SimCLR's lists of ImageNet.
-        label_seed: of the sample.
-    """
-
-    labels: float = 1.0
-    label_list: Path | None = None
-    label_seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.label_list is not None and self.labels != 1.0:
-            raise InputError("labels and label_list exclude each other: give one of --labels and --label-list.")
-
-    def name(self) -> str:
-        """Part of the result's file name: the percentage, or the name of the list."""
-        return f"{100 * self.labels:g}pct" if self.label_list is None else self.label_list.stem
-
-    def of(self, source: Source) -> Source:
-        """The images of a source to learn from.
-
-        Raises:
-            InputError: the fraction is out of range, or the list does not fit the source.
-        """
-        if self.label_list is not None:
-            return SubsetSource(source, listed_images(source, self.label_list))
-        if self.labels == 1:
-            return source
-        return SubsetSource(source, labelled_share(source, self.labels, seed=self.label_seed))
 
 
 def finetune(
@@ -75,7 +40,7 @@ def finetune(
     """
     check_labelled("finetune", session.train, session.val)
     session.labelled_val()
-    source = subset.of(session.train)
+    source = subset_of(session.train, subset)
     classes = len(session.train.classes)
     absent = classes - len(np.unique(source.labels))
     if absent:
@@ -91,6 +56,19 @@ def finetune(
     if backbone_out is not None:
         session.world.run_on_rank0(lambda: export_backbone(model.backbone, session.loaded.architecture, backbone_out))
     return results
+
+
+def subset_of(source: Source, subset: LabelSubset) -> Source:
+    """The images of a source whose labels are used.
+
+    Raises:
+        InputError: the fraction is out of range, or the list does not fit the source.
+    """
+    if subset.label_list is not None:
+        return SubsetSource(source, listed_images(source, subset.label_list))
+    if subset.labels == 1:
+        return source
+    return SubsetSource(source, labelled_share(source, subset.labels, seed=subset.label_seed))
 
 
 def labelled_share(source: Source, share: float, *, seed: int) -> NDArray[np.int64]:

@@ -9,55 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvssl.config.recipe import LARGEST_BATCH
+from mvssl.config.evaluation import RELEASE as RELEASE
+from mvssl.config.evaluation import FastLinear as FastLinear
+from mvssl.config.evaluation import Setting, Supervision
 from mvssl.evaluate.accuracy import Accuracy, accuracy_of
 from mvssl.evaluate.feature_store import DONE
 from mvssl.evaluate.features import cached_features, load_features
-from mvssl.evaluate.linear_fit import Classifiers, Setting, fit, race, standardisation, stratified
+from mvssl.evaluate.linear_fit import Classifiers, fit, race, standardisation, stratified
 from mvssl.evaluate.session import EvalSession, check_labelled
-from mvssl.evaluate.supervised import Classifier, Supervision, train_and_measure
-from pipelines.checks import Rule, at_least, between, check_fields, ruled
+from mvssl.evaluate.supervised import Classifier, train_and_measure
 from pipelines.runtime import InputError
 
 ROUNDS = ((0.05, 1.0), (0.2, 0.125))
 """Rounds of the race: fraction of the epochs, and fraction of the previous round's settings that take part."""
-_MIN_STEPS = 32  # per epoch
-_NOT_EMPTY = Rule(bool, "one or more numbers", "give the values of the grid")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FastLinear:
-    """A linear classifier on cached features, the best of a grid.
-
-    Attributes:
-        lr: peak learning rates of the grid, not scaled by the batch size.
-        weight_decay: weight decays of the grid.
-        epochs: passes over the features.
-        batch_size: images per step; at most a 32nd of the training images, so that small data gets enough steps.
-        drawn: random resized crops of each training image, in addition to its centre crop.
-        held_out: fraction of the training images on which the settings are compared.
-        seed: of order, crops and held-out images.
-    """
-
-    lr: tuple[float, ...] = ruled(_NOT_EMPTY, default=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2))
-    weight_decay: tuple[float, ...] = ruled(_NOT_EMPTY, default=(0.0, 1e-4, 1e-3, 1e-2))
-    epochs: int = at_least(1, 100)
-    batch_size: int = between(1, LARGEST_BATCH, 512)
-    drawn: int = between(0, 10_000, 0)
-    held_out: float = ruled(Rule(lambda x: 0 < x < 1, "between 0 and 1", "0.1 is usual"), default=0.1)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self, with_class=False)
-        self.grid()
-
-    def batch_for(self, images: int) -> int:
-        """Batch size for this many training images."""
-        return min(self.batch_size, max(1, images // _MIN_STEPS))
-
-    def grid(self) -> list[Setting]:
-        """All settings."""
-        return [Setting(lr=lr, weight_decay=decay) for lr in self.lr for decay in self.weight_decay]
 
 
 def fast_linear(session: EvalSession, config: FastLinear) -> dict[str, Any]:
@@ -158,10 +122,6 @@ def fit_best(
             f"The linear classifier diverged with learning rate {best.lr:g}: give smaller ones with --fast.lr."
         )
     return BestFit(classifiers=final, setting=best, held_out_top1=raced.accuracy)
-
-
-RELEASE = Supervision(head_std=0.01)
-"""The reference implementation's probe, which resizes bilinearly too (`BackboneSource.interpolation`)."""
 
 
 def release_linear(session: EvalSession, supervision: Supervision) -> dict[str, Any]:

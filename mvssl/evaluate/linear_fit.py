@@ -13,24 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipelines.checks import at_least_zero, check_fields, positive
+from mvssl.config.evaluation import Setting as Setting
 from pipelines.runtime import InputError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """Hyperparameters of one classifier.
-
-    Attributes:
-        lr: peak learning rate, not scaled by the batch size.
-        weight_decay: L2 penalty weight_decay / 2 * |W|^2 on weights, not on biases.
-    """
-
-    lr: float = positive(0.005)
-    weight_decay: float = at_least_zero(0.0)
-
-    def __post_init__(self) -> None:
-        check_fields(self, with_class=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from mvssl.config.device import autocast_dtype, resolve_device
-from mvssl.config.recipe import LARGEST_BATCH, Evaluation
+from mvssl.config.evaluation import BackboneSource
+from mvssl.config.evaluation import ComputeOptions as ComputeOptions
+from mvssl.config.evaluation import EvalOptions as EvalOptions
+from mvssl.config.recipe import Evaluation
 from mvssl.distributed import World, join_world
 from mvssl.models.backbones import feature_width
 from mvssl.ranks import process_local_rank, rank_count
 from mvssl.runs.results import ResultFile, locked_folder
-from mvssl.weights.load import BackboneSource, LoadedBackbone, load_backbone
-from pipelines.checks import between, check_fields
-from pipelines.decode import DecodeOptions, DecoderName, ImageLimits
-from pipelines.decode.base import MOST_THREADS
+from mvssl.weights.load import LoadedBackbone, load_backbone
+from pipelines.decode import DecodeOptions, ImageLimits
 from pipelines.loading.deep_images import pixels_of, state_value_range
 from pipelines.names import say
 from pipelines.progress import Progress
@@ -31,55 +32,6 @@ from pipelines.runtime import InputError
 from pipelines.storage import align_labels, open_source, split_paths
 from pipelines.storage.source import Source
 from pipelines.value_range import ValueRange, parse_value_range
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComputeOptions:
-    """Where and how features are computed.
-
-    Attributes:
-        device: auto takes CUDA if available.
-        decoder: auto takes DALI if installed.
-        threads: decoder threads.
-        precision: number format of the backbone; auto is bf16 on CUDA and fp32 on the CPU.
-        extract_batch: images per forward of the frozen backbone.
-        value_range: MIN..MAX of the values of images with more than 8 bits, such as 0..4095 for 12 bits in files of 16;
-            by default that of the run or of converted data.
-        limits: images beyond these limits are bad images.
-    """
-
-    device: str = "auto"
-    decoder: DecoderName = "auto"
-    threads: int | None = between(1, MOST_THREADS, None)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    extract_batch: int = between(1, LARGEST_BATCH, 256)
-    value_range: str | None = None
-    limits: ImageLimits = field(default_factory=ImageLimits)
-
-    def __post_init__(self) -> None:
-        check_fields(self, with_class=False)
-        if self.value_range is not None:
-            parse_value_range(self.value_range)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    """Images and result folder of an evaluation.
-
-    Attributes:
-        data: labelled images; by default those of the run. Its train/ and val/ are used where they exist.
-        val: images to measure on; by default DATA/val, or the run's --val.
-        out: folder for results and cached features; by default RUN/eval.
-        overwrite: replace existing results of other data or settings.
-    """
-
-    data: Path | None = None
-    val: Path | None = None
-    out: Path | None = None
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self, with_class=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,66 +20,19 @@ from timm.data.mixup import Mixup
 from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]  # public, but not marked so
 from torch import Tensor, nn
 
-from mvssl.config.recipe import LARGEST_BATCH, Evaluation
+from mvssl.config.evaluation import Supervision as Supervision
+from mvssl.config.recipe import Evaluation
 from mvssl.evaluate.accuracy import accuracy_of
 from mvssl.evaluate.features import center_crops, train_view
 from mvssl.evaluate.session import EvalSession, Session
 from mvssl.models.backbones import is_convolutional, to_memory_format
 from mvssl.optim.state import check_optimizer_state
 from mvssl.runs import checkpoint
-from pipelines.checks import Rule, at_least, at_least_zero, between, check_fields, positive, ruled
 from pipelines.loader import Loader
-from pipelines.loading import Cache
 from pipelines.loading.pixel_cache import free_memory, with_cache
 from pipelines.order import Order
 from pipelines.runtime import InputError, invalid
 from pipelines.storage.source import Source
-
-
-@dataclass(frozen=True, kw_only=True)
-class Supervision:
-    """How a classifier is trained: random resized crop and flip, cross-entropy, cosine learning-rate schedule.
-
-    Attributes:
-        epochs: passes over the labelled images.
-        batch_size: images per step, over all ranks.
-        optimizer: sgd or adamw.
-        lr: peak learning rate, not scaled by the batch size.
-        momentum: of sgd.
-        weight_decay: of parameters with two or more dimensions.
-        layer_decay: factor on the learning rate from each layer of the backbone to the one below; 1 for equal rates.
-        warmup_epochs: epochs of linear warm-up from 0.
-        mixup: alpha of mixup's Beta distribution; 0 disables it.
-        label_smoothing: probability mass spread over all classes.
-        head_std: standard deviation of the linear layer's initial weights; 0 starts at zero.
-        seed: of the order, the augmentation and the linear layer.
-        cache: where decoded images are cached, as in mvssl-train.
-    """
-
-    epochs: int = at_least(1, 100)
-    batch_size: int = between(1, LARGEST_BATCH, 512)
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = positive(0.005)
-    momentum: float = 0.9
-    weight_decay: float = at_least_zero(0.0)
-    layer_decay: float = ruled(
-        Rule(lambda x: 0 < x <= 1, "above 0 and at most 1", "0.75 is usual for transformers"), default=1.0
-    )
-    warmup_epochs: float = at_least_zero(0.0)
-    mixup: float = at_least_zero(0.0)
-    label_smoothing: float = ruled(Rule(lambda x: 0 <= x < 1, "at least 0 and below 1", "0.1 is usual"), default=0.0)
-    head_std: float = at_least_zero(0.0)
-    seed: int = 0
-    cache: Cache = "off"
-
-    def identity(self) -> dict[str, Any]:
-        """The settings, for identities; a start at zero is left out, as identities of earlier versions lack it."""
-        return {name: value for name, value in asdict(self).items() if name != "head_std" or value}
-
-    def __post_init__(self) -> None:
-        check_fields(self, with_class=False)
-        if self.warmup_epochs >= self.epochs:
-            raise invalid("warmup_epochs", self.warmup_epochs, f"below the {self.epochs} epochs", "shorten it")
 
 
 class Classifier(nn.Module):

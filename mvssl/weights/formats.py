@@ -9,14 +9,14 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
+from mvssl.config.evaluation import Network
 from mvssl.models import wide_resnets
 from pipelines.runtime import InputError
 
-Network = Literal["online", "target"]
 Tensors = dict[str, Tensor]
 _MOST_NAMES, _LONGEST_NAME = 200, 100  # that are compared with those of known formats
 

@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from mvssl.config.evaluation import BackboneSource as BackboneSource
+from mvssl.config.evaluation import Network
 from mvssl.config.recipe import Backbone, Evaluation, Recipe
 from mvssl.models.backbones import build_backbone
 from mvssl.models.encoder import initial_backbone
@@ -21,53 +23,10 @@ from mvssl.pickles.safe_pickle import Global, Inert
 from mvssl.pickles.torch_file import read_torch_file
 from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
-from mvssl.weights.formats import Network, find_network, from_torchvision, guess_architecture
-from pipelines.checks import check_fields
+from mvssl.weights.formats import find_network, from_torchvision, guess_architecture
 from pipelines.names import shortened
 from pipelines.runtime import InputError
-from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD, Interpolation
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneSource:
-    """Which backbone to load: that of a run, or of a file.
-
-    Attributes:
-        run: a run folder.
-        weights: a file instead: an exported backbone, a checkpoint of the reference implementation, MoCo, SimSiam or
-            DINO, or weights of timm or torchvision.
-        network: online or target, where the file has both; by default the one that its project evaluates.
-        arch: timm's name of the file's architecture, if neither the file nor its tensors tell it. With a tag, such as
-            vit_base_patch16_224.augreg_in21k, images are normalised as those weights expect.
-        untrained: the run's initial weights instead, or a random `arch`, as a baseline.
-        resize: length in pixels to which the short side is resized; by default the run's, or 256.
-        crop: side in pixels of the centre crop that follows; by default the run's, or 224.
-        interpolation: of the resize and of random crops: bicubic or bilinear; by default bilinear with --protocol
-            release, else the run's, or bicubic.
-    """
-
-    run: Path | None = None
-    weights: Path | None = None
-    network: Network | None = None
-    arch: str | None = None
-    untrained: bool = False
-    resize: int | None = None
-    crop: int | None = None
-    interpolation: Interpolation | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, with_class=False)
-        if self.run is None and self.weights is None and not (self.untrained and self.arch):
-            raise InputError(
-                "no backbone is named: give a run folder with --run, a file with --weights, or a random network with "
-                "--untrained --arch NAME."
-            )
-        if self.untrained and (self.weights is not None or self.network is not None):
-            raise InputError(
-                "untrained excludes weights and network: leave --untrained out, or --weights and --network."
-            )
-        if self.weights is None and self.run is not None and self.arch is not None:
-            raise InputError(f"arch is {self.arch!r} but the run's recipe names its architecture: leave --arch out.")
+from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,10 @@ import torch
 import torch.multiprocessing as mp
 
 # Ranks are forked from a server that has imported these and done nothing else: importing takes five seconds of a core.
-PRELOADED = ("mvssl.training.preflight", "mvssl.cli.evaluations")
+PRELOADED = (
+    *("mvssl.training.preflight", "mvssl.cli.evaluations"),
+    *("mvssl.evaluate.knn", "mvssl.evaluate.linear", "mvssl.evaluate.finetune"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

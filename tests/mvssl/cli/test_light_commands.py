@@ -41,7 +41,8 @@ def imported_by_command(line: str) -> set[str]:
         *("train", "train --help", "train --list", "train report --help", "train doctor --help"),
         *("train laptop --help", "train laptop --help-all", "train laptop --print-config"),
         *("train laptop --epochs 3 --cache host --print-config", "train labtop", "train laptop --no-such-option"),
-        *("convert --help", "eval", "eval --help"),
+        *("convert --help", "eval", "eval --help", "eval knn --help", "eval linear --help", "eval finetune --help"),
+        *("eval compare --help", "eval no-such-evaluation", "eval knn", "features --help", "features", "export --help"),
     ],
 )
 def test_what_computes_nothing_imports_no_heavy_library(line: str) -> None:
@@ -54,7 +55,7 @@ def test_packages_import_no_heavy_library(module: str) -> None:
 
 
 def test_heavy_libraries_are_seen_where_they_are_imported() -> None:
-    assert {"torch", "timm"} <= imported_by_command("eval no-such-evaluation")
+    assert {"torch", "timm"} <= imported_by_command("eval knn --run no-such-run")
     assert imported("import pipelines\npipelines.draw") >= {"torch"}
 
 

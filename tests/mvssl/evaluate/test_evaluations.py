@@ -99,8 +99,8 @@ def test_every_result_is_computed_once(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("computed again")
 
-    for name in ("fast_linear", "release_linear", "finetune", "knn_grid"):
-        monkeypatch.setattr(f"mvssl.cli.evaluations.{name}", never)
+    for name in ("linear.fast_linear", "linear.release_linear", "finetune.finetune", "knn.knn_grid"):
+        monkeypatch.setattr(f"mvssl.evaluate.{name}", never)
     assert evaluate(*arguments, "--run", finished, "--out", out) == 0  # shows the result without computing it
     assert read_result(path) == first
     more = ["--resize", "40"]
