@@ -1,4 +1,4 @@
-"""`mvssl-convert`: converts a folder of images, a list or ImageNet's archives to tar shards or an FFCV file."""
+"""`mvssl-convert`: converts images in any of the usual forms to tar shards or an FFCV file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 from pipelines.conversion.conversion import Conversion, Options
-from pipelines.conversion.sources import find_jobs
+from pipelines.conversion.sources import describe, find_jobs
 from pipelines.conversion.value_measure import measure_jobs
 from pipelines.decode.base import MOST_THREADS
 from pipelines.decode.limits import ImageLimits
@@ -22,6 +22,7 @@ from pipelines.progress import Progress
 from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
 from pipelines.storage import open_source
 from pipelines.storage.beton_format import BETON, is_beton_name
+from pipelines.storage.forms import Request
 from pipelines.storage.image_facts import facts_of
 from pipelines.storage.shards import ShardSource
 from pipelines.value_range import parse_value_range
@@ -41,7 +42,9 @@ class Convert:
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """A folder of images (labels are its first level of folders), a folder with train/ and val/, a text list of files,
-    ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, a folder with these two archives, or converted data."""
+    or data as downloaded, read in place: Parquet, a data set saved by `datasets`, WebDataset and other tars, zip,
+    ImageNet's archives (also Kaggle's), CIFAR, STL-10, MNIST, HDF5, LMDB, TFRecord, converted data. Files, folders of
+    them, and patterns in quotes: "train-{000..099}.tar"."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """New or empty folder to write to; DST/train and DST/val if SRC has both."""
     format: Literal["shards", "beton"] = "shards"
@@ -64,6 +67,13 @@ class Convert:
     classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """All classes, one per line: labels are numbered by their sorted order, and integers in --val-labels count by their
     order in this file."""
+    image: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: found by content)")] = None
+    """Which images, where SRC has several: a column (Parquet, Arrow), component (WebDataset: png), data set (HDF5),
+    key (LMDB, TFRecord) or variant (EMNIST: letters)."""
+    label: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: found by name)")] = None
+    """Which labels: a column, component, data set or key; coarse of CIFAR-100; none for images without labels."""
+    split: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: all)")] = None
+    """Convert only this split of SRC (train, val, test, ...), into DST itself."""
     strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Quarantine JPEGs that decode although their data are damaged (parts of them are gray or torn). Otherwise they are
     stored, and listed in warnings.jsonl."""
@@ -98,7 +108,7 @@ def convert(config: Convert) -> None:
         )
     if config.workers is not None and not 1 <= config.workers <= MOST_THREADS:
         raise invalid("--workers", config.workers, f"1 to {MOST_THREADS}", "give a number of threads or leave it out")
-    if config.dst.resolve().is_relative_to(config.src.resolve()):
+    if config.src.exists() and config.dst.resolve().is_relative_to(config.src.resolve()):
         raise InputError(f"DST {config.dst} lies in SRC {config.src}: give a DST outside of it.")
     workers = config.workers or _cores()
     options = Options(
@@ -111,7 +121,14 @@ def convert(config: Convert) -> None:
         limits=config.limits,
     )
     progress = Progress(Console(stderr=True), f"indexing {config.src}").update
-    jobs = find_jobs(config.src, val_labels=config.val_labels, classes_file=config.classes, progress=progress)
+    jobs = find_jobs(
+        config.src,
+        val_labels=config.val_labels,
+        classes_file=config.classes,
+        request=Request(image=config.image, label=config.label, progress=progress),
+        split=config.split,
+    )
+    print(visible(describe(config.src, jobs)), flush=True)
     conversions = [Conversion(job, config.dst / job.name, options) for job in jobs]
     for conversion in conversions:  # all before the first runs, so that no error comes after hours
         conversion.prepare(overwrite=config.overwrite)

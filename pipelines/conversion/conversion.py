@@ -30,9 +30,10 @@ from pipelines.files import write_whole
 from pipelines.progress import Progress
 from pipelines.runtime import InputError
 from pipelines.storage.beton_format import page_bytes
+from pipelines.storage.forms.base import FormSource
 from pipelines.storage.image_facts import facts_of
 from pipelines.storage.manifest import FORMATS, INDEX_DTYPE, QUARANTINE, VERSION, WARNINGS, Manifest
-from pipelines.storage.source import KeyTable, fingerprint
+from pipelines.storage.source import KeyTable, Source, fingerprint
 from pipelines.value_range import ValueRange
 
 _AHEAD = 4  # images in flight per worker: a slow image does not stall the others
@@ -95,7 +96,7 @@ class Conversion:
                 self._destination,
                 classes=job.classes,
                 capacity=len(job.source),
-                page=page_bytes(int(np.max(job.source.nbytes, initial=0))),
+                page=page_bytes(_largest(job.source)),
                 quality=options.quality,
             )
         self._log = WarningLog()
@@ -338,6 +339,11 @@ def shard_bounds(nbytes: npt.NDArray[np.int64], shard_bytes: int) -> npt.NDArray
             filled = 0
         filled += size
     return np.array([*bounds, len(nbytes)], dtype=np.int64)
+
+
+def _largest(source: Source) -> int:
+    """Bytes that no image exceeds."""
+    return source.largest if isinstance(source, FormSource) else int(np.max(source.nbytes, initial=0))
 
 
 def _damage(states: Sequence[ShardState]) -> dict[str, dict[int, str]]:

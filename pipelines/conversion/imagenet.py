@@ -12,10 +12,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.conversion import tar_reader
 from pipelines.files import open_regular, read_regular, strict_text
 from pipelines.runtime import InputError
 from pipelines.storage.file_index import is_image_name
+from pipelines.storage.forms import tar_reader
 from pipelines.storage.source import KeyTable, fingerprint
 
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
@@ -24,6 +24,7 @@ _LOOKED_AT = 100  # members, to tell ImageNet's flat archive from other tars
 _REPORT_EVERY = 10_000  # images
 _LARGEST_LIST = 1 << 28  # bytes of a label file
 _WNID = re.compile(r"n\d{8}")
+_VAL_NAME = re.compile(r"^(\./)?ILSVRC2012_val_\d{8}\.JPEG$")
 _HEADER = "ImageId"  # first word of LOC_val_solution.csv
 
 Member = tuple[str, int, int]  # file name without extension, offset in the archive, bytes
@@ -92,6 +93,16 @@ def open_archive(
         )
     names = read_val_labels(val_labels, [member[0] for member in members], classes)
     return ArchiveSource(path, list(zip(names, members, strict=True)), tuple(sorted(set(names))))
+
+
+def is_imagenet_archive(path: Path) -> bool:
+    """Whether a tar holds one tar per class, or images named as ImageNet's val images are."""
+    try:
+        with open_regular(path) as file:
+            members = tar_reader.tar_members(file.fileno())
+            return any(one.name.endswith(".tar") or _VAL_NAME.search(one.name) for one in islice(members, 1))
+    except (tar_reader.DamagedTarError, OSError):
+        return False
 
 
 def _is_train_archive(path: Path, descriptor: int) -> bool:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.conversion.imagenet import TRAIN_ARCHIVE, VAL_ARCHIVE, open_archive, read_classes
+from pipelines.conversion.imagenet import (
+    TRAIN_ARCHIVE,
+    VAL_ARCHIVE,
+    ArchiveSource,
+    is_imagenet_archive,
+    open_archive,
+    read_classes,
+)
 from pipelines.runtime import InputError
 from pipelines.storage import Source, align_labels, beton, folder, shards, split_paths
+from pipelines.storage.forms import Found, Request, find_form, open_form
+from pipelines.storage.forms.look import Look, look_at
 
 _log = logging.getLogger("mvssl.data")
 
@@ -30,53 +39,151 @@ class Job:
         name: folder below DST, "train" or "val"; "" for DST itself.
         source: the images.
         labels: int64 [len(source)], numbered by `classes`.
-        classes: class names, sorted; those that only val has come last.
+        classes: class names, sorted or in the order of the data set's own numbers; those that only val has come last.
+        what: what SRC is, for the user.
     """
 
     name: str
     source: Source
     labels: npt.NDArray[np.int64]
     classes: tuple[str, ...]
+    what: str = ""
 
 
 def find_jobs(
-    src: Path, *, val_labels: Path | None, classes_file: Path | None, progress: Callable[[int], None] | None = None
+    src: Path,
+    *,
+    val_labels: Path | None,
+    classes_file: Path | None,
+    request: Request | None = None,
+    split: str | None = None,
 ) -> list[Job]:
-    """Open SRC: a folder, a list, converted data, a folder with train/ and val/, or ImageNet's archives.
+    """Open SRC: a folder, a list, converted data, a folder with train/ and val/, ImageNet's archives, or a form.
 
-    The val split is numbered by the classes of the train split; ``--classes`` numbers both.
+    The other splits are numbered by the classes of the train split; ``--classes`` numbers all.
+
+    Args:
+        src: a path, or a pattern with ``{0..9}``, ``{a,b}``, ``*`` or ``?``.
+        val_labels: of ImageNet's val archive.
+        classes_file: all classes.
+        request: what to read of a form.
+        split: the only split to convert; None for all.
     """
-    if not src.exists():
-        raise InputError(f"SRC {src} does not exist: give a folder of images, a list of files or ImageNet's archives.")
+    request = request or Request()
     listed = None if classes_file is None else read_classes(classes_file)
+    found = _find(src, val_labels=val_labels, classes=listed, request=request)
+    if split is not None:
+        if split not in found.splits:
+            named = ", ".join(filter(None, found.splits)) or "it has one without a name"
+            raise InputError(
+                f"--split is {split!r} but must be a split of {src} ({named}): choose one of these, or leave it out.",
+                field="--split",
+            )
+        found = replace(found, splits={"": found.splits[split]})
     classes = None if listed is None else tuple(sorted(listed))
-    paths = _split(src)
-    if val_labels is not None and not any(path.suffix == ".tar" for _, path in paths):
-        raise InputError(f"--val-labels is for ImageNet's val archive but SRC {src} is not one: leave it out.")
     jobs: list[Job] = []
-    for name, path in paths:
-        if path.suffix == ".tar":
-            source: Source = open_archive(path, val_labels=val_labels, classes=listed, progress=progress)
-        elif beton.can_open(path):
-            source = beton.open_path(path)
-        elif shards.can_open(path):
-            source = shards.open_path(path)
-        else:  # without the cache, whose sizes may be out of date
-            source = folder.open_path(path, progress=progress, use_cache=False)
-        if classes is None and name == "val" and jobs[0].classes and source.classes:
+    for name, source in found.splits.items():
+        if classes is None and name and jobs and jobs[0].classes and source.classes:
             others = tuple(other for other in source.classes if other not in jobs[0].classes)
             classes = jobs[0].classes + others
             if others:
                 _log.warning(
-                    "%s has classes that train lacks (%s): they are numbered after those of train; kNN leaves them out",
-                    path,
+                    "%s: %s has classes that train lacks (%s): they are numbered after those of train; kNN leaves them "
+                    "out",
+                    source.location,
+                    name,
                     ", ".join(others[:3]) + (", ..." if len(others) > 3 else ""),
                 )
-        if classes is None or not source.classes:
-            jobs.append(Job(name=name, source=source, labels=source.labels, classes=source.classes))
-        else:
-            jobs.append(Job(name=name, source=source, labels=align_labels(source, classes), classes=classes))
+        labels = source.labels
+        if classes is not None and source.classes:
+            labels = align_labels(source, classes)
+        own = source.classes if classes is None or not source.classes else classes
+        jobs.append(Job(name=name, source=source, labels=labels, classes=own, what=found.what))
+        if listed is None:
+            classes = None
     return jobs
+
+
+def describe(src: Path, jobs: Sequence[Job]) -> str:
+    """What SRC is, for the user."""
+    counts = ", ".join(f"{job.name} {len(job.source):,} images".lstrip() for job in jobs)
+    classes = max(len(job.classes) for job in jobs)
+    return f"{src} is {jobs[0].what}: {counts}, {f'{classes:,} classes' if classes else 'no labels'}."
+
+
+def _find(src: Path, *, val_labels: Path | None, classes: tuple[str, ...] | None, request: Request) -> Found:
+    """What SRC is, by its content."""
+    converted = src.is_dir() and (beton.can_open(src) or shards.can_open(src))
+    look = None if converted or (src.is_dir() and _archives(src)) else look_at(src)
+    if look is None and not src.exists():
+        raise InputError(
+            f"SRC {src} does not exist: give a folder of images, a list of files, an archive, Parquet or another form "
+            "of the table in the guide, or a pattern of such files in quotes."
+        )
+    if look is not None and _is_for_imagenet(src, look, val_labels):
+        look = None
+    form = None if look is None else find_form(look)
+    if form is not None and look is not None:
+        if val_labels is not None:
+            raise _no_val_archive(src)
+        return _with_val(open_form(form, look, request))
+    for option, value in (("--image", request.image), ("--label", request.label)):
+        if value is not None:
+            raise InputError(
+                f"{option} is {value!r} but must be left out for {src}, which has no columns or keys: leave it out.",
+                field=option,
+            )
+    paths = _split(src)
+    if val_labels is not None and not any(path.suffix == ".tar" for _, path in paths):
+        raise _no_val_archive(src)
+    splits: dict[str, Source] = {}
+    for name, path in paths:
+        if path.suffix == ".tar":
+            splits[name] = open_archive(path, val_labels=val_labels, classes=classes, progress=request.progress)
+        elif beton.can_open(path):
+            splits[name] = beton.open_path(path)
+        elif shards.can_open(path):
+            splits[name] = shards.open_path(path)
+        else:  # without the cache, whose sizes may be out of date
+            splits[name] = folder.open_path(path, progress=request.progress, use_cache=False)
+    return Found(what=_what(splits, paths[0][1]), splits=splits)
+
+
+def _no_val_archive(src: Path) -> InputError:
+    return InputError(f"--val-labels is for ImageNet's val archive but SRC {src} is not one: leave it out.")
+
+
+def _is_for_imagenet(src: Path, look: Look, val_labels: Path | None) -> bool:
+    """Whether SRC is one of ImageNet's own archives, which hold tars or need a file of labels."""
+    if src.suffix != ".tar" or len(look.files) != 1:
+        return False
+    return src.name in (TRAIN_ARCHIVE, VAL_ARCHIVE) or val_labels is not None or is_imagenet_archive(src)
+
+
+def _archives(src: Path) -> list[Path]:
+    return [src / name for name in (TRAIN_ARCHIVE, VAL_ARCHIVE) if (src / name).is_file()]
+
+
+def _with_val(found: Found) -> Found:
+    """Without a split of its own for validation, a data set's test split is the one to measure on (CIFAR, MNIST)."""
+    names = list(found.splits)
+    if "train" not in names or "val" in names or "test" not in names:
+        order = ("train", "val", "test")
+        names.sort(key=lambda name: order.index(name) if name in order else len(order))
+        return replace(found, splits={name: found.splits[name] for name in names})
+    rest = {name: source for name, source in found.splits.items() if name not in ("train", "test")}
+    splits = {"train": found.splits["train"], "val": found.splits["test"], **rest}
+    return Found(what=f"{found.what}, whose test split is converted as val", splits=splits)
+
+
+def _what(splits: Mapping[str, Source], path: Path) -> str:
+    """What a source is, in words."""
+    source = next(iter(splits.values()))
+    if isinstance(source, ArchiveSource):
+        return "ImageNet's archives" if len(splits) > 1 else "an archive of ImageNet"
+    if isinstance(source, folder.FolderSource):
+        return "a folder of images" if path.is_dir() else "a list of images"
+    return "converted data"
 
 
 def _split(src: Path) -> list[tuple[str, Path]]:

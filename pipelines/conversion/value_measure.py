@@ -16,11 +16,13 @@ from pipelines.decode.pillow import DEEP_ENDINGS, HEAD_BYTES, may_be_deep, measu
 from pipelines.runtime import InputError
 from pipelines.storage.beton import BetonSource
 from pipelines.storage.folder import FolderSource
+from pipelines.storage.forms.base import FormSource
 from pipelines.storage.image_facts import facts_of
 from pipelines.storage.source import Source
 from pipelines.value_range import Measured, ValueRange, bits_for
 
 _SAMPLE, _CHUNK = 256, 64  # images
+_BLOCKS = 8  # of the sample of a form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,13 @@ def _candidates(source: Source, look: Callable[[int], tuple[int, Measured | None
         return ()
     if isinstance(source, FolderSource):
         return [n for n in range(len(source)) if _ending(source.key(n)) in DEEP_ENDINGS]
+    if isinstance(source, FormSource):
+        if source.deep is not None:
+            return source.deep
+        starts = np.linspace(0, max(0, len(source) - _SAMPLE // _BLOCKS), _BLOCKS).astype(int).tolist()
+        near = (range(start, min(start + _SAMPLE // _BLOCKS, len(source))) for start in starts)
+        # Neighbours, because some forms are read in order.
+        return range(len(source)) if any(look(n)[1] is not None for block in near for n in block) else ()
     sample: Iterable[int] = np.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).astype(int).tolist()
     return range(len(source)) if any(look(index)[1] is not None for index in sample) else ()
 

@@ -30,8 +30,12 @@ _OTHERS = {  # what to do with files of other endings
     "cr2 cr3 nef arw dng raf orf rw2 pef srw raw": "develop them to JPEG or TIFF",
     "dcm nii mha nrrd svs ndpi czi": "export them as PNG (8 or 16 bits)",
     "mp4 mov avi mkv webm mpg mpeg m4v wmv": "extract their frames, as ffmpeg -i VIDEO FOLDER/%06d.jpg does",
-    "tar tgz gz zip 7z rar bz2 xz zst": "unpack them (mvssl-convert reads ImageNet's own archives)",
-    "parquet arrow tfrecord mdb lmdb h5 hdf5 npy npz mat pkl pickle bin pt rec": "write their images to files",
+    "tar tgz gz zip bz2 xz": "unpack them, or convert them as they are with mvssl-convert",
+    "7z rar zst": "unpack them",
+    "parquet arrow tfrecord mdb lmdb h5 hdf5": (
+        "write their images to files, or convert them as they are with mvssl-convert"
+    ),
+    "npy npz mat pkl pickle bin pt rec": "write their images to files",
 }
 _REMEDIES = {f".{ending}": remedy for endings, remedy in _OTHERS.items() for ending in endings.split()}
 _HEIC_MAGIC = rb"|\0\0\0.ftyp(hei[cx]|mif1)" if ".heic" in IMAGE_EXTENSIONS else b""
@@ -97,6 +101,11 @@ def holds_image(path: str) -> bool:
             return _MAGIC.match(file.read(16)) is not None
     except OSError:
         return False
+
+
+def begins_as_image(head: bytes) -> bool:
+    """Whether the first 16 bytes or more of a file are those of an image."""
+    return _MAGIC.match(head) is not None
 
 
 def remedy_for(ending: str) -> str:

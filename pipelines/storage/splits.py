@@ -115,6 +115,11 @@ def _role(name: str) -> Role | None:
     return next(roles, None)
 
 
+def split_role(name: str) -> Role | None:
+    """The split that a name says: "train", "val", "test", "more" (extra, unlabeled, ...); None for another name."""
+    return _role(name)
+
+
 def _stem(name: str) -> tuple[str, ...]:
     """The words that name neither a split nor the form of the data: of ``imagenet-val`` ``imagenet``."""
     known = (_FORM, *_ROLES.values())

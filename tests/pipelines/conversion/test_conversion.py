@@ -141,7 +141,7 @@ def test_train_and_val(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixtur
         Image.new("RGB", (9, 9)).save(path)
     outcome = run(tmp_path / "src", tmp_path / "d")
     assert outcome.code == 0
-    assert len(outcome.out.splitlines()) == 2
+    assert len(outcome.out.splitlines()) == 3
     train, val = open_source(tmp_path / "d" / "train"), open_source(tmp_path / "d" / "val")
     assert train.classes == val.classes == ("a", "b", "c")
     assert train.labels.tolist() == [0, 1, 2]

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.conversion.imagenet import open_archive
-from pipelines.conversion.tar_reader import DamagedTarError, Member, tar_members
 from pipelines.runtime import InputError
+from pipelines.storage.forms.tar_reader import DamagedTarError, Member, tar_members
 
 NAMES = [
     "a.jpg",

@@ -1,0 +1,187 @@
+"""Arrow files: folders that `datasets` saved to disk, its cache, and files of Arrow's own formats."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.files import read_json
+from pipelines.runtime import InputError
+from pipelines.storage.forms.base import FormSource, Found, Labels, Request, counted, need, unlabelled, unreadable
+from pipelines.storage.forms.columns import Columns, find_columns, image_columns, labels_of
+from pipelines.storage.forms.look import File, Look, by_split, split_of
+from pipelines.storage.forms.parquet import first_bytes, may_be_deep_name, read_path
+
+_FILE, _STREAM = b"ARROW1", b"\xff\xff\xff\xff"
+_STATE = "state.json"
+
+
+def recognise(look: Look) -> bool:
+    """Whether a file is an Arrow file or stream."""
+    return bool(_files(look))
+
+
+def _files(look: Look) -> list[File]:
+    # A stream begins with a marker and the length of the schema, which names its fields.
+    streams = [f for f in look.starting(_STREAM) if 0 < int.from_bytes(f.head[4:8], "little") < 1 << 26]
+    found = [*look.starting(_FILE), *streams]
+    own = [file for file in found if not Path(file.name).name.startswith(("cache-", "indices-"))]
+    return sorted(own, key=lambda file: file.name)
+
+
+def open_form(look: Look, request: Request) -> Found:
+    """Open the splits: folders of a saved `DatasetDict`, or those that the names of the files say."""
+    files = _files(look)
+    states = {Path(name).parent.as_posix(): path for name, path in look.texts.items() if Path(name).name == _STATE}
+    groups: dict[str, list[File]] = {}
+    indices: dict[str, np.ndarray] = {}
+    if states:
+        for folder, path in states.items():
+            name = "" if folder == "." and len(states) == 1 else split_of(folder) or Path(folder).name
+            groups[name], rows = _of_state(path, files)
+            if rows is not None:
+                indices[name] = rows
+    else:
+        groups = by_split(look, files)
+    splits, what = {}, ""
+    for name, of_split in groups.items():
+        splits[name], columns = _open(look.path, of_split, request, indices.get(name))
+        what = str(columns)
+    kind = "a data set that `datasets` saved" if states else counted(len(files), "Arrow file")
+    return Found(what=f"{kind} ({what})", splits=splits)
+
+
+def _of_state(path: Path, files: Sequence[File]) -> tuple[list[File], np.ndarray | None]:
+    """The files of a saved data set in its order, and the rows that it selects."""
+    try:
+        state = read_json(path)
+        names = [entry["filename"] for entry in state["_data_files"]]
+        selected = [entry["filename"] for entry in state.get("_indices_data_files") or ()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no state of a saved data set ({error!r}): save it again.") from None
+    known = {file.path: file for file in files}
+    missing = [name for name in names if path.parent / name not in known]
+    if missing:
+        raise InputError(f"{path} names {missing[0]}, which is missing or no Arrow file: copy the whole folder again.")
+    if not selected:
+        return [known[path.parent / name] for name in names], None
+    rows = [np.asarray(b.column(0)) for name in selected for b in _batches(path.parent / name)[1]]
+    return [known[path.parent / name] for name in names], np.concatenate(rows).astype(np.int64)
+
+
+def _batches(path: Path) -> tuple[Any, list[Any]]:
+    """Schema and record batches of a file, which stay on disk."""
+    pa = need("pyarrow", "Reading Arrow files")
+    try:
+        memory = pa.memory_map(str(path))
+        is_file = memory.read(len(_FILE)) == _FILE
+        memory.seek(0)
+        if is_file:
+            reader = pa.ipc.open_file(memory)
+            return reader.schema, [reader.get_batch(n) for n in range(reader.num_record_batches)]
+        stream = pa.ipc.open_stream(memory)
+        return stream.schema, list(stream)
+    except (pa.ArrowException, OSError) as error:
+        text = str(error).split("\n")[0].rstrip(". ")[:200]
+        raise InputError(f"{path} is truncated or damaged ({text}): copy or download it again.") from None
+
+
+def _open(
+    location: Path, files: Sequence[File], request: Request, rows: np.ndarray | None
+) -> tuple[FormSource, Columns]:
+    columns: Columns | None = None
+    first: Any = None
+    arrays: list[Any] = []
+    labels: list[Any] = []
+    sizes: list[np.ndarray] = []
+    keys: list[str] = []
+    folders: list[Path] = []
+    named = True
+    for file in files:
+        schema, batches = _batches(file.path)
+        if columns is None:
+            heads = {
+                name: [head for batch in batches[:4] for head in first_bytes(batch.column(name))]
+                for name in image_columns(schema)
+            }
+            columns, first = find_columns(schema, where=file.path, request=request, heads=heads), schema
+        for name in filter(None, (columns.image, columns.label)):
+            at = schema.get_field_index(name)
+            if at < 0 or schema.field(at).type != first.field(name).type:
+                raise InputError(
+                    f"{file.path} has another schema than {files[0].path}: the column {name!r} is missing or of "
+                    "another type; give files of one data set."
+                )
+        stem, row = Path(file.name).stem, 0
+        for batch in batches:
+            images = batch.column(columns.image)
+            data = images.field("bytes") if columns.is_struct else images
+            paths = images.field("path").to_pylist() if columns.has_path else [None] * len(images)
+            for path in paths:
+                named = named and bool(path)
+                keys.append(Path(path).name if path else f"{stem}/{row:08d}")
+                row += 1
+            arrays.append(images)
+            folders.append(file.path.parent)
+            sizes.append(_lengths(data))
+            if columns.label is not None:
+                labels.append(batch.column(columns.label))
+        request.report(len(keys))
+    if columns is None or not keys:
+        raise InputError(f"{location} has no rows: give data with images.")
+    pa = need("pyarrow", "Reading Arrow files")
+    found: Labels = unlabelled(len(keys))
+    if columns.label is not None:
+        found = labels_of(columns, pa.chunked_array(labels), where=files[0].path)
+    nbytes = np.concatenate(sizes)
+    if rows is not None:
+        if len(rows) == 0 or rows.min() < 0 or rows.max() >= len(keys):
+            raise InputError(f"{location} selects rows that it does not have: save the data set again.")
+        keys = [keys[row] for row in rows.tolist()]
+        found, nbytes = Labels(values=found.values[rows], classes=found.classes), nbytes[rows]
+    source = FormSource(
+        location,
+        keys=keys,
+        labels=found,
+        nbytes=nbytes,
+        reader=ArrowReader(arrays, folders, columns),
+        rows=rows,
+        deep=[index for index, key in enumerate(keys) if may_be_deep_name(key)] if named else None,
+    )
+    return source, columns
+
+
+def _lengths(data: Any) -> np.ndarray:
+    """Bytes of each value, int64; 0 for none."""
+    pc = need("pyarrow.compute", "Reading Arrow files")
+    return np.asarray(pc.fill_null(pc.binary_length(data), 0)).astype(np.int64)
+
+
+class ArrowReader:
+    """Reads images by row out of mapped files."""
+
+    def __init__(self, arrays: Sequence[Any], folders: Sequence[Path], columns: Columns) -> None:
+        self._arrays = list(arrays)
+        self._folders = folders
+        self._ends = np.cumsum([len(array) for array in arrays]).tolist()
+        self._columns = columns
+
+    def read(self, row: int) -> Any:
+        """See `Reader`."""
+        at = bisect.bisect_right(self._ends, row)
+        value = self._arrays[at][row - (self._ends[at - 1] if at else 0)]
+        if self._columns.is_struct and value.is_valid:
+            path = value["path"] if self._columns.has_path else None
+            value = value["bytes"]
+            if not value.is_valid and path is not None and path.is_valid:
+                return read_path(path.as_py(), self._folders[at])
+        if not value.is_valid:
+            raise unreadable("its row has no image")
+        return np.frombuffer(value.as_buffer(), np.uint8)
+
+    def close(self) -> None:
+        """See `Reader`."""

@@ -1,0 +1,259 @@
+"""Parquet files with a column of images, as dataset hubs have them."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.runtime import InputError
+from pipelines.storage.forms.base import (
+    ROWS_KEPT,
+    FormSource,
+    Found,
+    Labels,
+    Request,
+    counted,
+    need,
+    number_labels,
+    unlabelled,
+    unreadable,
+)
+from pipelines.storage.forms.columns import LOOKED_AT, Columns, find_columns, image_columns, labels_of
+from pipelines.storage.forms.look import File, Look, by_split
+
+_MAGIC = b"PAR1"
+_BATCH = 64  # rows decoded at a time
+_BUFFER = 1 << 20  # bytes
+
+
+def recognise(look: Look) -> bool:
+    """Whether a file begins as Parquet does."""
+    return bool(look.starting(_MAGIC))
+
+
+def open_form(look: Look, request: Request) -> Found:
+    """Open the splits that the names of the files say."""
+    splits, what = {}, ""
+    files = look.starting(_MAGIC)
+    broken = [file for file in look.files if file.name.lower().endswith(".parquet") and file not in files]
+    if broken:
+        raise InputError(f"{broken[0].path} does not begin as a Parquet file: download it again.")
+    for name, of_split in by_split(look, files).items():
+        source, columns = open_files(look.path, of_split, request)
+        splits[name], what = source, str(columns)
+    return Found(what=f"{counted(len(files), 'Parquet file')} ({what})", splits=splits)
+
+
+def open_files(location: Path, files: Sequence[File], request: Request) -> tuple[FormSource, Columns]:
+    """A source over the rows of several files, in order.
+
+    Raises:
+        InputError: a file is truncated or damaged, has no images, or has other columns than the first.
+    """
+    pq = need("pyarrow.parquet", "Reading Parquet")
+    groups: list[tuple[Path, int]] = []  # file and number in it
+    rows: list[int] = []
+    sizes: list[np.ndarray] = []
+    keys: list[str] = []
+    values: list[Any] = []
+    columns: Columns | None = None
+    first: Any = None
+    deep: list[int] | None = []
+    for file in files:
+        with _naming(file.path), pq.ParquetFile(file.path, pre_buffer=False, buffer_size=_BUFFER) as opened:
+            schema = opened.schema_arrow
+            if columns is None:
+                columns = find_columns(schema, where=file.path, request=request, heads=_heads(opened, schema))
+                first = schema
+            _check_same(columns, first, schema, files[0].path, file.path)
+            start = len(keys)
+            leaf = _leaf_number(opened, columns.leaf)
+            for number in range(opened.num_row_groups):
+                group = opened.metadata.row_group(number)
+                if group.num_rows:
+                    groups.append((file.path, number))
+                    rows.append(group.num_rows)
+                    mean = -(-group.column(leaf).total_uncompressed_size // group.num_rows)
+                    sizes.append(np.full(group.num_rows, mean, dtype=np.int64))
+            count = opened.metadata.num_rows
+            paths = opened.read([f"{columns.image}.path"]).column(0).to_pylist() if columns.has_path else []
+            stem = file.name.rpartition(".")[0] or file.name
+            for row in range(count):
+                path = (paths[row] or {}).get("path") if paths else None
+                keys.append(path.lstrip("/") if path else f"{stem}/{row:08d}")
+                if not path:
+                    deep = None
+            if columns.label is not None and count:
+                values.append(opened.read([columns.label]).column(0))
+            if start != len(keys):
+                request.report(len(keys))
+    assert columns is not None
+    if not keys:
+        raise InputError(f"{files[0].path} has no rows: give files with images.")
+    if deep is not None:
+        deep = [index for index, key in enumerate(keys) if may_be_deep_name(key)]
+    source = FormSource(
+        location,
+        keys=keys,
+        labels=_labels(columns, values, len(keys), files[0].path),
+        nbytes=np.concatenate(sizes),
+        reader=ParquetReader(groups, rows, columns),
+        deep=deep,
+        largest=max(int(size[0]) * len(size) for size in sizes),
+    )
+    return source, columns
+
+
+def may_be_deep_name(name: str) -> bool:
+    """Whether an image of this name may have more than 8 bits."""
+    from pipelines.decode.pillow import DEEP_ENDINGS
+
+    return "." not in name.rpartition("/")[2] or name.lower().endswith(tuple(DEEP_ENDINGS))
+
+
+def _labels(columns: Columns, values: Sequence[Any], count: int, where: Path) -> Labels:
+    if columns.label is None:
+        return unlabelled(count)
+    if len(values) == 1:
+        return labels_of(columns, values[0], where=where)
+    if any("dictionary" in str(one.type) or "string" in str(one.type) for one in values):
+        return number_labels([v for one in values for v in one.to_pylist()], where=where, names=columns.names)
+    pa = need("pyarrow", "Reading Parquet")
+    return labels_of(columns, pa.chunked_array([c for one in values for c in one.chunks]), where=where)
+
+
+def _heads(opened: Any, schema: Any) -> dict[str, list[bytes]]:
+    """First bytes of some values of each column that may hold images."""
+    names = image_columns(schema)
+    if not names or not opened.metadata.num_rows:
+        return {}
+    batch = next(opened.iter_batches(batch_size=LOOKED_AT, columns=names), None)
+    return {} if batch is None else {name: first_bytes(batch.column(name)) for name in names}
+
+
+def first_bytes(values: Any) -> list[bytes]:
+    """First bytes of some values of an array of bytes, or of structs with `bytes`, or of the files they name."""
+    struct = str(values.type).startswith("struct")
+    data = values.field("bytes") if struct else values
+    found = [one.as_buffer()[:64].to_pybytes() for one in data[:LOOKED_AT] if one.is_valid and one.as_buffer().size]
+    if not found and struct and values.type.get_field_index("path") >= 0:
+        for one in values.field("path").to_pylist()[:LOOKED_AT]:
+            if one and Path(one).is_file():
+                with Path(one).open("rb") as file:
+                    found.append(file.read(64))
+    return found
+
+
+def _leaf_number(opened: Any, path: str) -> int:
+    group = opened.metadata.row_group(0) if opened.num_row_groups else None
+    names = [] if group is None else [group.column(n).path_in_schema for n in range(group.num_columns)]
+    return names.index(path) if path in names else 0
+
+
+def _check_same(columns: Columns, first: Any, schema: Any, first_path: Path, path: Path) -> None:
+    """Check that a file has the columns of the first file, of the same types."""
+    for name in filter(None, (columns.image, columns.label)):
+        at = schema.get_field_index(name)
+        found = "is missing" if at < 0 else f"is {schema.field(at).type}"
+        if at < 0 or schema.field(at).type != first.field(name).type:
+            raise InputError(
+                f"{path} has another schema than {first_path}: the column {name!r} {found} and not "
+                f"{first.field(name).type}; give files of one data set."
+            )
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in errors of Arrow."""
+    pa = need("pyarrow", "Reading Parquet")
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, pa.ArrowException):
+            raise
+        text = str(error).split("\n")[0].rstrip(". ")[:200]
+        raise InputError(
+            f"{path} is truncated or damaged, or compressed in a way that cannot be read ({text}): download it again."
+        ) from None
+
+
+class ParquetReader:
+    """Reads images by row. Batches of rows are decoded in order and the last ones kept: neighbours cost one read."""
+
+    def __init__(self, groups: Sequence[tuple[Path, int]], rows: Sequence[int], columns: Columns) -> None:
+        self._groups = groups
+        self._ends = np.cumsum(rows).tolist()
+        self._columns = columns
+        self._lock = threading.Lock()
+        self._at: tuple[int, int] = (-1, 0)  # group, next row
+        self._batches: Iterator[Any] = iter(())
+        self._opened: Any = None
+        self._kept: dict[tuple[int, int], Any] = {}  # (group, first row) -> array of bytes, in the order of reading
+
+    def read(self, row: int) -> Any:
+        """See `Reader`."""
+        group = bisect.bisect_right(self._ends, row)
+        inside = row - (self._ends[group - 1] if group else 0)
+        with self._lock:
+            values = self._batch(group, inside // _BATCH * _BATCH)
+        value = values[inside % _BATCH]
+        if self._columns.is_struct:
+            path = value.get("path") if self._columns.has_path and value.is_valid else None
+            value = value["bytes"] if value.is_valid else value
+            if not value.is_valid and path is not None and path.is_valid:
+                return read_path(path.as_py(), self._groups[group][0].parent)
+        if not value.is_valid:
+            raise unreadable("its row has no image")
+        return np.frombuffer(value.as_buffer(), np.uint8)
+
+    def _batch(self, group: int, start: int) -> Any:
+        """The rows from `start` on; under the lock."""
+        found = self._kept.get((group, start))
+        if found is not None:
+            return found
+        if group != self._at[0] or start < self._at[1]:
+            self._open(group)
+        path = self._groups[group][0]
+        while True:
+            with _naming(path):
+                batch = next(self._batches, None)
+            if batch is None:
+                raise InputError(f"{path} has fewer rows than its index says: download it again.")
+            first = self._at[1]
+            self._at = (group, first + len(batch))
+            self._kept[group, first] = batch.column(self._columns.image)
+            while len(self._kept) > ROWS_KEPT // _BATCH:
+                del self._kept[next(iter(self._kept))]
+            if first == start:
+                return self._kept[group, first]
+
+    def _open(self, group: int) -> None:
+        pq = need("pyarrow.parquet", "Reading Parquet")
+        path, number = self._groups[group]
+        names = [self._columns.leaf, *([f"{self._columns.image}.path"] if self._columns.has_path else [])]
+        with _naming(path):
+            if self._opened is None or self._opened[0] != path:
+                self.close()
+                self._opened = (path, pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER))
+            self._batches = self._opened[1].iter_batches(batch_size=_BATCH, row_groups=[number], columns=names)
+        self._at = (group, 0)
+
+    def close(self) -> None:
+        """See `Reader`."""
+        if self._opened is not None:
+            self._opened[1].close()
+            self._opened = None
+
+
+def read_path(text: str, folder: Path) -> Any:
+    """The file that a row names instead of holding bytes."""
+    path = Path(text) if Path(text).is_absolute() else folder / text
+    if not path.is_file():
+        raise unreadable(f"its row has no bytes, and the file {text} that it names does not exist")
+    return np.fromfile(path, np.uint8)
