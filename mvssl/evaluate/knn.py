@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from mvssl.evaluate.accuracy import accuracy_of
 from mvssl.evaluate.features import cached_features, load_features
+from mvssl.evaluate.neighbours import nearest_images as nearest_images
+from mvssl.evaluate.neighbours import nearest_in_chunks
 from mvssl.evaluate.session import EvalSession, check_labelled
 from pipelines.decode.pillow import decode_one
 from pipelines.files import whole_file
@@ -144,7 +145,7 @@ def knn_predictions(
     images = len(train_features if test_features is None else test_features)
     rows = range(images) if rows is None else rows
     queries = torch.arange(images, device=train_features.device)[rows.start : rows.stop]
-    for cosine, nearest in _nearest(train_features, test_features, max(k), chunk, queries):
+    for cosine, nearest in nearest_in_chunks(train_features, test_features, max(k), chunk, queries):
         label = train_labels[nearest]  # [C, max k]
         for t in temperatures:
             # The common factor exp(-1 / t) keeps the votes finite and changes no winner.
@@ -155,37 +156,6 @@ def knn_predictions(
                 predicted[number, t].append(votes.argmax(dim=1))
     empty = train_labels.new_empty(0)
     return {setting: torch.cat([empty, *parts]) for setting, parts in predicted.items()}
-
-
-def nearest_images(
-    train_features: Tensor, test_features: Tensor | None, rows: Sequence[int], *, k: int
-) -> tuple[Tensor, Tensor]:
-    """The k most similar images of the bank: cosine [R, k], descending, and row in the bank, int64 [R, k].
-
-    Args:
-        train_features: float [N, D], the bank.
-        test_features: float [M, D]; None compares with the other images of the bank.
-        rows: R test images.
-        k: number of neighbours.
-    """
-    queries = torch.tensor(rows, device=train_features.device)
-    parts = list(_nearest(train_features, test_features, k, 256, queries))
-    return torch.cat([cosine for cosine, _ in parts]), torch.cat([nearest for _, nearest in parts])
-
-
-def _nearest(
-    train_features: Tensor, test_features: Tensor | None, k: int, chunk: int, rows: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields cosine [C, k], descending, and row in the bank [C, k] for each chunk of test images."""
-    dtype = torch.promote_types(train_features.dtype, torch.float32)
-    bank = F.normalize(train_features.to(dtype), dim=1)  # [N, D]
-    tests = bank if test_features is None else test_features
-    for chunk_rows in torch.split(rows, chunk):
-        similarity = F.normalize(tests[chunk_rows].to(dtype), dim=1) @ bank.T  # [C, N]
-        if test_features is None:
-            similarity.scatter_(1, chunk_rows[:, None], -torch.inf)  # an image is not its own neighbour
-        cosine, nearest = similarity.topk(k, dim=1)
-        yield cosine, nearest
 
 
 def _check(features: Tensor, labels: Tensor, name: str) -> None:
