@@ -84,6 +84,11 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
+def is_system_folder(name: str) -> bool:
+    """Whether a folder of this name belongs to the system, and what is in it to nobody."""
+    return name in _SYSTEM_FOLDERS
+
+
 def is_image_file(entry: os.DirEntry[str]) -> bool:
     """Whether a file counts as an image: by its name, or by its first bytes if its name has no ending."""
     if is_image_name(entry.name):

@@ -120,6 +120,11 @@ def split_role(name: str) -> Role | None:
     return _role(name)
 
 
+def is_form_word(name: str) -> bool:
+    """Whether the name of a folder says only that there are images: ``images``, ``data``, ``jpg``."""
+    return _FORM.fullmatch(name.lower()) is not None
+
+
 def _stem(name: str) -> tuple[str, ...]:
     """The words that name neither a split nor the form of the data: of ``imagenet-val`` ``imagenet``."""
     known = (_FORM, *_ROLES.values())

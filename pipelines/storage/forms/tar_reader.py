@@ -7,7 +7,8 @@ archive, follows chains of headers by recursion, and reads what their sizes say.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 BLOCK, RECORD = 512, 10_240  # bytes
@@ -32,29 +33,41 @@ class DamagedTarError(ValueError):
     """The archive is truncated or damaged, or its headers lie; says at which byte."""
 
 
-def tar_members(descriptor: int, *, start: int = 0, end: int | None = None) -> Iterator[Member]:
+Read = Callable[[int, int], bytes]
+"""Gives up to so many bytes (first) from an offset (second) on, fewer at the end."""
+_NO_END = 1 << 62  # of a stream, whose length is known at its end
+
+
+def tar_members(where: int | Read, *, start: int = 0, end: int | None = None) -> Iterator[Member]:
     """Yield the files and links of an archive, which lies from byte `start` to byte `end` of an open file.
+
+    Args:
+        where: a file descriptor, or what reads a stream.
+        start: first byte of the archive.
+        end: its end; None: of the file, or unknown.
 
     Raises:
         DamagedTarError: a header is damaged or lies, a file is sparse, or the end marker is missing.
         OSError: the file cannot be read.
     """
-    end = os.fstat(descriptor).st_size if end is None else end
+    read = partial(os.pread, where) if isinstance(where, int) else where
+    if end is None:
+        end = os.fstat(where).st_size if isinstance(where, int) else _NO_END
     position = start
     while True:
         at, named = position, ""
         sizes: list[str] = []
         for _ in range(_MOST_HEADERS):
-            block = os.pread(descriptor, max(0, min(BLOCK, end - position)), position)
+            block = read(max(0, min(BLOCK, end - position)), position)
             if len(block) == BLOCK and not any(block):
-                _check_end(descriptor, position, end)
+                _check_end(read, position, end)
                 return
             kind = _check_header(block, position, first=position == start)
             size = _number(block[124:136], "size", position)
             data = position + BLOCK
             if kind not in (_LONG_NAME, _LONG_LINK, _PAX, _PAX_ALL):
                 break
-            content = _content(descriptor, data, size, end)
+            content = _content(read, data, size, end)
             if kind == _LONG_NAME:
                 named = _text(content)
             elif kind == _PAX:
@@ -77,6 +90,15 @@ def tar_members(descriptor: int, *, start: int = 0, end: int | None = None) -> I
         position = data + _padded(stored)
 
 
+def is_tar_header(block: bytes) -> bool:
+    """Whether a block is the header of a member."""
+    try:
+        _check_header(block, 0, first=True)
+    except DamagedTarError:
+        return False
+    return True
+
+
 def _check_header(block: bytes, position: int, *, first: bool) -> int:
     """The kind of the header in a block; checks its checksum."""
     if len(block) == BLOCK:
@@ -90,9 +112,9 @@ def _check_header(block: bytes, position: int, *, first: bool) -> int:
     raise DamagedTarError(f"at byte {position} there is neither a file nor the end marker")
 
 
-def _check_end(descriptor: int, position: int, end: int) -> None:
+def _check_end(read: Read, position: int, end: int) -> None:
     """Check that zeros follow from the first block of zeros on, and not too many, as in a download that broke off."""
-    rest = os.pread(descriptor, min(_MAX_PADDING + 1, end - position), position)
+    rest = read(min(_MAX_PADDING + 1, end - position), position)
     if any(rest[RECORD:]):  # POSIX allows any bytes up to the end of the record
         raise DamagedTarError(f"at byte {position} there is neither a file nor the end marker")
     if len(rest) > _MAX_PADDING:
@@ -112,11 +134,11 @@ def _number(field: bytes, name: str, position: int) -> int:
     return int(digits or b"0", 8)
 
 
-def _content(descriptor: int, position: int, size: int, end: int) -> bytes:
+def _content(read: Read, position: int, size: int, end: int) -> bytes:
     """The data of a header that precedes a file."""
     if size > _LONGEST_HEADER or position + size > end:
         raise DamagedTarError(f"at byte {position - BLOCK} there is a header of {size:,} bytes")
-    return os.pread(descriptor, size, position)
+    return read(size, position)
 
 
 def _pax_records(content: bytes, position: int) -> dict[str, str]:

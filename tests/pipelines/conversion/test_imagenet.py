@@ -260,14 +260,3 @@ def test_bad_image_inside_an_archive(archives: Path, tmp_path: Path) -> None:
     expected = {key: value for key, value in EXPECTED_VAL.items() if not key.endswith("2") or "n02105855" in key}
     assert contents(tmp_path / "d") == expected
     assert '"n01440764/ILSVRC2012_val_00000002"' in (tmp_path / "d" / "quarantine.jsonl").read_text()
-
-
-@pytest.mark.parametrize("name", ["a/1.jpg", "./a/1.jpg", "1.cls", "1.json"])
-def test_other_tars_are_to_be_unpacked(name: str, tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "other.tar", "w") as archive:
-        for member in sorted(("1.jpg", name)):
-            info = tarfile.TarInfo(member)
-            info.size = 4
-            archive.addfile(info, io.BytesIO(b"data"))
-    with pytest.raises(InputError, match=r"other\.tar is a tar with .*none of ImageNet's archives.*: unpack it"):
-        convert(Convert(src=tmp_path / "other.tar", dst=tmp_path / "d"))

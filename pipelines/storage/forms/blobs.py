@@ -1,0 +1,161 @@
+"""Bytes by offset, of plain files and of compressed ones, which are unpacked as they are read."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+import threading
+import zlib
+from collections import deque
+from pathlib import Path
+from typing import IO, Protocol, cast
+
+from pipelines.files import open_regular
+from pipelines.runtime import InputError
+from pipelines.storage.forms.look import HEAD, File
+
+_CHUNK = 1 << 20  # bytes unpacked at a time
+_WINDOW = 1 << 26  # bytes kept behind what was read last; more if readers go back further
+_PACKED = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zst"}
+
+
+class Blob(Protocol):
+    """Bytes by offset; callable from several threads."""
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Up to `size` bytes; fewer at the end.
+
+        Raises:
+            OSError: they cannot be read.
+            InputError: the compressed data are damaged.
+        """
+
+    def close(self) -> None:
+        """Close the file."""
+
+
+class FileBlob:
+    """A file as it is. Implements `Blob`."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open_regular(path)
+
+    def read(self, size: int, offset: int) -> bytes:
+        """See `Blob`."""
+        data = os.pread(self._file.fileno(), size, offset)
+        while 0 < len(data) < size:  # more than 2 GiB, or a signal
+            more = os.pread(self._file.fileno(), size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    def close(self) -> None:
+        """See `Blob`."""
+        self._file.close()
+
+
+class PackedBlob:
+    """A compressed file as if it were unpacked. Implements `Blob`.
+
+    Reading goes forward; what lies up to a window behind costs nothing, and what lies further behind starts again.
+    """
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self._path = path
+        self._kind = kind
+        self._lock = threading.Lock()
+        self._window = _WINDOW
+        self._file: IO[bytes] | None = None
+        self._chunks: deque[bytes] = deque()
+        self._start = self._end = 0  # of the chunks
+
+    def read(self, size: int, offset: int) -> bytes:
+        """See `Blob`."""
+        with self._lock:
+            if self._file is None or offset < self._start:
+                self._restart()
+            while self._end < offset + size:
+                chunk = self._next()
+                if not chunk:
+                    break
+                self._chunks.append(chunk)
+                self._end += len(chunk)
+                while self._end - self._start > self._window and self._start + len(self._chunks[0]) <= offset:
+                    self._start += len(self._chunks.popleft())
+            return self._cut(offset, min(offset + size, self._end))
+
+    def _cut(self, first: int, last: int) -> bytes:
+        pieces, at = [], self._start
+        for chunk in self._chunks:
+            if at + len(chunk) > first and at < last:
+                pieces.append(chunk[max(0, first - at) : last - at])
+            at += len(chunk)
+            if at >= last:
+                break
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _restart(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._window *= 2  # readers are further apart than it holds
+        self._file = open_packed(self._path, self._kind)
+        self._chunks.clear()
+        self._start = self._end = 0
+
+    def _next(self) -> bytes:
+        assert self._file is not None
+        try:
+            return self._file.read(_CHUNK)
+        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, ValueError) as error:
+            raise damaged(self._path, str(error)) from None
+        except OSError as error:
+            if error.errno is None:  # bz2 has no error of its own
+                raise damaged(self._path, str(error)) from None
+            raise
+
+    def close(self) -> None:
+        """See `Blob`."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+            self._chunks.clear()
+
+
+def damaged(path: Path, why: str) -> InputError:
+    """The error for a file that cannot be unpacked."""
+    return InputError(f"{path} is truncated or damaged ({why.rstrip('. ')}): download it again.")
+
+
+def packing(file: File) -> str:
+    """How a file is compressed: "gz", "bz2", "xz", "zst", or ""."""
+    return next((kind for magic, kind in _PACKED.items() if file.head.startswith(magic)), "")
+
+
+def open_packed(path: Path, kind: str) -> IO[bytes]:
+    """The unpacked bytes of a file, in order."""
+    if kind == "zst":
+        raise InputError(f"{path} is compressed with zstd, which cannot be read in place: unpack it with zstd -d.")
+    opener = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}[kind]
+    return cast(IO[bytes], opener(path, "rb"))
+
+
+def open_blob(file: File) -> FileBlob | PackedBlob:
+    """The bytes of a file, unpacked if it is compressed."""
+    kind = packing(file)
+    return PackedBlob(file.path, kind) if kind else FileBlob(file.path)
+
+
+def unpacked_head(file: File) -> bytes:
+    """The first bytes of a file, unpacked if it is compressed; b"" if they cannot be unpacked."""
+    kind = packing(file)
+    if not kind or kind == "zst":
+        return file.head
+    try:
+        with open_packed(file.path, kind) as opened:
+            return opened.read(HEAD)
+    except (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError):
+        return b""
