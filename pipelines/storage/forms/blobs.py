@@ -10,7 +10,7 @@ import threading
 import zlib
 from collections import deque
 from pathlib import Path
-from typing import IO, Protocol, cast
+from typing import IO, Any, Protocol, cast
 
 from pipelines.files import open_regular
 from pipelines.runtime import InputError
@@ -139,7 +139,7 @@ def open_packed(path: Path, kind: str) -> IO[bytes]:
     """The unpacked bytes of a file, in order."""
     if kind == "zst":
         raise InputError(f"{path} is compressed with zstd, which cannot be read in place: unpack it with zstd -d.")
-    opener = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}[kind]
+    opener: Any = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}[kind]
     return cast(IO[bytes], opener(path, "rb"))
 
 

@@ -302,7 +302,7 @@ class TarReader:
     def read(self, row: int) -> bytes:
         """See `Reader`."""
         size = int(self._size[row])
-        data = self._blobs[self._tar[row]].read(size, int(self._offset[row]))
+        data = self._blobs[int(self._tar[row])].read(size, int(self._offset[row]))
         if len(data) < size:
             raise unreadable("the archive ends before it")
         return data

@@ -51,7 +51,7 @@ def zip_entries(path: Path, blob: FileBlob) -> Iterator[Entry]:
     if len(data) < length:
         raise _damaged(path, "its list of files is cut short")
     while at < length:
-        if length - at < _ENTRY.size or data[at : at + 4] != b"PK\1\2":
+        if length - at < _ENTRY.size or bytes(data[at : at + 4]) != b"PK\1\2":
             raise _damaged(path, f"its list of files is damaged at byte {start + at}")
         fields = _ENTRY.unpack_from(data, at)
         flags, method, crc, stored, full = fields[3], fields[4], fields[7], fields[8], fields[9]
