@@ -31,7 +31,7 @@ class BackboneSource:
     Attributes:
         run: a run folder.
         weights: a file instead: an exported backbone, a checkpoint of the reference implementation, MoCo, SimSiam or
-            DINO, or weights of timm or torchvision.
+            DINO, weights of timm or torchvision, or a folder as timm takes it (config.json, model.safetensors).
         network: online or target, where the file has both; by default the one that its project evaluates.
         arch: timm's name of the file's architecture, if neither the file nor its tensors tell it. With a tag, such as
             vit_base_patch16_224.augreg_in21k, images are normalised as those weights expect.

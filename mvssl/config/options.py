@@ -74,7 +74,7 @@ class RunOptions(Execution):
             planned end. Learning rate, weight decay and EMA momentum follow the schedule of the longer run, so the
             learning rate rises again at first.
         overwrite: delete the run in `out` first.
-        init_from: checkpoint or exported backbone to initialise from (weights only).
+        init_from: checkpoint, exported backbone or timm's folder to initialise from (weights only).
     """
 
     data: Path | None = None

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import timm
+import torch
 from safetensors.torch import save
-from torch import nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from mvssl.models import small_resnets, wide_resnets
 from mvssl.models.backbones import ReferencePositions
@@ -18,14 +22,33 @@ def backbone_bytes(backbone: nn.Module, architecture: str) -> bytes:
     """A safetensors file of a backbone's parameters and buffers under timm's names, float32, with the architecture as
     metadata; ``timm.create_model(architecture, num_classes=0, checkpoint_path=FILE)`` loads it (see `loading_code`).
     """
-    tensors = {
-        name: (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous().clone()
-        for name, tensor in backbone.state_dict().items()
-    }
     metadata = {"architecture": architecture, "format": "pt", "source": "mvssl"}
     if isinstance(backbone, ReferencePositions):
         metadata["pos_embed"] = "release"
-    return save(tensors, metadata=metadata)
+    if (heads := head_count(backbone, architecture)) is not None:
+        metadata["num_heads"] = str(heads)
+    return save(float_tensors(backbone), metadata=metadata)
+
+
+def float_tensors(backbone: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers on the CPU, float32 where they are numbers of any precision."""
+    return {
+        name: (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous().clone()
+        for name, tensor in backbone.state_dict().items()
+    }
+
+
+def head_count(backbone: nn.Module, architecture: str) -> int | None:
+    """Attention heads of a vision transformer where they are not those of timm's architecture, else None.
+
+    Tensors do not tell them: with another number the same weights give other features (MoCo v3's small one has 12).
+    """
+    if not isinstance(backbone, VisionTransformer):
+        return None
+    with torch.device("meta"):
+        timms: Any = timm.create_model(architecture, pretrained=False, num_classes=0)
+    ours: int = backbone.get_submodule("blocks.0.attn").num_heads  # type: ignore[assignment]
+    return None if ours == timms.blocks[0].attn.num_heads else ours
 
 
 def export_backbone(backbone: nn.Module, architecture: str, out: Path) -> None:
@@ -41,12 +64,13 @@ def export_backbone(backbone: nn.Module, architecture: str, out: Path) -> None:
         raise InputError(f"The backbone could not be written to {out}: {describe_os_error(error)}") from error
 
 
-def loading_code(architecture: str, file: str) -> list[str]:
-    """Lines of Python that load an exported backbone through timm."""
+def loading_code(architecture: str, file: str, *, heads: int | None = None) -> list[str]:
+    """Lines of Python that load an exported backbone through timm; `heads` as by `head_count`."""
     register = [
         f"import {module.__name__}  # registers the name with timm"
         for module in (small_resnets, wide_resnets)
         if architecture in module.NAMES
     ]
-    model = f"timm.create_model({python_text(architecture)}, num_classes=0, checkpoint_path={python_text(file)})"
+    options = "num_classes=0" + (f", num_heads={heads}" if heads is not None else "")
+    model = f"timm.create_model({python_text(architecture)}, {options}, checkpoint_path={python_text(file)})"
     return ["import timm", *register, f"backbone = {model}"]

@@ -1,12 +1,15 @@
-"""Writes a backbone for other programs: timm, torchvision, Detectron2, ONNX, torch.export."""
+"""Writes a backbone for other programs: timm and its hub, torchvision, Detectron2, ONNX, torch.export."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import pickle
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from mvssl.models.backbones import ReferencePositions
-from mvssl.weights.backbone_file import backbone_bytes, loading_code
+from mvssl.weights.backbone_file import backbone_bytes, head_count, loading_code
 from mvssl.weights.formats import to_detectron2, to_torchvision
-from mvssl.weights.load import LoadedBackbone
-from pipelines.files import write_whole
+from mvssl.weights.load import LoadedBackbone, own_normalisation
+from mvssl.weights.timm_folder import CARD, CONFIG, WEIGHTS, CardFields, folder_files
+from pipelines.files import temporary_path, whole_file, write_whole
 from pipelines.names import python_text, shell_word
 from pipelines.runtime import InputError
 
@@ -26,14 +30,17 @@ _TOLERANCE = 1e-4
 """Largest difference of features that an exported program may show, relative to the largest feature."""
 
 
-def export(loaded: LoadedBackbone, kind: str, out: Path, *, overwrite: bool = False) -> str:
-    """Write a backbone to a file; returns how to use the file and what was checked.
+def export(
+    loaded: LoadedBackbone, kind: str, out: Path, *, overwrite: bool = False, card: CardFields | None = None
+) -> str:
+    """Write a backbone to a file or folder; returns how to use it and what was checked.
 
     Args:
         loaded: the backbone, in eval mode on the CPU.
         kind: one of EXPORT_FORMATS.
-        out: the file.
-        overwrite: replace an existing file.
+        out: the file, or the folder of format timm-folder.
+        overwrite: replace an existing file, or the files of that name in a folder.
+        card: what the model card of a folder states.
 
     Raises:
         InputError: the format is unknown or does not take this backbone, `out` has another ending or exists, a library
@@ -45,27 +52,68 @@ def export(loaded: LoadedBackbone, kind: str, out: Path, *, overwrite: bool = Fa
             f"format is {kind!r} but must be one of {', '.join(EXPORT_FORMATS)}: choose one with --format."
         )
     chosen = EXPORT_FORMATS[kind]
-    if out.suffix not in chosen.endings:
+    if chosen.endings and out.suffix not in chosen.endings:
         raise InputError(
             f"out is {str(out)!r} but a file of format {kind} must end in {' or '.join(chosen.endings)}: rename it."
         )
-    if out.exists() and not overwrite:
+    if os.path.lexists(out) and not overwrite:
         raise InputError(f"out is {str(out)!r}, which exists: add --overwrite to replace it, or name another file.")
+    if not chosen.endings and os.path.lexists(out):
+        _check_replaceable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    content, usage = chosen.write(loaded)
-    write_whole(out, content)
+    content, usage = chosen.write(loaded, card or CardFields())
+    if isinstance(content, bytes):
+        write_whole(out, content)
+    else:
+        _write_folder(out, content)
     names = {'"FILE"': python_text(str(out)), "--weights FILE": f"--weights {shell_word(str(out))}", "FILE": str(out)}
     return re.sub("|".join(names), lambda found: names[found[0]], usage)
 
 
-def _timm(loaded: LoadedBackbone) -> tuple[bytes, str]:
-    if any("backbone." in name for name in loaded.backbone.state_dict()):
+def _check_replaceable(folder: Path) -> None:
+    """Refuse a folder in which files of other names would be left among the new ones."""
+    if not folder.is_dir():
+        raise InputError(f"out is {str(folder)!r}, a file, but format timm-folder writes a folder: name another one.")
+    others = sorted(path.name for path in folder.iterdir() if path.name not in (CONFIG, WEIGHTS, CARD))
+    if others:
         raise InputError(
-            "These weights expect another normalisation than ImageNet's, which a file for timm cannot state: name the "
-            "architecture without a tag (--arch), or use them through timm itself."
+            f"out is {str(folder)!r}, a folder with other files ({', '.join(others[:3])}), which would lie among the "
+            "exported ones: name another folder."
+        )
+
+
+def _write_folder(folder: Path, content: Mapping[str, bytes]) -> None:
+    """Write a folder's files, all or none."""
+    if folder.is_dir():
+        with ExitStack() as stack:  # all are written before the first one is published
+            for name, data in content.items():
+                stack.enter_context(whole_file(folder / name)).write_bytes(data)
+        return
+    temporary = temporary_path(folder)
+    try:
+        temporary.mkdir()
+        for name, data in content.items():
+            write_whole(temporary / name, data)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _timm_folder(loaded: LoadedBackbone, card: CardFields) -> tuple[dict[str, bytes], str]:
+    files = folder_files(loaded, card)
+    usage = f"import timm; backbone = timm.create_model({python_text('local-dir:FILE')}, pretrained=True)"
+    return files, usage
+
+
+def _timm(loaded: LoadedBackbone, _: CardFields) -> tuple[bytes, str]:
+    if own_normalisation(loaded.backbone)[0] is not loaded.backbone:
+        raise InputError(
+            "These weights expect another normalisation than ImageNet's, which a file for timm cannot state: write a "
+            "folder (--format timm-folder), or name the architecture without a tag (--arch)."
         )
     content = backbone_bytes(loaded.backbone, loaded.architecture)
-    usage = "; ".join(line.partition("  #")[0] for line in loading_code(loaded.architecture, "FILE"))
+    heads = head_count(loaded.backbone, loaded.architecture)
+    usage = "; ".join(line.partition("  #")[0] for line in loading_code(loaded.architecture, "FILE", heads=heads))
     if isinstance(loaded.backbone, ReferencePositions):
         own = loaded.backbone.patch_embed.img_size[0]
         usage += (
@@ -75,14 +123,14 @@ def _timm(loaded: LoadedBackbone) -> tuple[bytes, str]:
     return content, usage
 
 
-def _torchvision(loaded: LoadedBackbone) -> tuple[bytes, str]:
+def _torchvision(loaded: LoadedBackbone, _: CardFields) -> tuple[bytes, str]:
     file = io.BytesIO()
     torch.save(to_torchvision(_tensors(loaded.backbone), architecture=loaded.architecture), file)
     usage = 'model.load_state_dict(torch.load("FILE"), strict=False), which leaves the classifier as it is'
     return file.getvalue(), usage
 
 
-def _detectron2(loaded: LoadedBackbone) -> tuple[bytes, str]:
+def _detectron2(loaded: LoadedBackbone, _: CardFields) -> tuple[bytes, str]:
     tensors = to_detectron2(_tensors(loaded.backbone), architecture=loaded.architecture)
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     # The heuristics add the model's own prefix, such as backbone.bottom_up.
@@ -91,7 +139,7 @@ def _detectron2(loaded: LoadedBackbone) -> tuple[bytes, str]:
     return pickle.dumps(content), usage
 
 
-def _onnx(loaded: LoadedBackbone) -> tuple[bytes, str]:
+def _onnx(loaded: LoadedBackbone, _: CardFields) -> tuple[bytes, str]:
     missing = [name for name in ("onnxscript", "onnx") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"format is 'onnx', which needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
@@ -116,7 +164,7 @@ def _onnx(loaded: LoadedBackbone) -> tuple[bytes, str]:
     return content, f"FILE maps {signature}; onnxruntime {checked}"
 
 
-def _program(loaded: LoadedBackbone) -> tuple[bytes, str]:
+def _program(loaded: LoadedBackbone, _: CardFields) -> tuple[bytes, str]:
     size = loaded.evaluation.crop
     images = torch.zeros(2, 3, size, size)
     with torch.no_grad():
@@ -156,18 +204,19 @@ class ExportFormat:
     """A file format.
 
     Attributes:
-        endings: accepted endings of the file's name.
-        write: the content of the file, and a sentence on usage with FILE for its path. Writers of libraries that were
-            given a path would report a full disk in ways of their own.
+        endings: accepted endings of the file's name; none for a folder.
+        write: the content of the file, or of a folder's files by name, and a sentence on usage with FILE for its path.
+            Writers of libraries that were given a path would report a full disk in ways of their own.
     """
 
     endings: tuple[str, ...]
-    write: Callable[[LoadedBackbone], tuple[bytes, str]]
+    write: Callable[[LoadedBackbone, CardFields], tuple[bytes | Mapping[str, bytes], str]]
 
 
 # A new format is one function and one entry, named as in --format.
 EXPORT_FORMATS = {
     "timm": ExportFormat(endings=(".safetensors",), write=_timm),
+    "timm-folder": ExportFormat(endings=(), write=_timm_folder),
     "torchvision": ExportFormat(endings=(".pth", ".pt"), write=_torchvision),
     "detectron2": ExportFormat(endings=(".pkl",), write=_detectron2),
     "onnx": ExportFormat(endings=(".onnx",), write=_onnx),

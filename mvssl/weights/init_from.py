@@ -15,7 +15,8 @@ from mvssl.models.heads import PredictorBank
 from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
 from mvssl.weights.formats import FoundNetwork, find_network, from_torchvision
-from mvssl.weights.load import load_tensors, read_metadata, read_weights
+from mvssl.weights.load import load_tensors
+from mvssl.weights.read import is_timm_folder, read_folder, read_metadata, read_weights
 from pipelines.runtime import InputError
 
 _SHARED = "shared"  # the only slot of a bank with one predictor
@@ -28,9 +29,10 @@ def init_from(online: OnlineNetwork, target: TargetNetwork | None, recipe: Recip
         online: the online network.
         target: its target network, if there is one.
         recipe: their recipe.
-        path: an exported backbone (loads the backbone); a run folder or one of its checkpoints (backbone, projector
-            and predictors); or a file of the reference implementation, MoCo, SimSiam, DINO, timm or torchvision (the
-            backbone, and heads that have the recipe's shape).
+        path: an exported backbone or a folder in timm's form (loads the backbone); a run folder or one of its
+            checkpoints (backbone, projector and predictors); or a file of the reference implementation, MoCo,
+            SimSiam, DINO, timm or torchvision (the backbone, and heads that
+            have the recipe's shape).
 
     Returns:
         One line on what was taken, what was left and what keeps its initial weights, and why; None without a path.
@@ -42,7 +44,8 @@ def init_from(online: OnlineNetwork, target: TargetNetwork | None, recipe: Recip
         return None
     if not path.exists():
         raise InputError(f"init_from is {str(path)!r} but there is nothing of that name: give a run folder or a file.")
-    outcome = _from_run(online, path) if path.is_dir() else _from_file(online, recipe, path)
+    is_run = path.is_dir() and not is_timm_folder(path)
+    outcome = _from_run(online, path) if is_run else _from_file(online, recipe, path)
     if target is not None:
         target.copy_from(online)
         outcome.left.append("the target network (a copy of the online one is used)")
@@ -99,8 +102,19 @@ def _from_run(online: OnlineNetwork, path: Path) -> _Outcome:
 
 
 def _from_file(online: OnlineNetwork, recipe: Recipe, path: Path) -> _Outcome:
-    name, weights = recipe.backbone.name, read_weights(path)
-    architecture = read_metadata(path).get("architecture")
+    name = recipe.backbone.name
+    if path.is_dir():
+        path, config = read_folder(path, field="init_from")
+        architecture, heads = config["architecture"], config.get("model_args", {}).get("num_heads")
+    else:
+        metadata = read_metadata(path)
+        architecture, heads = metadata.get("architecture"), metadata.get("num_heads")
+    weights = read_weights(path)
+    if heads is not None:
+        raise InputError(
+            f"init_from is {str(path)!r}, a {architecture} with {heads} attention heads, unlike timm's {name}, so its "
+            "weights do not fit: use weights of timm's own architecture."
+        )
     if architecture is None:
         return _from_found(online, recipe, find_network(weights, where=str(path)), str(path))
     if architecture != name:

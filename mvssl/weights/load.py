@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mvssl.config.evaluation import BackboneSource as BackboneSource
@@ -19,14 +17,12 @@ from mvssl.config.evaluation import Network
 from mvssl.config.recipe import Backbone, Evaluation, Recipe
 from mvssl.models.backbones import build_backbone
 from mvssl.models.encoder import initial_backbone
-from mvssl.pickles.safe_pickle import Global, Inert
-from mvssl.pickles.torch_file import read_torch_file
 from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
 from mvssl.weights.formats import find_network, from_torchvision, guess_architecture
-from pipelines.names import shortened
+from mvssl.weights.read import read_folder, read_metadata, read_weights
 from pipelines.runtime import InputError
-from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD, Interpolation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +141,8 @@ _MOCO_V3_SMALL_HEADS = 12  # attention heads of its small vision transformer (ar
 
 
 def _from_file(source: BackboneSource, path: Path, recipe: Recipe | None) -> LoadedBackbone:
+    if path.is_dir():
+        return _from_folder(source, path)
     found = find_network(read_weights(path), network=source.network, where=str(path))
     tensors, metadata = from_torchvision(found.backbone), read_metadata(path)
     name = source.arch or metadata.get("architecture") or (recipe and recipe.backbone.name)
@@ -157,6 +155,8 @@ def _from_file(source: BackboneSource, path: Path, recipe: Recipe | None) -> Loa
             "--arch resnet50."
         )
     heads = _MOCO_V3_SMALL_HEADS if found.format == "MoCo v3" and name.startswith("vit_small") else None
+    if metadata.get("num_heads", "").isdecimal():
+        heads = int(metadata["num_heads"])
     as_release = found.format == "the reference implementation" and "cls_token" in tensors
     pos_embed: Literal["timm", "release"] = (
         "release" if as_release or metadata.get("pos_embed") == "release" else "timm"
@@ -181,6 +181,55 @@ def _from_file(source: BackboneSource, path: Path, recipe: Recipe | None) -> Loa
     )
 
 
+def _from_folder(source: BackboneSource, path: Path) -> LoadedBackbone:
+    """The backbone of a folder in timm's form (config.json, model.safetensors), with its own preparation of images."""
+    weights, config = read_folder(path)
+    name, arguments, prepared = (
+        config["architecture"],
+        config.get("model_args", {}),
+        config.get("pretrained_cfg", config),
+    )
+    unknown = sorted(arguments.keys() - {"dynamic_img_size", "num_heads", "img_size", "num_classes"})
+    if unknown or source.arch not in (None, name):
+        problem = f"has the model arguments {', '.join(unknown)}" if unknown else f"is of {name}, not of {source.arch}"
+        raise InputError(
+            f"weights is {str(path)!r}, whose config.json {problem}: load it with timm and export it there."
+        )
+    tensors = from_torchvision(find_network(read_weights(weights), network=source.network, where=str(weights)).backbone)
+    backbone = _random_backbone(name, heads=arguments.get("num_heads"))
+    load_tensors(backbone, tensors, name, str(weights))
+    try:
+        crop, share = int(prepared["input_size"][-1]), float(prepared.get("crop_pct") or 0.875)
+        mean, std = (tuple(map(float, prepared.get(key, default))) for key, default in _IMAGENET.items())
+        interpolation: Interpolation = "bilinear" if prepared.get("interpolation") == "bilinear" else "bicubic"
+        evaluation = Evaluation(resize=max(crop, round(crop / share)), crop=crop, interpolation=interpolation)
+        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+            raise ValueError(f"mean is {mean} and std {std}")
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise InputError(
+            f"weights is {str(path)!r}, whose config.json does not say how images are prepared "
+            f"({type(error).__name__}: {error}): give its weights file and --arch, --resize and --crop."
+        ) from error
+    return LoadedBackbone(
+        name=path.resolve().name,
+        backbone=backbone if (mean, std) == (IMAGENET_MEAN, IMAGENET_STD) else _Renormalised(backbone, mean, std),
+        architecture=name,
+        evaluation=evaluation,
+        about=f"{path.resolve().name}: timm's folder",
+        network="only",
+    )
+
+
+_IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+
+def own_normalisation(backbone: nn.Module) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+    """A backbone for images that are normalised by the mean and standard deviation given with it (RGB, of 0 to 1)."""
+    if isinstance(backbone, _Renormalised):
+        return backbone.backbone, backbone.mean, backbone.std
+    return backbone, IMAGENET_MEAN, IMAGENET_STD
+
+
 def _random_backbone(
     name: str, *, heads: int | None = None, pos_embed: Literal["timm", "release"] = "timm"
 ) -> nn.Module:
@@ -201,7 +250,7 @@ class _Renormalised(nn.Module):
 
     def __init__(self, backbone: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.mean, self.std = backbone, mean, std
         ours, theirs = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]), torch.tensor([mean, std])
         self.register_buffer("scale", (ours[1] / theirs[1]).view(3, 1, 1))
         self.register_buffer("shift", ((ours[0] - theirs[0]) / theirs[1]).view(3, 1, 1))
@@ -250,58 +299,3 @@ def load_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], name: str, 
         raise InputError(
             f"{where} does not fit {name}: {str(error).splitlines()[-1].strip()}: export the weights again."
         ) from error
-
-
-_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError)
-"""What safetensors and torch raise for files that are damaged or lie."""
-
-
-def read_weights(path: Path) -> Mapping[str, Any]:
-    """Read a .safetensors file, or one that torch.save or pickle wrote (any other ending), without running its code.
-
-    Returns:
-        Tensors on the CPU by name, or mappings of such; plain values and `Inert` objects may lie between them.
-
-    Raises:
-        InputError: the file is missing or damaged, or is no mapping with tensors.
-    """
-    if not path.is_file():
-        raise InputError(
-            f"weights is {str(path)!r} but there is no file of that name: give a .safetensors file or a checkpoint "
-            "written by torch.save."
-        )
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        content = read_torch_file(path)
-    except (*_UNREADABLE, pickle.UnpicklingError, SafetensorError) as error:
-        reason = shortened((str(error) or type(error).__name__).splitlines()[0], 500)
-        raise InputError(
-            f"{path} cannot be read as a file of weights ({reason}): copy or download it again; it must be a "
-            ".safetensors file or written by torch.save."
-        ) from error
-    values = content.values() if isinstance(content, Mapping) else [content]
-    code = list(dict.fromkeys(value.name for value in values if isinstance(value, (Global, Inert))))
-    if code and not any(isinstance(value, (Tensor, Mapping)) for value in values):
-        raise InputError(
-            f"{path} holds no tensors but {', '.join(code[:3])}, which is code and is not run here: load it where you "
-            "trust it and save only the network's state_dict()."
-        )
-    if not isinstance(content, Mapping):
-        raise InputError(
-            f"{path} holds a {type(content).__name__} but must hold a mapping of names to tensors: save the network's "
-            "state_dict()."
-        )
-    return content
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a .safetensors file; empty for any other file, or if it has none."""
-    if path.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (*_UNREADABLE, SafetensorError):
-        return {}  # read_weights says why

@@ -10,7 +10,7 @@ from benchmarks import evaluate_small
 from benchmarks.report import tables
 from mvssl.models.encoder import build_networks
 from mvssl.weights.formats import find_network
-from mvssl.weights.load import read_weights
+from mvssl.weights.read import read_weights
 
 
 def test_the_releases_layout_holds_all_networks(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 
 from mvssl.pickles.torch_file import parse_torch_file, read_torch_file
 from mvssl.weights.formats import find_network, guess_architecture
-from mvssl.weights.load import BackboneSource, load_backbone, read_weights
+from mvssl.weights.load import BackboneSource, load_backbone
+from mvssl.weights.read import read_weights
 from pipelines.runtime import InputError
 
 DEEP = b"(" + b")" + b"\x85" * 300_000  # a tuple in a tuple in a tuple: hashing it overflows the stack of C

@@ -24,7 +24,8 @@ import pytest
 import torch
 from torch import nn
 
-from mvssl.weights.load import BackboneSource, load_backbone, read_weights
+from mvssl.weights.load import BackboneSource, load_backbone
+from mvssl.weights.read import read_weights
 from pipelines.runtime import InputError
 from tests.samples.checkpoint_samples import random_backbone, release
 

@@ -11,7 +11,7 @@ import torch
 from mvssl.config.recipe import Backbone
 from mvssl.models.backbones import build_backbone
 from mvssl.weights.backbone_file import export_backbone
-from mvssl.weights.load import read_metadata, read_weights
+from mvssl.weights.read import read_metadata, read_weights
 from pipelines.runtime import InputError
 
 

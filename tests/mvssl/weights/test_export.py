@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +166,7 @@ def test_what_cannot_be_exported_is_an_input_error(tmp_path: Path) -> None:
         export(convnext, "torchvision", tmp_path / "b.pth")
     with pytest.raises(InputError, match=r"a file of format onnx must end in \.onnx"):
         export(convnext, "onnx", tmp_path / "b.pth")
-    with pytest.raises(InputError, match="must be one of timm, torchvision, detectron2, onnx, program"):
+    with pytest.raises(InputError, match="must be one of timm, timm-folder, torchvision, detectron2, onnx, program"):
         export(convnext, "tflite", tmp_path / "b.tflite")
     (tmp_path / "b.safetensors").write_text("mine")
     with pytest.raises(InputError, match="which exists: add --overwrite"):
@@ -178,7 +179,19 @@ def test_what_cannot_be_exported_is_an_input_error(tmp_path: Path) -> None:
         export(tagged, "timm", tmp_path / "vit.safetensors")
 
 
-@pytest.mark.parametrize("kind", exporting.EXPORT_FORMATS)
+def test_a_full_disk_keeps_a_folder_as_it_was(tmp_path: Path) -> None:
+    loaded, out = a_backbone("test_resnet"), tmp_path / "backbone"
+    export(loaded, "timm-folder", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    changed = replace(loaded, evaluation=Evaluation(resize=80, crop=72))
+    for place in (out, tmp_path / "new"):
+        with limited_files(10_000), pytest.raises(OSError, match="File too large"):
+            export(changed, "timm-folder", place, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["backbone"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind, chosen in exporting.EXPORT_FORMATS.items() if chosen.endings])
 def test_a_full_disk_is_one_error_of_the_system_and_keeps_the_file_that_was_there(kind: str, tmp_path: Path) -> None:
     loaded = a_backbone("resnet18" if kind in ("torchvision", "detectron2") else "test_resnet")
     out = tmp_path / f"backbone{exporting.EXPORT_FORMATS[kind].endings[0]}"

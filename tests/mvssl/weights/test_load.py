@@ -23,7 +23,8 @@ from mvssl.training.step import TrainStep
 from mvssl.weights.backbone_file import export_backbone
 from mvssl.weights.formats import guess_architecture
 from mvssl.weights.init_from import init_from
-from mvssl.weights.load import BackboneSource, load_backbone, read_weights
+from mvssl.weights.load import BackboneSource, load_backbone
+from mvssl.weights.read import read_weights
 from pipelines.runtime import InputError
 from tests.samples.checkpoint_samples import dino, moco_v2, moco_v3, put, random_backbone, release, simsiam, write
 

@@ -1,0 +1,107 @@
+"""Reads files of weights, and folders in timm's form, without running code from them."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mvssl.pickles.safe_pickle import Global, Inert
+from mvssl.pickles.torch_file import read_torch_file
+from pipelines.files import read_json
+from pipelines.names import shortened
+from pipelines.runtime import InputError, describe_os_error
+
+_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError)
+"""What safetensors and torch raise for files that are damaged or lie."""
+
+
+def read_weights(path: Path) -> Mapping[str, Any]:
+    """Read a .safetensors file, or one that torch.save or pickle wrote (any other ending), without running its code.
+
+    Returns:
+        Tensors on the CPU by name, or mappings of such; plain values and `Inert` objects may lie between them.
+
+    Raises:
+        InputError: the file is missing or damaged, or is no mapping with tensors.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"weights is {str(path)!r} but there is no file of that name: give a .safetensors file or a checkpoint "
+            "written by torch.save."
+        )
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        content = read_torch_file(path)
+    except (*_UNREADABLE, pickle.UnpicklingError, SafetensorError) as error:
+        reason = shortened((str(error) or type(error).__name__).splitlines()[0], 500)
+        raise InputError(
+            f"{path} cannot be read as a file of weights ({reason}): copy or download it again; it must be a "
+            ".safetensors file or written by torch.save."
+        ) from error
+    values = content.values() if isinstance(content, Mapping) else [content]
+    code = list(dict.fromkeys(value.name for value in values if isinstance(value, (Global, Inert))))
+    if code and not any(isinstance(value, (Tensor, Mapping)) for value in values):
+        raise InputError(
+            f"{path} holds no tensors but {', '.join(code[:3])}, which is code and is not run here: load it where you "
+            "trust it and save only the network's state_dict()."
+        )
+    if not isinstance(content, Mapping):
+        raise InputError(
+            f"{path} holds a {type(content).__name__} but must hold a mapping of names to tensors: save the network's "
+            "state_dict()."
+        )
+    return content
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file; empty for any other file, or if it has none."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (*_UNREADABLE, SafetensorError):
+        return {}  # read_weights says why
+
+
+def is_timm_folder(path: Path) -> bool:
+    """Whether a folder holds a model as timm and its hub loader take it."""
+    return any((path / name).is_file() for name in _FILES) and (path / "config.json").is_file()
+
+
+_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_folder(path: Path, *, field: str = "weights") -> tuple[Path, dict[str, Any]]:
+    """Path of the weights, and config.json, of a folder as timm and its hub loader take it.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    try:
+        config = read_json(path / "config.json")
+        if not isinstance(config["architecture"], str):
+            raise ValueError("architecture is no name")
+        if not all(isinstance(config.get(key, {}), dict) for key in ("pretrained_cfg", "model_args")):
+            raise ValueError("pretrained_cfg or model_args is no table")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = describe_os_error(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"{field} is {str(path)!r}, a folder whose config.json cannot be read ({reason}): give a file of weights, "
+            "a folder with timm's config.json and model.safetensors, or a run folder with --run.",
+            field=field,
+        ) from error
+    for name in _FILES:
+        if (path / name).is_file():
+            return path / name, config
+    raise InputError(
+        f"{field} is {str(path)!r}, a folder with config.json but without model.safetensors: copy it again.",
+        field=field,
+    )
