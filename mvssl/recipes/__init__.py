@@ -6,9 +6,10 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 from mvssl.config.recipe import Recipe
 from pipelines.runtime import InputError
@@ -26,6 +27,65 @@ def published(accuracy: float) -> Callable[[MakeRecipe], MakeRecipe]:
 
     def record(make: MakeRecipe) -> MakeRecipe:
         PUBLISHED[make.__name__] = accuracy
+        return make
+
+    return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """What a recipe is fitted to.
+
+    Attributes:
+        images: number of training images.
+        short_side: median short side of the images in pixels.
+        device: where the run trains.
+        cores: CPU cores of the run.
+        ranks: number of processes.
+        given: values that the user has chosen, by dotted field such as optimizer.kind; they are kept.
+        fits: whether a recipe's steps fit into the device's memory.
+    """
+
+    images: int
+    short_side: int
+    device: Literal["cpu", "cuda"]
+    cores: int = 1
+    ranks: int = 1
+    given: Mapping[str, Any] = field(default_factory=dict)
+    fits: Callable[[Recipe], bool] = lambda _: True
+
+    def text(self, name: str) -> str:
+        """A given field as text; "" if it is not given, or is None or False."""
+        value = self.given.get(name)
+        return "" if value is None or value is False else str(value)
+
+    def number(self, name: str) -> int | None:
+        """A given field as a whole number of 1 or more; None if it is not given, or is none (which is reported later)."""
+        text = self.text(name)
+        return int(text) if text.isdecimal() and int(text) else None
+
+    def is_given(self, name: str) -> bool:
+        """Whether a field, or one in this table or list, is given."""
+        return any(one == name or one.startswith(f"{name}.") for one in self.given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A recipe fitted to a situation, and lines for the log on what was chosen and why."""
+
+    recipe: Recipe
+    notes: tuple[str, ...]
+
+
+FITTED: dict[str, Callable[[Situation], Fitted]] = {}
+"""How recipes are fitted to the images and the machine, by name of the recipe; complete after `all_recipes`."""
+
+
+def fitted_by(fit: Callable[[Situation], Fitted]) -> Callable[[MakeRecipe], MakeRecipe]:
+    """Decorate a recipe that a run fits to its images and machine with the function that does, for `FITTED`."""
+
+    def record(make: MakeRecipe) -> MakeRecipe:
+        FITTED[make.__name__] = fit
         return make
 
     return record

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,17 @@ def resolve_recipe(argument: str) -> Recipe:
     return load_recipe(argument) if is_recipe_file(argument) else _named(argument)
 
 
-def resolve_with_options(argument: str) -> tuple[Recipe, dict[str, Any]]:
-    """As `resolve_recipe`, and the run options that the file sets (`EXECUTION`), by name."""
-    return read_recipe(argument) if is_recipe_file(argument) else (_named(argument), {})
+Fit = Callable[[Recipe, Mapping[str, Any]], Recipe]
+"""Fits a recipe to the images and the machine, given the fields that a file overrides in it."""
+
+
+def _unfitted(recipe: Recipe, _: Mapping[str, Any]) -> Recipe:
+    return recipe
+
+
+def resolve_with_options(argument: str, *, fit: Fit = _unfitted) -> tuple[Recipe, dict[str, Any]]:
+    """As `resolve_recipe`, and the run options that the file sets (`EXECUTION`), by name; a named recipe is fitted."""
+    return read_recipe(argument, fit=fit) if is_recipe_file(argument) else (fit(_named(argument), {}), {})
 
 
 def _named(argument: str) -> Recipe:
@@ -67,15 +75,15 @@ def load_recipe(path: str | Path) -> Recipe:
     return recipe
 
 
-def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, Any]]:
-    """As `load_recipe`, and the run options that the file sets (`EXECUTION`), by name."""
+def read_recipe(path: str | Path, *, fit: Fit = _unfitted) -> tuple[Recipe, dict[str, Any]]:
+    """As `load_recipe`, and the run options that the file sets (`EXECUTION`), by name; its base is fitted."""
     path = Path(path)
     null_word = _TOML_NULL if path.suffix.lower() == ".toml" else None
     try:
         content = _read(path)
         given = {name: content[name] for name in EXECUTION if name in content}
         execution = build(Execution, given, "recipe", null_word=null_word)
-        return _recipe(content, null_word=null_word), {name: getattr(execution, name) for name in given}
+        return _recipe(content, null_word=null_word, fit=fit), {name: getattr(execution, name) for name in given}
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -100,7 +108,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _recipe(content: Mapping[str, Any], *, null_word: str | None) -> Recipe:
+def _recipe(content: Mapping[str, Any], *, null_word: str | None, fit: Fit) -> Recipe:
     """The recipe of the contents of a file."""
     own = {name: value for name, value in content.items() if name not in ("base", "add_views")}
     added = content.get("add_views", [])
@@ -116,7 +124,8 @@ def _recipe(content: Mapping[str, Any], *, null_word: str | None) -> Recipe:
         return from_dict(own, null_word=null_word)
     if not isinstance(content["base"], str):
         raise invalid("base", content["base"], "the name of a recipe", "see mvssl-train --list")
-    return override(get_recipe(content["base"], field="base"), own, added=added, null_word=null_word)
+    base = fit(get_recipe(content["base"], field="base"), own)
+    return override(base, own, added=added, null_word=null_word)
 
 
 def override(
