@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tyro
+from PIL import Image
 
 import pipelines
 from mvssl.cli import train as train_cli
@@ -90,6 +91,10 @@ def test_training_commands_parse(page: str, line: str, tmp_path: Path, monkeypat
     if arguments[0] in ("doctor", "--list", "report"):
         return
     end = next((place for place, word in enumerate(arguments) if word in ("|", ">")), len(arguments))
+    if arguments[0].startswith("-"):  # no recipe: one is fitted to the images
+        images = Path(arguments[arguments.index("--data") + 1])
+        images.mkdir()
+        Image.new("RGB", (64, 48)).save(images / "1.png")
     parsed = train_cli.parse(arguments[:end])
     if not parsed.print_config:
         assert parsed.options.data is not None

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from mvssl.cli.doctor import doctor
 from mvssl.cli.help import print_recipes, print_short_help, with_option
+from mvssl.cli.recipe_choice import CommandFit, names_no_recipe, with_recipe
 from mvssl.config.options import Execution, RunOptions
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import EXECUTION, to_dict
@@ -30,7 +31,7 @@ from pipelines.names import say, visible
 from pipelines.runtime import EXIT_ERROR, InputError, invalid, parse_arguments, run_cli
 from pipelines.storage import open_source, split_paths
 
-USAGE = """usage: mvssl-train RECIPE --data PATH --out RUN [overrides]
+USAGE = """usage: mvssl-train [RECIPE] --data PATH --out RUN [overrides]
 
   mvssl-train --list             the recipes
   mvssl-train doctor             checks GPU, decoders, compiler and disk, with fixes
@@ -38,7 +39,7 @@ USAGE = """usage: mvssl-train RECIPE --data PATH --out RUN [overrides]
   mvssl-train RECIPE --help      the common options, with their values in this recipe
   mvssl-train RECIPE --help-all  every field that can be overridden
 
-RECIPE is the name of a recipe, or a .toml or .json recipe file.
+RECIPE is the name of a recipe, or a .toml or .json recipe file; photos, fitted to your images, if none is named.
 
 exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 75 stopped by SIGINT, SIGTERM or SIGHUP after
 saving (run the same command with --resume), 130 stopped by Ctrl-C before training or by a second Ctrl-C."""
@@ -81,10 +82,9 @@ def body(arguments: Sequence[str]) -> int:
         return 0
     if arguments[0] in SUBCOMMANDS:
         return SUBCOMMANDS[arguments[0]](arguments[1:], console)
-    if arguments[0].startswith("-"):
-        raise _recipe_first(arguments)
-    if look_ahead(arguments[1:]).short_help:
-        print_short_help(console, resolve_recipe(arguments[0]), arguments[0])
+    named = with_recipe(arguments)
+    if look_ahead(named[1:]).short_help:
+        print_short_help(console, resolve_recipe(named[0]), named[0])
         return 0
     try:
         with _silent_unless_first_on_host():
@@ -100,18 +100,6 @@ def body(arguments: Sequence[str]) -> int:
         print(json.dumps(to_dict(parsed.recipe) | _given_execution(parsed.options), indent=2))
         return 0
     return exit_code_of_rank(lambda: _train(parsed, notes, console))
-
-
-def _recipe_first(arguments: Sequence[str]) -> InputError:
-    """The error for arguments that begin with an option; names the recipe among them, if one is there."""
-    recipes = all_recipes()
-    words = (word for word in arguments if not word.startswith("-"))
-    later = next((word for word in words if word in recipes or is_recipe_file(word)), None)
-    first = "a recipe" if later is None else repr(later)
-    return InputError(
-        f"recipe is missing: the recipe comes first, then {arguments[0]!r} and other options; write {first} in front "
-        "of them, as in mvssl-train RECIPE --data PATH --out RUN (mvssl-train --list has the recipes)."
-    )
 
 
 def _given_execution(options: RunOptions) -> dict[str, Any]:
@@ -170,20 +158,23 @@ def print_notes(notes: Sequence[str]) -> None:
 
 
 def parse_with_notes(arguments: Sequence[str]) -> tuple[TrainArguments, tuple[str, ...]]:
-    """Parse `RECIPE [overrides]`, where RECIPE is a name or a recipe file; with notes on what was chosen.
+    """Parse `[RECIPE] [overrides]`, where RECIPE is a name or a recipe file; with notes on what was chosen.
 
     Raises:
         InputError: the recipe does not exist, its file cannot be read, or a value is not allowed.
         SystemExit: with code 2 for wrong usage, 0 after printing help.
     """
-    (recipe, given), ahead = resolve_with_options(arguments[0]), look_ahead(arguments[1:])
+    default, arguments = names_no_recipe(arguments), with_recipe(arguments)
+    ahead = look_ahead(arguments[1:])
+    fit = CommandFit(ahead.rest, default=default, resumes=ahead.resumes)
+    recipe, given = resolve_with_options(arguments[0], fit=fit)
     recipe, note = fit_warmup(recipe, ahead)
     from_file = is_recipe_file(arguments[0])
     try:
         parsed = parse_arguments(
             TrainArguments,
             prog=f"mvssl-train {arguments[0]}",
-            description=f"The recipe in {arguments[0]}." if from_file else all_recipes()[recipe.name].__doc__,
+            description=f"The recipe in {arguments[0]}." if from_file else all_recipes()[arguments[0]].__doc__,
             args=ahead.rest,
             default=TrainArguments(recipe=recipe, options=RunOptions(**given)),
         )
@@ -192,7 +183,7 @@ def parse_with_notes(arguments: Sequence[str]) -> tuple[TrainArguments, tuple[st
     if ahead.automatic_batch:
         fitted, batch_note = _largest_batch(parsed)
         parsed, note = replace(parsed, recipe=fitted), "\n".join(filter(None, (note, batch_note)))
-    return parsed, tuple(filter(None, note.split("\n")))
+    return parsed, (*fit.notes, *filter(None, note.split("\n")))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,9 @@ PUBLISHED: dict[str, float] = {}
 `all_recipes`.
 """
 
+DEFAULT = "photos"
+"""The recipe of a run that names none."""
+
 MakeRecipe = TypeVar("MakeRecipe", bound=Callable[[], Recipe])
 
 
@@ -60,7 +63,7 @@ class Situation:
         return "" if value is None or value is False else str(value)
 
     def number(self, name: str) -> int | None:
-        """A given field as a whole number of 1 or more; None if it is not given, or is none (which is reported later)."""
+        """A given field as a whole number of 1 or more; None if it is not given, or is no such number."""
         text = self.text(name)
         return int(text) if text.isdecimal() and int(text) else None
 

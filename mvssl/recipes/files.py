@@ -29,11 +29,6 @@ def is_recipe_file(argument: str) -> bool:
     return Path(argument).suffix.lower() in _READERS
 
 
-def resolve_recipe(argument: str) -> Recipe:
-    """The recipe of this name or in this file."""
-    return load_recipe(argument) if is_recipe_file(argument) else _named(argument)
-
-
 Fit = Callable[[Recipe, Mapping[str, Any]], Recipe]
 """Fits a recipe to the images and the machine, given the fields that a file overrides in it."""
 
@@ -42,8 +37,13 @@ def _unfitted(recipe: Recipe, _: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
+def resolve_recipe(argument: str, *, fit: Fit = _unfitted) -> Recipe:
+    """The recipe of this name or in this file; a named recipe, and the base of a file, is fitted."""
+    return load_recipe(argument, fit=fit) if is_recipe_file(argument) else fit(_named(argument), {})
+
+
 def resolve_with_options(argument: str, *, fit: Fit = _unfitted) -> tuple[Recipe, dict[str, Any]]:
-    """As `resolve_recipe`, and the run options that the file sets (`EXECUTION`), by name; a named recipe is fitted."""
+    """As `resolve_recipe`, and the run options that the file sets (`EXECUTION`), by name."""
     return read_recipe(argument, fit=fit) if is_recipe_file(argument) else (fit(_named(argument), {}), {})
 
 
@@ -55,17 +55,21 @@ def _named(argument: str) -> Recipe:
 
 
 @typed
-def load_recipe(path: str | Path) -> Recipe:
+def load_recipe(path: str | Path, *, fit: Fit = _unfitted) -> Recipe:
     """Read a recipe from a TOML or JSON file.
 
     The fields are those of `Recipe`, as ``mvssl-train RECIPE --print-config`` writes them. With ``base``, the name of a
     recipe, the others override its fields: tables are merged, lists are replaced, and ``add_views`` adds to its views.
     Replacing ``views`` drops the base's weights of tasks that no longer exist. In TOML "none" stands for None.
 
+    Args:
+        path: the file.
+        fit: changes the base before its fields are overridden; by default it stays as it is.
+
     Raises:
         InputError: the file cannot be read, or a field is unknown, missing or not allowed; names file and field.
     """
-    recipe, options = read_recipe(path)
+    recipe, options = read_recipe(path, fit=fit)
     for name, value in options.items():
         if value != getattr(Execution(), name):
             logger.warning(

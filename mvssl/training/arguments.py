@@ -17,9 +17,11 @@ import numpy as np
 
 from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
-from mvssl.config.serialize import build
+from mvssl.config.serialize import build, flatten
 from mvssl.ranks import process_rank
-from mvssl.recipes.files import override, resolve_recipe
+from mvssl.recipes import DEFAULT, all_recipes
+from mvssl.recipes.files import Fit, override, resolve_recipe
+from mvssl.training.fit_recipe import fit_recipe
 from pipelines.files import given_path
 from pipelines.runtime import InputError
 
@@ -30,11 +32,11 @@ _EXAMPLE = 'mvssl.train("demo", data="photos", out="runs/first")'
 
 def recipe_and_options(
     recipe: object, unnamed: tuple[object, ...], settings: Mapping[str, Any]
-) -> tuple[Recipe, RunOptions]:
-    """The recipe with its overrides, and the options of the run.
+) -> tuple[Recipe, RunOptions, tuple[str, ...]]:
+    """The recipe with its overrides, the options of the run, and lines for its log on what was chosen.
 
     Args:
-        recipe: a `Recipe`, the name of one, or a recipe file.
+        recipe: a `Recipe`, the name of one, or a recipe file; None for the default one, which is fitted to the images.
         unnamed: further arguments without a name, which are refused.
         settings: fields of `RunOptions`, and of `Recipe` to override; tables as {"field": value} are merged.
 
@@ -46,7 +48,7 @@ def recipe_and_options(
             f"mvssl.train was given {1 + len(unnamed)} arguments without a name but must be given one, the recipe: name"
             f" the others, e.g. {_EXAMPLE}."
         )
-    chosen = _recipe(recipe)
+    _check_recipe(recipe)
     for name in ("data", "out"):
         _check_path(name, settings.get(name))
     of_run = {field.name for field in dataclasses.fields(RunOptions)}
@@ -57,12 +59,29 @@ def recipe_and_options(
     plain = {name: _plain(value) for name, value in settings.items()}
     options = build(RunOptions, {name: plain[name] for name in of_run & plain.keys()}, "RunOptions")
     changes = {name: plain[name] for name in of_recipe & plain.keys()}
+    notes: tuple[str, ...] = ()
+
+    def fit(base: Recipe, of_file: Mapping[str, Any]) -> Recipe:
+        nonlocal notes
+        fitted, notes = fit_recipe(
+            base,
+            dict(flatten(of_file)) | dict(flatten(changes)),
+            data=options.data,
+            device=options.device,
+            resumes=options.out if options.resume else None,
+            default=recipe is None,
+        )
+        return fitted
+
+    chosen = _recipe(recipe, fit)
+    if recipe is None and not options.resume:
+        notes = (f"no recipe is named: {chosen.name} is taken (mvssl.recipes has the others)", *notes)
     epochs, optimizer = changes.get("epochs"), changes.get("optimizer")
     if isinstance(epochs, int) and not (isinstance(optimizer, Mapping) and "warmup_epochs" in optimizer):
         chosen, note = fit_warmup(chosen, epochs, resumes=options.out if options.resume else None)
         if note and process_rank() == 0:
             _logger.warning('%s (optimizer={"warmup_epochs": N} sets it)', note)
-    return (override(chosen, changes) if changes else chosen), options
+    return (override(chosen, changes) if changes else chosen), options, notes
 
 
 def fit_warmup(recipe: Recipe, epochs: int, *, resumes: Path | None) -> tuple[Recipe, str]:
@@ -87,18 +106,24 @@ def fit_warmup(recipe: Recipe, epochs: int, *, resumes: Path | None) -> tuple[Re
     return changed, f"warm-up: {shorter:g} epochs instead of {warmup:g}, in proportion to the run"
 
 
-def _recipe(recipe: object) -> Recipe:
-    """The recipe itself, of this name, or in this file."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    if isinstance(recipe, (str, Path)) and str(recipe):
-        return resolve_recipe(str(recipe))
+def _check_recipe(recipe: object) -> None:
+    """Raise InputError unless this is a recipe, or text, a path or None to find one by."""
+    if recipe is None or isinstance(recipe, Recipe) or (isinstance(recipe, (str, Path)) and str(recipe)):
+        return
     made_by = getattr(recipe, "__name__", None) if callable(recipe) else None
     remedy = f"call it, {made_by}()" if made_by else f"give one, e.g. {_EXAMPLE}"
     raise InputError(
         f"recipe is {reprlib.repr(recipe)} but must be a Recipe, the name of one or a recipe file: {remedy}.",
         field="recipe",
     )
+
+
+def _recipe(recipe: object, fit: Fit) -> Recipe:
+    """The recipe itself (fitted if it is as `all_recipes` makes it), of this name, or in this file."""
+    if isinstance(recipe, Recipe):
+        make = all_recipes().get(recipe.name)
+        return fit(recipe, {}) if make is not None and recipe == make() else recipe
+    return resolve_recipe(DEFAULT if recipe is None else str(recipe), fit=fit)
 
 
 def _check_path(name: str, value: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,15 +14,9 @@ from mvssl.config.options import Execution
 from mvssl.config.recipe import Recipe
 from mvssl.ranks import process_local_rank, rank_count
 from mvssl.recipes import FITTED, Situation, all_recipes
-from pipelines.decode import usable_cores
-from pipelines.decode.pillow import open_image
-from pipelines.decode.sniff import sniff
 from pipelines.runtime import InputError
 from pipelines.storage import Source, open_source, split_paths
 from pipelines.storage.image_facts import facts_of
-
-DEFAULT = "photos"
-"""The recipe of a run that names none."""
 
 _MEASURED = 128  # images whose sizes are read
 
@@ -71,7 +66,7 @@ def fit_recipe(
             images=len(source),
             short_side=short_side(source),
             device="cuda" if where.type == "cuda" else "cpu",
-            cores=usable_cores(),
+            cores=_cores(),
             ranks=rank_count(),
             given=given,
             fits=_fits(where),
@@ -85,6 +80,9 @@ def fit_recipe(
 
 def short_side(source: Source) -> int:
     """Median short side in pixels of up to 128 images, evenly spaced, from their headers; 224 if none can be read."""
+    from pipelines.decode.pillow import open_image
+    from pipelines.decode.sniff import sniff
+
     limits, sides = facts_of(source).limits, []
     for index in np.unique(np.linspace(0, len(source) - 1, _MEASURED).astype(int)).tolist():
         with suppress(Exception):  # Pillow raises many types on broken files, which the decoder names
@@ -96,6 +94,11 @@ def short_side(source: Source) -> int:
             with open_image(data, limits) as image:
                 sides.append(min(image.size))
     return int(np.median(sides)) if sides else 224
+
+
+def _cores() -> int:
+    """CPU cores of this run: those that the process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fits(device: Any) -> Callable[[Recipe], bool]:

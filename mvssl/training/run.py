@@ -89,7 +89,7 @@ def train(
     """Pre-train a backbone.
 
     Args:
-        recipe: a `Recipe`, the name of one, or a recipe file.
+        recipe: a `Recipe`, the name of one, or a recipe file; by default "photos", fitted to the images and the device.
         data: a folder of images, a text list or converted data.
         out: the run folder.
         settings: other fields of `RunOptions`, and fields of `Recipe` that override the recipe's.
@@ -102,7 +102,8 @@ def train(
         Diverged: the loss became NaN or infinite.
         OtherRankFailed: another rank failed, and reports why, or is gone.
     """
-    return run(*recipe_and_options(recipe, unnamed, {"data": data, "out": out, **settings}))
+    chosen, options, notes = recipe_and_options(recipe, unnamed, {"data": data, "out": out, **settings})
+    return run(chosen, options, notes=notes)
 
 
 def run(

@@ -64,7 +64,7 @@ def test_list_and_usage_name_the_recipes(capsys: pytest.CaptureFixture[str]) -> 
     assert train_cli.body(["--list"]) == 0
     assert "byol_resnet50_200ep" in capsys.readouterr().out
     assert train_cli.body([]) == 2
-    assert "usage: mvssl-train RECIPE" in capsys.readouterr().out
+    assert "usage: mvssl-train [RECIPE]" in capsys.readouterr().out
 
 
 def test_print_config_shows_the_overrides(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,15 +119,23 @@ def test_unknown_field_offers_the_nearest(capsys: pytest.CaptureFixture[str]) ->
     )
 
 
-def test_the_recipe_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_behind_options_is_named_and_no_recipe_is_photos(
+    images: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     code, err = fails(capsys, "--data", "photos", "laptop", "--out", "run")
     assert code == 1
     assert err.startswith(
-        "error: recipe is missing: the recipe comes first, then '--data' and other options; write 'laptop'"
+        "error: recipe is missing: the recipe comes first, then '--data' and other options; write 'laptop' in front"
     )
-    code, err = fails(capsys, "--epochs=3")
-    assert code == 1
-    assert "then '--epochs=3' and other options; write a recipe in front of them" in err
+    code, err = fails(capsys, "--resume", "mine.toml", "--out", "run")
+    assert (code, "write 'mine.toml' in front" in err) == (1, True)
+    code, err = fails(capsys, "--epochs=3", "--out", str(tmp_path / "run"))
+    assert (code, err.startswith("error: data is missing")) == (1, True)
+    (tmp_path / "demo").symlink_to(images)  # a folder with a recipe's name is no recipe
+    assert train_cli.body(["--print-config", "--data", str(tmp_path / "demo"), "--device", "cpu"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["name"] == "photos"
+    assert shown.err.startswith("no recipe is named: photos is taken")
 
 
 def test_run_options_are_public() -> None:

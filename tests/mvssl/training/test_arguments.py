@@ -22,7 +22,7 @@ PLACES = {"data": "photos", "out": "runs/first"}
 
 
 def called(recipe: object = "demo", *unnamed: object, **settings: Any) -> tuple[Recipe, RunOptions]:
-    return recipe_and_options(recipe, unnamed, PLACES | settings)
+    return recipe_and_options(recipe, unnamed, PLACES | settings)[:2]
 
 
 def test_a_recipe_by_name_or_file_is_that_recipe(tmp_path: Path) -> None:
@@ -69,7 +69,8 @@ def test_fewer_epochs_shorten_the_warm_up_as_the_command_does(caplog: pytest.Log
 @pytest.mark.parametrize(
     ("arguments", "settings", "words"),
     [
-        ((), {}, "recipe is None but must be a Recipe, the name of one or a recipe file: give one"),
+        ((), {}, "data is missing: give a folder of images"),
+        ((), {"data": "none-here", "out": "run"}, "none-here does not exist: give a folder of images"),
         ((["a.jpg"],), {}, r"recipe is \['a.jpg'\] but must be a Recipe"),
         ((3,), PLACES, "recipe is 3 but must be"),
         (("",), PLACES, "recipe is '' but must be"),

@@ -60,8 +60,8 @@ def fit_photos(situation: Situation) -> Fitted:
 def photos() -> Recipe:
     """Multi-task BYOL for a folder of own photographs, fitted to the images and the machine when a run starts.
 
-    Source: ours; `fit_photos` has the sources of each choice. What is shown without --data is for 50,000 large images
-    and one GPU. On a CPU: ResNet-18 and views of 64 pixels.
+    Source: ours, with no published accuracy; `fit_photos` has the sources of each choice. What is shown without --data
+    is for 50,000 large images and one GPU. On a CPU: ResNet-18 and views of 64 pixels.
     Cost: hours on two cores, about a night on one GPU; not measured on a GPU.
     Command: mvssl-train --data PHOTOS --out RUN
     """
@@ -168,9 +168,7 @@ def _cores(count: int) -> str:
     return f"{count} CPU cores" if count > 1 else "one CPU core"
 
 
-def _notes(
-    situation: Situation, recipe: Recipe, default: str, *, why_size: str, why_batch: str
-) -> tuple[str, ...]:
+def _notes(situation: Situation, recipe: Recipe, default: str, *, why_size: str, why_batch: str) -> tuple[str, ...]:
     """Lines on what was chosen and why; choices that were given are called so."""
     name, optimizer, on_gpu = recipe.backbone.name, recipe.optimizer, situation.device == "cuda"
     reasons = {
