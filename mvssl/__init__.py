@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mvssl.config.options import RunOptions
     from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
     from mvssl.recipes.files import load_recipe
+    from mvssl.training.callbacks import CallbackFailed, StopTraining, TrainState
     from mvssl.training.monitor import Diverged
     from mvssl.training.run import TrainResult, train
     from mvssl.training.shutdown import Interrupted
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Backbone",
+    "CallbackFailed",
     "Diverged",
     "Evaluation",
     "Head",
@@ -30,7 +32,9 @@ __all__ = [
     "Optimizer",
     "Recipe",
     "RunOptions",
+    "StopTraining",
     "TrainResult",
+    "TrainState",
     "load_recipe",
     "recipes",
     "train",
@@ -42,6 +46,7 @@ _MODULES = {
     "InputError": "pipelines.runtime",
     "Interrupted": "mvssl.training.shutdown",
     "RunOptions": "mvssl.config.options",
+    **dict.fromkeys(("CallbackFailed", "StopTraining", "TrainState"), "mvssl.training.callbacks"),
     "TrainResult": "mvssl.training.run",
     "load_recipe": "mvssl.recipes.files",
     "train": "mvssl.training.run",
@@ -55,6 +60,8 @@ def __getattr__(name: str) -> Any:
 
         return installed_version()
     if name in _MODULES:
+        import mvssl.cli  # noqa: F401  (threads of OpenMP soon sleep, if torch is not loaded yet)
+
         globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
         return globals()[name]
     if not name.startswith("_") and importlib.util.find_spec(f"mvssl.{name}") is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from pipelines.arrays import read_arrays
 from pipelines.conversion.tar_writer import member_keys
 from pipelines.files import write_whole
+from pipelines.storage.image_facts import facts_of
 from pipelines.storage.source import KeyTable, Source, check_columns
 
 _EXAMPLES = 3
@@ -27,18 +29,21 @@ class DataRecord:
         nbytes: int64 [len], encoded sizes.
         labels: int64 [len], -1 for none.
         classes: class names by label.
+        digests: dataset index -> hash of the content of some images that have neither names nor sizes.
     """
 
     keys: KeyTable
     nbytes: NDArray[np.int64]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
+    digests: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, source: Source) -> DataRecord:
         """The record of a source."""
         keys = KeyTable.of(member_keys(source.key(index) for index in range(len(source))))
-        return cls(keys=keys, nbytes=source.nbytes, labels=source.labels, classes=source.classes)
+        digests = dict(facts_of(source).digests)
+        return cls(keys=keys, nbytes=source.nbytes, labels=source.labels, classes=source.classes, digests=digests)
 
     @classmethod
     def load(cls, path: Path) -> DataRecord | None:
@@ -49,13 +54,22 @@ class DataRecord:
             classes = tuple(KeyTable.checked(data["class_blob"], data["class_ends"]))
             nbytes, labels = data["nbytes"], data["labels"]
             check_columns(len(keys), len(classes), nbytes=nbytes, labels=labels)
+            digests = {}
+            if "digest_index" in data:  # only of images that Python objects hold
+                texts = KeyTable.checked(data["digest_blob"], data["digest_ends"])
+                digests = dict(zip(data["digest_index"].tolist(), texts, strict=True))
         except (OSError, ValueError, KeyError):
             return None
-        return cls(keys=keys, nbytes=nbytes, labels=labels, classes=classes)
+        return cls(keys=keys, nbytes=nbytes, labels=labels, classes=classes, digests=digests)
 
     def save(self, path: Path) -> None:
         """Write the record to a file, durably; some 6 bytes an image."""
         classes, content = KeyTable.of(self.classes), io.BytesIO()
+        digests: dict[str, Any] = {}
+        if self.digests:
+            texts = KeyTable.of(self.digests.values())
+            index = np.array(list(self.digests), dtype=np.int64)
+            digests = {"digest_index": index, "digest_blob": texts.blob, "digest_ends": texts.ends}
         np.savez_compressed(
             content,
             key_blob=self.keys.blob,
@@ -64,6 +78,7 @@ class DataRecord:
             labels=self.labels,
             class_blob=classes.blob,
             class_ends=classes.ends,
+            **digests,
         )
         write_whole(path, content.getvalue())
 
@@ -92,6 +107,9 @@ class DataRecord:
                 [f"{common[i]}: {label[i]}, not {label_before[i]}" for i in np.flatnonzero(label != label_before)],
             )
         )
+        both = [index for index in self.digests if index in now.digests]
+        other = [self.keys[index] for index in both if self.digests[index] != now.digests[index]]
+        found.append(_named("with other pixels", other))
         found = [text for text in found if text]
         if not found and not np.array_equal(here, there):
             first = int(np.flatnonzero(here != there)[0])

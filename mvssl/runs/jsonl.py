@@ -123,6 +123,16 @@ def _damaged(path: Path, number: int, reason: str) -> InputError:
     return InputError(f"{path} is damaged (line {number}: {reason}): restore it, or delete the broken line.")
 
 
+def values_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a row of metrics.jsonl by name: loss, loss/global, knn/top1, ..."""
+    prefix = "" if row["kind"] == "train" else f"{row['kind']}/"
+    return {
+        prefix + name: value
+        for name, value in row.items()
+        if name not in ("kind", "step", "epoch") and value is not None
+    }
+
+
 def last_knn(metrics: Path) -> dict[int, float]:
     """Top-1 accuracy for each k of the last kNN evaluation in metrics.jsonl; empty if there is none."""
     rows = [row for row in read_metrics(metrics) if row["kind"] == "knn"] if metrics.exists() else []

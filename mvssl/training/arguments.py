@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import logging
 import os
 import reprlib
+import typing
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -18,27 +18,28 @@ import numpy as np
 from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.config.serialize import build, flatten
-from mvssl.ranks import process_rank
 from mvssl.recipes import DEFAULT, all_recipes
 from mvssl.recipes.files import Fit, override, resolve_recipe
 from mvssl.training.fit_recipe import fit_recipe
+from mvssl.training.run_data import NOTHING_GIVEN, GivenData
 from pipelines.files import given_path
 from pipelines.runtime import InputError
 
-_logger = logging.getLogger("mvssl")
 _PARTS = {"backbone": Backbone, "optimizer": Optimizer, "evaluation": Evaluation, "projector": Head, "predictor": Head}
 _EXAMPLE = 'mvssl.train("demo", data="photos", out="runs/first")'
 
 
 def recipe_and_options(
-    recipe: object, unnamed: tuple[object, ...], settings: Mapping[str, Any]
+    recipe: object, unnamed: tuple[object, ...], settings: Mapping[str, Any], *, given: GivenData = NOTHING_GIVEN
 ) -> tuple[Recipe, RunOptions, tuple[str, ...]]:
     """The recipe with its overrides, the options of the run, and lines for its log on what was chosen.
 
     Args:
         recipe: a `Recipe`, the name of one, or a recipe file; None for the default one, which is fitted to the images.
         unnamed: further arguments without a name, which are refused.
-        settings: fields of `RunOptions`, and of `Recipe` to override; tables as {"field": value} are merged.
+        settings: fields of `RunOptions`, and of `Recipe` to override; tables as {"field": value} are merged, and
+            field__within is one of their fields.
+        given: data that are given by no path.
 
     Raises:
         InputError: an argument is missing, unknown or of the wrong kind.
@@ -49,7 +50,8 @@ def recipe_and_options(
             f" the others, e.g. {_EXAMPLE}."
         )
     _check_recipe(recipe)
-    for name in ("data", "out"):
+    settings = _nested(settings)
+    for name in ("data", "out") if given.train is None else ("out",):
         _check_path(name, settings.get(name))
     of_run = {field.name for field in dataclasses.fields(RunOptions)}
     of_recipe = {field.name for field in dataclasses.fields(Recipe)} - of_run
@@ -66,7 +68,7 @@ def recipe_and_options(
         fitted, notes = fit_recipe(
             base,
             dict(flatten(of_file)) | dict(flatten(changes)),
-            data=options.data,
+            data=options.data if given.train is None else given.source,
             device=options.device,
             resumes=options.out if options.resume else None,
             default=recipe is None,
@@ -79,9 +81,56 @@ def recipe_and_options(
     epochs, optimizer = changes.get("epochs"), changes.get("optimizer")
     if isinstance(epochs, int) and not (isinstance(optimizer, Mapping) and "warmup_epochs" in optimizer):
         chosen, note = fit_warmup(chosen, epochs, resumes=options.out if options.resume else None)
-        if note and process_rank() == 0:
-            _logger.warning('%s (optimizer={"warmup_epochs": N} sets it)', note)
+        if note:
+            notes = (*notes, f"{note} (optimizer__warmup_epochs sets it)")
     return (override(chosen, changes) if changes else chosen), options, notes
+
+
+def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with names such as optimizer__base_lr or optimizer.base_lr as {"optimizer": {"base_lr": ...}}.
+
+    Raises:
+        InputError: a field is given twice, or within a field that has none.
+    """
+    plain = {name: value for name, value in settings.items() if not _parts(name)[1:]}
+    for name, value in settings.items():
+        first, *within = _parts(name)
+        if not within:
+            continue
+        outer = plain.get(first, {})
+        if dataclasses.is_dataclass(outer) and not isinstance(outer, type):
+            outer = {own.name: getattr(outer, own.name) for own in dataclasses.fields(outer)}
+        elif first in plain and not isinstance(outer, Mapping):
+            raise InputError(f"mvssl.train was given both {first} and {name}: give one of them.", field=first)
+        if len(within) > 1 or _kind(first) is None:
+            outer_names = [own for own in _known() if _kind(own) is not None]
+            near = difflib.get_close_matches(first, outer_names, n=1)
+            remedy = _near(within[-1])
+            if near and len(within) == 1:
+                remedy = f"did you mean {near[0]}__{within[0]}"
+            raise InputError(
+                f"mvssl.train was given {name}, which is no field of a field ({', '.join(outer_names)} have some): "
+                f"{remedy}."
+            )
+        if first in settings and within[0] in outer and isinstance(settings[first], Mapping):
+            raise InputError(f"mvssl.train was given {within[0]} of {first} twice: give it once.", field=first)
+        plain[first] = {**outer, within[0]: value}
+    return plain
+
+
+def _parts(name: str) -> list[str]:
+    return name.replace(".", "__").split("__")
+
+
+def _known() -> dict[str, Any]:
+    """Type of every field of `Recipe` and `RunOptions`."""
+    return {**typing.get_type_hints(RunOptions), **typing.get_type_hints(Recipe)}
+
+
+def _kind(name: str) -> Any:
+    """The dataclass, or dict, that a field holds; None if it has no fields of its own."""
+    hint = _known().get(name)
+    return hint if dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict else None
 
 
 def fit_warmup(recipe: Recipe, epochs: int, *, resumes: Path | None) -> tuple[Recipe, str]:
@@ -135,8 +184,6 @@ def _check_path(name: str, value: object) -> None:
         given_path(value, name)  # refuses an empty one
     else:
         remedy = f"give {what}"
-        if name == "data" and isinstance(value, (list, tuple)):
-            remedy = "write the paths into a text file, one per line, and give that"
         raise InputError(f"{name} is {reprlib.repr(value)} but must be a path: {remedy}.", field=name)
 
 
@@ -144,7 +191,7 @@ def _near(name: str) -> str:
     """Where a field that is unknown belongs, or which one is meant."""
     for part, kind in _PARTS.items():
         if name in {field.name for field in dataclasses.fields(kind)} - {"name"}:
-            return f'write {part}={{"{name}": ...}}'
+            return f'write {part}={{"{name}": ...}} or {part}__{name}=...'
     known = [field.name for kind in (Recipe, RunOptions) for field in dataclasses.fields(kind)]
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}" if near else f"take one of {', '.join(known)}"

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,21 +24,25 @@ from mvssl.runs.folder import RunFolder
 from mvssl.training.compile import keep_compiled_code
 from mvssl.training.cuda_graph import wants_capture
 from mvssl.training.memory import peak_step_memory
+from mvssl.training.run_data import (
+    NOTHING_GIVEN,
+    GivenData,
+    check_same_images,
+    check_same_range,
+    data_paths,
+    open_run_images,
+    stated_range,
+)
 from mvssl.training.step import TrainStep
 from mvssl.weights.backbone_file import export_backbone
-from pipelines.decode import ImageLimits
 from pipelines.loader import Loader
 from pipelines.loading import Cache
-from pipelines.loading.deep_images import state_value_range
 from pipelines.loading.pixel_cache import CachedSource, free_memory, with_cache
 from pipelines.order import Order
 from pipelines.progress import Progress
 from pipelines.runtime import InputError
-from pipelines.storage import open_source, split_paths
-from pipelines.storage.folder import forget_changed_index
 from pipelines.storage.image_facts import facts_of
 from pipelines.storage.source import Source
-from pipelines.value_range import FULL, ValueRange, parse_value_range
 from pipelines.views.spec import tasks
 
 
@@ -172,8 +175,9 @@ class Experiment:
             return
         how = "; ".join(found) or "their names, sizes or labels differ"
         raise InputError(
-            f"data is {str(self.options.data)!r} but the run was started with other images ({how}): give the data set "
-            "the run was started with, or start a new run with another --out (--init-from loads its weights).",
+            f"data is {str(self.options.data or self.source.location)!r} but the run was started with other images "
+            f"({how}): give the data set the run was started with, or start a new run with another --out (--init-from "
+            "loads its weights).",
             field="data",
         )
 
@@ -200,29 +204,37 @@ def checked_buffer(buffer: Any, tasks_count: int) -> dict[str, Any] | None:
 
 
 @contextmanager
-def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world: World) -> Iterator[Experiment]:
+def open_experiment(
+    recipe: Recipe, options: RunOptions, console: Console, world: World, given: GivenData = NOTHING_GIVEN
+) -> Iterator[Experiment]:
     """Build the parts of a run on this rank, and close them at the end."""
-    if options.data is None:
+    if options.data is None and given.train is None:
         raise InputError("data is missing: give a folder of images, or a converted data set, with --data PATH.")
     device = resolve_device(options.device, local_rank=world.local_rank if world.size > 1 else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams, CUDA graphs and allocations must be on the GPU that was asked for
     keep_compiled_code()
     with ExitStack() as stack:
-        train_path, val_path = world.run_on_all(partial(_data_paths, options.data, options.val, world))
-        stated = world.run_on_rank0(partial(_stated_range, options))
-        source = _open_source(train_path, console, world, stated=stated, limits=options.limits)
+        train: object = given.images
+        validation: object = options.val
+        if options.data is not None:
+            train, validation = world.run_on_all(partial(data_paths, options.data, options.val, world))
+        validation = given.val if given.val is not None else validation
+        stated = world.run_on_rank0(partial(stated_range, options))
+        source = open_run_images(train, console, world, stated=stated, limits=options.limits)
         stack.callback(source.close)
         known = facts_of(source).value_range
         if known is not None:  # also of converted data; kept with the run
             options = replace(options, value_range=str(known))
         val = None
-        if val_path is not None:
-            val = _open_source(val_path, console, world, stated=stated, default=known, limits=options.limits)
+        if validation is not None:
+            val = open_run_images(
+                validation, console, world, stated=stated, default=known, limits=options.limits, field="val"
+            )
             stack.callback(val.close)
-            _check_same_range(source, val)
-            _check_same_images(val, world)
-        _check_same_images(source, world)
+            check_same_range(source, val)
+            check_same_images(val, world)
+        check_same_images(source, world)
         evaluates, note = False, ""
         if recipe.evaluation.every_epochs:
             evaluates, val, note = scorable(source, val)
@@ -267,98 +279,8 @@ def open_experiment(recipe: Recipe, options: RunOptions, console: Console, world
             world=world,
             evaluates=evaluates,
             cache=cache,
-            notes=(note,) if note else (),
+            notes=(*facts_of(source).notes, *filter(None, (note,))),
         )
-
-
-def _data_paths(data: Path, val: Path | None, world: World) -> tuple[Path, Path | None]:
-    """Paths of the training images and, if there are any, of the validation images."""
-    failure: Exception | None = None
-    train = data
-    try:
-        train, found = split_paths(data)
-        val = val or found
-    except (InputError, OSError) as error:
-        failure = error
-    first, *_ = has_val = world.gather_objects(val is not None)  # collective: a failing rank must take part
-    if failure is not None:
-        raise failure
-    if has_val[world.rank] != first:
-        raise InputError(
-            f"data is {str(data)!r}, which has {'no' if first else 'a'} validation part on rank {world.rank} but "
-            f"{'one' if first else 'none'} on rank 0: give every machine the same data set."
-        )
-    return train, val
-
-
-def _stated_range(options: RunOptions) -> ValueRange | None:
-    """The range that the options state, or that of the run that is resumed.
-
-    Raises:
-        InputError: both, and they differ.
-    """
-    stated = None if options.value_range is None else parse_value_range(options.value_range)
-    if not options.resume or options.out is None:
-        return stated
-    text = RunFolder(options.out).options().get("value_range")
-    begun = None if text is None else parse_value_range(text)
-    if stated is not None and stated != (begun or FULL):  # without a range, images used all their 16 bits
-        how = "without one" if begun is None else f"with {str(begun)!r}"
-        raise InputError(
-            f"value_range is {str(stated)!r} but the run in {options.out} was started {how}: leave --value-range out, "
-            "or start a new run with another --out.",
-            field="value_range",
-        )
-    return stated or begun
-
-
-def _check_same_range(source: Source, val: Source) -> None:
-    """Check that deep images of both are scaled alike."""
-    first, second = facts_of(source).value_range, facts_of(val).value_range
-    if first is not None and second not in (None, first):
-        raise InputError(
-            f"val is {str(val.location)!r}, whose values {second} become 0..255, but those of {source.location} are "
-            f"{first}: convert both with the same --value-range.",
-            field="val",
-        )
-
-
-def _open_source(
-    path: Path,
-    console: Console,
-    world: World,
-    *,
-    stated: ValueRange | None,
-    default: ValueRange | None = None,
-    limits: ImageLimits,
-) -> Source:
-    """Open images; rank 0 indexes a folder first, the others then find its index in the cache.
-
-    A cached index does not show that images were replaced in place, so the first rank of a host compares sizes.
-    """
-    if world.local_rank == 0:
-        forget_changed_index(path)
-
-    def opened() -> Source:
-        source = open_source(path, progress=Progress(console, f"indexing {path}").update)
-        state_value_range(source, stated, default=default, limits=limits)
-        return source
-
-    return world.run_on_rank0_first(opened)
-
-
-def _check_same_images(source: Source, world: World) -> None:
-    """Check that all ranks see the same images."""
-    first = world.run_on_rank0(lambda: source.fingerprint)
-
-    def compare() -> None:
-        if source.fingerprint != first:
-            raise InputError(
-                f"data is {str(source.location)!r}, which holds other images on rank {world.rank} than on rank 0 "
-                "(their names, sizes or labels differ): give every machine the same data set."
-            )
-
-    world.run_on_all(compare)
 
 
 def _make_order(recipe: Recipe, source: Source, world: World) -> Order:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from functools import partial
 
 from mvssl.evaluate.online_knn import evaluate_knn
@@ -10,9 +11,10 @@ from mvssl.evaluate.session import Session
 from mvssl.ranks import OtherRankFailed
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import last_knn
+from mvssl.training.callbacks import Callbacks, Hook
 from mvssl.training.experiment import Experiment, Position
 from mvssl.training.monitor import Monitor, check_weights
-from mvssl.training.shutdown import Interrupted, StopRequest
+from mvssl.training.shutdown import CALLBACK, Interrupted, StopRequest
 
 
 class Loop:
@@ -22,15 +24,24 @@ class Loop:
         step: optimiser steps done.
         evaluated: False if the evaluation due after this step is still to be done.
         knn: kNN top-1 accuracy in [0, 1] by k, of the last evaluation; empty before the first one.
+        stopped_by: name of the callback that ended the run before its last step; None if none did.
     """
 
     def __init__(
-        self, experiment: Experiment, folder: RunFolder, position: Position, monitor: Monitor, stop: StopRequest
+        self,
+        experiment: Experiment,
+        folder: RunFolder,
+        position: Position,
+        monitor: Monitor,
+        stop: StopRequest,
+        hooks: Mapping[str, tuple[Hook, ...]],
     ) -> None:
         self.experiment = experiment
         self.folder = folder
         self.monitor = monitor
         self.stop = stop
+        self.callbacks = Callbacks(hooks, experiment, folder, monitor)
+        self.stopped_by: str | None = None
         self.step = position.step
         self.evaluated = position.evaluated
         self.knn = experiment.world.run_on_rank0(lambda: last_knn(folder.metrics))
@@ -41,6 +52,7 @@ class Loop:
         Raises:
             Interrupted: a stop was requested; everything is saved.
             Diverged: the loss became NaN or infinite.
+            CallbackFailed: a callback raised; everything is saved.
         """
         experiment, world, total = self.experiment, self.experiment.world, self.experiment.total_steps
         steps_per_epoch = experiment.order.steps_per_epoch
@@ -60,21 +72,36 @@ class Loop:
                 del batch  # frees its views before the next batch is awaited
                 self.step += 1
                 epoch_ends = self.step % steps_per_epoch == 0
-                if epoch_ends or self.step % experiment.options.log_every == 0:
+                log_due = epoch_ends or self.step % experiment.options.log_every == 0
+                if log_due:
                     self.monitor.log_train(output, step=self.step)
                 else:
                     self.monitor.tick(output, step=self.step)
-                if epoch_ends and self.evaluation_due(epoch + 1):
-                    self.evaluate()
-                stopped_by = self.stop.agree()
+                self.callbacks.step_ended(output, step=self.step, logged=log_due)
+                if epoch_ends:
+                    if self.evaluation_due(epoch + 1):
+                        self.evaluate()
+                    self.callbacks.epoch_ended(output, step=self.step)
+                stopped_by = self._agree()
                 if stopped_by or self.save_due(epoch + 1, epoch_ends):
                     self.save()
+                    self.callbacks.saved(step=self.step)
+                    stopped_by = stopped_by or self._agree()
+        world.run_on_rank0(self.callbacks.check)
+        if stopped_by == CALLBACK:
+            self.stopped_by = world.run_on_rank0(lambda: self.callbacks.stopped_by) if self.step < total else None
+            return
         if stopped_by and not (self.step == total and self.evaluated):
             raise Interrupted(
                 f"{stopped_by} came after step {self.step} of {total}; everything is saved in {self.folder.path}: "
                 "continue with --resume.",
                 stopped_by,
             )
+
+    def _agree(self) -> str | None:
+        """What any rank asks to stop by; None for nothing."""
+        self.callbacks.request(self.stop)
+        return self.stop.agree()
 
     def evaluation_due(self, epochs: int) -> bool:
         """Whether kNN is due after `epochs` epochs: every n epochs and at the end, if there are labels."""

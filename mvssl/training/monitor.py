@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -25,7 +26,7 @@ from mvssl.monitor.pictures import plot_losses
 from mvssl.runs.checked_json import write_json
 from mvssl.runs.environment import peak_memory_gib, return_free_memory
 from mvssl.runs.folder import RunFolder
-from mvssl.runs.jsonl import JsonLines, complete_bytes
+from mvssl.runs.jsonl import JsonLines, complete_bytes, values_of
 from mvssl.runs.summary import Summary, write_summary
 from mvssl.training.experiment import Experiment, Position
 from mvssl.training.pace import Pace, Speed
@@ -74,6 +75,11 @@ class Monitor:
         self._idle_sampler.close()
         if self._loggers is not None:
             self._loggers.close()
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """The last value of every logged metric on rank 0, by its name in `TrainResult.curves`."""
+        return {} if self._loggers is None else dict(self._loggers.metrics.latest)
 
     def step(self) -> AbstractContextManager[None]:
         """Context of a training step, entered with its batch received."""
@@ -300,11 +306,24 @@ def _remedy(experiment: Experiment) -> str:
     return f"{lower}, or continue with --resume and --precision fp32"
 
 
+class _MetricLines(JsonLines):
+    """metrics.jsonl; knows the last value of every metric."""
+
+    def __init__(self, path: Path, *, keep_bytes: int) -> None:
+        super().__init__(path, keep_bytes=keep_bytes)
+        self.latest: dict[str, float] = {}
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append a row."""
+        super().write(row)
+        self.latest.update(values_of(row))
+
+
 class _Loggers:
     """Open outputs of a run: metrics.jsonl (cut back to `position`), throughput.jsonl, metric loggers, display."""
 
     def __init__(self, experiment: Experiment, folder: RunFolder, console: Console, position: Position) -> None:
-        self.metrics = JsonLines(folder.metrics, keep_bytes=position.metrics_bytes)
+        self.metrics = _MetricLines(folder.metrics, keep_bytes=position.metrics_bytes)
         size = complete_bytes(folder.throughput) if position.step else 0
         self.throughput = JsonLines(folder.throughput, keep_bytes=size)
         self.scalars = MetricLoggers(folder, experiment.options, first_step=position.step)

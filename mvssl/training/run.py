@@ -6,11 +6,12 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,15 @@ from mvssl.ranks import process_local_rank
 from mvssl.runs.changes import describe_changes
 from mvssl.runs.data_record import DataRecord
 from mvssl.runs.folder import RunFolder
-from mvssl.runs.jsonl import read_metrics
+from mvssl.runs.jsonl import read_metrics, values_of
 from mvssl.runs.run_log import run_log
 from mvssl.training.arguments import recipe_and_options
+from mvssl.training.callbacks import Hook, hooks_of
 from mvssl.training.experiment import Experiment, Position, open_experiment
 from mvssl.training.loop import Loop
 from mvssl.training.memory import explain_out_of_memory
 from mvssl.training.monitor import Diverged, Monitor
+from mvssl.training.run_data import NOTHING_GIVEN, GivenData, given_data
 from mvssl.training.shutdown import Interrupted, StopRequest
 from mvssl.weights.init_from import init_from
 from pipelines.names import NAME, visible
@@ -57,6 +60,7 @@ class TrainResult:
         knn: last kNN top-1 accuracy in [0, 1] for each k; empty if there are no labels.
         images_per_second: source images per second of training, without evaluations and saves.
         data_wait: fraction of the training time the step waited for a batch, without the wait for the first one.
+        stopped_by: name of the callback that ended the run before its last step; None if none did.
     """
 
     out: Path
@@ -64,15 +68,14 @@ class TrainResult:
     knn: dict[int, float]
     images_per_second: float
     data_wait: float
+    stopped_by: str | None = None
 
     def curves(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
         """Steps [N] and values [N] of every logged metric, by name: loss, loss/global, lr, knn/top1, ..."""
         points: dict[str, list[tuple[int, float]]] = {}
         for row in read_metrics(RunFolder(self.out).metrics):
-            prefix = "" if row["kind"] == "train" else f"{row['kind']}/"
-            for name, value in row.items():
-                if name not in ("kind", "step", "epoch") and value is not None:
-                    points.setdefault(prefix + name, []).append((row["step"], value))
+            for name, value in values_of(row).items():
+                points.setdefault(name, []).append((row["step"], value))
         return {
             name: (np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], dtype=np.float64))
             for name, pairs in points.items()
@@ -82,32 +85,58 @@ class TrainResult:
 def train(
     recipe: Recipe | str | Path | None = None,
     *unnamed: object,
-    data: str | Path | None = None,
+    data: object = None,
     out: str | Path | None = None,
+    val: object = None,
+    callbacks: object = None,
     **settings: Any,
 ) -> TrainResult:
     """Pre-train a backbone.
 
     Args:
-        recipe: a `Recipe`, the name of one, or a recipe file; by default "photos", fitted to the images and the device.
-        data: a folder of images, a text list or converted data.
+        recipe: a `Recipe`, the name of one (`mvssl-train --list`), or a recipe file; by default "photos", fitted to the
+            images and the device.
+        data: the images: a path (a folder, a text list, converted data), a list of paths of files and folders, a list
+            of (path, label), a list or uint8 array of images, a map-style Dataset of torch, or a Dataset or DatasetDict
+            of Hugging Face's `datasets`. Items are an image, (image, label), or a mapping such as {"image": ...,
+            "label": ...}; an image is one of Pillow, uint8 pixels [H, W, C] or [C, H, W], encoded bytes, or a path.
+            `pipelines.source_of` says more.
         out: the run folder.
-        settings: other fields of `RunOptions`, and fields of `Recipe` that override the recipe's.
+        val: labelled images for the online kNN, in any of these forms; by default DATA/val if it exists.
+        callbacks: one of, or a list of: an object with any of the methods `on_step_end`, `on_epoch_end` and `on_save`,
+            a mapping of these names to functions, or a function, which is called after every step. They are called on
+            rank 0 with a `TrainState`. One that returns True or raises `StopTraining` saves and ends the run; one that
+            raises anything else saves, ends the run and raises `CallbackFailed`.
+        settings: any other field of `Recipe` or `RunOptions`, such as epochs=50, batch_size=256, seed=1, device="cpu",
+            resume=True. Fields within a field are given by a mapping or with two underscores:
+            backbone={"name": "resnet18"}, optimizer__base_lr=0.3. They override the recipe's.
+
+    Returns:
+        What the run gave: `curves()`, `backbone()`, and the attributes of `TrainResult`.
 
     In a script started by torchrun every process calls this; together they are one run.
 
     Raises:
         InputError: an argument cannot be used.
+        CallbackFailed: a callback raised; the run is saved.
         Interrupted: SIGINT, SIGTERM or SIGHUP came, or the time is over; everything is saved.
         Diverged: the loss became NaN or infinite.
         OtherRankFailed: another rank failed, and reports why, or is gone.
     """
-    chosen, options, notes = recipe_and_options(recipe, unnamed, {"data": data, "out": out, **settings})
-    return run(chosen, options, notes=notes)
+    hooks = hooks_of(callbacks)
+    given, places = given_data(data, val)
+    chosen, options, notes = recipe_and_options(recipe, unnamed, {**places, "out": out, **settings}, given=given)
+    return run(chosen, options, notes=notes, given=given, hooks=hooks)
 
 
 def run(
-    recipe: Recipe, options: RunOptions, *, console: Console | None = None, notes: Sequence[str] = ()
+    recipe: Recipe,
+    options: RunOptions,
+    *,
+    console: Console | None = None,
+    notes: Sequence[str] = (),
+    given: GivenData = NOTHING_GIVEN,
+    hooks: Mapping[str, tuple[Hook, ...]] = MappingProxyType({}),
 ) -> TrainResult:
     """Train `recipe` with `options`; see `train`. The log has `notes` after its first line."""
     if options.out is None:
@@ -118,12 +147,20 @@ def run(
             "start this one in a process of its own."
         )
     try:
-        return _run(recipe, options, options.out, console, notes)
+        return _run(recipe, options, options.out, console, notes, given, hooks)
     finally:
         _TRAINING.release()
 
 
-def _run(recipe: Recipe, options: RunOptions, out: Path, console: Console | None, notes: Sequence[str]) -> TrainResult:
+def _run(
+    recipe: Recipe,
+    options: RunOptions,
+    out: Path,
+    console: Console | None,
+    notes: Sequence[str],
+    given: GivenData,
+    hooks: Mapping[str, tuple[Hook, ...]],
+) -> TrainResult:
     """As `run`, which admits one training at a time."""
     began, folder = time.monotonic(), RunFolder(out)
     device = resolve_device(options.device, local_rank=process_local_rank())
@@ -135,7 +172,7 @@ def _run(recipe: Recipe, options: RunOptions, out: Path, console: Console | None
                 stack.callback(folder.sync)
             open_log = stack.enter_context(run_log(console, rank=world.rank))
             with explain_out_of_memory(recipe, options, ranks=world.size, begun=folder.config.exists):
-                experiment = stack.enter_context(open_experiment(recipe, options, console, world))
+                experiment = stack.enter_context(open_experiment(recipe, options, console, world, given))
             start = _start_or_resume(experiment, folder)
             start = replace(start, notes=(*notes, *start.notes))
             position = start.position
@@ -152,7 +189,7 @@ def _run(recipe: Recipe, options: RunOptions, out: Path, console: Console | None
                     explain_out_of_memory(recipe, options, ranks=world.size, begun=folder.config.exists),
                     Monitor(experiment, folder, console, position) as monitor,
                 ):
-                    loop = Loop(experiment, folder, position, monitor, stop)
+                    loop = Loop(experiment, folder, position, monitor, stop, hooks)
                     try:
                         loop.run()
                     except (Interrupted, Diverged) as error:
@@ -323,12 +360,13 @@ def _conclude(loop: Loop) -> TrainResult:
     """Log the result of a finished run and write its report."""
     experiment, folder = loop.experiment, loop.folder
     loop.monitor.plot()
-    summary = loop.monitor.summarise(step=loop.step)
+    summary = loop.monitor.summarise(step=loop.step, stopped_by=loop.stopped_by)
     if summary.images_per_second == 0:
         logger.info("the run was already finished, at step %d", loop.step)
     else:
         logger.info(
-            "done: %d steps at %s source images/s (%s views/s); %s",
+            "%s: %d steps at %s source images/s (%s views/s); %s",
+            "done" if loop.stopped_by is None else f"ended by the callback {loop.stopped_by}, and can be resumed",
             loop.step,
             rate(summary.images_per_second),
             rate(summary.images_per_second * len(experiment.recipe.views)),
@@ -349,4 +387,5 @@ def _conclude(loop: Loop) -> TrainResult:
         knn=loop.knn,
         images_per_second=summary.images_per_second,
         data_wait=summary.data_wait,
+        stopped_by=loop.stopped_by,
     )

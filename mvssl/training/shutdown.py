@@ -20,7 +20,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """SIGHUP: the terminal was closed. SLURM sends SIGUSR1 ahead of a job's end if asked to (sbatch --signal=USR1@120)."""
 
 TIME = "The end of --time"
-_TIME_CODE = 1000  # above all signal numbers
+CALLBACK = "A callback"
+_CODES = {TIME: 1000, CALLBACK: 1001}  # above all signal numbers
 
 
 class Interrupted(Exception):
@@ -41,7 +42,7 @@ class StopRequest:
     Outside the main thread no signals are caught.
 
     Attributes:
-        requested: name of the signal, or `TIME`; None if nothing asked for a stop.
+        requested: name of the signal, `TIME` or `CALLBACK`; None if nothing asked for a stop.
         reserve: seconds before the end of the time at which to stop, for saving.
     """
 
@@ -74,11 +75,11 @@ class StopRequest:
         self._check_time()
         code = 0
         if self.requested:
-            code = _TIME_CODE if self.requested == TIME else signal.Signals[self.requested].value
+            code = _CODES.get(self.requested) or signal.Signals[self.requested].value
         agreed = int(self._world.max(code))
         if not agreed:
             return None
-        return TIME if agreed == _TIME_CODE else signal.Signals(agreed).name
+        return next((name for name, code in _CODES.items() if code == agreed), None) or signal.Signals(agreed).name
 
     def check(self, done: int = 0) -> None:
         """Raise `Requested` if a stop is due. `done` is ignored, so that this can serve as a progress callback."""

@@ -32,6 +32,7 @@ _DEEP_FORMATS = (b"\x89P", b"II", b"MM", b"P2", b"P3", b"P5", b"P6", b"Pf")  # P
 DEEP_ENDINGS = (".png", ".tif", ".tiff", ".pgm", ".ppm", ".pnm")
 """Endings of files that may have more than 8 bits a channel without stating what their values mean."""
 DEFAULT_LIMITS = ImageLimits()
+_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _UNPACKED = ("Decompressed data too large", "MAX_TEXT_MEMORY")  # of Pillow's errors
 _PART = 1 << 22  # pixels
 HEAD_BYTES = 25  # of a file, for `may_be_deep`
@@ -194,6 +195,23 @@ def _pixels(image: Any) -> np.ndarray:
     for top in range(0, image.height, rows):
         pixels[top : top + rows] = image.crop((0, top, image.width, min(image.height, top + rows)))
     return pixels
+
+
+def upright_pixels(image: Image.Image) -> np.ndarray | Image.Image:
+    """Pixels of somebody's image, which is not changed, turned upright: uint8 [H, W, 3] or gray [H, W].
+
+    An image of more than 8 bits is returned as one of Pillow. Raises what Pillow does where the file is broken.
+    """
+    image.load()
+    orientation = _orientation(image)
+    upright = image if orientation is None else image.transpose(_UPRIGHT[orientation])
+    if upright.mode in _DEEP_MODES:
+        return upright
+    if upright.mode not in ("L", "RGB"):
+        upright = upright.copy()
+        upright.info.pop("transparency", None)  # dropped like an alpha channel
+        upright = upright.convert("RGB")
+    return np.asarray(upright)
 
 
 def _upright(image: Any) -> Any:

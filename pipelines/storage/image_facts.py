@@ -24,6 +24,8 @@ class ImageFacts:
         checksums: uint32 [len], CRC-32 of what `read` returns; None if they were not recorded.
         value_range: of images with more than 8 bits; None if it is not known.
         limits: images beyond them are neither read nor decoded.
+        digests: dataset index -> hash of the content of some images, where names and sizes do not tell data apart.
+        notes: what the user should know of the data.
     """
 
     examined: npt.NDArray[np.bool_]
@@ -32,6 +34,8 @@ class ImageFacts:
     checksums: npt.NDArray[np.uint32] | None = None
     value_range: ValueRange | None = None
     limits: ImageLimits = field(default_factory=ImageLimits)
+    digests: dict[int, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -54,6 +58,7 @@ class ImageFacts:
         """Facts of the images at these indices, int64 [M], as they are now."""
         damage = {n: self.damage[index] for n, index in enumerate(indices.tolist()) if index in self.damage}
         named = {n for n in damage if int(indices[n]) in self.named}
+        digests = {n: self.digests[index] for n, index in enumerate(indices.tolist()) if index in self.digests}
         return ImageFacts(
             examined=self.examined[indices],
             damage=damage,
@@ -61,6 +66,8 @@ class ImageFacts:
             checksums=None if self.checksums is None else self.checksums[indices],
             value_range=self.value_range,
             limits=self.limits,
+            digests=digests,
+            notes=self.notes,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +56,35 @@ def test_fields_of_recipe_and_options_are_keywords(caplog: pytest.LogCaptureFixt
     assert not caplog.records
 
 
-def test_fewer_epochs_shorten_the_warm_up_as_the_command_does(caplog: pytest.LogCaptureFixture) -> None:
+def test_fewer_epochs_shorten_the_warm_up_as_the_command_does() -> None:
     base = dataclasses.replace(demo(), epochs=10, optimizer=dataclasses.replace(demo().optimizer, warmup_epochs=4))
-    with caplog.at_level(logging.WARNING, "mvssl"):
-        assert called(base, epochs=5)[0].optimizer.warmup_epochs == 2
-    assert "warm-up: 2 epochs instead of 4" in caplog.text
+    recipe, _, notes = recipe_and_options(base, (), PLACES | {"epochs": 5})
+    assert recipe.optimizer.warmup_epochs == 2
+    assert [note[:36] for note in notes] == ["warm-up: 2 epochs instead of 4, in p"]
     assert called(base, epochs=20)[0].optimizer.warmup_epochs == 4
     assert called(base, epochs=5, optimizer={"warmup_epochs": 3})[0].optimizer.warmup_epochs == 3
+    assert called(base, epochs=5, optimizer__warmup_epochs=3)[0].optimizer.warmup_epochs == 3
+
+
+def test_fields_within_fields_have_two_underscores_or_a_dot(caplog: pytest.LogCaptureFixture) -> None:
+    base = demo()
+    recipe, options = called(
+        base,
+        optimizer__base_lr=0.25,
+        optimizer={"momentum": 0.5},
+        backbone__name="resnet18",
+        task_weights__local=2.0,
+        limits__pixels=10**6,
+        **{"evaluation.resize": 48, "evaluation.crop": 40},
+    )
+    assert recipe == dataclasses.replace(
+        base,
+        optimizer=dataclasses.replace(base.optimizer, base_lr=0.25, momentum=0.5),
+        backbone=dataclasses.replace(base.backbone, name="resnet18"),
+        task_weights=base.task_weights | {"local": 2.0},
+        evaluation=dataclasses.replace(base.evaluation, resize=48, crop=40),
+    )
+    assert options.limits.pixels == 10**6
 
 
 @pytest.mark.parametrize(
@@ -79,14 +100,21 @@ def test_fewer_epochs_shorten_the_warm_up_as_the_command_does(caplog: pytest.Log
         (("demo", "photos", "runs/first"), {}, "was given 3 arguments without a name but must be given one"),
         (("demo",), {}, "data is missing: give a folder of images"),
         (("demo",), {"data": "photos"}, "out is missing: give the run folder"),
-        (
-            ("demo",),
-            PLACES | {"data": ["a.jpg"]},
-            r"data is \['a.jpg'\] but must be a path: write the paths into a text",
-        ),
+        (("demo",), PLACES | {"data": 3}, "data is 3 but must be a path, a list of paths"),
+        (("demo",), PLACES | {"data": []}, "data is an empty list but must hold images"),
+        (("demo",), PLACES | {"data": iter("ab")}, "gives images in its own order only, but must have a length"),
+        (("demo",), PLACES | {"data": {"test": "x"}}, "data is a dict of test but must have the split train"),
         (("demo",), PLACES | {"data": ""}, "data is '' but must be a path"),
         (("demo",), PLACES | {"out": 3}, "out is 3 but must be a path"),
-        (("demo",), PLACES | {"val": ["a.jpg"]}, r"val is \['a.jpg'\] but must be a path"),
+        (("demo",), PLACES | {"val": 3}, "val is 3 but must be a path, a list"),
+        (("demo",), PLACES | {"optimizer__base_rl": 3}, "optimizer has the unknown field 'base_rl'.*mean 'base_lr'"),
+        (("demo",), PLACES | {"optimzer__base_lr": 3}, "which is no field of a field.*did you mean optimizer__base_lr"),
+        (("demo",), PLACES | {"epochs__x": 3}, "given epochs__x, which is no field of a field"),
+        (
+            ("demo",),
+            PLACES | {"optimizer": {"base_lr": 1.0}, "optimizer__base_lr": 2.0},
+            "given base_lr of optimizer twice",
+        ),
         (("demo",), PLACES | {"epoch": 3}, "was given epoch, which is no field .*: did you mean epochs"),
         (("demo",), PLACES | {"base_lr": 3}, 'write optimizer={"base_lr": ...}'),
         (("demo",), PLACES | {"workers": 3}, "take one of name, method, "),

@@ -18,8 +18,8 @@ from mvssl.distributed import join_world
 from mvssl.evaluate.features import extract_features
 from mvssl.evaluate.session import Session
 from mvssl.ranks import OtherRankFailed
-from mvssl.training.experiment import _data_paths
 from mvssl.training.run import run
+from mvssl.training.run_data import data_paths as paths_of_data
 from pipelines.loading.fetch import too_many_bad
 from pipelines.runtime import InputError, run_cli
 from pipelines.storage import open_source
@@ -83,7 +83,7 @@ def test_a_batch_larger_than_the_data_is_reported_by_rank_0(images: Path, tiny_r
 def data_paths(data: list[str]) -> tuple[Path, Path | None]:
     """Paths of this rank's images, as a run determines them."""
     with join_world(cuda=False) as world:
-        return world.run_on_all(partial(_data_paths, Path(data[world.rank]), None, world))
+        return world.run_on_all(partial(paths_of_data, Path(data[world.rank]), None, world))
 
 
 @pytest.mark.slow
