@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from pipelines.batch import DecodedBatch
 from pipelines.views.params import ViewParams
-from pipelines.views.reference import crop_resize
+from pipelines.views.reference import crop_resize, orient
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
 
 Photometric = Callable[[Tensor, Tensor], Tensor]
@@ -45,6 +45,7 @@ def make_views(
     for v, spec in enumerate(specs):
         of_view = params.view(v)
         pixels = crop_resize.apply(images, of_view.crop, of_view.flip, spec.size)  # uint8 [N, 3, S, S]
+        pixels = orient.apply(pixels, of_view, spec)
         table = parameter_table(spec, of_view)
         if batch.device.type == "cuda":
             table = table.pin_memory()

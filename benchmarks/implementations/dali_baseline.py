@@ -165,7 +165,9 @@ def dali_view(images: Any, spec: ViewSpec, dtype: Any) -> Any:
             interp_type=types.INTERP_CUBIC,
             antialias=True,
         )
-    view = fn.flip(view, horizontal=fn.random.coin_flip(probability=spec.flip))
+    flips = (fn.random.coin_flip(probability=chance) for chance in (spec.flip, spec.vertical_flip))
+    view = fn.flip(view, horizontal=next(flips), vertical=next(flips))
+    view = _turned(view, spec)
     if spec.cutout is not None:
         view = _cutout(view, spec, spec.cutout)
     if spec.jitter_p > 0:
@@ -194,6 +196,22 @@ def dali_view(images: Any, spec: ViewSpec, dtype: Any) -> Any:
         mean=[value * _WHITE for value in IMAGENET_MEAN],
         std=[value * _WHITE for value in IMAGENET_STD],
     )
+
+
+def _turned(view: Any, spec: ViewSpec) -> Any:
+    """Quarter turns and rotation of uint8 [S, S, 3]; filled with one value at most."""
+    if spec.quarter_turns > 0:
+        turns = fn.random.coin_flip(probability=spec.quarter_turns) * fn.random.uniform(values=[0, 90, 180, 270])
+        view = fn.rotate(view, angle=turns, keep_size=True, interp_type=types.INTERP_NN)
+    if spec.degrees != (0, 0):
+        view = fn.rotate(
+            view,
+            angle=fn.random.uniform(range=list(spec.degrees)),
+            keep_size=True,
+            interp_type=types.INTERP_NN if spec.rotate_interpolation == "nearest" else types.INTERP_LINEAR,
+            fill_value=(spec.fill_colour or (0.0,))[0],
+        )
+    return view
 
 
 def _jitter(view: Any, spec: ViewSpec) -> Any:

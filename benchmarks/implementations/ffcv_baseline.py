@@ -122,6 +122,8 @@ class _Photometric(nn.Module):
 def _pipeline(field: str, spec: ViewSpec, *, photometric: bool) -> Any:
     """FFCV's pipeline of one view: the field to float32 [N, S, S, 3], normalised."""
     decoder = fields.RandomResizedCropRGBImageDecoder((spec.size, spec.size), scale=spec.area, ratio=spec.ratio)
+    if spec.vertical_flip or spec.quarter_turns or spec.degrees != (0, 0):
+        raise InputError(f"View {spec.name!r} is flipped vertically or turned, which FFCV cannot do: leave ffcv out.")
     flip = transforms.RandomHorizontalFlip(spec.flip)
     if photometric:
         rest = [transforms.ToTensor(), _Photometric(spec)]

@@ -49,7 +49,11 @@ def _crop(spec: ViewSpec) -> nn.Module:
 def _photometric(spec: ViewSpec) -> nn.Module:
     """Everything after the crop, on batches [N, 3, S, S] in [0, 1]."""
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    steps = [kornia.RandomHorizontalFlip(p=spec.flip)]
+    steps = [kornia.RandomHorizontalFlip(p=spec.flip), kornia.RandomVerticalFlip(p=spec.vertical_flip)]
+    if spec.quarter_turns > 0:
+        steps.append(kornia.RandomRotation90(times=(0, 3), p=spec.quarter_turns))
+    if spec.degrees != (0, 0):
+        steps.append(kornia.RandomRotation(spec.degrees, resample=spec.rotate_interpolation, p=1.0))  # fills with 0
     if spec.cutout is not None:
         fill = float(mean.mean())
         steps.append(kornia.RandomErasing(scale=spec.cutout, ratio=spec.cutout_ratio, value=fill, p=1.0))

@@ -41,6 +41,16 @@ def torchvision_view(image: Tensor, spec: ViewSpec, params: ViewParams, n: int) 
     )
     if params.flip[n]:
         view = F.horizontal_flip(view)
+    if params.vertical_flip[n]:
+        view = F.vertical_flip(view)
+    view = F.rotate(view, 90.0 * int(params.quarter_turns[n]))
+    if params.angle[n] != 0:
+        view = F.rotate(
+            view,
+            float(params.angle[n]),
+            interpolation=v2.InterpolationMode(spec.rotate_interpolation),
+            fill=None if spec.fill_colour is None else list(spec.fill_colour),
+        )
     view = F.to_dtype(view, torch.float32, scale=True)
     i, j, h, w = params.cutout[n].tolist()
     if h > 0:
@@ -67,7 +77,7 @@ def view_transform(spec: ViewSpec) -> Transform:
         if spec.area is None
         else v2.RandomResizedCrop(spec.size, scale=spec.area, ratio=spec.ratio, interpolation=BICUBIC, antialias=True)
     )
-    steps = [v2.ToImage(), crop, v2.RandomHorizontalFlip(spec.flip), *_photometric_steps(spec)]
+    steps = [v2.ToImage(), crop, v2.RandomHorizontalFlip(spec.flip), *_turns(spec), *_photometric_steps(spec)]
     transform: Transform = v2.Compose(steps)
     return transform
 
@@ -76,6 +86,18 @@ def photometric_transform(spec: ViewSpec) -> Callable[[Tensor], Tensor]:
     """Everything after crop and flip: uint8 [3, S, S] to float32 [3, S, S], normalised."""
     transform: Callable[[Tensor], Tensor] = v2.Compose(_photometric_steps(spec))
     return transform
+
+
+def _turns(spec: ViewSpec) -> list[Any]:
+    """Vertical flip, quarter turns and rotation."""
+    steps: list[Any] = [v2.RandomVerticalFlip(spec.vertical_flip)] if spec.vertical_flip > 0 else []
+    if spec.quarter_turns > 0:
+        turns = v2.RandomChoice([v2.RandomRotation((angle, angle)) for angle in (0, 90, 180, 270)])
+        steps.append(v2.RandomApply([turns], p=spec.quarter_turns))
+    if spec.degrees != (0, 0):
+        how = v2.InterpolationMode(spec.rotate_interpolation)
+        steps.append(v2.RandomRotation(spec.degrees, interpolation=how, fill=spec.fill_colour))
+    return steps
 
 
 def _photometric_steps(spec: ViewSpec) -> list[Any]:

@@ -93,7 +93,9 @@ def _value(hint: Any, value: Any, where: str, null_word: str | None) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None or (null_word is not None and value == null_word):
             return None
-        return _value(next(kind for kind in arguments if kind is not type(None)), value, where, null_word)
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        fitting = (kind for kind in kinds if (typing.get_origin(kind) is tuple) == isinstance(value, list))
+        return _value(next(fitting, kinds[0]), value, where, null_word)
     if origin is typing.Literal:
         if value not in arguments:
             raise invalid(where, value, f"one of {', '.join(arguments)}", "choose one")

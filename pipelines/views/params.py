@@ -24,6 +24,9 @@ class ViewParams:
         gray: bool [V, N], grayscale.
         blur_sigma: float32 [V, N], standard deviation of the blur in pixels; 0 for no blur.
         solarize: bool [V, N].
+        vertical_flip: bool [V, N], after the horizontal flip.
+        quarter_turns: int64 [V, N], rotations by 90 degrees counter-clockwise, 0 to 3, after the flips.
+        angle: float32 [V, N], degrees counter-clockwise of the rotation after them; 0 for none.
     """
 
     crop: Tensor
@@ -35,6 +38,9 @@ class ViewParams:
     gray: Tensor
     blur_sigma: Tensor
     solarize: Tensor
+    vertical_flip: Tensor
+    quarter_turns: Tensor
+    angle: Tensor
 
     def to(self, device: str | torch.device, *, non_blocking: bool = False) -> ViewParams:
         """Copy to another device."""
@@ -59,5 +65,8 @@ SHAPES: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
     "gray": (torch.bool, ()),
     "blur_sigma": (torch.float32, ()),
     "solarize": (torch.bool, ()),
+    "vertical_flip": (torch.bool, ()),
+    "quarter_turns": (torch.int64, ()),
+    "angle": (torch.float32, ()),
 }
 """dtype of each field, and its shape after [V, N]."""

@@ -83,9 +83,12 @@ class Slot(IntEnum):
     GRAYSCALE = 23
     BLUR = 24  # applied or not, sigma
     SOLARIZE = 25
+    VERTICAL_FLIP = 26
+    QUARTER_TURNS = 27  # applied or not, how many
+    ROTATE = 28
 
 
-NUM_BLOCKS = 26
+NUM_BLOCKS = 29
 """Blocks of four words per view."""
 
 

@@ -13,8 +13,8 @@ from pipelines.runtime import InputError, invalid
 from pipelines.views.native.sampling import params_fit, sample_native
 from pipelines.views.params import SHAPES, ViewParams
 from pipelines.views.randomness import check_seed, view_uniforms
-from pipelines.views.reference import blur, crop_resize, cutout, grayscale, jitter, solarize
-from pipelines.views.spec import ViewSpec
+from pipelines.views.reference import blur, crop_resize, cutout, grayscale, jitter, orient, solarize
+from pipelines.views.spec import LARGEST_ANGLE, ViewSpec
 
 
 @typed
@@ -96,6 +96,7 @@ def _sample_view(spec: ViewSpec, sizes: Tensor, u: Tensor) -> dict[str, Tensor]:
         "gray": grayscale.sample(spec, u),
         "blur_sigma": blur.sample(spec, u),
         "solarize": solarize.sample(spec, u),
+        **orient.sample(spec, u),
     }
 
 
@@ -124,6 +125,9 @@ def check_params(params: ViewParams, specs: Sequence[ViewSpec], sizes: Tensor) -
     _check_all("jitter_order", params.jitter_order, ordered.all(dim=-1), "a permutation of 0, 1, 2, 3")
     finite = torch.isfinite(params.blur_sigma) & (params.blur_sigma >= 0)
     _check_all("blur_sigma", params.blur_sigma, finite, "finite and not negative")
+    turned = (params.quarter_turns >= 0) & (params.quarter_turns <= 3)
+    _check_all("quarter_turns", params.quarter_turns, turned, "0, 1, 2 or 3")
+    _check_all("angle", params.angle, params.angle.abs() <= LARGEST_ANGLE, "degrees from -360 to 360")
     for v, spec in enumerate(specs):
         if spec.blur_kernel // 2 >= spec.size and bool((params.blur_sigma[v] > 0).any()):
             raise InputError(

@@ -108,6 +108,12 @@ def _applied(params: ViewParams, n: int) -> list[str]:
     words = []
     if params.flip[n]:
         words.append("flip")
+    if params.vertical_flip[n]:
+        words.append("vertical flip")
+    if params.quarter_turns[n] > 0:
+        words.append(f"turn {90 * int(params.quarter_turns[n])}°")
+    if params.angle[n] != 0:
+        words.append(f"rotate {float(params.angle[n]):.0f}°")
     if params.cutout[n, 2] > 0:
         words.append("cutout")
     if params.jitter_on[n]:

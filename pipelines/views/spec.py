@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal
+from typing import Literal, get_args
 
 from pipelines.checks import check_types
 from pipelines.runtime import InputError, invalid
@@ -21,14 +21,20 @@ _LONGEST_NAME = 200
 Interpolation = Literal["bicubic", "bilinear"]
 """How images are resized; always antialiased."""
 INTERPOLATIONS: tuple[Interpolation, ...] = ("bicubic", "bilinear")
+RotateInterpolation = Literal["nearest", "bilinear"]
+"""How a view is rotated by an angle that is not a multiple of 90 degrees."""
+LARGEST_ANGLE = 360.0  # degrees
+_WHITE = 255.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSpec:
     """How one view of an image is made. A new view type is a new ViewSpec in a recipe, nothing else.
 
-    The operations run in this order: random resized crop, horizontal flip, cutout, colour jitter, grayscale, blur,
-    solarize, normalise; each has the semantics of torchvision.transforms.v2.
+    The operations run in this order: random resized crop, horizontal flip, vertical flip, quarter turns, rotation,
+    cutout, colour jitter, grayscale, blur, solarize, normalise; each has the semantics of torchvision.transforms.v2.
+    Those that move pixels come first, on uint8, as torchvision's recipes compose them: so the fill of a rotation takes
+    part in the colour operations, and the cutout's box stays upright and filled with the mean.
 
     Attributes:
         name: of the view, for logs and pictures.
@@ -37,6 +43,15 @@ class ViewSpec:
         area: range of the crop's fraction of the image area; None for the whole image.
         ratio: range of the crop's width / height, sampled log-uniformly.
         flip: probability of a horizontal flip.
+        vertical_flip: probability of a vertical flip.
+        quarter_turns: probability of a rotation by 0, 90, 180 or 270 degrees, each equally likely; 1 makes all four
+            orientations equally likely. Moves whole pixels.
+        rotate: range of a rotation's angle in degrees counter-clockwise about the view's centre, within -360 to 360,
+            sampled uniformly; one number d is the range (-d, d), and None or 0 is no rotation. The size stays, so
+            corners are filled: torchvision's RandomRotation and its `functional.rotate` of uint8 views.
+        rotate_interpolation: nearest or bilinear, of that rotation.
+        rotate_fill: value from 0 to 255 of pixels from outside the view, or one each for red, green and blue; None is
+            torchvision's None, black without its blending at the border.
         jitter: strengths of brightness, contrast, saturation and hue (0 disables one).
         jitter_p: probability of colour jitter.
         grayscale: probability of grayscale.
@@ -57,6 +72,11 @@ class ViewSpec:
     area: tuple[float, float] | None = (0.25, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    vertical_flip: float = 0.0
+    quarter_turns: float = 0.0
+    rotate: float | tuple[float, float] | None = None
+    rotate_interpolation: RotateInterpolation = "bilinear"
+    rotate_fill: float | tuple[float, float, float] | None = 0.0
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     jitter_p: float = 0.8
     grayscale: float = 0.2
@@ -86,7 +106,8 @@ class ViewSpec:
             raise invalid(f"{field}size", self.size, allowed, "round it, e.g. 224, 96 or 32")
         if self.interpolation not in INTERPOLATIONS:
             raise invalid(f"{field}interpolation", self.interpolation, "bicubic or bilinear", "choose one of these")
-        for name in ("flip", "jitter_p", "grayscale", "blur", "solarize", "solarize_threshold"):
+        chances = ("flip", "vertical_flip", "quarter_turns", "jitter_p", "grayscale", "blur", "solarize")
+        for name in (*chances, "solarize_threshold"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise invalid(field + name, getattr(self, name), "between 0 and 1", "give a probability or fraction")
         for name in ("area", "cutout"):
@@ -97,6 +118,7 @@ class ViewSpec:
             bounds = getattr(self, name)
             if not _is_range(bounds, most=sys.float_info.max):
                 raise invalid(field + name, bounds, "two finite numbers with 0 < low <= high", "correct them")
+        self._check_rotation(field)
         largest = (1.0, 1.0, 1.0, 0.5)
         if not (
             isinstance(self.jitter, Sequence)
@@ -119,6 +141,49 @@ class ViewSpec:
                 f"odd and at most {2 * self.size - 1} for a view of {self.size} pixels (reflect border)",
                 "take a smaller odd number or set blur to 0",
             )
+
+    @property
+    def degrees(self) -> tuple[float, float]:
+        """Lowest and highest angle of the rotation; (0, 0) for none."""
+        if self.rotate is None:
+            return 0.0, 0.0
+        return self.rotate if isinstance(self.rotate, tuple) else (-self.rotate, self.rotate)
+
+    @property
+    def fill_colour(self) -> tuple[float, float, float] | None:
+        """Red, green and blue of `rotate_fill`, 0 to 255."""
+        fill = self.rotate_fill
+        return fill if fill is None or isinstance(fill, tuple) else (fill, fill, fill)
+
+    def _check_rotation(self, field: str) -> None:
+        """Check the fields of the rotation, of which lists become tuples."""
+        for name in ("rotate", "rotate_fill"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        low, high = -LARGEST_ANGLE, LARGEST_ANGLE
+        if not (
+            self.rotate is None
+            or (_are_numbers((self.rotate,), low=0, high=high))
+            or (_are_numbers(self.rotate, count=2, low=low, high=high) and self.degrees[0] <= self.degrees[1])
+        ):
+            allowed = "degrees from 0 to 360, a range (low, high) with -360 <= low <= high <= 360, or None"
+            raise invalid(f"{field}rotate", self.rotate, allowed, "e.g. 180 for any angle, or (-15, 15)")
+        if self.rotate_interpolation not in get_args(RotateInterpolation):
+            allowed = "nearest or bilinear"
+            raise invalid(f"{field}rotate_interpolation", self.rotate_interpolation, allowed, "choose one of these")
+        fill = self.rotate_fill
+        if not (fill is None or _are_numbers((fill,), high=_WHITE) or _are_numbers(fill, count=3, high=_WHITE)):
+            allowed = "a number from 0 to 255, three of them (red, green, blue), or None"
+            raise invalid(f"{field}rotate_fill", fill, allowed, "e.g. 255 for white")
+
+
+def _are_numbers(values: object, *, count: int = 1, low: float = 0.0, high: float) -> bool:
+    """Whether these are `count` numbers, each from `low` to `high`."""
+    if not isinstance(values, tuple) or len(values) != count:
+        return False
+    return all(
+        isinstance(value, Real) and not isinstance(value, bool) and low <= float(value) <= high for value in values
+    )
 
 
 def _is_range(bounds: object, *, most: float) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from pipelines.views.fused.jobs import COLUMNS, FACTORS
+from pipelines.views.fused.jobs import COLUMNS, FACTORS, ROTATION
+from pipelines.views.fused.jobs import ROTATED as _ROTATED
 
 WIDTH_OF_TABLE = tl.constexpr(len(COLUMNS))
 CROP = tl.constexpr(COLUMNS.index("crop"))
@@ -19,7 +20,7 @@ COLUMN_WEIGHTS = tl.constexpr(COLUMNS.index("column_weights"))
 COLUMN_TAPS = tl.constexpr(COLUMNS.index("column_taps"))
 ROW_WEIGHTS = tl.constexpr(COLUMNS.index("row_weights"))
 ROW_TAPS = tl.constexpr(COLUMNS.index("row_taps"))
-FLIP = tl.constexpr(COLUMNS.index("flip"))
+ORIENTATION = tl.constexpr(COLUMNS.index("orientation"))
 CUTOUT = tl.constexpr(COLUMNS.index("cutout_top"))
 JITTER = tl.constexpr(COLUMNS.index("jitter"))
 ORDER = tl.constexpr(COLUMNS.index("order_0"))
@@ -30,3 +31,10 @@ BLURRED = tl.constexpr(COLUMNS.index("blurred"))
 OUT = tl.constexpr(COLUMNS.index("out"))
 THRESHOLD = tl.constexpr(FACTORS)
 BLUR_TAPS = tl.constexpr(FACTORS + 1)
+ROTATED = tl.constexpr(_ROTATED)
+WIDTH_OF_ROTATIONS = tl.constexpr(len(ROTATION))
+COSINE = tl.constexpr(ROTATION.index("cosine"))
+SINE = tl.constexpr(ROTATION.index("sine"))
+IS_BILINEAR = tl.constexpr(ROTATION.index("bilinear"))
+IS_FILLED = tl.constexpr(ROTATION.index("filled"))
+FILL = tl.constexpr(ROTATION.index("red"))

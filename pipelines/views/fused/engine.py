@@ -1,4 +1,6 @@
-"""Fused backend: all views of a batch in six Triton kernels, whatever their number, sizes and augmentations."""
+"""Fused backend: all views of a batch in six Triton kernels, whatever their number, sizes and augmentations; seven if
+views are rotated by any angle.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from pipelines.batch import DecodedBatch
 from pipelines.views.fused.blur import along_kernel, down_kernel
 from pipelines.views.fused.color import color_kernel
 from pipelines.views.fused.jobs import Jobs, make_jobs
+from pipelines.views.fused.orient import rotate_kernel, turned_rows_kernel
 from pipelines.views.fused.resize import columns_kernel, rows_kernel, weights_kernel
 from pipelines.views.params import ViewParams
 from pipelines.views.reference.device import upload
@@ -46,11 +49,13 @@ LAUNCHES = {
     "weights": Launch(kernel=weights_kernel, constants={"block": 128}),
     "columns": Launch(kernel=columns_kernel, constants={"block_rows": 8, "block": 64}),
     "rows": Launch(kernel=rows_kernel, constants={"block": 512}),
+    "turned_rows": Launch(kernel=turned_rows_kernel, constants={"block": 512}),
+    "rotate": Launch(kernel=rotate_kernel, constants={"block": 512}),
     "color": Launch(kernel=color_kernel, constants={"block": 512}),
     "down": Launch(kernel=down_kernel, constants={"block": 1024}),
     "along": Launch(kernel=along_kernel, constants={"block": 512}),
 }
-"""The kernels in launch order."""
+"""The kernels in launch order: `turned_rows` instead of `rows` if a view is turned, `rotate` if one is rotated."""
 
 
 def make_views(
@@ -89,9 +94,16 @@ def _launch(batch: DecodedBatch, jobs: Jobs, out: Tensor) -> None:
 
     LAUNCHES["weights"]((len(jobs), 2), numbers, weights, bounds, precisions)
     LAUNCHES["columns"]((len(jobs), _PARTS), numbers, batch.pixels, weights, bounds, precisions, resized)
-    LAUNCHES["rows"](
-        (len(jobs), parts("rows")), numbers, reals, width, resized, weights, bounds, precisions, views, sums
-    )
+    rows = (numbers, reals, width, resized, weights, bounds, precisions, views, sums)
+    if jobs.turned:
+        level = torch.empty(jobs.view_bytes if len(jobs.rotated) else 0, dtype=torch.uint8, device=device)
+        LAUNCHES["turned_rows"]((len(jobs), parts("turned_rows")), *rows, level)
+        if len(jobs.rotated):
+            which, rotations = upload(jobs.rotated, device), upload(jobs.rotations, device)
+            grid = (len(which), parts("rotate"))
+            LAUNCHES["rotate"](grid, numbers, reals, width, which, rotations, level, views, sums)
+    else:
+        LAUNCHES["rows"]((len(jobs), parts("rows")), *rows)
     LAUNCHES["color"]((len(jobs), parts("color")), numbers, reals, width, views, sums, blurred, out)
     if len(jobs.blurred):
         which = upload(jobs.blurred, device)

@@ -19,7 +19,7 @@ typedef struct {
 typedef struct {
     const int64_t *offset, *row_stride; /* [N] */
     const int64_t *crop;                /* [V, N, 4] */
-    const uint8_t *flip;
+    const uint8_t *orientation;
     const int64_t *cutout;
     const uint8_t *jitter_on;
     const float *jitter;
@@ -102,7 +102,7 @@ void make_jobs(const View *views, int64_t count_of_views, const Batch *batch, in
                 column_taps,
                 at.weights + column_taps * size,
                 row_taps,
-                batch->flip[from],
+                batch->orientation[from],
                 cutout[0],
                 cutout[1],
                 cutout[2],

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from pipelines.c_library import load_library
 from pipelines.views.params import ViewParams
 from pipelines.views.reference.blur import kernel_half
 from pipelines.views.reference.jitter import operations
+from pipelines.views.reference.orient import MIRROR_COLUMNS, orientations, rotation
 from pipelines.views.spec import ViewSpec
 
 COLUMNS = (
@@ -32,7 +34,7 @@ COLUMNS = (
     "column_taps",
     "row_weights",
     "row_taps",
-    "flip",
+    "orientation",  # bits of reference/orient.py, and ROTATED
     "cutout_top",
     "cutout_left",
     "cutout_height",  # 0 without cutout
@@ -49,6 +51,11 @@ COLUMNS = (
     "out",  # values to the view, [S, S, 3]
 )
 """Columns of the integer table, int64 [J, len(COLUMNS)]."""
+ROTATED = 8
+"""Bit of the column "orientation": the job is rotated by an angle too."""
+ROTATION = ("cosine", "sine", "bilinear", "filled", "red", "green", "blue")
+"""Columns of the table of rotations; cosine and sine are over half the side."""
+_READ_IN_C = ("cutout", "jitter_on", "jitter", "jitter_order", "gray", "blur_sigma", "solarize")
 
 _SOURCE = Path(__file__).with_name("jobs.c")
 _MOST_TAPS = 4096  # of a blur to one side, limit of jobs.c
@@ -69,6 +76,9 @@ class Jobs:
         blurred: int64 [jobs with blur], their positions.
         row_bytes, view_bytes, bounds, weights, floats: total sizes over all jobs.
         largest: the largest side of a view.
+        turned: whether any job has another orientation than upright or mirrored.
+        rotated: int64 [R], positions of the jobs that are rotated; empty for most batches.
+        rotations: float32 [R, len(ROTATION)] of these.
     """
 
     numbers: Tensor
@@ -80,6 +90,9 @@ class Jobs:
     weights: int
     floats: int
     largest: int
+    turned: bool
+    rotated: Tensor
+    rotations: Tensor
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -99,8 +112,9 @@ def make_jobs(batch: DecodedBatch, specs: Sequence[ViewSpec], params: ViewParams
     numbers = torch.empty((len(specs) * count, len(COLUMNS)), dtype=torch.int64)
     reals = torch.zeros((len(numbers), FACTORS + 1 + half))
     blurred = torch.empty(len(numbers), dtype=torch.int64)
-    tensors = [batch.offset, batch.row_stride, *(getattr(params, field.name) for field in fields(ViewParams))]
-    tensors = [tensor.contiguous() for tensor in tensors]
+    orientation, turns = _turns(specs, params, images=images)
+    tensors = [batch.offset, batch.row_stride, params.crop, orientation]
+    tensors = [tensor.contiguous() for tensor in (*tensors, *(getattr(params, name) for name in _READ_IN_C))]
     totals = _Totals()
     library.make_jobs(
         ctypes.c_void_p(_views(tuple(specs)).ctypes.data),
@@ -120,6 +134,7 @@ def make_jobs(batch: DecodedBatch, specs: Sequence[ViewSpec], params: ViewParams
         weights=totals.weights,
         floats=totals.floats,
         largest=max(spec.size for spec in specs),
+        **turns,
     )
 
 
@@ -137,6 +152,7 @@ def _views(specs: tuple[ViewSpec, ...]) -> np.ndarray:
 
 def make_jobs_reference(batch: DecodedBatch, specs: Sequence[ViewSpec], params: ViewParams, *, images: slice) -> Jobs:
     """As `make_jobs`, in plain torch."""
+    orientation, turns = _turns(specs, params, images=images)
     numbers = torch.arange(len(batch))[images]  # [n]
     params = ViewParams(**{field.name: getattr(params, field.name)[:, images] for field in fields(ViewParams)})
     offset, row_stride = batch.offset[images], batch.row_stride[images]
@@ -174,7 +190,7 @@ def make_jobs_reference(batch: DecodedBatch, specs: Sequence[ViewSpec], params: 
         "column_taps": column_taps,
         "row_weights": weight_starts[..., 1],
         "row_taps": row_taps,
-        "flip": params.flip,
+        "orientation": orientation[:, images],
         **dict(
             zip(("cutout_top", "cutout_left", "cutout_height", "cutout_width"), params.cutout.unbind(-1), strict=True)
         ),
@@ -200,7 +216,28 @@ def make_jobs_reference(batch: DecodedBatch, specs: Sequence[ViewSpec], params: 
         weights=weights,
         floats=floats,
         largest=max(spec.size for spec in specs),
+        **turns,
     )
+
+
+def _turns(specs: Sequence[ViewSpec], params: ViewParams, *, images: slice) -> tuple[Tensor, dict[str, Any]]:
+    """Column "orientation" of all images, uint8 [V, N], and what `Jobs` says of the rotations of some."""
+    orientation, rotates = orientations(params)
+    rotates = rotates[:, images]
+    if not rotates.any():
+        none = {"rotated": torch.empty(0, dtype=torch.int64), "rotations": torch.empty((0, len(ROTATION)))}
+        return orientation, {"turned": bool((orientation[:, images] > MIRROR_COLUMNS).any()), **none}
+    orientation[:, images] |= rotates * ROTATED
+    which = rotates.nonzero()  # [R, 2]
+    sizes = torch.tensor([spec.size for spec in specs])
+    constants = [
+        (spec.rotate_interpolation == "bilinear", spec.fill_colour is not None, *(spec.fill_colour or (0, 0, 0)))
+        for spec in specs
+    ]
+    matrices = rotation(params.angle[:, images][rotates], sizes[which[:, 0]])  # [R, 2]
+    table = torch.cat((matrices, torch.tensor(constants, dtype=torch.float32)[which[:, 0]]), dim=1)
+    rotated = which[:, 0] * rotates.shape[1] + which[:, 1]
+    return orientation, {"turned": True, "rotated": rotated, "rotations": table}
 
 
 def taps(length: Tensor, size: Tensor) -> Tensor:

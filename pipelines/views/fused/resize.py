@@ -16,10 +16,10 @@ from pipelines.views.fused.columns import (
     COLUMN_WEIGHTS,
     CROP,
     CUTOUT,
-    FLIP,
     HEIGHT,
     JITTER,
     ORDER,
+    ORIENTATION,
     ROW_TAPS,
     ROW_WEIGHTS,
     ROWS,
@@ -172,6 +172,69 @@ def columns_kernel(
 
 
 @jit
+def rows_device(
+    row: tl.tensor,
+    job: tl.tensor,
+    resized: tl.tensor,
+    weights: tl.tensor,
+    bounds: tl.tensor,
+    precisions: tl.tensor,
+    size: tl.tensor,
+    y: tl.tensor,
+    x: tl.tensor,
+    inside: tl.tensor,
+    block: tl.constexpr,
+) -> tl.tensor:
+    """Red, green and blue of pixels at rows y and columns x of a job, resized along the rows."""
+    taps = tl.load(row + ROW_TAPS).to(tl.int32)
+    weights += tl.load(row + ROW_WEIGHTS)
+    bounds += tl.load(row + BOUNDS) + 2 * size
+    precision = tl.load(precisions + 2 * job + 1)
+    first = tl.load(bounds + 2 * y, mask=inside, other=0)
+    count = tl.load(bounds + 2 * y + 1, mask=inside, other=0)
+    half = tl.zeros((block,), tl.int32) + (1 << (precision - 1))
+    red, green, blue = half, half, half
+    source = resized + tl.load(row + ROWS) + (first.to(tl.int64) * size + x) * 3
+    for tap in range(taps):
+        wanted = inside & (tap < count)
+        weight = tl.load(weights + tap * size + y, mask=wanted, other=0).to(tl.int32)
+        red += weight * tl.load(source + tap * size * 3, mask=wanted, other=0).to(tl.int32)
+        green += weight * tl.load(source + tap * size * 3 + 1, mask=wanted, other=0).to(tl.int32)
+        blue += weight * tl.load(source + tap * size * 3 + 2, mask=wanted, other=0).to(tl.int32)
+    return _round(red, precision), _round(green, precision), _round(blue, precision)
+
+
+@jit
+def add_brightness(
+    row: tl.tensor,
+    job: tl.tensor,
+    reals: tl.tensor,
+    reals_width: tl.tensor,
+    sums: tl.tensor,
+    red: tl.tensor,
+    green: tl.tensor,
+    blue: tl.tensor,
+    y: tl.tensor,
+    x: tl.tensor,
+    inside: tl.tensor,
+) -> None:
+    """Add the brightness before contrast of bytes at rows y and columns x of a job's view, if it has a contrast."""
+    jitter = tl.load(row + JITTER)
+    if (jitter >> 1) & 1 != 0:
+        r, g, b = to_float_device(red), to_float_device(green), to_float_device(blue)
+        top, left = tl.load(row + CUTOUT), tl.load(row + CUTOUT + 1)
+        tall, wide = tl.load(row + CUTOUT + 2), tl.load(row + CUTOUT + 3)
+        r, g, b = cutout_device(r, g, b, y, x, top, left, tall, wide)
+        r, g, b = jitter_device(r, g, b, jitter, row + ORDER, reals + job * reals_width, 0.0, True)
+        grid = luma_device(r, g, b) * 16777216.0
+        whole = tl.floor(grid)
+        rest = grid - whole
+        units = whole.to(tl.int64)
+        units += ((rest > 0.5) | ((rest == 0.5) & (units % 2 == 1))).to(tl.int64)  # half to even
+        tl.atomic_add(sums + job, tl.sum(tl.where(inside, units, 0), axis=0))
+
+
+@jit
 def rows_kernel(
     numbers: tl.tensor,
     reals: tl.tensor,
@@ -184,7 +247,7 @@ def rows_kernel(
     sums: tl.tensor,
     block: tl.constexpr,
 ) -> None:
-    """Resize along the rows and flip: uint8 [height, S, 3] to uint8 [S, S, 3]; accumulate the mean for contrast.
+    """Resize along the rows and mirror: uint8 [height, S, 3] to uint8 [S, S, 3]; accumulate the mean for contrast.
 
     `sums` int64 [J] receives the total brightness before contrast in units of 2**-24: integers, so that the order of
     programs does not matter. Program (job, part of the view).
@@ -196,39 +259,11 @@ def rows_kernel(
     inside = pixel < size * size
     if tl.program_id(1) * block < size * size:
         y, x = pixel // size, pixel % size
-        taps = tl.load(row + ROW_TAPS).to(tl.int32)
-        weights += tl.load(row + ROW_WEIGHTS)
-        bounds += tl.load(row + BOUNDS) + 2 * size
-        precision = tl.load(precisions + 2 * job + 1)
-        first = tl.load(bounds + 2 * y, mask=inside, other=0)
-        count = tl.load(bounds + 2 * y + 1, mask=inside, other=0)
-        half = tl.zeros((block,), tl.int32) + (1 << (precision - 1))
-        red, green, blue = half, half, half
-        source = resized + tl.load(row + ROWS) + (first.to(tl.int64) * size + x) * 3
-        for tap in range(taps):
-            wanted = inside & (tap < count)
-            weight = tl.load(weights + tap * size + y, mask=wanted, other=0).to(tl.int32)
-            red += weight * tl.load(source + tap * size * 3, mask=wanted, other=0).to(tl.int32)
-            green += weight * tl.load(source + tap * size * 3 + 1, mask=wanted, other=0).to(tl.int32)
-            blue += weight * tl.load(source + tap * size * 3 + 2, mask=wanted, other=0).to(tl.int32)
-        red, green, blue = _round(red, precision), _round(green, precision), _round(blue, precision)
-        if tl.load(row + FLIP) != 0:
+        red, green, blue = rows_device(row, job, resized, weights, bounds, precisions, size, y, x, inside, block)
+        if tl.load(row + ORIENTATION) != 0:
             x = size - 1 - x
         out = views + tl.load(row + BYTES) + (y * size + x) * 3
         tl.store(out, red.to(tl.uint8), mask=inside)
         tl.store(out + 1, green.to(tl.uint8), mask=inside)
         tl.store(out + 2, blue.to(tl.uint8), mask=inside)
-
-        jitter = tl.load(row + JITTER)
-        if (jitter >> 1) & 1 != 0:
-            r, g, b = to_float_device(red), to_float_device(green), to_float_device(blue)
-            top, left = tl.load(row + CUTOUT), tl.load(row + CUTOUT + 1)
-            tall, wide = tl.load(row + CUTOUT + 2), tl.load(row + CUTOUT + 3)
-            r, g, b = cutout_device(r, g, b, y, x, top, left, tall, wide)
-            r, g, b = jitter_device(r, g, b, jitter, row + ORDER, reals + job * reals_width, 0.0, True)
-            grid = luma_device(r, g, b) * 16777216.0
-            whole = tl.floor(grid)
-            rest = grid - whole
-            units = whole.to(tl.int64)
-            units += ((rest > 0.5) | ((rest == 0.5) & (units % 2 == 1))).to(tl.int64)  # half to even
-            tl.atomic_add(sums + job, tl.sum(tl.where(inside, units, 0), axis=0))
+        add_brightness(row, job, reals, reals_width, sums, red, green, blue, y, x, inside)

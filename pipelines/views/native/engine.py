@@ -22,10 +22,13 @@ from pipelines.runtime import InputError
 from pipelines.views.params import ViewParams
 from pipelines.views.reference.blur import kernel_half
 from pipelines.views.reference.jitter import operations
+from pipelines.views.reference.orient import orientations, rotation
 from pipelines.views.spec import ViewSpec
 
 _SOURCE = Path(__file__).with_name("views.c")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_HOW = {("nearest", True): 1, ("nearest", False): 1, ("bilinear", True): 2, ("bilinear", False): 3}
+"""Values of orient.h for an interpolation with or without a fill."""
 
 Job = np.dtype(
     [
@@ -33,7 +36,7 @@ Job = np.dtype(
         ("stride", np.int64),
         ("height", np.int32),
         ("width", np.int32),
-        ("flip", np.int32),
+        ("orientation", np.int32),
         ("cutout", np.int32, 4),
         ("jitter", np.int32),
         ("order", np.int32, 4),
@@ -41,6 +44,9 @@ Job = np.dtype(
         ("reach", np.int32),
         ("solarize", np.int32),
         ("factors", np.float32, 4),
+        ("rotation", np.float32, 2),
+        ("fill", np.float32, 4),
+        ("how", np.int32),
     ],
     align=True,
 )
@@ -96,7 +102,7 @@ class _Maker:
         self._library, self._pixels, self._spec, self._dtype = library, batch.pixels, spec, _DTYPES[dtype]
         self.view = _empty(len(batch), spec.size, dtype)
         self._taps = kernel_half(params.blur_sigma.clamp(min=1e-3), spec.blur_kernel).contiguous()  # [N, K]
-        self._jobs = _jobs(batch, params, self._taps)
+        self._jobs = _jobs(batch, spec, params, self._taps)
 
     def __call__(self, begin: int, step: int) -> None:
         """Make the view of images `begin`, `begin + step` and so on.
@@ -128,7 +134,7 @@ def _empty(images: int, size: int, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(room).view(dtype).permute(0, 3, 1, 2)
 
 
-def _jobs(batch: DecodedBatch, params: ViewParams, taps: Tensor) -> np.ndarray:
+def _jobs(batch: DecodedBatch, spec: ViewSpec, params: ViewParams, taps: Tensor) -> np.ndarray:
     """Job [N] for one view; `params` holds tensors [N, ...]."""
     jobs = np.zeros(len(batch), dtype=Job)
     top, left, jobs["height"], jobs["width"] = params.crop.numpy().T
@@ -136,7 +142,13 @@ def _jobs(batch: DecodedBatch, params: ViewParams, taps: Tensor) -> np.ndarray:
     jobs["crop"] = batch.pixels.data_ptr() + batch.offset.numpy() + top * stride + left * 3
     jobs["stride"] = stride
     wanted = operations(params.jitter_on, params.jitter)  # [N, 4]
-    jobs["flip"] = params.flip.numpy()
+    orientation, rotates = orientations(params)
+    jobs["orientation"] = orientation.numpy()
+    if rotates.any():
+        jobs["rotation"] = rotation(params.angle, spec.size).numpy()
+        jobs["fill"][:, :3] = spec.fill_colour or (0.0, 0.0, 0.0)
+        how = _HOW[spec.rotate_interpolation, spec.fill_colour is not None]
+        jobs["how"] = np.where(rotates.numpy(), how, 0)
     jobs["cutout"] = torch.where(params.cutout[:, 2:3] > 0, params.cutout, 0).numpy()
     jobs["jitter"] = (wanted * torch.tensor([1, 2, 4, 8])).sum(dim=1).numpy()
     jobs["order"] = params.jitter_order.numpy()

@@ -9,7 +9,8 @@
 #include "../portable_math.h"
 
 enum { ATTEMPTS = 10 };
-enum { CROP = 0, CUTOUT = 10, FLIP = 20, JITTER = 21, GRAYSCALE = 23, BLUR = 24, SOLARIZE = 25 }; /* Slot of randomness.py */
+enum { CROP = 0, CUTOUT = 10, FLIP = 20, JITTER = 21, GRAYSCALE = 23, BLUR = 24, SOLARIZE = 25, VERTICAL_FLIP = 26 };
+enum { QUARTER_TURNS = 27, ROTATE = 28 }; /* Slot of randomness.py */
 
 /* A random box: range of its fraction of the area as start and extent, of its aspect ratio as numbers and as logarithms. */
 typedef struct {
@@ -28,6 +29,8 @@ typedef struct {
     double grayscale;
     double blur, sigma, sigma_extent;
     double solarize;
+    double vertical_flip, quarter_turns;
+    double angle, angle_extent;
 } Spec;
 
 /* Output for V views of N images: [V, N, ...] each. */
@@ -41,6 +44,9 @@ typedef struct {
     uint8_t *gray;
     float *blur_sigma;
     uint8_t *solarize;
+    uint8_t *vertical_flip;
+    int64_t *quarter_turns;
+    float *angle;
 } Params;
 
 /* Counter and key of one view of one image. */
@@ -156,6 +162,17 @@ int32_t draw(const Spec *specs, int64_t views, const int64_t *sizes, const int64
                 if (u[0] < spec->blur) out->blur_sigma[job] = (float)(spec->sigma + u[1] * spec->sigma_extent);
             }
             out->solarize[job] = happens(spec->solarize, &place, SOLARIZE);
+            out->vertical_flip[job] = happens(spec->vertical_flip, &place, VERTICAL_FLIP);
+            out->quarter_turns[job] = 0;
+            if (spec->quarter_turns > 0) {
+                uniforms(&place, QUARTER_TURNS, u);
+                if (u[0] < spec->quarter_turns) out->quarter_turns[job] = (int64_t)(u[1] * 4);
+            }
+            out->angle[job] = (float)spec->angle;
+            if (spec->angle_extent > 0) {
+                uniforms(&place, ROTATE, u);
+                out->angle[job] = (float)(spec->angle + u[0] * spec->angle_extent);
+            }
         }
     }
     return 0;
@@ -191,6 +208,8 @@ int32_t fit(const Spec *specs, int64_t views, const int64_t *sizes, int64_t imag
             if (!inside(params->crop + 4 * job, sizes[2 * n], sizes[2 * n + 1])) return 0;
             if (params->cutout[4 * job + 2] != 0 && !inside(params->cutout + 4 * job, size, size)) return 0;
             if (!factors_fit(params->jitter + 4 * job) || !is_order(params->jitter_order + 4 * job)) return 0;
+            if (params->quarter_turns[job] < 0 || params->quarter_turns[job] > 3) return 0;
+            if (!(fabsf(params->angle[job]) <= 360.0f)) return 0;
             if (!(sigma >= 0 && isfinite(sigma)) || (sigma > 0 && reach >= size)) return 0;
         }
     }

@@ -36,9 +36,18 @@ Spec = np.dtype(
         ("sigma", np.float64),
         ("sigma_extent", np.float64),
         ("solarize", np.float64),
+        ("vertical_flip", np.float64),
+        ("quarter_turns", np.float64),
+        ("angle", np.float64),
+        ("angle_extent", np.float64),
     ]
 )
 """The parts of a ViewSpec that sampling needs, as sampling.c reads them. A new operation adds its numbers here."""
+_AS_THEY_ARE = (
+    *("size", "blur_kernel", "flip", "vertical_flip", "quarter_turns"),
+    *("jitter", "jitter_p", "grayscale", "blur", "solarize"),
+)
+"""Numbers that are fields of ViewSpec."""
 
 
 class _Params(ctypes.Structure):
@@ -111,10 +120,12 @@ def _table(specs: tuple[ViewSpec, ...]) -> np.ndarray:
     for row, spec in zip(table, specs, strict=True):
         _write_box(row["crop"], spec.area, spec.ratio)
         _write_box(row["cutout"], spec.cutout, spec.cutout_ratio)
-        for name in ("size", "blur_kernel", "flip", "jitter", "jitter_p", "grayscale", "blur", "solarize"):
+        for name in _AS_THEY_ARE:
             row[name] = getattr(spec, name)
         low, high = spec.blur_sigma
         row["sigma"], row["sigma_extent"] = low, high - low
+        low, high = spec.degrees
+        row["angle"], row["angle_extent"] = low, high - low
     return table
 
 

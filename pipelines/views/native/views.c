@@ -1,4 +1,4 @@
-/* One view of some images: crop and resize, flip, cutout, colour jitter, grayscale, blur, solarize, normalise.
+/* One view of some images: crop and resize, flips and rotation, cutout, colour jitter, grayscale, blur, solarize, normalise.
  *
  * The operations and their order are those of the modules in pipelines/views/ops in float32, so the values are the reference's bit
  * for bit (built without contraction to fused multiply-add). An image stays in the cache from its bytes to its view.
@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "orient.h"
 #include "resize.h"
 
 enum { BRIGHTNESS, CONTRAST, SATURATION, HUE };
@@ -19,7 +20,7 @@ typedef struct {
     const uint8_t *crop; /* its first pixel */
     int64_t stride;      /* bytes from one row to the next */
     int32_t height, width;
-    int32_t flip;
+    int32_t orientation; /* bits of orient.h */
     int32_t cutout[4]; /* top, left, height, width; height 0 makes none */
     int32_t jitter;    /* bit k: operation k is applied */
     int32_t order[4];
@@ -27,6 +28,7 @@ typedef struct {
     int32_t reach; /* of the blur to one side; -1 without */
     int32_t solarize;
     float factors[4];
+    Rotation rotation; /* after the orientation */
 } Job;
 
 static const float MEAN[3] = {0.485f, 0.456f, 0.406f};
@@ -184,11 +186,17 @@ int32_t has_float16(void) {
 #endif
 }
 
-/* Spread a row of pixels over the planes, from the left or from the right. */
+/* Spread a row of pixels over the planes: `step` is 1, -1 for the pixels from right to left, or leads down or up. */
 static void load_row(const uint8_t *restrict source, float *restrict r, float *restrict g, float *restrict b, int64_t size,
-                     int32_t flip) {
+                     int64_t step) {
     const float unit = (float)(1.0 / 255.0);
-    if (flip)
+    if (step != 1 && step != -1)
+        for (int64_t x = 0; x < size; x++) {
+            r[step * x] = (float)source[3 * x] * unit;
+            g[step * x] = (float)source[3 * x + 1] * unit;
+            b[step * x] = (float)source[3 * x + 2] * unit;
+        }
+    else if (step == -1)
         for (int64_t x = 0; x < size; x++) {
             const uint8_t *pixel = source + 3 * (size - 1 - x);
             r[x] = (float)pixel[0] * unit;
@@ -212,6 +220,7 @@ typedef struct {
     uint8_t *packed;     /* ROWS rows of a crop, and a pixel more */
     uint8_t *resized;    /* a crop resized along the columns, and a row and 2 LINE more */
     void *columns, *rows; /* weights */
+    uint8_t *padded;      /* of a rotation: the view, and more */
 } Scratch;
 
 static void *part(uintptr_t *end, int64_t bytes) {
@@ -221,7 +230,7 @@ static void *part(uintptr_t *end, int64_t bytes) {
 }
 
 /* Lay the parts out from `memory`; returns how many bytes they take. */
-static size_t lay_out(Scratch *scratch, void *memory, int64_t size, int64_t height, int64_t width) {
+static size_t lay_out(Scratch *scratch, void *memory, int64_t size, int64_t height, int64_t width, int32_t rotates) {
     uintptr_t end = (uintptr_t)memory;
     scratch->planes = part(&end, 3 * size * size * (int64_t)sizeof(float));
     scratch->half = part(&end, size * size * (int64_t)sizeof(float));
@@ -232,10 +241,11 @@ static size_t lay_out(Scratch *scratch, void *memory, int64_t size, int64_t heig
     scratch->resized = part(&end, (3 * size + 1) * (height + 1) + 2 * LINE);
     scratch->columns = part(&end, axis_bytes(width, size));
     scratch->rows = part(&end, axis_bytes(height, size));
+    scratch->padded = part(&end, rotates ? rotation_bytes(size) : 0);
     return end - (uintptr_t)memory;
 }
 
-/* Crop, resize and flip into the planes. */
+/* Crop, resize, flip and rotate into the planes. */
 static void resize(const Job *job, int64_t size, const Scratch *scratch) {
     Axis columns = make_axis(job->width, size, scratch->columns), rows = make_axis(job->height, size, scratch->rows);
     int64_t area = size * size, pitch = 3 * size + 1;
@@ -252,8 +262,17 @@ static void resize(const Job *job, int64_t size, const Scratch *scratch) {
     float *planes = scratch->planes;
     for (int64_t y = 0; y < size; y++) {
         resize_rows(scratch->resized, pitch, 3 * size, &rows, y, scratch->row);
-        int64_t at = y * size;
-        load_row(scratch->row, planes + at, planes + area + at, planes + 2 * area + at, size, job->flip);
+        if (job->rotation.how != UPRIGHT) {
+            pad_row(scratch->row, scratch->padded, job->orientation, y, size);
+            continue;
+        }
+        int64_t step, at = row_start(job->orientation, y, size, size, &step);
+        at -= step == -1 ? size - 1 : 0;
+        load_row(scratch->row, planes + at, planes + area + at, planes + 2 * area + at, size, step);
+    }
+    for (int64_t y = 0; job->rotation.how != UPRIGHT && y < size; y++) {
+        float *row = planes + y * size;
+        rotate_row(&job->rotation, scratch->padded, y, size, row, row + area, row + 2 * area);
     }
 }
 
@@ -300,14 +319,17 @@ static void make_view(const Job *job, const float *taps, float threshold, int64_
 int32_t make_views(const Job *jobs, int64_t images, int64_t begin, int64_t step, const float *taps, int64_t tap_count,
                    float threshold, int64_t size, int32_t dtype, void *out) {
     int64_t height = 1, width = 1, bytes = 3 * size * size * (dtype == FLOAT32 ? 4 : 2);
+    int32_t rotates = 0;
     for (int64_t n = begin; n < images; n += step) {
+        rotates |= jobs[n].rotation.how != UPRIGHT;
         height = jobs[n].height > height ? jobs[n].height : height;
         width = jobs[n].width > width ? jobs[n].width : width;
     }
     Scratch scratch;
-    void *memory = malloc(lay_out(&scratch, NULL, size, height, width));
+    void *memory = malloc(lay_out(&scratch, NULL, size, height, width, rotates));
     if (memory == NULL) return 1;
-    lay_out(&scratch, memory, size, height, width);
+    lay_out(&scratch, memory, size, height, width, rotates);
+    if (rotates) memset(scratch.padded, 0, rotation_bytes(size)); /* the border stays 0 */
     for (int64_t n = begin; n < images; n += step)
         make_view(jobs + n, taps + tap_count * n, threshold, size, dtype, &scratch, (uint8_t *)out + bytes * n);
     free(memory);

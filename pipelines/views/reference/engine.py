@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipelines.batch import DecodedBatch
 from pipelines.views.params import ViewParams
-from pipelines.views.reference import blur, crop_resize, cutout, grayscale, jitter, normalize, solarize
+from pipelines.views.reference import blur, crop_resize, cutout, grayscale, jitter, normalize, orient, solarize
 from pipelines.views.spec import ViewSpec
 
 _CPU_CHUNK = 1 << 18  # values processed at a time on a CPU: 1 MiB of float32, what a core caches
@@ -50,6 +50,7 @@ def _make_view(
 def _operations(images: Sequence[Tensor], spec: ViewSpec, params: ViewParams) -> Tensor:
     """All operations in order: n images uint8 [H, W, 3] to float32 [n, 3, S, S]."""
     pixels = crop_resize.apply(images, params.crop, params.flip, spec.size, spec.interpolation)  # uint8 [n, 3, S, S]
+    pixels = orient.apply(pixels, params, spec)
     view = normalize.to_float(pixels)  # float32 [n, 3, S, S]
     view = cutout.apply(view, params.cutout)
     view = jitter.apply(view, params.jitter_on, params.jitter, params.jitter_order)

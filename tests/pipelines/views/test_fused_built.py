@@ -30,6 +30,8 @@ TYPES = {
     "jobs": "*i64",
     "source": "*fp32",
     "target": "*fp32",
+    "rotations": "*fp32",
+    "level": "*u8",
 }
 CASES = [
     *((name, capability, "bf16") for name in LAUNCHES for capability in (80, 90, 100)),

@@ -30,6 +30,18 @@ def test_resize_and_flip_alone_are_the_same_bytes() -> None:
     assert largest_difference(batch, params, specs, device="cuda") <= BYTE
 
 
+def test_flips_turns_and_rotations() -> None:
+    turned = {"vertical_flip": 0.5, "quarter_turns": 0.7}
+    specs = (
+        spec(224, rotate=180, rotate_fill=(3.5, 255, 0), **turned),
+        spec(96, rotate=(-45, 30), rotate_interpolation="nearest", rotate_fill=200, **turned),
+        spec(32, rotate_fill=None, rotate=20, **turned),
+        spec(64, **turned),
+    )
+    batch, params = decided(hard_images(), specs)
+    assert largest_difference(batch, params, specs, device="cuda") <= 2e-3
+
+
 @pytest.mark.parametrize("part", range(8))
 def test_fresh_draws(part: int) -> None:
     """200 draws of every operation in all: 25 images of other sizes in each part."""

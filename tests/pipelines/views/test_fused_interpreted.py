@@ -48,6 +48,27 @@ def test_any_image_box_order_and_sigma(
     assert largest_difference(batch, params, specs) == EXACT
 
 
+def test_flips_turns_and_rotations() -> None:
+    """Nearest and bilinear, with and without fill, multiples of 90 degrees, beside a view that is level."""
+    turned = {"vertical_flip": 0.5, "quarter_turns": 0.7, "blur": 0.3, "blur_kernel": 3}
+    specs = (
+        spec(8, rotate=180, rotate_fill=(3.5, 255, 0), **turned),
+        spec(16, rotate=(-45, 30), rotate_interpolation="nearest", rotate_fill=200, **turned),
+        spec(8, rotate=(-100, 100), rotate_fill=None, **turned),
+        spec(8, rotate=(90, 90), **turned),
+        spec(8, blur=0.0),
+    )
+    batch, params = decided(noise((12, 17), (9, 9), (1, 1)), specs, seed=3)
+    assert largest_difference(batch, params, specs) == EXACT
+
+
+def test_flips_and_turns_alone() -> None:
+    specs = (spec(8, vertical_flip=0.5, quarter_turns=1.0, blur=0.0),)
+    batch, params = decided(noise(*[(9, 9)] * 12), specs, seed=2)
+    assert len(set((params.quarter_turns + 4 * params.vertical_flip).flatten().tolist())) > 5
+    assert largest_difference(batch, params, specs) == EXACT
+
+
 def test_every_order_of_the_jitter() -> None:
     """24 images, one order each; the contrast's mean is taken at its place."""
     specs = (spec(8, blur=0.0),)

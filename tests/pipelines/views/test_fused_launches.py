@@ -26,6 +26,30 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return grids
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "weights columns rows color"),
+        ({"flip": 1.0}, "weights columns rows color"),
+        ({"vertical_flip": 1.0}, "weights columns turned_rows color"),
+        ({"quarter_turns": 1.0}, "weights columns turned_rows color"),
+        ({"rotate": (180, 180)}, "weights columns turned_rows color"),
+        ({"rotate": (20, 20)}, "weights columns turned_rows rotate color"),
+    ],
+    ids=str,
+)
+def test_only_what_is_turned_takes_other_kernels(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], expected: str
+) -> None:
+    names = {id(launch): name for name, launch in engine.LAUNCHES.items()}
+    called: list[str] = []
+    monkeypatch.setattr(engine.Launch, "__call__", lambda self, *arguments: called.append(names[id(self)]))
+    specs = (spec(32, blur=0.0, **change), spec(16, blur=0.0, flip=0.0))
+    batch, params = decided(noise(*[(40, 50)] * 12), specs)
+    engine.make_views(batch, specs, params, dtype=torch.float32)
+    assert " ".join(called) == expected
+
+
 def test_six_launches_for_all_views_of_a_batch(launched: list[tuple[int, ...]]) -> None:
     specs = paper_views(num_local=4)
     batch, params = decided(noise(*[(40, 50)] * 32), specs)

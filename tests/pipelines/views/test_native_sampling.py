@@ -111,6 +111,8 @@ ranges = st.tuples(st.floats(0.001, 1), st.floats(0.001, 1)).map(lambda pair: (m
 ratios = st.tuples(st.floats(0.05, 20), st.floats(0.05, 20)).map(lambda pair: (min(pair), max(pair)))
 chances = st.one_of(st.sampled_from([0.0, 1.0, 2.0**-32]), st.floats(0, 1))
 
+angles = st.tuples(st.floats(-360, 360), st.floats(-360, 360)).map(lambda pair: (min(pair), max(pair)))
+
 
 @st.composite
 def view_specs(draw_value: Callable[..., object]) -> ViewSpec:
@@ -119,6 +121,11 @@ def view_specs(draw_value: Callable[..., object]) -> ViewSpec:
         "area": st.one_of(st.none(), ranges),
         "ratio": ratios,
         "flip": chances,
+        "vertical_flip": chances,
+        "quarter_turns": chances,
+        "rotate": st.one_of(st.none(), st.floats(0, 360), angles, st.sampled_from([(90.0, 90.0), (-180.0, -180.0)])),
+        "rotate_interpolation": st.sampled_from(["nearest", "bilinear"]),
+        "rotate_fill": st.one_of(st.none(), st.floats(0, 255), st.just((1.0, 2.5, 255.0))),
         "jitter": st.tuples(*[st.floats(0, most) for most in (1.0, 1.0, 1.0, 0.5)]),
         "jitter_p": chances,
         "grayscale": chances,
@@ -193,6 +200,8 @@ REFUSED = {
     "jitter": ([1.0, -0.5, 1.0, 0.0], r"ViewParams.jitter\[1, 2\]"),
     "jitter_order": ([0, 1, 2, 2], r"ViewParams.jitter_order\[1, 2\]"),
     "blur_sigma": (float("nan"), r"ViewParams.blur_sigma\[1, 2\]"),
+    "quarter_turns": (4, r"ViewParams.quarter_turns\[1, 2\] is 4 but must be 0, 1, 2 or 3"),
+    "angle": (float("nan"), r"ViewParams.angle\[1, 2\] is nan but must be degrees from -360 to 360"),
 }
 
 
@@ -247,8 +256,9 @@ def test_a_new_operation_must_be_drawn_in_c_too() -> None:
     """Fails when a decision or a field of ViewSpec is added: draw it in sampling.c, or say here that none needs it."""
     assert tuple(field.name for field in dataclasses.fields(ViewParams)) == tuple(SHAPES)
     undrawn = {"name", "task", "is_target", "interpolation", "solarize_threshold"}
-    drawn = {"area", "ratio", "cutout", "cutout_ratio", "blur_sigma"} | set(draws.Spec.names or ())
-    drawn -= {"crop", "sigma", "sigma_extent"}
+    undrawn |= {"rotate_interpolation", "rotate_fill"}
+    drawn = {"area", "ratio", "cutout", "cutout_ratio", "blur_sigma", "rotate"} | set(draws.Spec.names or ())
+    drawn -= {"crop", "sigma", "sigma_extent", "angle", "angle_extent"}
     assert {field.name for field in dataclasses.fields(ViewSpec)} == drawn | undrawn
     assert len(COLUMNS) == int(jobs._SOURCE.read_text().partition("COLUMNS = ")[2].partition(",")[0])
 

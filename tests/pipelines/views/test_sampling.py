@@ -71,6 +71,9 @@ def test_changing_one_operation_leaves_the_draws_of_the_others() -> None:
         "cutout": {"cutout": (0.1, 0.9)},
         "crop": {"area": (0.01, 0.02)},
         "jitter": {"jitter": (0.1, 0.1, 0.1, 0.0)},
+        "vertical_flip": {"vertical_flip": 0.5},
+        "quarter_turns": {"quarter_turns": 1.0},
+        "angle": {"rotate": 20.0},
     }
     for changed, values in changes.items():
         specs = [dataclasses.replace(spec, **values) for spec in SPECS]
@@ -110,6 +113,32 @@ def test_pinned_draws() -> None:
     assert params.flip.tolist() == PINNED["flip"]
     assert torch.equal(params.blur_sigma, torch.tensor(PINNED["blur_sigma"]))
     assert torch.equal(params.jitter, torch.tensor(PINNED["jitter"]))
+
+
+VERTICAL = [True, True, True, False, True, False]
+QUARTERS = [0, 1, 0, 1, 1, 3]
+ANGLES = [-2.576875925064087, 44.51426696777344, 59.107337951660156, 53.95703125, -5.6603007316589355, 31.5411319732666]
+
+
+def test_pinned_orientations() -> None:
+    """As the numbers above: they may never change."""
+    specs = [dataclasses.replace(SPECS[4], vertical_flip=0.5, quarter_turns=0.8, rotate=(-30, 60))]
+    params = draw(specs, torch.full((6, 2), 64), seed=42, epoch=7, index=[*range(5), 2**33 + 1])
+    assert params.vertical_flip.tolist() == [VERTICAL]
+    assert params.quarter_turns.tolist() == [QUARTERS]
+    assert torch.equal(params.angle, torch.tensor([ANGLES]))
+
+
+def test_orientations_are_uniform() -> None:
+    specs = [dataclasses.replace(SPECS[4], vertical_flip=0.3, quarter_turns=0.8, rotate=(-30, 60))]
+    params = draw(specs, torch.full((20_000, 2), 64), seed=1, epoch=0, index=range(20_000))
+    assert abs(params.vertical_flip.double().mean() - 0.3) < 0.02
+    shares = params.quarter_turns.flatten().bincount(minlength=4) / 20_000
+    assert (shares - torch.tensor([0.4, 0.2, 0.2, 0.2])).abs().max() < 0.02
+    assert (params.angle.min() < -29.9) & (params.angle.max() > 59.9)
+    assert abs(params.angle.mean() - 15.0) < 1.0
+    together = torch.stack((params.vertical_flip[0] * 1.0, params.quarter_turns[0] * 1.0, params.angle[0]))
+    assert (together.corrcoef() - torch.eye(3)).abs().max() < 0.03
 
 
 _range = st.tuples(st.floats(1e-4, 1.0), st.floats(1e-4, 1.0)).map(lambda pair: (min(pair), max(pair)))

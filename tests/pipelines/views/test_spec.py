@@ -53,11 +53,38 @@ def test_paper_views_are_the_papers_table() -> None:
         ({"size": 8, "blur_kernel": 23}, "blur_kernel is 23 but must be odd and at most 15"),
         ({"area": 0.5}, "area is 0.5 but must be two"),
         ({"ratio": (0.5, 1.0, 2.0)}, "ratio is"),
+        ({"vertical_flip": 1.5}, "vertical_flip is 1.5 but must be between 0 and 1"),
+        ({"quarter_turns": -0.1}, "quarter_turns is -0.1 but must be between 0 and 1"),
+        ({"quarter_turns": "twice"}, "quarter_turns is 'twice' but must be a number"),
+        ({"rotate": 361}, "rotate is 361 but must be degrees from 0 to 360, a range"),
+        ({"rotate": -5}, "rotate is -5 but must be"),
+        ({"rotate": (20, 10)}, r"rotate is \(20, 10\) but must be"),
+        ({"rotate": (-400, 0)}, r"rotate is \(-400, 0\) but must be"),
+        ({"rotate": (1, 2, 3)}, r"rotate is \(1, 2, 3\) but must be"),
+        ({"rotate": float("nan")}, "rotate is nan but must be"),
+        ({"rotate": "45"}, "rotate is '45' but must be"),
+        ({"rotate": True}, "rotate is True but must be"),
+        ({"rotate_interpolation": "bicubic"}, "rotate_interpolation is 'bicubic' but must be nearest or bilinear"),
+        ({"rotate_fill": 256}, "rotate_fill is 256 but must be a number from 0 to 255, three of them"),
+        ({"rotate_fill": (0, 0)}, r"rotate_fill is \(0, 0\) but must be"),
+        ({"rotate_fill": (0, 0, -1)}, r"rotate_fill is \(0, 0, -1\) but must be"),
+        ({"rotate_fill": "white"}, "rotate_fill is 'white' but must be"),
     ],
 )
 def test_bad_values_are_named(values: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         ViewSpec(**{"name": "a", "task": "t", **values})
+
+
+def test_a_rotation_by_one_number_or_a_range() -> None:
+    ranges = {None: (0, 0), 0: (0, 0), 15: (-15, 15), (-30, 180): (-30, 180)}
+    for rotate, degrees in ranges.items():
+        assert ViewSpec(name="a", task="t", rotate=rotate).degrees == degrees
+    listed = ViewSpec(name="a", task="t", rotate=[-1, 2], rotate_fill=[1, 2, 3])  # type: ignore[arg-type]  # as in JSON
+    assert (listed.rotate, listed.fill_colour) == ((-1, 2), (1, 2, 3))
+    assert hash(listed) != hash(ViewSpec(name="a", task="t"))
+    assert ViewSpec(name="a", task="t", rotate_fill=7).fill_colour == (7, 7, 7)
+    assert ViewSpec(name="a", task="t", rotate_fill=None).fill_colour is None
 
 
 def test_sets_of_views_that_cannot_be_trained_on() -> None:
