@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mvssl import recipes
     from mvssl.config.options import RunOptions
     from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
+    from mvssl.evaluate.frozen import FrozenBackbone, load_backbone
     from mvssl.recipes.files import load_recipe
     from mvssl.training.callbacks import CallbackFailed, StopTraining, TrainState
     from mvssl.training.monitor import Diverged
@@ -26,6 +27,7 @@ __all__ = [
     "CallbackFailed",
     "Diverged",
     "Evaluation",
+    "FrozenBackbone",
     "Head",
     "InputError",
     "Interrupted",
@@ -35,6 +37,7 @@ __all__ = [
     "StopTraining",
     "TrainResult",
     "TrainState",
+    "load_backbone",
     "load_recipe",
     "recipes",
     "train",
@@ -42,6 +45,7 @@ __all__ = [
 
 _MODULES = {
     **dict.fromkeys(("Backbone", "Evaluation", "Head", "Optimizer", "Recipe"), "mvssl.config.recipe"),
+    **dict.fromkeys(("FrozenBackbone", "load_backbone"), "mvssl.evaluate.frozen"),
     "Diverged": "mvssl.training.monitor",
     "InputError": "pipelines.runtime",
     "Interrupted": "mvssl.training.shutdown",

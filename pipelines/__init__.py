@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipelines.batch import DecodedBatch, ViewBatch
+    from pipelines.loader import Loader
+    from pipelines.order import Order, Ranks
     from pipelines.runtime import InputError
+    from pipelines.storage.given import source_of
     from pipelines.views.engine import ViewEngine
     from pipelines.views.presets import (
         asymmetric,
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = [
     "DecodedBatch",
     "InputError",
+    "Loader",
+    "Order",
+    "Ranks",
     "ViewBatch",
     "ViewEngine",
     "ViewSpec",
@@ -37,15 +43,20 @@ __all__ = [
     "no_crop_views",
     "paper_views",
     "simsiam_views",
+    "source_of",
 ]
 
 _MODULES = {
     "DecodedBatch": "pipelines.batch",
     "InputError": "pipelines.runtime",
+    "Loader": "pipelines.loader",
+    "Order": "pipelines.order",
+    "Ranks": "pipelines.order",
     "ViewBatch": "pipelines.batch",
     "ViewEngine": "pipelines.views.engine",
     "ViewSpec": "pipelines.views.spec",
     "draw": "pipelines.views.sampling",
+    "source_of": "pipelines.storage.given",
 }
 """Where the public names come from; all others are presets."""
 

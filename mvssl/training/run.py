@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -22,6 +23,7 @@ from mvssl.config.device import resolve_device
 from mvssl.config.options import RunOptions, parse_time
 from mvssl.config.recipe import Recipe
 from mvssl.distributed import join_world
+from mvssl.evaluate.frozen import FrozenBackbone, load_backbone
 from mvssl.monitor.pictures import write_view_sheet
 from mvssl.monitor.report import write_report
 from mvssl.optim.schedule import learning_rate
@@ -80,6 +82,17 @@ class TrainResult:
             name: (np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], dtype=np.float64))
             for name, pairs in points.items()
         }
+
+    def backbone(
+        self, *, network: Literal["online", "target"] | None = None, device: str | torch.device = "cpu"
+    ) -> FrozenBackbone:
+        """The trained backbone of the last checkpoint, frozen and in eval mode, with its `transform`.
+
+        Args:
+            network: "online" (the default, as mvssl-export writes it) or "target".
+            device: where it is; auto takes CUDA if available.
+        """
+        return load_backbone(self.out, network=network, device=device)
 
 
 def train(
