@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mvssl.config.device import resolve_device
+from mvssl.config.evaluation import BackboneSource, Network
 from mvssl.config.recipe import Evaluation
 from mvssl.evaluate.features import Features, extract_features
 from mvssl.evaluate.session import Session
 from mvssl.models.backbones import feature_width
-from mvssl.weights.load import BackboneSource, LoadedBackbone, Network
+from mvssl.weights.load import LoadedBackbone
 from mvssl.weights.load import load_backbone as load_source
 from mvssl.weights.timm_folder import WEIGHTS
 from pipelines.batch import DecodedBatch
@@ -179,6 +180,9 @@ def load_backbone(
         )
     if network not in (None, *get_args(Network)):
         raise invalid("network", network, "online or target", "choose one of these")
+    for name, pixels in (("resize", resize), ("crop", crop)):
+        if pixels is not None and pixels < 1:
+            raise invalid(name, pixels, "1 pixel or more", "leave it out for the run's own")
     is_run = where.is_dir() and not (where / WEIGHTS).is_file()
     source = BackboneSource(
         run=where if is_run else None,

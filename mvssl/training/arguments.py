@@ -9,9 +9,10 @@ import reprlib
 import typing
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,12 +22,63 @@ from mvssl.config.serialize import build, flatten
 from mvssl.recipes import DEFAULT, all_recipes
 from mvssl.recipes.files import Fit, override, resolve_recipe
 from mvssl.training.fit_recipe import fit_recipe
-from mvssl.training.run_data import NOTHING_GIVEN, GivenData
 from pipelines.files import given_path
 from pipelines.runtime import InputError
 
+if TYPE_CHECKING:
+    from pipelines.storage.source import Source
+
 _PARTS = {"backbone": Backbone, "optimizer": Optimizer, "evaluation": Evaluation, "projector": Head, "predictor": Head}
 _EXAMPLE = 'mvssl.train("demo", data="photos", out="runs/first")'
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenData:
+    """Data that the user gave in Python and not by a path; see `source_of` for what they may be.
+
+    Attributes:
+        train: the training images; None for those of `RunOptions.data`.
+        val: the validation images; None for those of `RunOptions.val`, or of the data.
+    """
+
+    train: object = None
+    val: object = None
+
+    @cached_property
+    def source(self) -> Source:
+        """The training images, opened once."""
+        from pipelines.storage.given import source_of
+
+        return source_of(self.train)
+
+    @property
+    def images(self) -> object:
+        """The training images, as they were given or opened already."""
+        return self.__dict__.get("source", self.train)
+
+
+NOTHING_GIVEN = GivenData()
+
+
+def given_data(data: object, val: object) -> tuple[GivenData, dict[str, object]]:
+    """What the user gave in Python, and `RunOptions.data` and `val` where they are paths or missing.
+
+    Raises:
+        InputError: data has no form that images may have; it is not read yet.
+    """
+    from pipelines.storage.given import check_form, splits_of
+
+    places: dict[str, object] = {}
+    data, found = splits_of(data)
+    objects = {"data": data, "val": found if val is None else splits_of(val, field="val", of="val")[0]}
+    for name, value in list(objects.items()):
+        if value is None or isinstance(value, (str, os.PathLike)):
+            places[name] = objects.pop(name)
+        else:
+            check_form(value, name)
+    if places.get("val", "") is None:
+        del places["val"]
+    return GivenData(train=objects.get("data"), val=objects.get("val")), places
 
 
 def recipe_and_options(

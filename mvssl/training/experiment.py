@@ -21,12 +21,11 @@ from mvssl.runs import checkpoint
 from mvssl.runs.changes import Computed
 from mvssl.runs.data_record import DataRecord
 from mvssl.runs.folder import RunFolder
+from mvssl.training.arguments import NOTHING_GIVEN, GivenData
 from mvssl.training.compile import keep_compiled_code
 from mvssl.training.cuda_graph import wants_capture
 from mvssl.training.memory import peak_step_memory
 from mvssl.training.run_data import (
-    NOTHING_GIVEN,
-    GivenData,
     check_same_images,
     check_same_range,
     data_paths,

@@ -33,13 +33,12 @@ from mvssl.runs.data_record import DataRecord
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import read_metrics, values_of
 from mvssl.runs.run_log import run_log
-from mvssl.training.arguments import recipe_and_options
+from mvssl.training.arguments import NOTHING_GIVEN, GivenData, given_data, recipe_and_options
 from mvssl.training.callbacks import Hook, hooks_of
 from mvssl.training.experiment import Experiment, Position, open_experiment
 from mvssl.training.loop import Loop
 from mvssl.training.memory import explain_out_of_memory
 from mvssl.training.monitor import Diverged, Monitor
-from mvssl.training.run_data import NOTHING_GIVEN, GivenData, given_data
 from mvssl.training.shutdown import Interrupted, StopRequest
 from mvssl.weights.init_from import init_from
 from pipelines.names import NAME, visible

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from rich.console import Console
@@ -18,55 +15,10 @@ from pipelines.progress import Progress
 from pipelines.runtime import InputError
 from pipelines.storage import open_source, split_paths
 from pipelines.storage.folder import forget_changed_index
-from pipelines.storage.given import check_form, source_of, splits_of
+from pipelines.storage.given import source_of
 from pipelines.storage.image_facts import facts_of
 from pipelines.storage.source import Source
 from pipelines.value_range import FULL, ValueRange, parse_value_range
-
-
-@dataclass(frozen=True, kw_only=True)
-class GivenData:
-    """Data that the user gave in Python and not by a path; see `source_of` for what they may be.
-
-    Attributes:
-        train: the training images; None for those of `RunOptions.data`.
-        val: the validation images; None for those of `RunOptions.val`, or of the data.
-    """
-
-    train: object = None
-    val: object = None
-
-    @cached_property
-    def source(self) -> Source:
-        """The training images, opened once."""
-        return source_of(self.train)
-
-    @property
-    def images(self) -> object:
-        """The training images, as they were given or opened already."""
-        return self.__dict__.get("source", self.train)
-
-
-NOTHING_GIVEN = GivenData()
-
-
-def given_data(data: object, val: object) -> tuple[GivenData, dict[str, object]]:
-    """What the user gave in Python, and `RunOptions.data` and `val` where they are paths or missing.
-
-    Raises:
-        InputError: data has no form that images may have; it is not read yet.
-    """
-    places: dict[str, object] = {}
-    data, found = splits_of(data)
-    objects = {"data": data, "val": found if val is None else splits_of(val, field="val", of="val")[0]}
-    for name, value in list(objects.items()):
-        if value is None or isinstance(value, (str, os.PathLike)):
-            places[name] = objects.pop(name)
-        else:
-            check_form(value, name)
-    if places.get("val", "") is None:
-        del places["val"]
-    return GivenData(train=objects.get("data"), val=objects.get("val")), places
 
 
 def data_paths(data: Path, val: Path | None, world: World) -> tuple[Path, Path | None]:
