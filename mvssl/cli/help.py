@@ -110,8 +110,9 @@ COMMON: dict[str, tuple[CommonOption, ...]] = {
     ),
     "machine and logging": (
         CommonOption("options.device", "auto takes CUDA if available"),
+        CommonOption("options.checkpointing", "compute activations again in the backward, for less memory"),
         CommonOption("options.decoder", "auto takes DALI if it is installed"),
-        CommonOption("options.log", "loggers besides metrics.jsonl: any of tensorboard csv wandb, or none"),
+        CommonOption("options.log", "loggers besides metrics.jsonl: any of tensorboard csv wandb mlflow, or none"),
     ),
 }
 """The options of the short help, by purpose."""

@@ -35,7 +35,8 @@ USAGE = """usage: mvssl-train [RECIPE] --data PATH --out RUN [overrides]
 
   mvssl-train --list             the recipes
   mvssl-train doctor             checks GPU, decoders, compiler and disk, with fixes
-  mvssl-train report RUN         one page about a run
+  mvssl-train runs FOLDER        the runs below a folder: epochs, loss, kNN, speed, state
+  mvssl-train report RUN [RUN]   one page about a run, or about several side by side
   mvssl-train RECIPE --help      the common options, with their values in this recipe
   mvssl-train RECIPE --help-all  every field that can be overridden
 
@@ -273,33 +274,52 @@ def _largest_batch(parsed: TrainArguments) -> tuple[Recipe, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportArguments:
-    """Write one self-contained HTML page about a run, finished or not.
+    """Write one self-contained HTML page about a run, finished or not, or one that compares several.
 
     Attributes:
-        run: the run folder.
-        out: the page; by default RUN/report.html, which is overwritten.
+        runs: the run folder; or several, or a folder with runs in it, or patterns such as 'runs/byol*'.
+        out: the page; by default RUN/report.html of a single run, and compare.html here of several. It is overwritten.
     """
 
-    run: tyro.conf.Positional[Path]
+    runs: tyro.conf.Positional[tuple[Path, ...]]
     out: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise InputError("runs is missing: give a run folder, several, or a folder with runs in it.")
 
 
 def report(arguments: Sequence[str], console: Console) -> int:
     """Run the command; returns the exit code."""
     asked = parse_arguments(ReportArguments, prog="mvssl-train report", args=arguments)
+    from mvssl.monitor.comparison import write_comparison
     from mvssl.monitor.report import write_report
     from mvssl.runs.folder import RunFolder
+    from mvssl.runs.listing import named_runs
 
-    folder = RunFolder(asked.run)
-    out = asked.out or folder.report
     if asked.out is not None and asked.out.suffix != ".html":
         raise InputError(f"out is {str(asked.out)!r} but must end in .html: rename it.")
-    write_report(out, folder)
+    paths, left_out = named_runs(asked.runs)
+    print_notes([f"note: {path} is left out: {reason}" for path, reason in left_out.items()])
+    folders = [RunFolder(path) for path in paths]
+    if len(folders) == 1:
+        out = asked.out or folders[0].report
+        write_report(out, folders[0])
+    else:
+        out = asked.out or Path("compare.html")
+        write_comparison(out, folders)
     say(console, f"Report: {out}")
     return 0
 
 
-SUBCOMMANDS: dict[str, Callable[[Sequence[str], Console], int]] = {"doctor": doctor, "report": report}
+def runs(arguments: Sequence[str], console: Console) -> int:
+    """Run the command; returns the exit code."""
+    from mvssl.cli.runs import runs as list_runs
+
+    return list_runs(arguments, console)
+
+
+SUBCOMMANDS: dict[str, Callable[[Sequence[str], Console], int]] = {"doctor": doctor, "report": report, "runs": runs}
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from pipelines.loading import Cache
 from pipelines.runtime import InputError, invalid
 from pipelines.value_range import parse_value_range
 
-LogTarget = Literal["tensorboard", "csv", "wandb", "none"]
+LogTarget = Literal["tensorboard", "csv", "wandb", "mlflow", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +28,15 @@ class Execution:
         channels_last: memory format of convolutional networks.
         cuda_graph: record a step once and replay it with a single launch; auto: on CUDA, in a run of one process. Its
             memory (the activations of a step) stays reserved.
+        checkpointing: keep only the inputs of the backbone's blocks; the backward computes their activations again:
+            less memory, for large ViTs and batches, and about a third more time.
     """
 
     step_mode: Literal["joint", "per-view"] = "joint"
     compile: Literal["auto", "on", "off"] = "auto"
     channels_last: bool = True
     cuda_graph: Literal["auto", "on", "off"] = "auto"
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -60,10 +63,10 @@ class RunOptions(Execution):
         prefetch: finished batches that wait for the step.
         log: one or more loggers, separated by spaces, besides metrics.jsonl and throughput.jsonl, which are always
             written: tensorboard (if installed), csv (tables in csv/), wandb (Weights & Biases; without an account into
-            wandb/, for wandb sync); none alone turns them off.
-        run_name: name of the run in wandb; by default that of `out`.
-        notes: a remark, saved in config.json and wandb.
-        tags: words, saved in config.json and wandb.
+            wandb/, for wandb sync), mlflow (to MLFLOW_TRACKING_URI, else into mlruns/); none alone turns them off.
+        run_name: name of the run in wandb and mlflow; by default that of `out`.
+        notes: a remark, saved in config.json, wandb and mlflow.
+        tags: words, saved in config.json, wandb and mlflow.
         log_every: steps between two log points, the only host syncs.
         save_every_epochs: epochs between two checkpoints; 0 saves only at the end of the run and on a signal.
         save_every_steps: steps between two checkpoints, in addition to those by epoch.
@@ -106,9 +109,13 @@ class RunOptions(Execution):
         super().__post_init__()
         unknown = [name for name in self.log if name not in get_args(LogTarget)]
         if unknown or not self.log or ("none" in self.log and len(self.log) > 1):
-            raise invalid("RunOptions.log", self.log, "`none`, or any of tensorboard, csv, wandb", "choose from these")
+            raise invalid(
+                "RunOptions.log", self.log, "`none`, or any of tensorboard, csv, wandb, mlflow", "choose from these"
+            )
         if "wandb" in self.log and importlib.util.find_spec("wandb") is None:
             raise InputError("log names wandb, which is not installed: pip install wandb, or leave it out.")
+        if "mlflow" in self.log and importlib.util.find_spec("mlflow") is None:
+            raise InputError("log names mlflow, which is not installed: pip install 'mvssl[log]', or leave it out.")
         if self.time is not None:
             parse_time(self.time)
         if self.value_range is not None:

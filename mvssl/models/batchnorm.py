@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from mvssl.models.fused import batchnorm as batchnorm_function
 from mvssl.models.fused.batchnorm import batch_norm_kernels, batch_norm_training
@@ -51,6 +51,14 @@ class ForwardViews:
     def reset(self) -> None:
         """Return to single views."""
         self.positions, self.total, self.first = (0,), 1, True
+
+    def state(self) -> tuple[tuple[int, ...], int, bool]:
+        """What `set_state` takes."""
+        return self.positions, self.total, self.first
+
+    def set_state(self, state: tuple[tuple[int, ...], int, bool]) -> None:
+        """Return to the views of another forward."""
+        self.positions, self.total, self.first = state
 
 
 class ViewBatchNorm(_BatchNorm):
@@ -165,7 +173,7 @@ class ViewBatchNorm(_BatchNorm):
             for position, value in zip(self.current.positions, batch.unbind(), strict=True):
                 running.add_(value, alpha=momentum * (1 - momentum) ** (self.current.total - 1 - position))
         if self.num_batches_tracked is not None:
-            self.num_batches_tracked += len(self.current.positions)
+            self.num_batches_tracked.add_(len(self.current.positions))  # no new attribute, which compiled code refuses
 
 
 def _view_by_view(
@@ -310,6 +318,13 @@ class SyncBatchNorm(TorchFunctionMode):
     def __init__(self, ranks: int) -> None:
         super().__init__()
         self._ranks = ranks
+
+    @staticmethod
+    def active() -> SyncBatchNorm | None:
+        """A context like the one that surrounds the caller; None outside of any."""
+        stack = _get_current_function_mode_stack()
+        found = next((mode for mode in stack if isinstance(mode, SyncBatchNorm)), None)
+        return None if found is None else SyncBatchNorm(found._ranks)
 
     def __torch_function__(
         self,

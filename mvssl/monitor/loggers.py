@@ -1,4 +1,4 @@
-"""Loggers that take the metrics of each log point: TensorBoard, CSV tables, Weights & Biases.
+"""Loggers that take the metrics of each log point: TensorBoard, CSV tables, Weights & Biases, MLflow.
 
 A new logger is a class like these and an entry in LOGGERS; `RunOptions.log` lists the names.
 """
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from mvssl.config.options import RunOptions
 from mvssl.config.serialize import to_dict
+from mvssl.monitor.mlflow_logger import MlflowLogger
 from mvssl.runs.folder import RunFolder
 from pipelines.files import LARGEST_JSON, read_regular
 from pipelines.names import csv_text, shell_word, utf8, visible
@@ -172,13 +173,14 @@ LOGGERS: Mapping[str, Callable[[RunFolder, RunOptions, int], MetricLogger]] = {
     "tensorboard": TensorBoardLogger,
     "csv": CsvLogger,
     "wandb": WandbLogger,
+    "mlflow": MlflowLogger,
 }
 
 
 class MetricLoggers:
     """The loggers that `RunOptions.log` names, as one; one that fails is switched off with a warning.
 
-    TensorBoard, which is on by default, is left out if it is not installed; `RunOptions` checks for wandb.
+    TensorBoard, which is on by default, is left out if it is not installed; `RunOptions` checks for wandb and mlflow.
     """
 
     def __init__(self, folder: RunFolder, options: RunOptions, *, first_step: int) -> None:

@@ -10,9 +10,10 @@ import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # lists of runs need no torch, which takes a second
+    import torch
 
 PACKAGES = (
     "mvssl",
@@ -29,6 +30,8 @@ PACKAGES = (
 
 def environment() -> dict[str, Any]:
     """Versions, machine and command line as plain JSON values."""
+    import torch
+
     versions: dict[str, str] = {}
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -59,6 +62,8 @@ def processor() -> str | None:
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory in GiB: of the CUDA device's allocator, or of this process on the CPU."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere

@@ -40,6 +40,8 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.csv = path / "csv"
         self.wandb = path / "wandb"
+        self.mlruns = path / "mlruns"
+        self.mlflow = path / "mlflow.json"
         self.report = path / "report.html"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
@@ -235,7 +237,7 @@ class RunFolder:
 
     def _delete(self) -> None:
         """Delete what a run writes, and nothing else in the folder."""
-        folders = (self.tensorboard, self.csv, self.wandb, self.checkpoints, self.evaluations)
+        folders = (self.tensorboard, self.csv, self.wandb, self.mlruns, self.checkpoints, self.evaluations)
         for path in folders:
             if path.is_symlink():
                 path.unlink()  # and what it leads to stays

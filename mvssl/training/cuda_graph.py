@@ -34,18 +34,32 @@ _EMPTY = r".*CUDA Graph is empty"
 _ECHO = "previous error during capture"
 
 
-def wants_capture(asked: Literal["auto", "on", "off"], device: torch.device, *, ranks: int) -> bool:
+def wants_capture(
+    asked: Literal["auto", "on", "off"], device: torch.device, *, ranks: int, restores_random: bool = False
+) -> bool:
     """Whether to record steps; auto records on CUDA in runs of one process.
 
+    Args:
+        asked: the option.
+        device: of the step.
+        ranks: of the run.
+        restores_random: whether the backward restores random generators, which a recording cannot hold.
+
     Raises:
-        InputError: a graph is requested without a CUDA device.
+        InputError: a graph is requested without a CUDA device, or where it cannot be recorded.
     """
     if asked == "on" and device.type != "cuda":
         raise InputError(
             f"cuda_graph is 'on' but must be auto or off on a {device.type} device, which has no CUDA graphs: set it "
             "to auto, or train on a GPU."
         )
-    return device.type == "cuda" and (asked == "on" or (asked == "auto" and ranks == 1))
+    if asked == "on" and restores_random:
+        raise InputError(
+            "cuda_graph is 'on' but must be auto or off with checkpointing and stochastic depth or dropout, whose "
+            "random numbers are restored from the host: leave --cuda-graph out, or leave --checkpointing out.",
+            field="RunOptions.cuda_graph",
+        )
+    return device.type == "cuda" and (asked == "on" or (asked == "auto" and ranks == 1 and not restores_random))
 
 
 @contextmanager

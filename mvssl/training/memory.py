@@ -12,6 +12,8 @@ import torch
 from mvssl.config.options import Execution
 from mvssl.config.recipe import Recipe
 from mvssl.methods import get_method
+from mvssl.models.backbones import build_backbone
+from mvssl.models.checkpointing import find_blocks
 from mvssl.training.cuda_graph import wants_capture
 from mvssl.training.step import TrainStep, needs_target_network
 from pipelines.runtime import InputError
@@ -54,6 +56,8 @@ def explain_out_of_memory(
 def remedies(recipe: Recipe, execution: Execution, *, ranks: int) -> list[str]:
     """Options that take less memory than these and that a resumed run may have, each with what it does."""
     words = []
+    if not execution.checkpointing and recomputes(recipe):
+        words.append("--checkpointing, which computes activations again in the backward")
     if execution.step_mode == "joint" and sum(view.task is not None for view in recipe.views) > 1:
         words.append("--step-mode per-view, which processes one view at a time")
     method = get_method(recipe.method)
@@ -64,6 +68,12 @@ def remedies(recipe: Recipe, execution: Execution, *, ranks: int) -> list[str]:
     if execution.cuda_graph != "off":
         words.append("--cuda-graph off, which frees memory between steps")
     return words
+
+
+def recomputes(recipe: Recipe) -> bool:
+    """Whether the backbone has blocks whose activations `Execution.checkpointing` can compute again."""
+    with torch.random.fork_rng(devices=[]):
+        return bool(find_blocks(build_backbone(recipe.backbone)))
 
 
 def peak_step_memory(recipe: Recipe, execution: Execution, device: torch.device, *, images: int) -> int | None:
@@ -158,8 +168,8 @@ def largest_batch(fits: Callable[[int], bool], *, most: int = _LARGEST) -> int:
         size *= 2
     if good == 0:
         raise InputError(
-            f"batch_size is 'auto' but not even {MULTIPLE} images fit into the GPU's memory: take --step-mode "
-            "per-view, smaller views or a smaller backbone, or give a smaller number."
+            f"batch_size is 'auto' but not even {MULTIPLE} images fit into the GPU's memory: take "
+            "--checkpointing, --step-mode per-view, smaller views or a smaller backbone, or give a smaller number."
         )
     bad = most // MULTIPLE * MULTIPLE + MULTIPLE if bad is None else bad
     while bad - good > MULTIPLE:

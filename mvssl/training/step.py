@@ -22,6 +22,7 @@ from mvssl.distributed import World
 from mvssl.methods import Method, get_method
 from mvssl.models.backbones import is_convolutional, to_memory_format
 from mvssl.models.batchnorm import SyncBatchNorm
+from mvssl.models.checkpointing import checkpoint_blocks
 from mvssl.models.encoder import OnlineNetwork, TargetUpdate, build_networks
 from mvssl.models.view_batching import (
     BatchingPlan,
@@ -113,7 +114,6 @@ class TrainStep:
         self._world = world or World()
         self._method = get_method(recipe.method)
         _check_batch(recipe, self._world)
-        wants_graph = wants_capture(execution.cuda_graph, self.device, ranks=self._world.size)
 
         # Networks.
         online, target = build_networks(recipe)
@@ -132,6 +132,14 @@ class TrainStep:
             )
         self._ema = None if self.target is None else TargetUpdate(self.target, self.online)
         self._has_dropout = _has_dropout(self.online)
+        if execution.checkpointing:
+            checkpoint_blocks(self.online.backbone, recipe.backbone.name, random=_has_dropout(self.online.backbone))
+        wants_graph = wants_capture(
+            execution.cuda_graph,
+            self.device,
+            ranks=self._world.size,
+            restores_random=execution.checkpointing and _has_dropout(self.online.backbone),
+        )
 
         # Optimiser.
         self._parameters = [parameter for parameter in self.online.parameters() if parameter.requires_grad]
@@ -406,6 +414,8 @@ class TrainStep:
             how.append("one backward per view")
         else:
             how.append("views of one size batched" if self.view_by_view is None else "sequential views")
+        if self.execution.checkpointing:
+            how.append("activations recomputed block by block")
         if self.device.type == "cuda":
             how.append("one CUDA graph" if self.captured else "launched kernel by kernel")
         return ", ".join(how)

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[ModuleType, list[str]]] = {
     "mvssl-train RECIPE": (train_cli, ["byol_resnet50_200ep"]),
     "mvssl-train doctor": (train_cli, ["doctor"]),
     "mvssl-train report": (train_cli, ["report"]),
+    "mvssl-train runs": (train_cli, ["runs"]),
     "mvssl-eval knn": (eval_cli, ["knn"]),
     "mvssl-eval linear": (eval_cli, ["linear"]),
     "mvssl-eval finetune": (eval_cli, ["finetune"]),
@@ -85,6 +86,7 @@ WITH: dict[str, list[str]] = {  # what else a command needs
     "mvssl-export": ["--run", "r", "--out", "o"],
     "mvssl-convert": ["s", "d"],
     "mvssl-train report": ["r"],
+    "mvssl-train runs": ["r"],
 }
 PATHS = [line.partition(": ") for line in LIST.read_text().splitlines() if line.endswith(("PATH", "FILE"))]
 
@@ -102,7 +104,10 @@ def test_no_command_takes_an_empty_path_for_the_current_folder(
     assert capsys.readouterr().err.startswith(f"error: {option} is '' but must be a path: check that the variable")
 
 
-@pytest.mark.parametrize("command", ["mvssl-convert", "mvssl-features", "mvssl-train report", "mvssl-eval compare"])
+@pytest.mark.parametrize(
+    "command",
+    ["mvssl-convert", "mvssl-features", "mvssl-train report", "mvssl-train runs", "mvssl-eval compare"],
+)
 def test_nor_an_empty_position(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
