@@ -88,7 +88,7 @@ def test_training_commands_parse(page: str, line: str, tmp_path: Path, monkeypat
         Path(name).write_text(*blocks(owner, "toml"))
     words = shlex.split(line, comments=True)  # perhaps behind torchrun, perhaps before a pipe
     arguments = words[words.index("mvssl-train") + 1 :]
-    if arguments[0] in ("doctor", "--list", "report"):
+    if arguments[0] in ("doctor", "--list", "report", "runs"):
         return
     end = next((place for place, word in enumerate(arguments) if word in ("|", ">")), len(arguments))
     if arguments[0].startswith("-"):  # no recipe: one is fitted to the images

@@ -322,7 +322,8 @@ class SyncBatchNorm(TorchFunctionMode):
     @staticmethod
     def active() -> SyncBatchNorm | None:
         """A context like the one that surrounds the caller; None outside of any."""
-        stack = _get_current_function_mode_stack()
+        stack_of: Any = _get_current_function_mode_stack  # untyped
+        stack = stack_of()
         found = next((mode for mode in stack if isinstance(mode, SyncBatchNorm)), None)
         return None if found is None else SyncBatchNorm(found._ranks)
 

@@ -41,7 +41,8 @@ def checkpoint_blocks(backbone: nn.Module, name: str, *, random: bool) -> int:
             field="RunOptions.checkpointing",
         )
     for block in blocks:
-        block.__class__ = _checkpointed(type(block))
+        kind: Any = type(block)
+        block.__class__ = _checkpointed(kind)
         block.keeps_random = random  # type: ignore[assignment]  # a plain value, not part of the state
     return len(blocks)
 
@@ -57,7 +58,8 @@ def find_blocks(backbone: nn.Module) -> list[nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in backbone.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        named = not inside and any(pattern.fullmatch(name) for pattern in patterns)
+        runs = type(module).forward is not nn.Module.forward  # a ModuleList only holds others
+        named = runs and not inside and any(pattern.fullmatch(name) for pattern in patterns)
         if named and next(module.parameters(), None) is not None:
             found[name] = module
     return list(found.values())
@@ -95,7 +97,7 @@ class Checkpointed(nn.Module):
 
 
 @cache
-def _checkpointed(kind: type[nn.Module]) -> Any:
+def _checkpointed(kind: Any) -> Any:
     """The class of a block, with `Checkpointed` in front."""
     return kind if issubclass(kind, Checkpointed) else type(f"Checkpointed{kind.__name__}", (Checkpointed, kind), {})
 
