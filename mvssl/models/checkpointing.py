@@ -86,14 +86,19 @@ class Checkpointed(nn.Module):
         if torch.compiler.is_compiling():
             # The compiler marks operations to repeat; it repeats no updates of buffers.
             return checkpoint(super().forward, *arguments, use_reentrant=False)
-        again = _Again(self)
+        again, forward = _Again(self), super().forward
         return checkpoint(
-            super().forward,
-            *arguments,
+            lambda *given: forward(*map(_own, given)),
+            *map(_own, arguments),
             use_reentrant=False,
             preserve_rng_state=self.keeps_random,
             context_fn=again.contexts,
         )
+
+
+def _own(argument: Any) -> Any:
+    """The argument; a copy of a list, which some blocks and networks change (DenseNet, HRNet)."""
+    return list(argument) if isinstance(argument, list) else argument
 
 
 @cache
