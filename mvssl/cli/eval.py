@@ -16,10 +16,16 @@ USAGE = """usage: mvssl-eval EVALUATION (--run RUN | --weights FILE) [options]
   mvssl-eval finetune --run RUN    the whole network, with all or some labels
   mvssl-eval compare RUN...        results and curves of several runs side by side
 
+  mvssl-eval neighbours --run RUN  a page of images with their nearest neighbours
+  mvssl-eval scatter --run RUN     a page with a map of the features (PCA, UMAP) and a thumbnail of every point
+  mvssl-eval attention --run RUN   a page of attention or activation maps
+
   mvssl-eval EVALUATION --help     every option
 
 FILE is an exported backbone, a checkpoint of the reference implementation, MoCo, SimSiam or DINO, or weights of timm
-or torchvision. An existing result is shown, not computed again."""
+or torchvision. An existing result is shown, not computed again; an existing page is replaced."""
+ALIASES = {"neighbors": "neighbours", "map": "scatter"}
+"""Other names of evaluations."""
 
 
 def body(arguments: Sequence[str]) -> int:
@@ -27,7 +33,7 @@ def body(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
-    name = arguments[0]
+    name = ALIASES.get(arguments[0], arguments[0])
     if name not in EVALUATIONS:
         raise InputError(f"evaluation is {name!r} but must be one of {', '.join(EVALUATIONS)}: run mvssl-eval --help.")
     return exit_code_of_rank(lambda: EVALUATIONS[name](arguments[1:]))

@@ -15,6 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from mvssl.cli.pages import PAGES
 from mvssl.config.evaluation import (
     FINETUNING,
     RELEASE,
@@ -269,4 +270,5 @@ EVALUATIONS: dict[str, Callable[[Sequence[str]], None]] = {
     "linear": run_linear,
     "finetune": run_finetune,
     "compare": run_compare,
+    **PAGES,
 }

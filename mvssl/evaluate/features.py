@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mvssl.config.recipe import Evaluation
-from mvssl.evaluate.feature_store import BAD, DONE, Dtype, FeatureStore, bytes_needed, not_finite, open_store
+from mvssl.evaluate.feature_store import BAD, DONE, MISSING, Dtype, FeatureStore, bytes_needed, not_finite, open_store
 from mvssl.evaluate.session import BackboneSession, EvalSession, Session, interpolated
 from pipelines.loading.deep_images import pixels_of
 from pipelines.loading.eval_loader import EvaluationBatch, iterate_augmented, iterate_center
@@ -130,6 +130,26 @@ def cached_features(session: EvalSession, source: Source, name: str, *, drawn: i
         InputError: too many images cannot be decoded, or features are not finite.
         OSError: the disk is full.
     """
+    folder, identity = _cache_of(session, source, name, drawn=drawn, seed=seed)
+    size = bytes_needed(len(source) * (1 + drawn), session.width, "float32")
+    dtype: Dtype = "float32" if size <= FLOAT32_BYTES else "float16"
+    return compute_store(session, source, folder, identity, dtype=dtype, drawn=drawn, seed=seed)
+
+
+def is_cached(session: EvalSession, source: Source, name: str) -> bool:
+    """Whether the features of all centre crops of a source are on the disk already."""
+    folder, _ = _cache_of(session, source, name)
+    try:
+        state = np.load(folder / "state.npy", mmap_mode="r")
+    except (OSError, ValueError):
+        return False
+    return state.shape == (len(source),) and not bool((state == MISSING).any())
+
+
+def _cache_of(
+    session: EvalSession, source: Source, name: str, *, drawn: int = 0, seed: int = 0
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of cached features, and their identity."""
     evaluation = session.loaded.evaluation
     identity = {
         "weights": session.loaded.digest,
@@ -141,10 +161,8 @@ def cached_features(session: EvalSession, source: Source, name: str, *, drawn: i
         "precision": str(session.autocast),
         **interpolated(evaluation),
     }
-    folder = session.out / "features" / f"{name}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
-    size = bytes_needed(len(source) * (1 + drawn), session.width, "float32")
-    dtype: Dtype = "float32" if size <= FLOAT32_BYTES else "float16"
-    return compute_store(session, source, folder, identity, dtype=dtype, drawn=drawn, seed=seed)
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+    return session.out / "features" / f"{name}-{digest}", identity
 
 
 def compute_store(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -33,6 +35,8 @@ Curve = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 508, 12, 206  # edges of the plot area
 _LARGEST_PICTURE = 1 << 25  # bytes
+PAGES = {"neighbours": "Nearest neighbours", "scatter": "Map of features", "attention": "Attention or activation maps"}
+"""Pages of what was learned, by evaluation of mvssl-eval."""
 MAX_POINTS = 400  # of a curve; more are averaged
 
 
@@ -43,11 +47,11 @@ def write_report(path: Path, folder: RunFolder) -> None:
         InputError: the folder holds no run, or its files are damaged.
         OSError: the report cannot be written; an earlier one is untouched.
     """
-    write_whole(path, render(folder))
+    write_whole(path, render(folder, path.parent))
 
 
-def render(folder: RunFolder) -> str:
-    """The report as HTML."""
+def render(folder: RunFolder, place: Path | None = None) -> str:
+    """The report as HTML; `place` is the folder that it will be in, by default that of the run."""
     recipe, options = folder.recipe(), folder.options()
     rows = list(read_metrics(folder.metrics)) if folder.metrics.exists() else []
     train = [row for row in rows if row["kind"] == "train"]
@@ -68,7 +72,10 @@ def render(folder: RunFolder) -> str:
             charts=_charts(recipe, train, knn, speed),
             summary=read_summary(folder.summary),
             evaluations=_evaluations(folder),
-            views_png=base64.b64encode(_start_of(folder.views, _LARGEST_PICTURE)).decode(),
+            pages=_pages(folder, place or folder.path),
+            more_pages=[name for name in PAGES if not (folder.path / f"{name}.html").exists()],
+            # Markup, lest it is cut as long text is
+            views_png=Markup(base64.b64encode(_start_of(folder.views, _LARGEST_PICTURE)).decode()),
             loading_code=loading_code(recipe.backbone.name, str(folder.backbone)) if folder.backbone.exists() else (),
             view_fields=view_fields,
             fields=fields,
@@ -170,6 +177,19 @@ def _evaluations(folder: RunFolder) -> list[tuple[str, str, Row, str]]:
             describe(conditions_of(held)),
         )
         for held in found
+    ]
+
+
+def _pages(folder: RunFolder, place: Path) -> list[tuple[str, str]]:
+    """Title and address, relative to `place`, of the pages of mvssl-eval that the run has."""
+    found = [(title, folder.path / f"{name}.html") for name, title in PAGES.items()]
+    for name, title in PAGES.items():
+        others = sorted(folder.evaluations.glob(f"{name}-*.html"))
+        found += [(f"{title} ({page.stem.removeprefix(f'{name}-')})", page) for page in others]
+    return [
+        (title, quote(os.fsencode(os.path.relpath(page.absolute(), place.absolute()))))
+        for title, page in found
+        if page.is_file()
     ]
 
 

@@ -49,6 +49,10 @@ class RunFolder:
         self.backbone = path / "backbone.safetensors"
         self.views = path / "views.png"
         self.losses = path / "losses.png"
+        self.neighbours = path / "neighbours.html"
+        self.scatter = path / "scatter.html"
+        self.attention = path / "attention.html"
+        self.attention_picture = path / "attention.png"
         self.failure = path / "failure.json"
         self.evaluations = path / "eval"
 

@@ -24,6 +24,8 @@ from mvssl.config.options import RunOptions, parse_time
 from mvssl.config.recipe import Recipe
 from mvssl.distributed import join_world
 from mvssl.evaluate.frozen import FrozenBackbone, load_backbone
+from mvssl.evaluate.pages.write import write_after_run
+from mvssl.evaluate.session import Session
 from mvssl.monitor.pictures import write_view_sheet
 from mvssl.monitor.report import write_report
 from mvssl.optim.schedule import learning_rate
@@ -368,6 +370,29 @@ def _learning_rate(experiment: Experiment, step: int, epochs: int) -> float:
     return learning_rate(step, epochs * per_epoch, config.warmup_epochs * per_epoch, peak, config.final_lr_factor)
 
 
+def _write_pages(loop: Loop) -> None:
+    """Write the pages of what was learned, if the run was long enough for their cost."""
+    experiment, folder = loop.experiment, loop.folder
+    recipe = experiment.recipe
+    session = Session(
+        device=experiment.device,
+        autocast=experiment.step.autocast_dtype,
+        decode=experiment.options.decode,
+        batch_size=min(64, recipe.batch_size),
+    )
+    written = write_after_run(
+        session,
+        experiment.step.online.backbone,
+        experiment.source,
+        recipe.evaluation,
+        folder,
+        trained=loop.step * recipe.batch_size,
+        about=f"{recipe.backbone.name}, {recipe.name}, step {loop.step:,}, run {folder.path}; training images.",
+    )
+    if written:
+        logger.info("what was learned, on some images: %s", ", ".join(written))
+
+
 def _conclude(loop: Loop) -> TrainResult:
     """Log the result of a finished run and write its report."""
     experiment, folder = loop.experiment, loop.folder
@@ -389,6 +414,8 @@ def _conclude(loop: Loop) -> TrainResult:
             logger.warning("%d images could not be decoded and were replaced, e.g. %s", len(bad), next(iter(bad)))
         logger.info("backbone: %s; report: %s", folder.backbone, folder.report)
     if experiment.world.is_rank0:
+        if summary.images_per_second:
+            _write_pages(loop)
         try:
             write_report(folder.report, folder)
         except (OSError, InputError) as error:  # everything that matters is saved

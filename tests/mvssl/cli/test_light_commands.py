@@ -42,7 +42,16 @@ def imported_by_command(line: str) -> set[str]:
         *("train laptop --help", "train laptop --help-all", "train laptop --print-config"),
         *("train laptop --epochs 3 --cache host --print-config", "train labtop", "train laptop --no-such-option"),
         *("convert --help", "eval", "eval --help", "eval knn --help", "eval linear --help", "eval finetune --help"),
-        *("eval compare --help", "eval no-such-evaluation", "eval knn", "features --help", "features", "export --help"),
+        *(
+            "eval compare --help",
+            "eval map --help",
+            "eval attention --help",
+            "eval no-such-evaluation",
+            "eval knn",
+            "features --help",
+            "features",
+            "export --help",
+        ),
     ],
 )
 def test_what_computes_nothing_imports_no_heavy_library(line: str) -> None:
