@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from pipelines.storage.given import source_of
     from pipelines.views.engine import ViewEngine
     from pipelines.views.presets import (
+        adapt_views,
+        aerial_views,
         asymmetric,
         byol_views,
         crop_only_views,
         cutout_only_views,
+        microscopy_views,
         mocov3_views,
         no_crop_views,
         paper_views,
@@ -34,11 +37,14 @@ __all__ = [
     "ViewBatch",
     "ViewEngine",
     "ViewSpec",
+    "adapt_views",
+    "aerial_views",
     "asymmetric",
     "byol_views",
     "crop_only_views",
     "cutout_only_views",
     "draw",
+    "microscopy_views",
     "mocov3_views",
     "no_crop_views",
     "paper_views",

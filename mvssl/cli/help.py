@@ -137,6 +137,7 @@ def print_short_help(console: Console, recipe: Recipe, name: str) -> None:
         console,
         "  --dry-run        build everything, run a few steps, report memory and speed; write nothing",
         "  --print-config   print the resolved recipe as JSON",
+        "  --view-preset    microscopy, aerial, astronomy, radiology or documents: adapt the views to such pictures",
         "  --help-all       every option: views, heads, schedules, DALI, logging and saving",
     )
 

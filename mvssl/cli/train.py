@@ -26,7 +26,7 @@ from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import EXECUTION, to_dict
 from mvssl.ranks import exit_code_of_rank, process_local_rank, process_rank, rank_count
 from mvssl.recipes import all_recipes
-from mvssl.recipes.files import is_recipe_file, resolve_recipe, resolve_with_options
+from mvssl.recipes.files import is_recipe_file, resolve_recipe, resolve_with_options, with_view_preset
 from pipelines.names import say, visible
 from pipelines.runtime import EXIT_ERROR, InputError, invalid, parse_arguments, run_cli
 from pipelines.storage import open_source, split_paths
@@ -56,6 +56,8 @@ class TrainArguments:
         print_config: print the resolved recipe as JSON and stop.
         dry_run: build everything, run a few steps, report memory, images/s, launches and the bottleneck; write nothing.
         profile: measure this many steps without training: a table of times, and a trace in the folder --out.
+        view_preset: adapt the recipe's views to other pictures than photographs: microscopy, aerial, astronomy,
+            radiology or documents; --views.N options still override it.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
@@ -63,6 +65,7 @@ class TrainArguments:
     print_config: bool = False
     dry_run: bool = False
     profile: int | None = None
+    view_preset: str | None = None
 
     def __post_init__(self) -> None:
         if self.profile is not None and self.profile < 1:
@@ -169,6 +172,7 @@ def parse_with_notes(arguments: Sequence[str]) -> tuple[TrainArguments, tuple[st
     ahead = look_ahead(arguments[1:])
     fit = CommandFit(ahead.rest, default=default, resumes=ahead.resumes)
     recipe, given = resolve_with_options(arguments[0], fit=fit)
+    recipe = with_view_preset(recipe, ahead.view_preset)
     recipe, note = fit_warmup(recipe, ahead)
     from_file = is_recipe_file(arguments[0])
     try:
@@ -197,6 +201,7 @@ class LookAhead:
         warmup: whether --optimizer.warmup-epochs is given.
         resumes: run folder that is resumed, if any.
         automatic_batch: whether the batch size is auto.
+        view_preset: --view-preset, if given.
         rest: arguments for the full parser.
     """
 
@@ -205,13 +210,15 @@ class LookAhead:
     warmup: bool = False
     resumes: Path | None = None
     automatic_batch: bool = False
+    view_preset: str | None = None
     rest: tuple[str, ...] = ()
 
 
 def look_ahead(arguments: Sequence[str]) -> LookAhead:
     """Read the few options that must be known before the full parser, which takes the others and reports errors.
 
-    A shorter run has a shorter warm-up by default; `--batch-size auto` and `--help-all` are no fields.
+    A shorter run has a shorter warm-up by default, and a view preset other views; `--batch-size auto` and `--help-all`
+    are no fields.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-h", "--help", dest="short_help", action="store_true")
@@ -219,6 +226,7 @@ def look_ahead(arguments: Sequence[str]) -> LookAhead:
     parser.add_argument("--epochs", nargs="?")
     parser.add_argument("--optimizer.warmup-epochs", "--optimizer.warmup_epochs", dest="warmup", nargs="?", const="")
     parser.add_argument("--batch-size", "--batch_size", dest="batch_size", nargs="?")
+    parser.add_argument("--view-preset", "--view_preset", dest="view_preset", nargs="?")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction)
     parser.add_argument("--out", type=Path, nargs="?")
     try:
@@ -237,6 +245,7 @@ def look_ahead(arguments: Sequence[str]) -> LookAhead:
         warmup=known.warmup is not None,
         resumes=known.out if known.resume else None,
         automatic_batch=automatic,
+        view_preset=None if known.view_preset == "None" else known.view_preset,
         rest=tuple(rest),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import tomllib
@@ -16,6 +17,7 @@ from mvssl.recipes import get_recipe
 from pipelines.checks import typed
 from pipelines.files import check_nesting, read_regular, strict_text
 from pipelines.runtime import InputError, invalid
+from pipelines.views.presets import VIEW_PRESETS, adapt_views
 from pipelines.views.spec import ViewSpec
 
 logger = logging.getLogger("mvssl")
@@ -59,7 +61,8 @@ def load_recipe(path: str | Path, *, fit: Fit = _unfitted) -> Recipe:
     """Read a recipe from a TOML or JSON file.
 
     The fields are those of `Recipe`, as ``mvssl-train RECIPE --print-config`` writes them. With ``base``, the name of a
-    recipe, the others override its fields: tables are merged, lists are replaced, and ``add_views`` adds to its views.
+    recipe, the others override its fields: tables are merged, lists are replaced, and ``add_views`` adds to its views,
+    which ``view_preset`` adapts to other pictures (`pipelines.adapt_views`).
     Replacing ``views`` drops the base's weights of tasks that no longer exist. In TOML "none" stands for None.
 
     Args:
@@ -123,6 +126,8 @@ def _recipe(content: Mapping[str, Any], *, null_word: str | None, fit: Fit) -> R
     if "base" not in content:
         if added:
             raise InputError("add_views is given without base: name the recipe whose views they are added to.")
+        if "view_preset" in own:
+            raise InputError("view_preset is given without base: name the recipe whose views it adapts.")
         if "views" not in own:
             raise InputError('neither base nor views is given: name a recipe, e.g. base = "demo", or give all fields.')
         return from_dict(own, null_word=null_word)
@@ -137,9 +142,14 @@ def override(
 ) -> Recipe:
     """The recipe with other values of some fields, in plain form.
 
-    Tables are merged and lists replaced. Replacing `views` drops the weights of tasks that no longer exist; `added` are
-    added to the views.
+    Tables are merged and lists replaced. `view_preset`, which is no field, adapts the views (`adapt_views`). Replacing
+    `views` drops the weights of tasks that no longer exist; `added` are added to the views.
     """
+    fields = dict(fields)
+    if "view_preset" in fields:
+        recipe = with_view_preset(recipe, fields.pop("view_preset"))
+        if "views" in fields:
+            raise InputError("view_preset and views are both given, and exclude each other: leave one of them out.")
     base = to_dict(recipe)
     if isinstance(fields.get("views"), list):
         kept = {view.get("task") for view in fields["views"] if isinstance(view, Mapping)}
@@ -148,6 +158,19 @@ def override(
     if added and isinstance(merged["views"], list):
         merged["views"] = [*merged["views"], *added]
     return from_dict(merged, null_word=null_word)
+
+
+def with_view_preset(recipe: Recipe, preset: object) -> Recipe:
+    """The recipe with its views adapted by a preset; None and TOML's "none" change nothing.
+
+    Raises:
+        InputError: there is no preset of this name.
+    """
+    if preset is None or preset == _TOML_NULL:
+        return recipe
+    if not isinstance(preset, str):
+        raise invalid("view_preset", preset, f"one of {', '.join(VIEW_PRESETS)}", "give the name of a preset")
+    return dataclasses.replace(recipe, views=adapt_views(recipe.views, preset))
 
 
 def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

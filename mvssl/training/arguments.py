@@ -107,6 +107,7 @@ def recipe_and_options(
         _check_path(name, settings.get(name))
     of_run = {field.name for field in dataclasses.fields(RunOptions)}
     of_recipe = {field.name for field in dataclasses.fields(Recipe)} - of_run
+    of_recipe.add("view_preset")
     for name in settings:
         if name not in of_run | of_recipe:
             raise InputError(f"mvssl.train was given {name}, which is no field of Recipe or RunOptions: {_near(name)}.")

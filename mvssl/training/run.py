@@ -124,6 +124,8 @@ def train(
         settings: any other field of `Recipe` or `RunOptions`, such as epochs=50, batch_size=256, seed=1, device="cpu",
             resume=True. Fields within a field are given by a mapping or with two underscores:
             backbone={"name": "resnet18"}, optimizer__base_lr=0.3. They override the recipe's.
+            view_preset="microscopy", "aerial" and others adapt the recipe's views to such pictures
+            (`pipelines.adapt_views`).
 
     Returns:
         What the run gave: `curves()`, `backbone()`, and the attributes of `TrainResult`.

@@ -1,8 +1,9 @@
-"""View presets of the paper (arXiv 2602.05845): multi-task, two-view baselines, ablations."""
+"""View presets: the paper's (arXiv 2602.05845; multi-task, two-view baselines, ablations), and for other pictures."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,25 @@ from pipelines.views.spec import MOST_VIEWS, ViewSpec
 _FIRST: Mapping[str, Any] = {"blur": 1.0}
 _SECOND: Mapping[str, Any] = {"blur": 0.1, "solarize": 0.2}
 _CUTOUT = (0.2, 0.4)
+_ANY_WAY_UP: Mapping[str, Any] = {"vertical_flip": 0.5, "quarter_turns": 1.0}
+VIEW_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "microscopy": {**_ANY_WAY_UP, "jitter": (0.3, 0.3, 0.2, 0.04), "grayscale": 0.0, "solarize": 0.0},
+    "aerial": {**_ANY_WAY_UP, "jitter": (0.4, 0.4, 0.2, 0.05), "solarize": 0.0},
+    "astronomy": {
+        "vertical_flip": 0.5,
+        "rotate": 180.0,
+        "jitter": (0.2, 0.2, 0.0, 0.0),
+        "grayscale": 0.0,
+        "solarize": 0.0,
+    },
+    "radiology": {"rotate": 10.0, "jitter": (0.4, 0.4, 0.0, 0.0), "grayscale": 0.0, "solarize": 0.0},
+    "documents": {"flip": 0.0, "rotate": 3.0, "rotate_fill": 255.0, "solarize": 0.0},
+}
+"""What a preset changes in every view of a recipe, for pictures that are no photographs.
+
+The page README.md in this folder says which to choose, why, and the sources of what is done; the strengths are ours,
+and no accuracy was measured with them.
+"""
 _NO_PHOTOMETRICS: Mapping[str, Any] = {"flip": 0.0, "jitter_p": 0.0, "grayscale": 0.0, "blur": 0.0}
 
 
@@ -60,6 +80,42 @@ def paper_views(
             for i in range(count)
         ),
     )
+
+
+@typed
+def adapt_views(views: Sequence[ViewSpec], preset: str) -> tuple[ViewSpec, ...]:
+    """Views changed for other pictures by a preset of `VIEW_PRESETS`; sizes, crops, blur and tasks stay as they are.
+
+    Raises:
+        InputError: there is no preset of this name.
+    """
+    if preset not in VIEW_PRESETS:
+        near = difflib.get_close_matches(preset, VIEW_PRESETS, n=1)
+        remedy = f"did you mean {near[0]!r}" if near else "choose one of these"
+        raise invalid("view_preset", preset, f"one of {', '.join(VIEW_PRESETS)}", remedy)
+    return tuple(dataclasses.replace(view, **VIEW_PRESETS[preset]) for view in views)
+
+
+@typed
+def microscopy_views(
+    *, num_local: int = 2, num_cutout: int = 1, size: int = 224, local_size: int = 96, blur_kernel: int = 23
+) -> tuple[ViewSpec, ...]:
+    """The paper's views for stained tissue, cells and other microscopy: `paper_views` adapted by "microscopy"."""
+    views = paper_views(
+        num_local=num_local, num_cutout=num_cutout, size=size, local_size=local_size, blur_kernel=blur_kernel
+    )
+    return adapt_views(views, "microscopy")
+
+
+@typed
+def aerial_views(
+    *, num_local: int = 2, num_cutout: int = 1, size: int = 224, local_size: int = 96, blur_kernel: int = 23
+) -> tuple[ViewSpec, ...]:
+    """The paper's views for aerial and satellite images: `paper_views` adapted by "aerial"."""
+    views = paper_views(
+        num_local=num_local, num_cutout=num_cutout, size=size, local_size=local_size, blur_kernel=blur_kernel
+    )
+    return adapt_views(views, "aerial")
 
 
 @typed

@@ -15,9 +15,10 @@ from mvssl.cli.train import LookAhead, fit_warmup, look_ahead
 from mvssl.config.options import Execution
 from mvssl.config.recipe import Recipe
 from mvssl.monitor.console import TrainingProgress
-from mvssl.recipes import all_recipes
+from mvssl.recipes import all_recipes, get_recipe
 from mvssl.runs.jsonl import read_jsonl
 from mvssl.training.memory import largest_batch, with_largest_batch
+from pipelines import adapt_views
 from pipelines.runtime import InputError, invalid
 from tests.samples.tiny_runs import train
 
@@ -73,6 +74,17 @@ def test_options_that_are_read_ahead(words: list[str]) -> None:
     assert look_ahead(["--resume", "--no-resume", "--out", "run"]).resumes is None
     assert look_ahead(["--epochs", "3", "--help-all"]) == LookAhead(epochs=3, rest=("--help",))
     assert look_ahead(["-h"]).short_help
+
+
+@pytest.mark.parametrize("words", [["--view-preset", "aerial"], ["--view-preset=aerial"], ["--view_preset", "aerial"]])
+def test_a_view_preset_adapts_any_recipe(words: list[str]) -> None:
+    parsed = train_cli.parse(["demo", *words, "--views.1.rotate", "-15", "30", "--views.2.quarter-turns", "0.5"])
+    views = list(adapt_views(get_recipe("demo").views, "aerial"))
+    views[1] = replace(views[1], rotate=(-15.0, 30.0))
+    views[2] = replace(views[2], quarter_turns=0.5)
+    assert parsed.recipe.views == tuple(views)
+    with pytest.raises(InputError, match=r"view_preset is 'areal' but must be one of .*: did you mean 'aerial'\.$"):
+        train_cli.parse(["demo", "--view-preset", "areal"])
 
 
 @pytest.mark.parametrize("words", [["--resume=1"], ["--epochs"], ["--epochs", "three"], ["--out"], ["--batch-size"]])

@@ -13,7 +13,7 @@ from mvssl.cli import train as train_cli
 from mvssl.config.serialize import to_dict
 from mvssl.recipes import all_recipes, get_recipe
 from mvssl.recipes.files import is_recipe_file, resolve_recipe
-from pipelines import InputError, ViewSpec
+from pipelines import InputError, ViewSpec, adapt_views
 from pipelines.runtime import run_cli
 
 WHOLE = """
@@ -246,3 +246,40 @@ def test_options_of_a_file_are_named_where_only_its_recipe_is_read(
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}: compile is an option of the run and not of the recipe: give compile='off' to mvssl.train"
     ]
+
+
+def test_a_view_preset_adapts_the_views_of_the_base_and_not_those_added(tmp_path: Path) -> None:
+    added = '[[add_views]]\nname = "more"\ntask = "more"\nrotate = 15\nrotate_fill = [255, 0, 9.5]\nblur = 0.0\n'
+    recipe = mvssl.load_recipe(write(tmp_path, f'base = "demo"\nview_preset = "aerial"\n{added}'))
+    base = get_recipe("demo")
+    more = ViewSpec(name="more", task="more", rotate=15.0, rotate_fill=(255.0, 0.0, 9.5), blur=0.0)
+    assert recipe == dataclasses.replace(base, views=(*adapt_views(base.views, "aerial"), more))
+    assert mvssl.load_recipe(write(tmp_path, json.dumps(to_dict(recipe)), "own.json")) == recipe
+    assert mvssl.load_recipe(write(tmp_path, 'base = "demo"\nview_preset = "none"\n')) == base
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('base = "demo"\nview_preset = "areal"', "view_preset is 'areal' but must be one of .*did you mean 'aerial'"),
+        ('base = "demo"\nview_preset = 3', "view_preset is 3 but must be one of"),
+        (f'view_preset = "aerial"\n{WHOLE}', "view_preset is given without base"),
+        (f'base = "demo"\nview_preset = "aerial"\n{WHOLE}', "view_preset and views are both given"),
+    ],
+)
+def test_view_presets_that_cannot_be(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        mvssl.load_recipe(write(tmp_path, text))
+
+
+def test_a_rotation_in_a_file_is_a_number_or_a_range(tmp_path: Path) -> None:
+    for text, rotate in (("15", 15.0), ("[-5, 30]", (-5.0, 30.0)), ('"none"', None)):
+        view = f'base = "demo"\n[[add_views]]\nname = "more"\ntask = "more"\nblur = 0.0\nrotate = {text}\n'
+        assert mvssl.load_recipe(write(tmp_path, view)).views[-1].rotate == rotate
+    for text, words in (
+        ("[1, 2, 3]", "rotate is .* but must be a list of 2"),
+        ("400", "rotate is 400.0 but must be degr"),
+    ):
+        view = f'base = "demo"\n[[add_views]]\nname = "more"\ntask = "more"\nrotate = {text}\n'
+        with pytest.raises(InputError, match=words):
+            mvssl.load_recipe(write(tmp_path, view))

@@ -15,6 +15,7 @@ from mvssl.config.options import RunOptions
 from mvssl.config.recipe import Recipe
 from mvssl.recipes.small_scale import demo
 from mvssl.training.arguments import recipe_and_options
+from pipelines import adapt_views
 from pipelines.runtime import InputError
 
 PLACES = {"data": "photos", "out": "runs/first"}
@@ -54,6 +55,12 @@ def test_fields_of_recipe_and_options_are_keywords(caplog: pytest.LogCaptureFixt
     expected = RunOptions(data=Path("photos"), out=Path("runs/first"), device="cpu", val=Path("val"), log=("csv",))
     assert options == expected
     assert not caplog.records
+
+
+def test_a_view_preset_is_a_keyword_and_fields_of_views_stay_possible() -> None:
+    recipe, _ = called(view_preset="microscopy", batch_size=8)
+    assert recipe == dataclasses.replace(demo(), views=adapt_views(demo().views, "microscopy"), batch_size=8)
+    assert called(view_preset=None)[0] == demo()
 
 
 def test_fewer_epochs_shorten_the_warm_up_as_the_command_does() -> None:
@@ -117,6 +124,9 @@ def test_fields_within_fields_have_two_underscores_or_a_dot(caplog: pytest.LogCa
         ),
         (("demo",), PLACES | {"epoch": 3}, "was given epoch, which is no field .*: did you mean epochs"),
         (("demo",), PLACES | {"base_lr": 3}, 'write optimizer={"base_lr": ...}'),
+        (("demo",), PLACES | {"view_preset": "micro"}, "view_preset is 'micro' but must be one of .* 'microscopy'"),
+        (("demo",), PLACES | {"view_preset": 3}, "view_preset is 3 but must be one of microscopy, "),
+        (("demo",), PLACES | {"view_preset": "aerial", "views": []}, "view_preset and views are both given"),
         (("demo",), PLACES | {"workers": 3}, "take one of name, method, "),
         (("demo",), PLACES | {"epochs": "3"}, "epochs is '3' but must be a whole number"),
         (("demo",), PLACES | {"epochs": 2.5}, "epochs is 2.5 but must be a whole number"),

@@ -10,10 +10,13 @@ import pytest
 from pipelines import (
     InputError,
     ViewSpec,
+    adapt_views,
+    aerial_views,
     asymmetric,
     byol_views,
     crop_only_views,
     cutout_only_views,
+    microscopy_views,
     mocov3_views,
     no_crop_views,
     paper_views,
@@ -114,3 +117,38 @@ def test_sizes_that_do_not_fit_name_the_view() -> None:
         paper_views(size=100)
     with pytest.raises(InputError, match=r"ViewSpec\('local_1'\).blur_kernel is 23"):
         paper_views(local_size=8)
+
+
+def test_other_pictures_change_orientation_and_colour_only() -> None:
+    """Typed from the page README.md, not from the code."""
+    changed = {
+        "microscopy": {"vertical_flip", "quarter_turns", "jitter", "grayscale", "solarize"},
+        "aerial": {"vertical_flip", "quarter_turns", "jitter", "solarize"},
+        "astronomy": {"vertical_flip", "rotate", "jitter", "grayscale", "solarize"},
+        "radiology": {"rotate", "jitter", "grayscale", "solarize"},
+        "documents": {"flip", "rotate", "rotate_fill", "solarize"},
+    }
+    before = paper_views(size=64, local_size=32, blur_kernel=7)
+    for preset, names in changed.items():
+        after = adapt_views(before, preset)
+        check_views(after)
+        differ = {
+            field.name
+            for old, new in zip(before, after, strict=True)
+            for field in dataclasses.fields(ViewSpec)
+            if getattr(old, field.name) != getattr(new, field.name)
+        }
+        assert differ == names, preset
+        assert {view.solarize for view in after} == {0.0}
+    assert microscopy_views() == adapt_views(paper_views(), "microscopy")
+    assert aerial_views(num_local=4, size=96) == adapt_views(paper_views(num_local=4, size=96), "aerial")
+    for view in (*microscopy_views(), *aerial_views()):
+        assert (view.vertical_flip, view.quarter_turns, view.rotate) == (0.5, 1.0, None)
+        assert view.jitter[3] * 360 <= 18
+    assert all(view.grayscale == 0 and view.jitter[3] * 360 < 15 for view in microscopy_views())
+
+
+@pytest.mark.parametrize(("name", "words"), [("micro", "did you mean 'microscopy'"), ("x", "choose one of these")])
+def test_an_unknown_preset_names_the_others(name: str, words: str) -> None:
+    with pytest.raises(InputError, match=rf"view_preset is '{name}' but must be one of microscopy, .*: {words}"):
+        adapt_views(paper_views(), name)
