@@ -76,6 +76,8 @@ class PackedBlob:
         """See `Blob`."""
         with self._lock:
             if self._file is None or offset < self._start:
+                if self._file is not None and self._start - offset <= self._window:
+                    self._window *= 2  # readers are further apart than it holds
                 self._restart()
             while self._end < offset + size:
                 chunk = self._next()
@@ -100,7 +102,6 @@ class PackedBlob:
     def _restart(self) -> None:
         if self._file is not None:
             self._file.close()
-            self._window *= 2  # readers are further apart than it holds
         self._file = open_packed(self._path, self._kind)
         self._chunks.clear()
         self._start = self._end = 0
