@@ -83,8 +83,8 @@ def _variant(name: str) -> str:
 def _chosen(look: Look, variants: dict[str, list[Place]], request: Request) -> str:
     if request.image is not None and request.image not in variants:
         raise InputError(
-            f"--image is {request.image!r} but must be a data set of {look.path} ({', '.join(sorted(variants))}): choose "
-            "one of these.",
+            f"--image is {request.image!r} but must be a data set of {look.path} ({', '.join(sorted(variants))}): "
+            "choose one of these.",
             field="--image",
         )
     if request.image is None and len(variants) != 1:
