@@ -114,7 +114,7 @@ def open_form(look: Look, request: Request) -> Found:
     if not batches:
         raise InputError(f"{look.path} has no batches of CIFAR: give the file as downloaded, or the folder of batches.")
     hundred = any("coarse" in batch.labels for group in batches.values() for batch in group)
-    splits = {
+    splits: dict[str, FormSource] = {
         split: _source(look, batches[split], _kind(request, hundred, look), names)
         for split in ("train", "test")
         if split in batches

@@ -33,7 +33,7 @@ def _is_images(file: File) -> bool:
     if not head.startswith(_IMAGES) or len(head) < 20:
         return False
     height, width = struct.unpack_from(">2I", head, 8)
-    return 0 < height <= 1 << 16 and 0 < width <= 1 << 16
+    return bool(0 < height <= 1 << 16 and 0 < width <= 1 << 16)
 
 
 def _holds_idx(file: File) -> bool:
@@ -166,7 +166,7 @@ def _names(images: Place, places: dict[str, Place]) -> list[str] | None:
     table = next((place for name, place in places.items() if name == f"{stem}-mapping.txt"), None)
     if table is None:
         return None
-    rows = [list(map(int, line.split()[:2])) for line in decode_text(table.read()).split("\n") if len(line.split()) > 1]
-    codes = dict(rows)
+    rows = [line.split() for line in decode_text(table.read()).split("\n")]
+    codes = {int(row[0]): int(row[1]) for row in rows if len(row) > 1}
     names = [chr(codes[label]) if label in codes else str(label) for label in range(max(codes) + 1)]
     return names if len(set(names)) == len(names) else None
