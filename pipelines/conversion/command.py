@@ -129,13 +129,17 @@ def convert(config: Convert) -> None:
         split=config.split,
     )
     print(visible(describe(config.src, jobs)), flush=True)
-    conversions = [Conversion(job, config.dst / job.name, options) for job in jobs]
-    for conversion in conversions:  # all before the first runs, so that no error comes after hours
-        conversion.prepare(overwrite=config.overwrite)
-    if options.value_range is None and not all(conversion.finished for conversion in conversions):
-        _measure(conversions, workers, reduced=options.max_size is not None)
-    for conversion in conversions:
-        print(visible(conversion.run(workers=workers)), flush=True)
+    try:
+        conversions = [Conversion(job, config.dst / job.name, options) for job in jobs]
+        for conversion in conversions:  # all before the first runs, so that no error comes after hours
+            conversion.prepare(overwrite=config.overwrite)
+        if options.value_range is None and not all(conversion.finished for conversion in conversions):
+            _measure(conversions, workers, reduced=options.max_size is not None)
+        for conversion in conversions:
+            print(visible(conversion.run(workers=workers)), flush=True)
+    finally:
+        for job in jobs:
+            job.source.close()
     if config.verify:
         for job in jobs:
             print(visible(verify(config.dst / job.name)), flush=True)

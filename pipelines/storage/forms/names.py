@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from pipelines.runtime import InputError
 from pipelines.storage.file_index import is_image_name, is_system_folder
 from pipelines.storage.splits import is_form_word, split_role
 
+_LONGEST_CLASS = 100  # characters; longer texts are captions
 _FEW = 10  # first folders of an archive that has splits; more are classes
 
 
@@ -78,3 +80,9 @@ def class_names(names: Sequence[str]) -> list[str | None]:
     if len(only) == 1 and (one := found[0]) is not None and is_form_word(one):
         return [None] * len(found)
     return found
+
+
+def are_captions(found: Sequence[Any]) -> bool:
+    """Whether texts describe images instead of naming classes: long ones, or almost as many as images."""
+    texts = [one for one in found if isinstance(one, str)]
+    return any(len(one) > _LONGEST_CLASS for one in texts) or (len(texts) > 20 and len(set(texts)) > len(texts) / 2)

@@ -27,7 +27,7 @@ from pipelines.storage.forms.base import (
 )
 from pipelines.storage.forms.blobs import Blob, PackedBlob, damaged, open_blob, packing, unpacked_head
 from pipelines.storage.forms.look import File, Look, by_split
-from pipelines.storage.forms.names import arrange, check_name, class_names, is_image_of_archive
+from pipelines.storage.forms.names import are_captions, arrange, check_name, class_names, is_image_of_archive
 from pipelines.storage.forms.parquet import may_be_deep_name
 from pipelines.storage.forms.tar_reader import BLOCK, DamagedTarError, Member, is_tar_header, tar_members
 
@@ -36,7 +36,6 @@ _ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _SIDECARS = ("cls", "json", "txt")  # that hold labels, the surest first
 _NAME_KEYS = ("class_name", "label_name", "classname", "synset", "wnid", "category_name")
 _LARGEST_LABEL = 1 << 20  # bytes
-_LONGEST_CLASS = 100  # characters; longer texts are captions
 _REPORT_EVERY = 10_000
 
 
@@ -235,7 +234,7 @@ class _Index:
             if labels is None or not labels.values:
                 continue
             found = [labels.values.get(sample) for sample in samples]
-            if name == "txt" and self._label is None and _are_captions(found):
+            if name == "txt" and self._label is None and are_captions(found):
                 continue
             highest = max((one for one in found if isinstance(one, int)), default=-1)
             names = labels.names
@@ -325,9 +324,3 @@ def _value(text: str) -> int | str | None:
         return int(text) if len(text) < 20 and text.isascii() and "_" not in text else text
     except ValueError:
         return text
-
-
-def _are_captions(found: Sequence[Any]) -> bool:
-    """Whether texts describe images instead of naming classes: long ones, or almost as many as images."""
-    texts = [one for one in found if isinstance(one, str)]
-    return any(len(one) > _LONGEST_CLASS for one in texts) or (len(texts) > 20 and len(set(texts)) > len(texts) / 2)
