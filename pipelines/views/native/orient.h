@@ -6,6 +6,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
 
 enum { MIRROR_COLUMNS = 1, MIRROR_ROWS = 2, TRANSPOSE = 4 }; /* rows and columns are exchanged first, then mirrored */
 enum { UPRIGHT, NEAREST, BILINEAR, BILINEAR_UNFILLED };      /* how a view is rotated */
@@ -53,10 +56,14 @@ static inline Floats4 pixel_at(const uint8_t *at) {
     return __builtin_convertvector(bytes, Floats4);
 }
 
-/* weight * pixel + sum, rounded once: the product is exact in float64. */
+/* weight * pixel + sum, rounded once; where no instruction does, in float64, in which the product is exact. */
 static inline Floats4 multiply_add(float weight, Floats4 pixel, Floats4 sum) {
+#ifdef __FMA__
+    return (Floats4)_mm_fmadd_ps((__m128)pixel, _mm_set1_ps(weight), (__m128)sum);
+#else
     Doubles4 exact = __builtin_convertvector(pixel, Doubles4) * (double)weight + __builtin_convertvector(sum, Doubles4);
     return __builtin_convertvector(exact, Floats4);
+#endif
 }
 
 static inline float to_pixels(float of_grid, float half) {
@@ -70,33 +77,34 @@ static inline int32_t limit(float at, int32_t low, int32_t high) {
 }
 
 /* Positions of the pixels of row y in the padded view, and for bilinear their distances from the pixel above and before. */
-static void find_row(const Rotation *rotation, int64_t y, int64_t size, int32_t *at, float *right, float *below) {
+static inline void find_row(const Rotation *rotation, int32_t how, int64_t y, int64_t size, int32_t *restrict at,
+                            float *restrict right, float *restrict below) {
     float half = (float)size * 0.5f, middle = (float)(size - 1) * 0.5f, from_middle = (float)y - middle;
     float across = from_middle * rotation->sine, along = from_middle * rotation->cosine;
     int32_t pitch = (int32_t)size + 2 * BORDER, last = (int32_t)size;
     for (int64_t x = 0; x < size; x++) {
         float off = (float)x - middle;
         float column = to_pixels(off * rotation->cosine - across, half), row = to_pixels(off * rotation->sine + along, half);
-        float left = rotation->how == NEAREST ? rintf(column) : floorf(column);
-        float top = rotation->how == NEAREST ? rintf(row) : floorf(row);
+        float left = how == NEAREST ? rintf(column) : floorf(column), top = how == NEAREST ? rintf(row) : floorf(row);
         right[x] = column - left;
         below[x] = row - top;
         at[x] = 4 * ((limit(top, -BORDER, last) + BORDER) * pitch + limit(left, -BORDER, last) + BORDER);
     }
 }
 
-/* Rotate row y of a padded view, with scratch behind it (rotation_bytes), into rows of the planes in [0, 1]. */
-static void rotate_row(const Rotation *rotation, uint8_t *padded, int64_t y, int64_t size, float *r, float *g, float *b) {
+/* `rotate_row` for one `how`, which the compiler knows in each copy. */
+static inline void rotate_row_how(const Rotation *rotation, int32_t how, uint8_t *padded, int64_t y, int64_t size,
+                                  float *restrict r, float *restrict g, float *restrict b) {
     int64_t pitch = 4 * (size + 2 * BORDER);
     int32_t *at = (int32_t *)(padded + pitch * (size + 2 * BORDER));
-    float *right = (float *)(at + size), *below = right + size, unit = (float)(1.0 / 255.0);
+    float *right = (float *)(at + size), *below = right + size;
     Floats4 fill;
     memcpy(&fill, rotation->fill, sizeof fill);
-    find_row(rotation, y, size, at, right, below);
+    find_row(rotation, how, y, size, at, right, below);
     for (int64_t x = 0; x < size; x++) {
         const uint8_t *corner = padded + at[x];
         Floats4 pixel = pixel_at(corner);
-        if (rotation->how == NEAREST) {
+        if (how == NEAREST) {
             if (corner[3] == 0) pixel = fill;
         } else {
             float above = 1.0f - below[x], before = 1.0f - right[x];
@@ -104,12 +112,25 @@ static void rotate_row(const Rotation *rotation, uint8_t *padded, int64_t y, int
             pixel = multiply_add(above * right[x], pixel_at(corner + 4), pixel);
             pixel = multiply_add(below[x] * before, pixel_at(corner + pitch), pixel);
             pixel = multiply_add(below[x] * right[x], pixel_at(corner + pitch + 4), pixel);
-            if (rotation->how == BILINEAR) pixel = (pixel - fill) * pixel[3] + fill;
+            if (how == BILINEAR) pixel = (pixel - fill) * pixel[3] + fill;
         }
-        r[x] = (float)(int32_t)rintf(pixel[0]) * unit;
-        g[x] = (float)(int32_t)rintf(pixel[1]) * unit;
-        b[x] = (float)(int32_t)rintf(pixel[2]) * unit;
+        r[x] = pixel[0];
+        g[x] = pixel[1];
+        b[x] = pixel[2];
     }
+    for (int64_t x = 0; x < size; x++) {
+        const float unit = (float)(1.0 / 255.0);
+        r[x] = (float)(int32_t)rintf(r[x]) * unit;
+        g[x] = (float)(int32_t)rintf(g[x]) * unit;
+        b[x] = (float)(int32_t)rintf(b[x]) * unit;
+    }
+}
+
+/* Rotate row y of a padded view, with scratch behind it (rotation_bytes), into rows of the planes in [0, 1]. */
+static void rotate_row(const Rotation *rotation, uint8_t *padded, int64_t y, int64_t size, float *r, float *g, float *b) {
+    if (rotation->how == NEAREST) rotate_row_how(rotation, NEAREST, padded, y, size, r, g, b);
+    if (rotation->how == BILINEAR) rotate_row_how(rotation, BILINEAR, padded, y, size, r, g, b);
+    if (rotation->how == BILINEAR_UNFILLED) rotate_row_how(rotation, BILINEAR_UNFILLED, padded, y, size, r, g, b);
 }
 
 #endif
