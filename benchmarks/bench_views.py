@@ -31,7 +31,7 @@ from pipelines.decode import make_decoder
 from pipelines.order import Order
 from pipelines.runtime import InputError, parse_arguments, run_cli
 from pipelines.storage import open_source
-from pipelines.views.presets import paper_views
+from pipelines.views.presets import adapt_views, paper_views
 from pipelines.views.spec import IMAGENET_STD
 
 PROG = "python -m benchmarks.bench_views"
@@ -56,6 +56,7 @@ class Arguments:
         size: side of the global and cutout views in pixels.
         local_size: side of the local views in pixels.
         blur_kernel: taps of the blur.
+        view_preset: adapts the views, such as microscopy (`pipelines.adapt_views`).
         seconds: begin nothing more after so many; by default there is no limit.
         out: JSON file, rewritten after every round of trials.
     """
@@ -71,6 +72,7 @@ class Arguments:
     size: int = 224
     local_size: int = 96
     blur_kernel: int = 23
+    view_preset: str | None = None
     seconds: float | None = None
     out: Path | None = None
 
@@ -85,8 +87,9 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
     batches = load(arguments)
+    specs = paper_views(size=arguments.size, local_size=arguments.local_size, blur_kernel=arguments.blur_kernel)
     setup = Setup(
-        specs=paper_views(size=arguments.size, local_size=arguments.local_size, blur_kernel=arguments.blur_kernel),
+        specs=specs if arguments.view_preset is None else adapt_views(specs, arguments.view_preset),
         device=device,
         dtype=DTYPES[arguments.dtype],
         batch_size=arguments.num_images,
@@ -108,6 +111,7 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
             "batches": len(batches),
             "mean_megapixels": float(pixels) / 1e6,
             "views_per_image": views,
+            "view_preset": arguments.view_preset,
             "sizes": [spec.size for spec in setup.specs],
             "threads": arguments.threads,
             "contenders": {

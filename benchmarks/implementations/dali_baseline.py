@@ -206,7 +206,7 @@ def _turned(view: Any, spec: ViewSpec) -> Any:
     if spec.degrees != (0, 0):
         view = fn.rotate(
             view,
-            angle=fn.random.uniform(range=list(spec.degrees)),
+            angle=_uniform(*spec.degrees),
             keep_size=True,
             interp_type=types.INTERP_NN if spec.rotate_interpolation == "nearest" else types.INTERP_LINEAR,
             fill_value=(spec.fill_colour or (0.0,))[0],
@@ -219,11 +219,16 @@ def _jitter(view: Any, spec: ViewSpec) -> Any:
     brightness, contrast, saturation, hue = spec.jitter
     return fn.color_twist(
         view,
-        brightness=fn.random.uniform(range=[1 - brightness, 1 + brightness]),
-        contrast=fn.random.uniform(range=[1 - contrast, 1 + contrast]),
-        saturation=fn.random.uniform(range=[1 - saturation, 1 + saturation]),
-        hue=fn.random.uniform(range=[-360 * hue, 360 * hue]),  # degrees
+        brightness=_uniform(1 - brightness, 1 + brightness),
+        contrast=_uniform(1 - contrast, 1 + contrast),
+        saturation=_uniform(1 - saturation, 1 + saturation),
+        hue=_uniform(-360 * hue, 360 * hue),  # degrees
     )
+
+
+def _uniform(low: float, high: float) -> Any:
+    """A uniform number, which DALI refuses to sample from an empty range."""
+    return fn.random.uniform(range=[low, high]) if low < high else low
 
 
 def _cutout(view: Any, spec: ViewSpec, area: tuple[float, float]) -> Any:

@@ -44,7 +44,12 @@ def view_sheet(
     sides = [max(24, round(spec.size / largest * _LARGEST)) for spec in specs]
     widths = [max(side, _NARROWEST) for side in sides]
     starts = [_MARGIN + _SOURCE + _GAP + sum(widths[:v]) + v * _GAP for v in range(len(specs))]
-    row_height = _LARGEST + _CAPTION
+    captions = [
+        [_wrap(_applied(params.view(v), n), widths[v] + _GAP // 2) for v in range(len(specs))]
+        for n in range(len(batch))
+    ]
+    ends = [side + 15 * (row[v].count("\n") + 1) + 10 for row in captions for v, side in enumerate(sides)]
+    row_height = max(_LARGEST + _CAPTION, *ends) if ends else _LARGEST + _CAPTION
     width = starts[-1] + widths[-1] + _MARGIN
     height = _MARGIN + _HEADER + len(batch) * row_height + _MARGIN - _GAP
     sheet = Image.new("RGB", (width, height), _PAPER)
@@ -64,8 +69,7 @@ def view_sheet(
         for v, side in enumerate(sides):
             picture = Image.fromarray(pictures[v][n]).resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(picture, (starts[v], top))
-            lines = _wrap(_applied(params.view(v), n), widths[v] + _GAP // 2)
-            pen.multiline_text((starts[v], top + side + 5), lines, fill=_FAINT, font=_font(12), spacing=3)
+            pen.multiline_text((starts[v], top + side + 5), captions[n][v], fill=_FAINT, font=_font(12), spacing=3)
     return sheet
 
 

@@ -53,6 +53,16 @@ def test_command_writes_a_complete_result(photos: Path, bench: Bench) -> None:
     assert missing_dali() or result["contenders"]["dali"]["times_torchvision"]["median"] > 0
 
 
+def test_views_of_a_preset_are_compared_too(photos: Path, bench: Bench) -> None:
+    """Views that are turned and rotated by any angle, in every implementation that can be had."""
+    names = ["native", "reference", "torchvision", *(["dali"] if missing_dali() is None else [])]
+    result, _ = bench(bench_views, photos, *TINY, "--contenders", *names, "--view-preset", "astronomy")
+    assert (result["view_preset"], result["failed"]) == ("astronomy", {})
+    for name in {"native", "reference"} & set(result["contenders"]):
+        assert result["contenders"][name]["difference_from_torchvision_cpu"]["mean_levels"] < 0.05
+    assert {"reference", "torchvision"} <= set(result["contenders"])
+
+
 def test_half_precision_is_as_far_off_as_its_rounding(photos: Path) -> None:
     tiny = Arguments(
         data=photos, dtype="bfloat16", contenders=("reference",), num_images=4, size=32, local_size=16, blur_kernel=5

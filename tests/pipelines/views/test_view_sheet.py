@@ -18,7 +18,7 @@ import mvssl
 from mvssl.config.serialize import to_dict
 from pipelines import DecodedBatch, InputError, ViewEngine, ViewSpec, draw
 from pipelines.view_sheet import Options, run
-from pipelines.views.sheet import view_sheet
+from pipelines.views.sheet import _applied, view_sheet
 
 
 def test_sheet_shows_views_and_boxes() -> None:
@@ -38,6 +38,14 @@ def test_sheet_shows_views_and_boxes() -> None:
     assert count((10, 200, 30)) > 3 * (176**2 + 88**2)  # three rows of both views, and the sources
     for colour in ("#d1495b", "#00798c"):
         assert count(ImageColor.getrgb(colour)) > 500  # frames and badges of both views' crops
+
+
+def test_captions_say_how_a_view_is_turned() -> None:
+    spec = ViewSpec(name="a", task="t", flip=1.0, vertical_flip=1.0, quarter_turns=1.0, rotate=(-20, -20), size=32)
+    params = draw([spec], [[50, 50]] * 30, seed=0, epoch=0, index=range(30))
+    for n, turns in enumerate(params.quarter_turns[0].tolist()):
+        words = ["flip", "vertical flip", *([f"turn {90 * turns}°"] if turns else []), "rotate -20°"]
+        assert _applied(params.view(0), n)[: len(words)] == words
 
 
 def test_command_writes_a_picture_or_says_why_not(tmp_path: Path) -> None:
