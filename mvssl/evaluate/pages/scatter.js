@@ -17,7 +17,12 @@
   const colours = data.labels.map(colour);
 
   const at = (n) => data.projections[shown].points[n];
-  const edge = () => Math.min(map.clientWidth, map.clientHeight) * 0.9 * view.zoom;
+  const spans = data.projections.map(({ points }) => [0, 1].map((axis) => {  // of each axis, at most 1
+    let low = Infinity, high = -Infinity;
+    for (const point of points) [low, high] = [Math.min(low, point[axis]), Math.max(high, point[axis])];
+    return Math.max(0.02, (high - low) / unit);
+  }));
+  const edge = () => Math.min(map.clientWidth / spans[shown][0], map.clientHeight / spans[shown][1]) * 0.9 * view.zoom;
   const toScreen = (n) => {
     const [x, y] = at(n), side = edge();
     return [map.clientWidth / 2 + (x / unit - view.x) * side, map.clientHeight / 2 + (y / unit - view.y) * side];
@@ -46,8 +51,9 @@
       const [x, y] = toScreen(n);
       if (x < -size || y < -size || x > width + size || y > height + size) continue;
       if (pictures) {
-        pen.fillStyle = colours[n];
-        pen.fillRect(x - size / 2 - 2, y - size / 2 - 2, size + 4, size + 4);
+        pen.fillStyle = data.classes.length ? colours[n] : "#8a93a088";
+        const rim = data.classes.length ? 2 : 1;
+        pen.fillRect(x - size / 2 - rim, y - size / 2 - rim, size + 2 * rim, size + 2 * rim);
         picture(pen, n, x - size / 2, y - size / 2, size);
       } else {
         pen.fillStyle = colours[n];

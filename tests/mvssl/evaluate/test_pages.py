@@ -298,6 +298,7 @@ def test_a_run_ends_with_its_pages(
     assert not (out / "scatter.html").exists()
     assert "the 36 images of" in "".join(read(out / "neighbours.html").texts)
     assert len(read(out / "attention.html").all("img")) == 16
+    assert base64.b64encode((out / "views.png").read_bytes()).decode() in (out / "report.html").read_text()
     elsewhere = tmp_path / "reports" / "r.html"
     elsewhere.parent.mkdir()
     assert train_cli.body(["report", str(out), "--out", str(elsewhere)]) == 0
