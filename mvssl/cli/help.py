@@ -94,6 +94,7 @@ COMMON: dict[str, tuple[CommonOption, ...]] = {
     ),
     "model and optimiser": (
         CommonOption("recipe.backbone.name", "timm's name of the architecture"),
+        CommonOption("recipe.backbone.pretrained", "known weights: true, a tag or name of timm, local-dir:FOLDER"),
         CommonOption("recipe.predictors", "per-view: one per task; shared: one for all"),
         CommonOption("recipe.optimizer.base_lr", "learning rate for a batch of 256"),
         CommonOption("recipe.optimizer.weight_decay", "weight decay"),

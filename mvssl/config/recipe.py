@@ -36,6 +36,14 @@ _MOST_PARAMETERS = 1 << 32  # of the hidden layers of all predictors
 _LARGEST_K, _MOST_K = 1_000_000, 100
 
 
+_THREE_FINITE = Rule(lambda x: all(map(is_finite, x)), "three numbers", "ImageNet's are (0.485, 0.456, 0.406)")
+_THREE_POSITIVE = Rule(
+    lambda x: all(is_finite(value) and value > 0 for value in x),
+    "three numbers above 0",
+    "ImageNet's are (0.229, 0.224, 0.225)",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
     """The shared encoder: any timm model with pooled features.
@@ -48,6 +56,12 @@ class Backbone:
             (at full strength); they differ for ResNets and plain vision transformers.
         pos_embed: how a plain vision transformer's position embedding is interpolated to views of other sizes: timm
             (antialiased, to the exact size) or release (as the reference implementation, PAPER.md section 3).
+        pretrained: known weights to start from: one of timm's tags of `name`, such as lvd142m or openai; true for its
+            default tag; a full name such as vit_small_patch14_dinov2.lvd142m; hf-hub:USER/NAME; or local-dir:FOLDER
+            with timm's config.json and model.safetensors. None for random weights.
+        mean: of the images that the backbone takes (RGB of 0 to 1); views are ImageNet-normalised and converted before
+            the first layer. None for that of the pretrained weights, or ImageNet's.
+        std: the same for the standard deviation.
     """
 
     name: str = "resnet50"
@@ -57,9 +71,17 @@ class Backbone:
     freeze_stem: bool = False
     init: Literal["timm", "release"] = "timm"
     pos_embed: Literal["timm", "release"] = "timm"
+    pretrained: str | bool | None = None
+    mean: tuple[float, float, float] | None = ruled(_THREE_FINITE, default=None)
+    std: tuple[float, float, float] | None = ruled(_THREE_POSITIVE, default=None)
 
     def __post_init__(self) -> None:
+        if str(self.pretrained).lower() in ("true", "false", "default", "none"):  # words of Python, TOML and people
+            wanted = str(self.pretrained).lower() in ("true", "default")
+            object.__setattr__(self, "pretrained", "true" if wanted else None)
         check_fields(self)
+        if self.pretrained is not None and not str(self.pretrained).strip():
+            raise invalid("Backbone.pretrained", self.pretrained, "a tag or the name of weights", "give one, or true")
 
 
 @dataclass(frozen=True, kw_only=True)

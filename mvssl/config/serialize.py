@@ -93,6 +93,8 @@ def _value(hint: Any, value: Any, where: str, null_word: str | None) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None or (null_word is not None and value == null_word):
             return None
+        if bool in arguments and isinstance(value, bool):
+            return value
         kinds = [kind for kind in arguments if kind is not type(None)]
         fitting = (kind for kind in kinds if (typing.get_origin(kind) is tuple) == isinstance(value, list))
         return _value(next(fitting, kinds[0]), value, where, null_word)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import timm
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mvssl.config.recipe import Backbone
 from mvssl.models import small_resnets, wide_resnets  # noqa: F401  (register their names with timm)
 from pipelines.runtime import InputError, shown
+from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -37,10 +38,7 @@ def build_backbone(config: Backbone, *, drop_path: bool = True) -> nn.Module:
     Raises:
         InputError: timm has no such model, or it lacks stochastic depth or a convolution that the recipe requires.
     """
-    if not timm.is_model(config.name.split(".")[0]):
-        near = difflib.get_close_matches(config.name[:100], timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them."
-        raise InputError(f"Backbone.name is {shown(config.name)} but must be the name of a timm model: {hint}")
+    check_architecture(config.name)
     model = _create(config, {"drop_path_rate": config.drop_path} if drop_path and config.drop_path > 0 else {})
     if config.init == "release":
         init_as_reference(model)
@@ -48,7 +46,52 @@ def build_backbone(config: Backbone, *, drop_path: bool = True) -> nn.Module:
         _interpolate_as_reference(model, config.name)
     if config.freeze_stem:
         _freeze_stem(model, config.name)
+    if config.mean is not None or config.std is not None:
+        _renormalise(model, config.mean or IMAGENET_MEAN, config.std or IMAGENET_STD)
     return model
+
+
+def check_architecture(name: str) -> None:
+    """Raise InputError unless timm has a model of this name, with or without a tag."""
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name[:100], timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them."
+        raise InputError(f"Backbone.name is {shown(name)} but must be the name of a timm model: {hint}")
+
+
+def _renormalise(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Make a model convert ImageNet-normalised images to those of its own normalisation, before its first layer.
+
+    Its parameters, and what it saves, do not change.
+    """
+    ours, own = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]), torch.tensor([tuple(mean), tuple(std)])
+    model.register_buffer("input_scale", (ours[1] / own[1]).view(3, 1, 1), persistent=False)
+    model.register_buffer("input_shift", ((ours[0] - own[0]) / own[1]).view(3, 1, 1), persistent=False)
+    model.register_forward_pre_hook(_to_own_normalisation)
+    vars(model)[_OWN] = (tuple(mean), tuple(std))
+
+
+_OWN = "own_normalisation"
+
+
+def input_normalisation(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation to which a model of `build_backbone` converts images; None if ImageNet's."""
+    found: tuple[tuple[float, ...], tuple[float, ...]] | None = vars(model).get(_OWN)
+    return found
+
+
+def _to_own_normalisation(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """[B, 3, S, S] in any float type, normalised anew in float32 or better."""
+    images, *others = inputs
+    own = images * model.get_buffer("input_scale") + model.get_buffer("input_shift")
+    return (own.to(images.dtype), *others)
+
+
+def normalisation(config: Backbone) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
+    """Mean and standard deviation of the images that such a backbone takes; None if ImageNet's."""
+    if config.mean is None and config.std is None:
+        return None
+    return config.mean or IMAGENET_MEAN, config.std or IMAGENET_STD
 
 
 def _create(config: Backbone, wanted: dict[str, float]) -> nn.Module:
@@ -172,9 +215,8 @@ def feature_width(backbone: nn.Module, sizes: Iterable[int], *, name: str) -> in
         except Exception as error:  # timm and torch raise many types for sizes that do not fit
             reason = " ".join(str(error).split())
             raise InputError(
-                f"Backbone.name {name} cannot take views of {size} pixels ({reason}): give its views a size that "
-                "it takes (a multiple of 32 suits most, some take a single size), or choose a backbone for all sizes, "
-                "such as resnet50, vit_small_patch16_224 or convnext_tiny."
+                f"Backbone.name {name} cannot take views of {size} pixels ({reason}): {_sizes_taken(backbone, size)}, "
+                "or choose a backbone for all sizes, such as resnet50, vit_small_patch16_224 or convnext_tiny."
             ) from error
         if len(shape) != 2 or shape[0] != 2:
             raise InputError(
@@ -188,6 +230,20 @@ def feature_width(backbone: nn.Module, sizes: Iterable[int], *, name: str) -> in
             "all sizes: choose a backbone with global pooling."
         )
     return next(iter(widths.values()))
+
+
+def _sizes_taken(backbone: nn.Module, size: int) -> str:
+    """What to do about a size of views that a model rejects."""
+    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
+    edge = patch[0] if isinstance(patch, tuple) and patch else patch
+    if not isinstance(edge, int) or size % edge == 0:
+        return "give its views a size that it takes (a multiple of 32 suits most, some take a single size)"
+    step = math.lcm(edge, 8)
+    near = max(step, round(size / step) * step)
+    return (
+        f"give such views (--views.N.size, --evaluation.crop) {near} pixels, as its patches are {edge} pixels wide and "
+        "sizes of views are multiples of 8"
+    )
 
 
 def is_convolutional(backbone: nn.Module) -> bool:

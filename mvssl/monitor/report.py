@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
+from mvssl.models.backbones import normalisation
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import read_metrics, read_throughput
 from mvssl.runs.results import conditions_of, describe, read_result
@@ -76,7 +77,7 @@ def render(folder: RunFolder, place: Path | None = None) -> str:
             more_pages=[name for name in PAGES if not (folder.path / f"{name}.html").exists()],
             # Markup, lest it is cut as long text is
             views_png=Markup(base64.b64encode(_start_of(folder.views, _LARGEST_PICTURE)).decode()),
-            loading_code=loading_code(recipe.backbone.name, str(folder.backbone)) if folder.backbone.exists() else (),
+            loading_code=_loading_code(recipe, folder) if folder.backbone.exists() else (),
             view_fields=view_fields,
             fields=fields,
             machine=_machine(folder),
@@ -100,6 +101,10 @@ def templates() -> Environment:
 def _visible(value: object) -> object:
     """A value of a template: text as `visible`, unless a template has made it."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _loading_code(recipe: Recipe, folder: RunFolder) -> list[str]:
+    return loading_code(recipe.backbone.name, str(folder.backbone), own=normalisation(recipe.backbone))
 
 
 def _start_of(path: Path, most: int) -> bytes:

@@ -46,7 +46,7 @@ def resumed_recipe(begun: Recipe, recipe: Recipe, *, extend: bool, run: str) -> 
     Raises:
         InputError: a field differs that determines the numbers; names all of them.
     """
-    recipe = with_names_of(begun, recipe)
+    recipe = _with_normalisation_of(begun, with_names_of(begun, recipe))
     changed = {
         name: values for name, values in changed_fields(to_dict(begun), to_dict(recipe)).items() if not may_change(name)
     }
@@ -77,6 +77,14 @@ def with_names_of(begun: Recipe, recipe: Recipe) -> Recipe:
     if len(views) == len(begun.views):
         views = tuple(replace(view, name=own.name) for view, own in zip(views, begun.views, strict=True))
     return replace(recipe, name=begun.name, views=views)
+
+
+def _with_normalisation_of(begun: Recipe, recipe: Recipe) -> Recipe:
+    """The recipe with the normalisation that the run took from its pretrained weights, unless it states one."""
+    own, backbone = begun.backbone, recipe.backbone
+    if own.pretrained is None or own.pretrained != backbone.pretrained:
+        return recipe
+    return replace(recipe, backbone=replace(backbone, mean=backbone.mean or own.mean, std=backbone.std or own.std))
 
 
 def record_changes(options: Mapping[str, Any], before: Recipe, recipe: Recipe, *, step: int) -> dict[str, Any]:

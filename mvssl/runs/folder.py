@@ -268,7 +268,7 @@ def _target(link: Path) -> Path:
 
 
 _OPTIONS: dict[str, type] = {
-    **dict.fromkeys(("data", "val", "init_from", "run_name", "notes"), str),
+    **dict.fromkeys(("data", "val", "init_from", "run_name", "notes", "initial_weights"), str),
     **dict.fromkeys(("tags", "changes", "earlier_epochs"), list),
 }
 _CHANGE = {"step": int, "field": str, "was": object, "now": object}

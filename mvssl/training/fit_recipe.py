@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def fit_recipe(
     """The recipe that a run starts with, and lines for the log on what was chosen.
 
     Args:
-        recipe: as it is named; returned as it is unless it has an entry in `FITTED`.
+        recipe: as it is named; only its backbone's name may change unless it has an entry in `FITTED`.
         given: values that the user has chosen, by dotted field, which are kept.
         data: the images; None if they are not given, which the run reports.
         device: as in `RunOptions`.
@@ -46,6 +47,7 @@ def fit_recipe(
         InputError: the images or the device are not there.
     """
     all_recipes()
+    given, recipe = with_architecture(given, recipe, resumes=resumes)
     if recipe.name not in FITTED:
         return recipe, ()
     if resumes is not None:
@@ -76,6 +78,31 @@ def fit_recipe(
             source.close()
     fitted = FITTED[recipe.name](situation)
     return fitted.recipe, fitted.notes
+
+
+def with_architecture(
+    given: Mapping[str, Any], recipe: Recipe, *, resumes: Path | None
+) -> tuple[Mapping[str, Any], Recipe]:
+    """The given fields and the recipe, with the backbone of the pretrained weights that are given, if they name one.
+
+    A backbone that is given stays, and a resumed run has its own.
+    """
+    text = str(given.get("backbone.pretrained") or "")
+    if not text or "backbone.name" in given:
+        return given, recipe
+    name = None
+    if resumes is not None:
+        from mvssl.runs.folder import RunFolder
+
+        with suppress(InputError):  # the run itself reports it
+            name = RunFolder(resumes).recipe().backbone.name
+    if name is None:
+        from mvssl.weights.pretrained import named_architecture  # with torch
+
+        name = named_architecture(text)
+    if name is None:
+        return given, recipe
+    return {**given, "backbone.name": name}, replace(recipe, backbone=replace(recipe.backbone, name=name))
 
 
 def short_side(source: Source) -> int:

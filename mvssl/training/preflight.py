@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from mvssl.training.experiment import Experiment, open_experiment
 from mvssl.training.memory import explain_out_of_memory
 from mvssl.training.step import StepOutput
 from mvssl.weights.init_from import init_from
+from mvssl.weights.pretrained import resolve_pretrained
 from pipelines.batch import ViewBatch
 from pipelines.names import say, visible
 from pipelines.progress import rate
@@ -214,6 +215,9 @@ def open_trial(
         world = stack.enter_context(join_world(cuda=device.type == "cuda"))
         console = console if world.is_rank0 else Console(quiet=True)
         world.run_on_rank0(lambda: check(console))
+        if options.resume:  # the run has its weights, which a trial does not need
+            recipe = replace(recipe, backbone=replace(recipe.backbone, pretrained=None))
+        recipe = resolve_pretrained(recipe, init_from=options.init_from)
         stack.enter_context(explain_out_of_memory(recipe, options, ranks=world.size))
         experiment = stack.enter_context(open_experiment(recipe, options, console, world))
         taken = init_from(experiment.step.online, experiment.step.target, recipe, options.init_from)

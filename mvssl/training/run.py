@@ -30,7 +30,7 @@ from mvssl.monitor.pictures import write_view_sheet
 from mvssl.monitor.report import write_report
 from mvssl.optim.schedule import learning_rate
 from mvssl.ranks import process_local_rank
-from mvssl.runs.changes import describe_changes
+from mvssl.runs.changes import describe_changes, with_names_of
 from mvssl.runs.data_record import DataRecord
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import read_metrics, values_of
@@ -43,6 +43,7 @@ from mvssl.training.memory import explain_out_of_memory
 from mvssl.training.monitor import Diverged, Monitor
 from mvssl.training.shutdown import Interrupted, StopRequest
 from mvssl.weights.init_from import init_from
+from mvssl.weights.pretrained import resolve_pretrained
 from pipelines.names import NAME, visible
 from pipelines.progress import rate
 from pipelines.runtime import InputError, steady
@@ -196,7 +197,7 @@ def _run(
             open_log(folder.log)
             with StopRequest(world, seconds=seconds) as stop:
                 _announce(experiment, folder, start)
-                if asked != recipe:
+                if with_names_of(asked, recipe) != recipe:
                     logger.info("the run keeps the names that it was started with: %s", recipe.name)
                 if position.step == 0:
                     images = experiment.order.permutation(0)[:4]
@@ -228,7 +229,7 @@ def _claim(folder: RunFolder, recipe: Recipe, options: RunOptions, stack: ExitSt
         if options.resume:
             return folder.check_same_recipe(recipe, extend=options.extend)
         folder.check_free(overwrite=options.overwrite)
-        return recipe
+        return resolve_pretrained(recipe, init_from=options.init_from)
 
     check()  # creates nothing where nothing may be written
     stack.enter_context(folder.claim())
@@ -270,6 +271,8 @@ def _start_or_resume(experiment: Experiment, folder: RunFolder) -> _Start:
     plain = {  # absolute paths, so that they hold in any working directory
         name: str(value.resolve()) if isinstance(value, Path) else value for name, value in asdict(options).items()
     }
+    if taken is not None:
+        plain["initial_weights"] = taken  # for the report
     world.run_on_rank0(
         lambda: folder.create(recipe, plain, DataRecord.of(experiment.source), overwrite=options.overwrite)
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mvssl.models import small_resnets, wide_resnets
-from mvssl.models.backbones import ReferencePositions
+from mvssl.models.backbones import ReferencePositions, input_normalisation
 from pipelines.files import write_whole
 from pipelines.names import python_text
 from pipelines.runtime import InputError, describe_os_error
@@ -25,9 +27,20 @@ def backbone_bytes(backbone: nn.Module, architecture: str) -> bytes:
     metadata = {"architecture": architecture, "format": "pt", "source": "mvssl"}
     if isinstance(backbone, ReferencePositions):
         metadata["pos_embed"] = "release"
+    if (own := input_normalisation(backbone)) is not None:
+        metadata |= {"mean": json.dumps(own[0]), "std": json.dumps(own[1])}
     if (heads := head_count(backbone, architecture)) is not None:
         metadata["num_heads"] = str(heads)
     return save(float_tensors(backbone), metadata=metadata)
+
+
+def metadata_normalisation(metadata: Mapping[str, str]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of the images that the backbone of a file takes; None if it does not say."""
+    try:
+        mean, std = (tuple(map(float, json.loads(metadata[name]))) for name in ("mean", "std"))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return (mean, std) if len(mean) == len(std) == 3 and all(value > 0 for value in std) else None
 
 
 def float_tensors(backbone: nn.Module) -> dict[str, Tensor]:
@@ -64,8 +77,21 @@ def export_backbone(backbone: nn.Module, architecture: str, out: Path) -> None:
         raise InputError(f"The backbone could not be written to {out}: {describe_os_error(error)}") from error
 
 
-def loading_code(architecture: str, file: str, *, heads: int | None = None) -> list[str]:
-    """Lines of Python that load an exported backbone through timm; `heads` as by `head_count`."""
+def loading_code(
+    architecture: str,
+    file: str,
+    *,
+    heads: int | None = None,
+    own: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+) -> list[str]:
+    """Lines of Python that load an exported backbone through timm.
+
+    Args:
+        architecture: timm's name.
+        file: the exported file.
+        heads: as by `head_count`.
+        own: mean and standard deviation of the images that it takes, if they are not ImageNet's.
+    """
     register = [
         f"import {module.__name__}  # registers the name with timm"
         for module in (small_resnets, wide_resnets)
@@ -73,4 +99,5 @@ def loading_code(architecture: str, file: str, *, heads: int | None = None) -> l
     ]
     options = "num_classes=0" + (f", num_heads={heads}" if heads is not None else "")
     model = f"timm.create_model({python_text(architecture)}, {options}, checkpoint_path={python_text(file)})"
-    return ["import timm", *register, f"backbone = {model}"]
+    images = [] if own is None else [f"# takes images (RGB of 0 to 1) normalised by mean {own[0]} and std {own[1]}"]
+    return ["import timm", *register, f"backbone = {model}", *images]

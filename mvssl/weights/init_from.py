@@ -16,6 +16,7 @@ from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
 from mvssl.weights.formats import FoundNetwork, find_network, from_torchvision
 from mvssl.weights.load import load_tensors
+from mvssl.weights.pretrained import load_pretrained, resolve_pretrained
 from mvssl.weights.read import is_timm_folder, read_folder, read_metadata, read_weights
 from pipelines.runtime import InputError
 
@@ -23,7 +24,9 @@ _SHARED = "shared"  # the only slot of a bank with one predictor
 
 
 def init_from(online: OnlineNetwork, target: TargetNetwork | None, recipe: Recipe, path: Path | None) -> str | None:
-    """Load weights into freshly built networks and copy the online network to the target; `path` None does nothing.
+    """Load weights into freshly built networks and copy the online network to the target.
+
+    Without `path` these are the weights that `recipe.backbone.pretrained` names; without either nothing is done.
 
     Args:
         online: the online network.
@@ -40,8 +43,14 @@ def init_from(online: OnlineNetwork, target: TargetNetwork | None, recipe: Recip
     Raises:
         InputError: the weights are missing, damaged, of an unknown format, or do not fit the recipe's networks.
     """
-    if path is None:
+    if path is None and recipe.backbone.pretrained is None:
         return None
+    if path is None:
+        loaded = load_pretrained(online.backbone, recipe.backbone)
+        if target is not None:
+            target.copy_from(online)
+        return loaded
+    resolve_pretrained(recipe, init_from=path)  # refuses both
     if not path.exists():
         raise InputError(f"init_from is {str(path)!r} but there is nothing of that name: give a run folder or a file.")
     is_run = path.is_dir() and not is_timm_folder(path)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from mvssl.config.evaluation import BackboneSource as BackboneSource
 from mvssl.config.evaluation import Network
 from mvssl.config.recipe import Backbone, Evaluation, Recipe
-from mvssl.models.backbones import build_backbone
+from mvssl.models.backbones import build_backbone, normalisation
 from mvssl.models.encoder import initial_backbone
 from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
+from mvssl.weights.backbone_file import metadata_normalisation
 from mvssl.weights.formats import find_network, from_torchvision, guess_architecture
 from mvssl.weights.read import read_folder, read_metadata, read_weights
 from pipelines.runtime import InputError
@@ -70,7 +71,7 @@ def load_backbone(source: BackboneSource) -> LoadedBackbone:
     elif source.untrained:
         loaded = LoadedBackbone(
             name="untrained",
-            backbone=initial_backbone(recipe),
+            backbone=_initial(recipe),
             architecture=recipe.backbone.name,
             evaluation=recipe.evaluation,
         )
@@ -101,9 +102,20 @@ def _digest(architecture: str, backbone: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def _initial(recipe: Recipe) -> nn.Module:
+    """The backbone that a run of this recipe starts from, for ImageNet-normalised images."""
+    from mvssl.weights.pretrained import load_pretrained  # imports this module
+
+    config = recipe.backbone
+    backbone = initial_backbone(replace(recipe, backbone=replace(config, mean=None, std=None)))
+    if config.pretrained is not None:
+        load_pretrained(backbone, config)
+    return _renormalised(backbone, normalisation(config))
+
+
 def _from_run(folder: RunFolder, recipe: Recipe, network: Network) -> LoadedBackbone:
     """The backbone of the last checkpoint, or of the exported file if no checkpoint is left."""
-    backbone = build_backbone(recipe.backbone, drop_path=False)
+    backbone = build_backbone(replace(recipe.backbone, mean=None, std=None), drop_path=False)
     if network == "online" and not any(folder.checkpoints.glob("step-*")) and folder.backbone.exists():
         tensors, where = dict(read_weights(folder.backbone)), folder.backbone
         about = str(folder.backbone)
@@ -121,7 +133,7 @@ def _from_run(folder: RunFolder, recipe: Recipe, network: Network) -> LoadedBack
     load_tensors(backbone, tensors, recipe.backbone.name, str(where))
     return LoadedBackbone(
         name=network,
-        backbone=backbone,
+        backbone=_renormalised(backbone, normalisation(recipe.backbone)),
         architecture=recipe.backbone.name,
         evaluation=recipe.evaluation,
         about=about,
@@ -165,7 +177,9 @@ def _from_file(source: BackboneSource, path: Path, recipe: Recipe | None) -> Loa
     load_tensors(backbone, tensors, name, str(path))
     evaluation = Evaluation()
     config = timm.models.get_pretrained_cfg(name) if "." in name else None
-    if config is not None:
+    if own := metadata_normalisation(metadata):
+        backbone = _renormalised(backbone, own)
+    elif config is not None:
         crop = config.input_size[-1]
         evaluation = Evaluation(resize=max(crop, int(crop / config.crop_pct)), crop=crop)
         if (tuple(config.mean), tuple(config.std)) != (IMAGENET_MEAN, IMAGENET_STD):
@@ -240,6 +254,11 @@ def _random_backbone(
             return build_backbone(Backbone(name=name, pos_embed=pos_embed), drop_path=False)
         backbone: nn.Module = timm.create_model(name, num_classes=0, dynamic_img_size=True, num_heads=heads)
         return backbone
+
+
+def _renormalised(backbone: nn.Module, own: tuple[tuple[float, ...], tuple[float, ...]] | None) -> nn.Module:
+    """The backbone for ImageNet-normalised images, if its own normalisation is another one."""
+    return backbone if own in (None, (IMAGENET_MEAN, IMAGENET_STD)) else _Renormalised(backbone, *own)
 
 
 class _Renormalised(nn.Module):
