@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ def find_pretrained(config: Backbone) -> Pretrained:
     cfg = get_pretrained_cfg(full)
     hub = cfg.hf_hub_id if cfg is not None else None
     file = f"{cfg.hf_hub_filename or _WEIGHTS} of {hub}" if cfg is not None and hub else getattr(cfg, "url", "")
-    stated = {} if cfg is None else cfg.to_dict()
+    stated = {} if cfg is None else asdict(cfg)
     content = {"architecture": architecture, "pretrained_cfg": stated}
     return _stated(config, full, content, where=f"hub {hub}" if hub else "timm", file=file)
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -32,17 +33,18 @@ NAME = "test_vit.r160_in1k"  # images of 160 pixels, mean and standard deviation
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def timms(name: str, *, classes: int | None = None, **options: object) -> nn.Module:
+def timms(name: str, *, classes: int | None = None, **options: Any) -> nn.Module:
     """A model of timm with random weights, standing for the published ones."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        model = timm.create_model(name, pretrained=False, **options).eval()
+        model: Any = timm.create_model(name, pretrained=False, **options).eval()
     for attention in model.modules():  # trained ones attend to few places; new ones hardly distinguish any
         if hasattr(attention, "qkv"):
             attention.qkv.weight.data *= 8
     if classes is not None:
         model.reset_classifier(classes)
-    return model
+    result: nn.Module = model
+    return result
 
 
 def features(model: nn.Module, mean: Sequence[float], std: Sequence[float], *, size: int = 160) -> torch.Tensor:
