@@ -15,9 +15,8 @@ from mvssl.models.heads import PredictorBank
 from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
 from mvssl.weights.formats import FoundNetwork, find_network, from_torchvision
-from mvssl.weights.load import load_tensors
 from mvssl.weights.pretrained import load_pretrained, resolve_pretrained
-from mvssl.weights.read import is_timm_folder, read_folder, read_metadata, read_weights
+from mvssl.weights.read import is_timm_folder, load_tensors, read_folder, read_metadata, read_weights
 from pipelines.runtime import InputError
 
 _SHARED = "shared"  # the only slot of a bank with one predictor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,7 +20,8 @@ from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
 from mvssl.weights.backbone_file import metadata_normalisation
 from mvssl.weights.formats import find_network, from_torchvision, guess_architecture
-from mvssl.weights.read import read_folder, read_metadata, read_weights
+from mvssl.weights.pretrained import load_pretrained
+from mvssl.weights.read import load_tensors, read_folder, read_metadata, read_weights
 from pipelines.runtime import InputError
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD, Interpolation
 
@@ -104,8 +104,6 @@ def _digest(architecture: str, backbone: nn.Module) -> str:
 
 def _initial(recipe: Recipe) -> nn.Module:
     """The backbone that a run of this recipe starts from, for ImageNet-normalised images."""
-    from mvssl.weights.pretrained import load_pretrained  # imports this module
-
     config = recipe.backbone
     backbone = initial_backbone(replace(recipe, backbone=replace(config, mean=None, std=None)))
     if config.pretrained is not None:
@@ -278,43 +276,3 @@ class _Renormalised(nn.Module):
         """[B, 3, S, S] to [B, D]."""
         features: Tensor = self.backbone(images * self.scale + self.shift)
         return features
-
-
-def load_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], name: str, where: str) -> None:
-    """Load tensors under timm's names, without the classifier; BatchNorm's batch counters may be missing.
-
-    Args:
-        backbone: the model to load into.
-        tensors: its parameters and buffers.
-        name: timm's name of the architecture.
-        where: origin of the tensors, for messages.
-
-    Raises:
-        InputError: names or shapes do not fit; the message gives some.
-    """
-    wanted = backbone.state_dict()
-    classifier = timm.get_pretrained_cfg_value(name, "classifier") if timm.is_model(name.split(".")[0]) else None
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
-    classifiers = tuple(f"{head}." for head in (*heads, "fc", "head", "heads"))
-    counters = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked")}
-    given = counters | {k: v for k, v in tensors.items() if k in wanted or not k.startswith(classifiers)}
-    missing = [key for key in wanted if key not in given]
-    unexpected = [key for key in given if key not in wanted]
-    shapes = [
-        f"{key} {list(value.shape)} instead of {list(wanted[key].shape)}"
-        for key, value in given.items()
-        if key in wanted and value.shape != wanted[key].shape
-    ]
-    for problem, keys in (("lacks", missing), ("has the unexpected", unexpected), ("has", shapes)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise InputError(
-                f"{where} does not fit {name}: it {problem} {', '.join(keys[:3])}{more}. Name the architecture that "
-                "the weights belong to (--arch), or export them again."
-            )
-    try:
-        backbone.load_state_dict(given)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(
-            f"{where} does not fit {name}: {str(error).splitlines()[-1].strip()}: export the weights again."
-        ) from error

@@ -17,8 +17,7 @@ from torch import nn
 
 from mvssl.config.recipe import Backbone, Recipe
 from mvssl.models.backbones import check_architecture, input_normalisation
-from mvssl.weights.load import load_tensors
-from mvssl.weights.read import read_folder
+from mvssl.weights.read import load_tensors, read_folder
 from pipelines.runtime import InputError, shown
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD, LARGEST_SIDE
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvssl.pickles.safe_pickle import Global, Inert
 from mvssl.pickles.torch_file import read_torch_file
@@ -105,3 +106,43 @@ def read_folder(path: Path, *, field: str = "weights") -> tuple[Path, dict[str, 
         f"{field} is {str(path)!r}, a folder with config.json but without model.safetensors: copy it again.",
         field=field,
     )
+
+
+def load_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], name: str, where: str) -> None:
+    """Load tensors under timm's names, without the classifier; BatchNorm's batch counters may be missing.
+
+    Args:
+        backbone: the model to load into.
+        tensors: its parameters and buffers.
+        name: timm's name of the architecture.
+        where: origin of the tensors, for messages.
+
+    Raises:
+        InputError: names or shapes do not fit; the message gives some.
+    """
+    wanted = backbone.state_dict()
+    classifier = timm.get_pretrained_cfg_value(name, "classifier") if timm.is_model(name.split(".")[0]) else None
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+    classifiers = tuple(f"{head}." for head in (*heads, "fc", "head", "heads"))
+    counters = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked")}
+    given = counters | {k: v for k, v in tensors.items() if k in wanted or not k.startswith(classifiers)}
+    missing = [key for key in wanted if key not in given]
+    unexpected = [key for key in given if key not in wanted]
+    shapes = [
+        f"{key} {list(value.shape)} instead of {list(wanted[key].shape)}"
+        for key, value in given.items()
+        if key in wanted and value.shape != wanted[key].shape
+    ]
+    for problem, keys in (("lacks", missing), ("has the unexpected", unexpected), ("has", shapes)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise InputError(
+                f"{where} does not fit {name}: it {problem} {', '.join(keys[:3])}{more}. Name the architecture that "
+                "the weights belong to (--arch), or export them again."
+            )
+    try:
+        backbone.load_state_dict(given)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"{where} does not fit {name}: {str(error).splitlines()[-1].strip()}: export the weights again."
+        ) from error
