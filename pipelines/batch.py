@@ -160,6 +160,11 @@ class ViewBatch:
     def __len__(self) -> int:
         return int(self.index.shape[0])
 
+    def to(self, device: str | torch.device, *, non_blocking: bool = False) -> ViewBatch:
+        """The batch with its views on a device, as training frameworks ask for it; index and labels stay on the CPU."""
+        views = [view.to(device, non_blocking=non_blocking) for view in self.views]
+        return ViewBatch(views=views, index=self.index, labels=self.labels)
+
 
 def as_device(device: str | torch.device) -> torch.device:
     """The device of a name.

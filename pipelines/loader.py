@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 
 from pipelines.batch import ViewBatch, with_index
 from pipelines.decode import DecodeOptions, decoder_of, thread_count
+from pipelines.loading.deep_images import state_value_range
 from pipelines.loading.fetch import CompleteBatch, Encoded, Fetcher, fetch_complete, usable_indices
 from pipelines.loading.threads import BATCHES_AHEAD, Prefetcher, ReadAhead, SideStream, receive
 from pipelines.order import SINGLE, Order, Ranks
 from pipelines.runtime import InputError, invalid
+from pipelines.storage.given import source_of
 from pipelines.storage.image_facts import facts_of
 from pipelines.storage.source import Source
 from pipelines.views.engine import ViewEngine
@@ -99,7 +101,8 @@ class Loader:
     named in a warning once and replaced by the next image of the epoch's order that decodes; a batch of mostly bad
     images stops the epoch.
 
-    One epoch runs at a time: starting another one stops the one before.
+    One epoch runs at a time: starting another one stops the one before. In loops of others, `for batch in loader` is
+    one epoch, and the next time the next one.
     """
 
     def __init__(
@@ -160,6 +163,55 @@ class Loader:
         self._ahead: tuple[int, int] | None = None  # the epoch that the running producer prepares next, and its `until`
         self._next = (0, 0)
         self._closed = False
+
+    @classmethod
+    def of(
+        cls,
+        data: object,
+        specs: Sequence[ViewSpec],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        decode: DecodeOptions | None = None,
+        prefetch: int = 2,
+        ranks: Ranks = SINGLE,
+    ) -> Loader:
+        """A loader of data in any form (`source_of`), in random order, for a training loop of your own.
+
+        Args:
+            data: a folder of images, converted data, a list of paths or images, a dataset, ...
+            specs: the views to make of each image, such as `paper_views(num_local=2, num_cutout=1)`.
+            batch_size: images per batch over all ranks; a short last batch is left out.
+            seed: of order and views.
+            device: where the views are made and handed over; on "cuda" they are made there.
+            dtype: of the views.
+            decode: decoder options; None for the defaults.
+            prefetch: finished batches that may wait.
+            ranks: this process among those that share each batch, `Ranks(rank=..., size=...)`.
+
+        Raises:
+            InputError: the data cannot be used, or an argument is wrong.
+        """
+        source = source_of(data)
+        state_value_range(source, None)
+        order = Order(num_images=len(source), batch_size=batch_size, seed=seed)
+        return cls(source, specs, order, device=device, dtype=dtype, decode=decode, prefetch=prefetch, ranks=ranks)
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[ViewBatch]:
+        """The rest of the epoch at which the loader stands (`state_dict`): one epoch, and the next time the next."""
+        epoch, step = self._next
+        return self.epoch(epoch, first_step=step)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
 
     @property
     def steps_per_epoch(self) -> int:

@@ -109,7 +109,7 @@ def test_what_is_wrong_is_said_in_a_sentence(backbone: mvssl.FrozenBackbone, fin
         ("", {}, "path is '' but must be a path"),
         (finished, {"network": "best"}, "network is 'best' but must be"),
         (finished, {"crop": 0}, "crop is 0"),
-        (finished, {"nets": 1}, "did you mean network"),
+        (finished, {"networks": 1}, "did you mean network"),
     ]
     for path, options, words in cases:
         with pytest.raises(mvssl.InputError, match=words):
