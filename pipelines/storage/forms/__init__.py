@@ -26,8 +26,6 @@ __all__ = ["Found", "Look", "Request", "find_form", "open_form"]
 
 def find_form(look: Look) -> ModuleType | None:
     """The module that reads what is there; None for a folder of images, a list, or what no form recognises."""
-    if not look.files:
-        return None
     return next((form for form in _forms() if form.recognise(look)), None)
 
 
