@@ -154,7 +154,7 @@ def parse_arguments(kind: type[T], *, args: Sequence[str] | None = None, **setti
 def _visibly(parse: Callable[[list[str]], T], words: list[str], prog: str) -> T:
     """What `parse` returns of the words; the help or usage error that it prints and exits with is `visible`.
 
-    Options that the command `prog` does not have are reported in one sentence.
+    Options that the command `prog` does not have, and values that a dataclass refuses, are reported in one sentence.
     """
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -168,6 +168,10 @@ def _visibly(parse: Callable[[list[str]], T], words: list[str], prog: str) -> T:
             what = f"has no option {', '.join(unknown)}" if unknown else f"has no use for {visible(stray, 100)}"
             print(visible(f"error: {prog} {what}: see {prog} --help."), file=sys.stderr)
             raise
+        sentence = _own_sentence(err.getvalue()) if stop.code else ""
+        if sentence:
+            print(visible(f"error: {sentence}"), file=sys.stderr)
+            raise
         printed = [(stream, text.getvalue()) for stream, text in ((sys.stdout, out), (sys.stderr, err))]
         plain = [(stream, "\n".join(map(visible, text.split("\n")))) for stream, text in printed]
         if plain == printed:
@@ -175,6 +179,13 @@ def _visibly(parse: Callable[[list[str]], T], words: list[str], prog: str) -> T:
         for stream, text in plain:
             stream.write(text)
         raise
+
+
+def _own_sentence(text: str) -> str:
+    """The InputError that tyro shows in a box because a dataclass within the arguments raised it; "" without."""
+    found = re.search(r"Error parsing \S+: (.*?)[─-]{5,}", text, re.DOTALL)
+    sentence = " ".join(re.sub(r"[│|]", " ", found[1]).split()) if found else ""
+    return sentence if " but must be " in sentence else ""
 
 
 def _unknown_options(parse: Callable[[list[str]], object], words: Sequence[str]) -> list[str]:

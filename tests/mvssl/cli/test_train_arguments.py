@@ -110,6 +110,30 @@ def test_errors_name_the_option(field: str, expected: str) -> None:
     assert str(with_option(InputError("data is missing"))) == "data is missing"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--views.0.rotate", "400"],
+            "ViewSpec('global_1').rotate is 400.0 but must be degrees from 0 to 360, a range",
+        ),
+        (["--views.1.rotate", "20", "-20"], "ViewSpec('global_2').rotate is (20.0, -20.0) but must be degrees"),
+        (["--views.0.rotate-fill", "1", "2", "256"], "rotate_fill is (1.0, 2.0, 256.0) but must be a number from 0"),
+        (["--views.0.quarter-turns", "2"], "ViewSpec('global_1').quarter_turns is 2.0 but must be between 0 and 1"),
+        (["--optimizer.base-lr", "-1"], "Optimizer.base_lr is -1.0 but must be a number above 0: give a positive"),
+    ],
+    ids=str,
+)
+def test_a_refused_value_is_one_sentence(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        train_cli.parse(["demo", *words])
+    assert exit_info.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+    assert line.endswith(".")
+
+
 def test_an_error_of_the_recipe_names_its_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match=r"^Optimizer\.warmup_epochs \(--optimizer\.warmup-epochs\) is 2 but must be"):
         train_cli.parse(["demo", "--epochs", "1", "--optimizer.warmup-epochs", "2"])
@@ -145,7 +169,7 @@ def test_the_largest_batch_is_found_in_few_trials(most_that_fits: int) -> None:
 
 
 def test_batches_that_fit_nowhere_and_processors_without_memory_of_their_own(images: Path) -> None:
-    with pytest.raises(InputError, match=r"not even 32 images fit .* take --step-mode per-view"):
+    with pytest.raises(InputError, match=r"not even 32 images fit .* take .*--step-mode per-view"):
         largest_batch(lambda size: False)
     with pytest.raises(InputError, match=r"^batch_size is 'auto', which measures a GPU's memory, but .* on the CPU"):
         train_cli.parse(["demo", "--data", str(images), "--batch-size", "auto", "--device", "cpu"])
