@@ -24,6 +24,7 @@ from benchmarks.bench_faults import tiny_recipe, write_images
 from benchmarks.harness.command import check_positive, command_of, finish
 from benchmarks.harness.results import measured_by
 from benchmarks.harness.trials import say
+from mvssl.evaluate.online_knn import OnlineAccuracy
 from mvssl.training import run
 from mvssl.training.monitor import Monitor
 from pipelines.runtime import parse_arguments, run_cli
@@ -62,8 +63,8 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
     class Watched(Monitor):
         """A monitor that notes the memory after every few epochs."""
 
-        def log_knn(self, accuracy: dict[int, float], *, step: int) -> None:
-            super().log_knn(accuracy, step=step)
+        def log_evaluation(self, accuracy: OnlineAccuracy, *, step: int, best: str) -> None:
+            super().log_evaluation(accuracy, step=step, best=best)
             epoch = step // self._experiment.order.steps_per_epoch
             if epoch % every == 0:
                 gc.collect()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mvssl.config.options import RunOptions
     from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
     from mvssl.evaluate.frozen import FrozenBackbone, load_backbone
+    from mvssl.monitor.collapse import Collapsed
     from mvssl.recipes.files import load_recipe
     from mvssl.training.callbacks import CallbackFailed, StopTraining, TrainState
     from mvssl.training.monitor import Diverged
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Backbone",
     "CallbackFailed",
+    "Collapsed",
     "Diverged",
     "Evaluation",
     "FrozenBackbone",
@@ -46,6 +48,7 @@ __all__ = [
 _MODULES = {
     **dict.fromkeys(("Backbone", "Evaluation", "Head", "Optimizer", "Recipe"), "mvssl.config.recipe"),
     **dict.fromkeys(("FrozenBackbone", "load_backbone"), "mvssl.evaluate.frozen"),
+    "Collapsed": "mvssl.monitor.collapse",
     "Diverged": "mvssl.training.monitor",
     "InputError": "pipelines.runtime",
     "Interrupted": "mvssl.training.shutdown",

@@ -121,6 +121,8 @@ def run_cell(
             log_every=20,
             save_every_epochs=max(1, recipe.epochs // setting.marks),
             keep_checkpoints=1 if cell.point is not None else 2 * setting.marks,
+            keep_best="none",
+            on_collapse="warn",  # a result, too
             resume=(folder / "config.json").exists(),
         ),
         console=Console(quiet=True),

@@ -42,8 +42,9 @@ USAGE = """usage: mvssl-train [RECIPE] --data PATH --out RUN [overrides]
 
 RECIPE is the name of a recipe, or a .toml or .json recipe file; photos, fitted to your images, if none is named.
 
-exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 75 stopped by SIGINT, SIGTERM or SIGHUP after
-saving (run the same command with --resume), 130 stopped by Ctrl-C before training or by a second Ctrl-C."""
+exit codes: 0 done, 1 an error that the message explains (also a loss that is NaN, or collapsed embeddings), 2 wrong
+usage, 75 stopped by SIGINT, SIGTERM or SIGHUP after saving (run the same command with --resume), 130 stopped by Ctrl-C
+before training or by a second Ctrl-C."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,7 @@ def _silent_unless_first_on_host() -> Iterator[None]:
 
 def _train(parsed: TrainArguments, notes: Sequence[str], console: Console) -> int:
     """Train, profile or do a dry run; returns the exit code."""
+    from mvssl.monitor.collapse import Collapsed
     from mvssl.training.monitor import Diverged
     from mvssl.training.preflight import dry_run, profile_run
     from mvssl.training.run import run
@@ -141,7 +143,7 @@ def _train(parsed: TrainArguments, notes: Sequence[str], console: Console) -> in
         if process_rank() == 0:
             say(console, *filter(None, (str(stopped), requeue(stopped.stopped_by))))
         return EXIT_INTERRUPTED
-    except Diverged:
+    except (Diverged, Collapsed):
         if process_rank() == 0:
             raise
         return EXIT_ERROR

@@ -32,6 +32,7 @@ class BackboneSource:
         run: a run folder.
         weights: a file instead: an exported backbone, a checkpoint of the reference implementation, MoCo, SimSiam or
             DINO, weights of timm or torchvision, or a folder as timm takes it (config.json, model.safetensors).
+        checkpoint: of the run: last, best (checkpoints/best), or a step that is kept, such as 1200.
         network: online or target, where the file has both; by default the one that its project evaluates.
         arch: timm's name of the file's architecture, if neither the file nor its tensors tell it. With a tag, such as
             vit_base_patch16_224.augreg_in21k, images are normalised as those weights expect.
@@ -44,6 +45,7 @@ class BackboneSource:
 
     run: Path | None = None
     weights: Path | None = None
+    checkpoint: str = "last"
     network: Network | None = None
     arch: str | None = None
     untrained: bool = False
@@ -61,6 +63,12 @@ class BackboneSource:
         if self.untrained and (self.weights is not None or self.network is not None):
             raise InputError(
                 "untrained excludes weights and network: leave --untrained out, or --weights and --network."
+            )
+        if self.checkpoint != "last" and (self.run is None or self.untrained or self.weights is not None):
+            raise InputError(
+                f"checkpoint is {self.checkpoint!r} but needs a run, and excludes weights and untrained: name the run "
+                "with --run, or leave --checkpoint out.",
+                field="checkpoint",
             )
         if self.weights is None and self.run is not None and self.arch is not None:
             raise InputError(f"arch is {self.arch!r} but the run's recipe names its architecture: leave --arch out.")

@@ -68,9 +68,16 @@ class RunOptions(Execution):
         notes: a remark, saved in config.json, wandb and mlflow.
         tags: words, saved in config.json, wandb and mlflow.
         log_every: steps between two log points, the only host syncs.
-        save_every_epochs: epochs between two checkpoints; 0 saves only at the end of the run and on a signal.
+        save_every_epochs: epochs between two checkpoints; 0 saves only at the end of the run, on a signal, and what
+            keep_best keeps.
         save_every_steps: steps between two checkpoints, in addition to those by epoch.
-        keep_checkpoints: checkpoints kept on disk, including the last one.
+        keep_checkpoints: checkpoints kept on disk, including the last one; the best one is kept in addition.
+        keep_best: keep the checkpoint of the evaluation with the highest kNN or linear-probe accuracy, as
+            checkpoints/best; of equal ones the first. none keeps the newest ones only.
+        on_collapse: stop: save and stop (exit code 1) if the embeddings stay collapsed; warn: train on.
+        collapse_patience: steps after the warm-up at whose log points (three or more) the embeddings are collapsed
+            before the run stops; by default an epoch, and 500 if that is more. They count again after an evaluation
+            that is better than all before.
         time: save and stop before this much time is over, such as 7h30m or 12:00:00.
         resume: resume the run in `out` from its last checkpoint.
         extend: with resume and a larger number of all epochs (--resume --extend --epochs 200): train on beyond the
@@ -99,6 +106,9 @@ class RunOptions(Execution):
     save_every_epochs: int = at_least_zero(1)
     save_every_steps: int | None = at_least(1, None, "give a positive number")
     keep_checkpoints: int = between(1, 10**9, 2, "give a positive number")
+    keep_best: Literal["knn", "probe", "none"] = "knn"
+    on_collapse: Literal["stop", "warn"] = "stop"
+    collapse_patience: int | None = at_least(1, None, "give a number of steps")
     time: str | None = None
     resume: bool = False
     extend: bool = False

@@ -161,7 +161,7 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Online kNN evaluation.
+    """Online evaluation: kNN, and a linear probe on the same features.
 
     Attributes:
         every_epochs: epochs between two evaluations; 0 for none.
@@ -171,6 +171,7 @@ class Evaluation:
         temperature: votes weigh exp(similarity / temperature).
         max_train: maximal number of training images in the neighbour bank (evenly spaced); None for all.
         interpolation: of the resize; the reference implementation's is bilinear.
+        probe: whether a linear classifier is fitted to the features, too; it costs 0.1 to 10 % of extracting them.
     """
 
     every_epochs: int = between(0, _MOST_EPOCHS, 10)
@@ -187,6 +188,7 @@ class Evaluation:
     temperature: float = positive(0.07)
     max_train: int | None = between(1, _MOST_IMAGES, None)
     interpolation: Interpolation = "bicubic"
+    probe: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -222,7 +224,7 @@ class Recipe:
             online, target or both.
         seed: of the order, the augmentation parameters and the initial weights.
         precision: auto is bf16 on CUDA and fp32 on the CPU.
-        evaluation: online kNN.
+        evaluation: online kNN and linear probe.
     """
 
     name: str

@@ -50,6 +50,14 @@ def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, 
     return {name: (before, after) for name, (before, after) in values.items() if before != after}
 
 
+def recorded_recipe(plain: Mapping[str, Any]) -> Recipe:
+    """The recipe that a run has recorded; as `from_dict`, but runs of versions without a linear probe have none."""
+    evaluation = plain.get("evaluation")
+    if isinstance(evaluation, Mapping):
+        plain = {**plain, "evaluation": {"probe": False, **evaluation}}
+    return from_dict(plain)
+
+
 def from_dict(plain: Mapping[str, Any], *, null_word: str | None = None) -> Recipe:
     """The recipe of its plain form; the inverse of `to_dict`.
 

@@ -23,7 +23,8 @@ CURVES = {
     "effective_rank": "effective rank of the embeddings",
     "embedding_std": "standard deviation of the embeddings",
 }
-"""Metrics that are plotted in addition to kNN accuracy, with their titles."""
+"""Metrics that are plotted in addition to accuracies, with their titles."""
+EVALUATIONS = {"knn": "kNN top-1, %", "probe": "online linear probe top-1, %"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def plot(summaries: Sequence[RunSummary], path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    shown = [name for name in ("knn", *CURVES) if any(name in summary.curves for summary in summaries)]
+    shown = [name for name in (*EVALUATIONS, *CURVES) if any(name in summary.curves for summary in summaries)]
     measured = list(dict.fromkeys(name for summary in summaries for name in summary.results))
     runs = [summary.name for summary in summaries]
     panels = len(shown) + bool(measured)
@@ -92,7 +93,7 @@ def plot(summaries: Sequence[RunSummary], path: Path) -> None:
     FigureCanvasAgg(figure)
     for number, name in enumerate(shown, start=1):
         axes = figure.add_subplot(-(-panels // 2), min(2, panels), number)
-        axes.set_title("kNN top-1, %" if name == "knn" else CURVES[name], fontsize=10)
+        axes.set_title((EVALUATIONS | CURVES)[name], fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         lines = []
@@ -120,8 +121,8 @@ def plot(summaries: Sequence[RunSummary], path: Path) -> None:
 def _curves(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for row in read_metrics(metrics):
-        if row["kind"] == "knn":
-            points = {"knn": 100 * row["top1"]}
+        if row["kind"] in EVALUATIONS:
+            points = {row["kind"]: 100 * row["top1"]}
         elif row["kind"] != "train":
             continue
         else:

@@ -1,8 +1,9 @@
-"""kNN accuracy of a backbone during training."""
+"""kNN and linear accuracy of a backbone during training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from mvssl.config.recipe import Evaluation
 from mvssl.evaluate.features import extract_features
 from mvssl.evaluate.knn import knn_accuracy
+from mvssl.evaluate.online_probe import probe_accuracy
 from mvssl.evaluate.session import Session
 from pipelines.runtime import InputError, invalid
 from pipelines.storage.source import Source, SubsetSource
@@ -68,7 +70,20 @@ def check_knn_data(train: Source, val: Source | None, evaluation: Evaluation) ->
         )
 
 
-def evaluate_knn(
+@dataclass(frozen=True, kw_only=True)
+class OnlineAccuracy:
+    """Accuracy of a backbone at one step.
+
+    Attributes:
+        knn: kNN top-1 accuracy in [0, 1] for each k.
+        probe: top-1 accuracy in [0, 1] of a linear classifier; None if the recipe has none.
+    """
+
+    knn: dict[int, float]
+    probe: float | None = None
+
+
+def evaluate_online(
     session: Session,
     backbone: nn.Module,
     train: Source,
@@ -76,8 +91,8 @@ def evaluate_knn(
     evaluation: Evaluation,
     *,
     progress: Callable[[int], None] | None = None,
-) -> dict[int, float]:
-    """Top-1 accuracy in [0, 1] for each k: val by train, or without val each training image by all others.
+) -> OnlineAccuracy:
+    """Accuracy of val by train; without val of each training image by all others (kNN), or of a held-out part (probe).
 
     The ranks share the work and use rank 0's BatchNorm statistics. `progress` is called with the number of images of a
     split that are done; an exception in it ends the evaluation.
@@ -94,9 +109,21 @@ def evaluate_knn(
         queries = extract_features(session, backbone, val, evaluation, progress=progress)
         test_features = queries.values
         test_labels = torch.from_numpy(_labels(val, train))[queries.index].to(session.device)  # [M]
-    return knn_accuracy(
+    knn = knn_accuracy(
         bank.values, bank.labels, test_features, test_labels, k=evaluation.k, temperature=evaluation.temperature
     )
+
+    def probe() -> float:
+        return probe_accuracy(
+            bank.values,
+            bank.labels,
+            test_features,
+            test_labels,
+            classes=len(train.classes),
+            progress=None if progress is None else lambda: progress(len(bank.labels)),
+        )
+
+    return OnlineAccuracy(knn=knn, probe=session.world.run_on_rank0(probe) if evaluation.probe else None)
 
 
 def _labels(val: Source, train: Source) -> NDArray[np.int64]:

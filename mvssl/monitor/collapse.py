@@ -1,15 +1,19 @@
-"""Label-free measures of representational collapse, from a batch of embeddings."""
+"""Label-free measures of representational collapse from a batch of embeddings, and whether it lasts."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipelines.runtime import InputError
+
 MIN_STD = 0.1
 MIN_RANK = 2.0
+_FEWEST_POINTS = 3  # log points at which a collapse is seen before it counts as lasting
 
 
 def embedding_std(embedding: Tensor) -> Tensor:
@@ -35,22 +39,93 @@ def effective_rank(embedding: Tensor) -> Tensor:
     return rank
 
 
-def collapse_warning(*, std: float, rank: float, batch_size: int, dim: int) -> str | None:
-    """A warning if embeddings [batch_size, dim] with this `embedding_std` and `effective_rank` have collapsed, or None.
+@dataclass(frozen=True, kw_only=True)
+class Collapse:
+    """A measure of collapsed embeddings.
+
+    Attributes:
+        measure: its name, with its verb.
+        value: in words, with what is possible.
+        least: the value below which embeddings count as collapsed.
+        meaning: what that says of the embeddings.
+    """
+
+    measure: str
+    value: str
+    least: float
+    meaning: str
+
+    def warning(self) -> str:
+        """The sentence for the first log point at which it is seen."""
+        return (
+            f"The embeddings are collapsing: their {self.measure} is {self.value} (below {self.least:g}), so "
+            f"{self.meaning}: lower the learning rate or lengthen the warm-up."
+        )
+
+
+def find_collapse(*, std: float, rank: float, batch_size: int, dim: int) -> Collapse | None:
+    """Whether embeddings [batch_size, dim] with this `embedding_std` and `effective_rank` have collapsed; None if not.
 
     A `std` below 0.1 means a mean cosine above 0.99 between different images: the representation hardly depends on the
     image. A `rank` below 2 means that one direction carries nearly everything. Healthy networks have a std of 0.5 and
-    more and a rank of tens, so a warning is rarely false, except in the first steps. With fewer than 8 images or
-    dimensions the rank says nothing and is ignored.
+    more and a rank of tens, so this is rarely wrong, except in the first steps. With fewer than 8 images or dimensions
+    the rank says nothing and is ignored.
     """
     if math.isfinite(std) and std < MIN_STD:
-        return (
-            f"The embeddings are collapsing: their standard deviation is {std:.3f} of the even spread (below "
-            f"{MIN_STD}), so nearly all images get the same embedding: lower the learning rate or lengthen the warm-up."
+        return Collapse(
+            measure="standard deviation",
+            value=f"{std:.3f} of the even spread",
+            least=MIN_STD,
+            meaning="nearly all images get the same embedding",
         )
-    if min(batch_size, dim) >= 8 and math.isfinite(rank) and rank < MIN_RANK:
-        return (
-            f"The embeddings are collapsing: their effective rank is {rank:.2f} of {min(batch_size, dim)} (below "
-            f"{MIN_RANK:g}), so they lie along one direction: lower the learning rate or lengthen the warm-up."
+    most = min(batch_size, dim)
+    if most >= 8 and math.isfinite(rank) and rank < MIN_RANK:
+        return Collapse(
+            measure="effective rank",
+            value=f"{rank:.2f} of {most}",
+            least=MIN_RANK,
+            meaning="they lie along one direction",
         )
     return None
+
+
+class Collapsed(InputError):
+    """The embeddings stayed collapsed; everything is saved."""
+
+    stopped_by = "collapse"
+
+
+class CollapseWatch:
+    """Whether embeddings stay collapsed: at all log points of `patience` steps after the warm-up, three or more.
+
+    The count begins again at a log point without collapse, and when an evaluation is better than all before.
+
+    Attributes:
+        since: first step of the collapse that is counted; None without one.
+        lasting: the last log point's collapse, if it has lasted so long; else None.
+    """
+
+    def __init__(self, *, patience: int, warmup: int) -> None:
+        """`warmup` is the number of warm-up steps, which do not count."""
+        self.since: int | None = None
+        self.lasting: Collapse | None = None
+        self._patience = patience
+        self._warmup = warmup
+        self._points = 0
+
+    def see(self, step: int, collapse: Collapse | None) -> bool:
+        """Note a log point; whether a collapse begins there."""
+        begins = collapse is not None and self.since is None
+        if collapse is None:
+            self.since, self._points = None, 0
+        elif self.since is None:
+            self.since = step
+        self._points += collapse is not None
+        lasts = self.since is not None and step - max(self.since, self._warmup) >= self._patience
+        self.lasting = collapse if lasts and self._points >= _FEWEST_POINTS else None
+        return begins
+
+    def improved(self, step: int) -> None:
+        """Note that the evaluation after this step is better than all before: the network still learns."""
+        if self.since is not None:
+            self.since, self._points, self.lasting = step, 0, None

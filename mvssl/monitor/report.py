@@ -56,7 +56,7 @@ def render(folder: RunFolder, place: Path | None = None) -> str:
     recipe, options = folder.recipe(), folder.options()
     rows = list(read_metrics(folder.metrics)) if folder.metrics.exists() else []
     train = [row for row in rows if row["kind"] == "train"]
-    knn = [row for row in rows if row["kind"] == "knn"]
+    knn, probe = ([row for row in rows if row["kind"] == kind] for kind in ("knn", "probe"))
     speed = list(read_throughput(folder.throughput)) if folder.throughput.exists() else []
     view_fields, fields = _recipe_fields(recipe)
     return (
@@ -68,9 +68,9 @@ def render(folder: RunFolder, place: Path | None = None) -> str:
             recipe=recipe,
             options=options,
             epoch=(train[-1].get("epoch") or 0) + 1 if train else 0,
-            tiles=_tiles(train, knn, speed),
+            tiles=_tiles(train, knn, probe, speed, folder),
             failure=_start_of(folder.failure, 4000).decode(errors="replace").splitlines(),
-            charts=_charts(recipe, train, knn, speed),
+            charts=_charts(recipe, train, knn, probe, speed),
             summary=read_summary(folder.summary),
             evaluations=_evaluations(folder),
             pages=_pages(folder, place or folder.path),
@@ -115,7 +115,9 @@ def _start_of(path: Path, most: int) -> bytes:
         return file.read(most)
 
 
-def _tiles(train: Sequence[Row], knn: Sequence[Row], speed: Sequence[Row]) -> list[tuple[str, str]]:
+def _tiles(
+    train: Sequence[Row], knn: Sequence[Row], probe: Sequence[Row], speed: Sequence[Row], folder: RunFolder
+) -> list[tuple[str, str]]:
     """Name and value of the headline numbers."""
     tiles: list[tuple[str, str]] = []
     if train:
@@ -125,6 +127,10 @@ def _tiles(train: Sequence[Row], knn: Sequence[Row], speed: Sequence[Row]) -> li
             tiles.append(("effective rank", f"{last['effective_rank']:.1f}"))
     if knn:
         tiles.append(("kNN top-1", f"{100 * knn[-1]['top1']:.2f} %"))
+    if probe:
+        tiles.append(("linear probe top-1", f"{100 * probe[-1]['top1']:.2f} %"))
+    if folder.best.is_symlink():
+        tiles += _best_tile(knn, probe, os.readlink(folder.best))
     if speed:
         seconds = max(sum(row["seconds"] for row in speed), 1e-9)
         images = sum(row["images_per_second"] * row["seconds"] for row in speed)
@@ -138,12 +144,29 @@ def _tiles(train: Sequence[Row], knn: Sequence[Row], speed: Sequence[Row]) -> li
     return tiles
 
 
-def _charts(recipe: Recipe, train: Sequence[Row], knn: Sequence[Row], speed: Sequence[Row]) -> list[Chart]:
+def _best_tile(knn: Sequence[Row], probe: Sequence[Row], linked: str) -> list[tuple[str, str]]:
+    """The best checkpoint, in the folder `linked`, with its accuracies; empty if they are not known."""
+    kinds = {"kNN": knn, "probe": probe}
+    found = [
+        (row["step"], f"{kind} {100 * row['top1']:.2f} %")
+        for kind, rows in kinds.items()
+        for row in rows
+        if f"step-{row['step']:08d}" == linked
+    ]
+    return [("best checkpoint", f"step {found[0][0]:,}, {', '.join(text for _, text in found)}")] if found else []
+
+
+def _charts(
+    recipe: Recipe, train: Sequence[Row], knn: Sequence[Row], probe: Sequence[Row], speed: Sequence[Row]
+) -> list[Chart]:
     """The training curves, as far as there are numbers for them."""
     losses = [name for name in (train[0] if train else {}) if name.startswith("loss/")]
     charts = [
         make_chart("Loss per task", {name.removeprefix("loss/"): _curve(train, name) for name in losses}),
-        make_chart(f"kNN top-1, % ({_knn_conditions(recipe)})", {"top-1": _curve(knn, "top1", scale=100)}),
+        make_chart(
+            f"Online top-1, % ({_knn_conditions(recipe)})",
+            {"kNN": _curve(knn, "top1", scale=100), "linear probe": _curve(probe, "top1", scale=100)},
+        ),
         make_chart("Learning rate", {"lr": _curve(train, "lr")}),
         None if recipe.method == "simsiam" else make_chart("EMA momentum", {"tau": _curve(train, "target_decay")}),
         make_chart("Standard deviation of the embeddings", {"std": _curve(train, "embedding_std")}),

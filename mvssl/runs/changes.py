@@ -155,7 +155,7 @@ def _of_evaluations(fields: Mapping[str, tuple[Any, Any]], before: Recipe, *, si
         meaning = ""
         if name == "evaluation.k":
             meaning = ": kNN is comparable with earlier values of the same k"
-        elif name != "evaluation.every_epochs" and before.evaluation.every_epochs:
-            meaning = ": kNN from here on is not comparable with earlier values"
+        elif name not in ("evaluation.every_epochs", "evaluation.probe") and before.evaluation.every_epochs:
+            meaning = ": kNN and probe from here on are not comparable with earlier values"
         told.append(f"{name} is {value} instead of {was} {since}{meaning}")
     return told

@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill at any moment: written to a temporary folder, synced, then renamed.
 
 ``checkpoints/step-00001200/`` holds ``state.pt`` (tensors, readable by torch.load) and ``checkpoint.json`` (position,
-recipe, checksum); ``checkpoints/last`` links to the newest one.
+recipe, checksum); ``checkpoints/last`` links to the newest one, ``checkpoints/best`` to that of the best evaluation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from mvssl.config.recipe import Recipe
-from mvssl.config.serialize import from_dict
+from mvssl.config.serialize import recorded_recipe
 from mvssl.pickles.torch_file import parse_torch_file
 from mvssl.runs.checked_json import check_checksum, read_object, write_checked
 from pipelines.files import read_regular, sync_folder
-from pipelines.runtime import FULL, InputError, describe_free, shown
+from pipelines.runtime import FULL, InputError, describe_free, invalid, shown
 
 FORMAT = 2
-LAST = "last"
+LAST, BEST = "last", "best"
 _LARGEST = 1 << 40  # bytes of state.pt
 
 
@@ -50,7 +50,7 @@ class Checkpoint:
         """The recipe of the run; InputError if there is none, or another one than this version knows."""
         self.needs("recipe")
         try:
-            return from_dict(self.meta["recipe"])
+            return recorded_recipe(self.meta["recipe"])
         except InputError as error:
             raise InputError(f"{self.path / 'checkpoint.json'}: {error}", field=error.field) from error
 
@@ -75,10 +75,19 @@ class Checkpoint:
         )
 
 
-def save(root: Path, *, step: int, state: Mapping[str, Any], meta: Mapping[str, Any], keep: int) -> Path:
+def save(
+    root: Path,
+    *,
+    step: int,
+    state: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    keep: int,
+    best: Sequence[int] = (),
+) -> Path:
     """Write the checkpoint of `step` under `root`, link it as the last one, and delete all but the newest `keep`.
 
-    A checkpoint of the same step is replaced. Returns the checkpoint's folder.
+    A checkpoint of the same step is replaced. The first of the steps `best` that has a checkpoint is linked as the best
+    one and kept, too. Returns the checkpoint's folder.
 
     Raises:
         InputError: it cannot be written (the disk is full, say); earlier checkpoints are untouched.
@@ -97,10 +106,8 @@ def save(root: Path, *, step: int, state: Mapping[str, Any], meta: Mapping[str, 
         if final.exists():
             final.rename(old)
         temporary.rename(final)
-        link = root / f".{LAST}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(final.name)
-        link.replace(root / LAST)
+        _link(root, LAST, final.name)
+        linked = link_best(root, best)
         sync_folder(root)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
@@ -116,8 +123,54 @@ def save(root: Path, *, step: int, state: Mapping[str, Any], meta: Mapping[str, 
         ) from error
     # Checkpoints of later steps, left by a run that was set back to an earlier one, are not counted and not touched.
     for outdated in [path for path in sorted(root.glob("step-*")) if path.name <= final.name][:-keep]:
-        _remove(outdated)
+        if outdated.name != _folder_name(linked):
+            _remove(outdated)
     return final
+
+
+def link_best(root: Path, steps: Sequence[int]) -> int | None:
+    """Link the first of some steps, the best first, that has a checkpoint as the best one; None if none has.
+
+    Raises:
+        OSError: the link cannot be written; an earlier one is untouched.
+    """
+    step = next((step for step in steps if (root / _folder_name(step)).is_dir()), None)
+    if step is not None:
+        if not (root / BEST).is_symlink() or os.readlink(root / BEST) != _folder_name(step):
+            _link(root, BEST, _folder_name(step))
+    elif (root / BEST).is_symlink():
+        (root / BEST).unlink()
+    return step
+
+
+def find(root: Path, name: str) -> Path:
+    """The checkpoint folder, or link to one, of a name: last, best, or a step such as 1200 or step-00001200.
+
+    Raises:
+        InputError: there is none of that name; the message has those that there are.
+    """
+    steps = [int(path.name[5:]) for path in sorted(root.glob("step-*")) if re.fullmatch(r"step-\d{8,16}", path.name)]
+    links = [link for link in (LAST, BEST) if (root / link).is_symlink()]
+    asked = re.fullmatch(r"(?:step-)?(\d{1,16})", name)
+    if name in links:
+        return root / name
+    if asked is not None and int(asked[1]) in steps:
+        return root / _folder_name(int(asked[1]))
+    remedy = "choose from these"
+    if name == BEST:
+        remedy = "it is kept from the first evaluation on, of images with labels and with --keep-best knn or probe"
+    raise invalid("checkpoint", name, f"one of {', '.join([*links, *map(str, steps)]) or 'none yet'}", remedy)
+
+
+def _folder_name(step: int | None) -> str:
+    return "" if step is None else f"step-{step:08d}"
+
+
+def _link(root: Path, name: str, target: str) -> None:
+    link = root / f".{name}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    link.replace(root / name)
 
 
 def load(path: Path) -> Checkpoint:

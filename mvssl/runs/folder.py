@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mvssl.config.recipe import Recipe
-from mvssl.config.serialize import from_dict, to_dict
+from mvssl.config.serialize import recorded_recipe, to_dict
 from mvssl.runs.changes import record_changes, resumed_recipe
 from mvssl.runs.checked_json import read_checked, write_checked, write_json
 from mvssl.runs.data_record import DataRecord
@@ -46,6 +46,7 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last"
+        self.best = self.checkpoints / "best"
         self.backbone = path / "backbone.safetensors"
         self.views = path / "views.png"
         self.losses = path / "losses.png"
@@ -63,7 +64,7 @@ class RunFolder:
             InputError: this is no run folder, or its config.json is damaged.
         """
         try:
-            return from_dict(self._config()["recipe"])
+            return recorded_recipe(self._config()["recipe"])
         except InputError as error:
             raise InputError(f"{self.config}: {error}", field=error.field) from error
 
@@ -248,7 +249,7 @@ class RunFolder:
             elif path.exists():
                 shutil.rmtree(path)
         for path in vars(self).values():
-            if path not in (self.path, self.last, self.config, *folders):
+            if path not in (self.path, self.last, self.best, self.config, *folders):
                 path.unlink(missing_ok=True)
         self.config.unlink(missing_ok=True)  # without it, this is no run that may be deleted
 

@@ -16,6 +16,7 @@ _LONGEST_LINE = 1 << 20  # bytes
 _NUMBERS = {
     "train": ("step", "loss"),
     "knn": ("step", "top1"),
+    "probe": ("step", "top1"),
 }
 """Numbers that a row of each kind has."""
 _SPEED = ("step", "seconds", "images_per_second", "data_wait", "memory_gib")
@@ -143,3 +144,12 @@ def last_knn(metrics: Path) -> dict[int, float]:
         for name, value in row.items()
         if (number := name.removeprefix(prefix)) != name and number.isascii() and number.isdecimal()
     }
+
+
+def accuracies(metrics: Path) -> dict[str, dict[int, float]]:
+    """Top-1 accuracy in [0, 1] by kind of evaluation (knn and probe) and step, in metrics.jsonl."""
+    found: dict[str, dict[int, float]] = {"knn": {}, "probe": {}}
+    for row in read_metrics(metrics) if metrics.exists() else ():
+        if row["kind"] in found:
+            found[row["kind"]][row["step"]] = row["top1"]
+    return found

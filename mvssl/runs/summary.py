@@ -19,7 +19,7 @@ class Summary:
     Attributes:
         step: optimiser steps done.
         total_steps: optimiser steps of the whole run.
-        stopped_by: name of the signal or limit that stopped it, or "divergence"; None if it is finished.
+        stopped_by: name of the signal or limit that stopped it, or "divergence" or "collapse"; None if it is finished.
         images_per_second: source images/s since the run was started or resumed, evaluations and saves left out.
         data_wait: fraction of that time in which the step waited for a batch.
         bottleneck: a sentence (`mvssl.monitor.bottleneck`).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -107,8 +107,11 @@ class Experiment:
         precision = computed_precision(self.recipe.precision, self.device)
         return Computed(recipe=self.recipe, precision=precision, ranks=self.world.size)
 
-    def save(self, folder: RunFolder, position: Position) -> None:
-        """Write a checkpoint, then the exported backbone. If that fails, earlier checkpoints are untouched."""
+    def save(self, folder: RunFolder, position: Position, *, best: Sequence[int] = ()) -> int | None:
+        """Write a checkpoint, then the exported backbone. If that fails, earlier checkpoints are untouched.
+
+        `best` are the steps of evaluations, the best first. Returns the step of the best one that has a checkpoint.
+        """
         checkpoint.save(
             folder.checkpoints,
             step=position.step,
@@ -123,8 +126,10 @@ class Experiment:
                 "evaluated": position.evaluated,
             },
             keep=self.options.keep_checkpoints,
+            best=best,
         )
         self._export(folder)
+        return checkpoint.link_best(folder.checkpoints, best)
 
     def restore(self, folder: RunFolder) -> Position:
         """Load the last checkpoint, read by rank 0 and sent to any number of ranks; the run's position.

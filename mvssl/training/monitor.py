@@ -6,19 +6,18 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from mvssl.config.serialize import to_dict
-from mvssl.distributed import World
+from mvssl.evaluate.online_knn import OnlineAccuracy
 from mvssl.monitor.bottleneck import describe_bottleneck
-from mvssl.monitor.collapse import collapse_warning, effective_rank, embedding_std
+from mvssl.monitor.collapse import CollapseWatch, effective_rank, embedding_std, find_collapse
 from mvssl.monitor.console import Status, TrainingProgress
 from mvssl.monitor.idle_sampler import IdleSampler
 from mvssl.monitor.loggers import MetricLoggers
@@ -26,14 +25,16 @@ from mvssl.monitor.pictures import plot_losses
 from mvssl.runs.checked_json import write_json
 from mvssl.runs.environment import peak_memory_gib, return_free_memory
 from mvssl.runs.folder import RunFolder
-from mvssl.runs.jsonl import JsonLines, complete_bytes, values_of
+from mvssl.runs.jsonl import JsonLines, complete_bytes, read_metrics, values_of
 from mvssl.runs.summary import Summary, write_summary
 from mvssl.training.experiment import Experiment, Position
+from mvssl.training.metric_buffer import MetricBuffer
 from mvssl.training.pace import Pace, Speed
 from mvssl.training.step import StepOutput
 from pipelines.runtime import InputError
 from pipelines.views.spec import tasks
 
+_PATIENCE = 500  # steps of collapse before a run stops, if an epoch is shorter
 _SMALLEST_SCALE = 2.0**-10  # the fp16 loss scale starts at 2**16 and halves at every overflow
 
 logger = logging.getLogger("mvssl")
@@ -52,6 +53,7 @@ class Monitor:
 
     Attributes:
         buffer: metrics of the steps since the last log point.
+        collapse: whether the embeddings stay collapsed, as rank 0 sees them.
     """
 
     def __init__(self, experiment: Experiment, folder: RunFolder, console: Console, position: Position) -> None:
@@ -61,8 +63,10 @@ class Monitor:
         self._experiment = experiment
         self._folder = folder
         self._first_step = position.step
-        self._collapsed = False
         self._loggers = _Loggers(experiment, folder, console, position) if experiment.world.is_rank0 else None
+        self.collapse = _collapse_watch(experiment)
+        if experiment.world.is_rank0:
+            self._replay(folder)
         self._pace = Pace(step=position.step, batch_size=experiment.recipe.batch_size)
         self._idle_sampler = IdleSampler(experiment.device, hold=lambda: experiment.step.capturing)
 
@@ -149,25 +153,25 @@ class Monitor:
         self._loggers.scalars.write(step, {f"speed/{name}": value for name, value in speed.items()})
         self._loggers.display.show(status)
         logger.debug(status.line())
-        warning = collapse_warning(std=float(std), rank=float(rank), batch_size=len(embedding), dim=embedding.shape[1])
-        if warning is not None and not self._collapsed:  # once, not at every log point
-            logger.warning("step %d: %s", step, warning)
-        self._collapsed = warning is not None
+        collapse = find_collapse(std=float(std), rank=float(rank), batch_size=len(embedding), dim=embedding.shape[1])
+        if self.collapse.see(step, collapse) and collapse is not None:  # once, not at every log point
+            logger.warning("step %d: %s", step, collapse.warning())
         self.buffer.clear()
 
-    def log_knn(self, accuracy: dict[int, float], *, step: int) -> None:
-        """Log a kNN evaluation; the first k is the headline."""
+    def log_evaluation(self, accuracy: OnlineAccuracy, *, step: int, best: str) -> None:
+        """Log an evaluation; the first k is the headline of kNN. `best` is said of it; "" for nothing."""
         if self._loggers is None:
             return
         epochs = step // self._experiment.order.steps_per_epoch
-        row = {"top1": next(iter(accuracy.values())), **{f"top1_k{k}": value for k, value in accuracy.items()}}
-        self._loggers.metrics.write({"kind": "knn", "step": step, "epoch": epochs - 1, **row})
-        self._loggers.scalars.write(step, {f"knn/{name}": value for name, value in row.items()})
-        logger.info(
-            "kNN after epoch %d: %s",
-            epochs,
-            ", ".join(f"top-1 {100 * value:.2f} % (k={k})" for k, value in accuracy.items()),
-        )
+        knn = {"top1": next(iter(accuracy.knn.values())), **{f"top1_k{k}": x for k, x in accuracy.knn.items()}}
+        rows = {"knn": knn} | ({} if accuracy.probe is None else {"probe": {"top1": accuracy.probe}})
+        for kind, row in rows.items():
+            self._loggers.metrics.write({"kind": kind, "step": step, "epoch": epochs - 1, **row})
+            self._loggers.scalars.write(step, {f"{kind}/{name}": value for name, value in row.items()})
+        said = ", ".join(f"top-1 {100 * value:.2f} % (k={k})" for k, value in accuracy.knn.items())
+        if accuracy.probe is not None:
+            said += f"; linear probe: top-1 {100 * accuracy.probe:.2f} %"
+        logger.info("kNN after epoch %d: %s%s", epochs, said, f"; {best}" if best else "")
 
     def check_finite(self, step: int) -> None:
         """Average the buffer over the ranks and check it, so that all ranks reach one verdict. Waits for the device.
@@ -260,6 +264,19 @@ class Monitor:
                 logger.warning("%s could not be written: %s", self._folder.summary, error)
         return summary
 
+    def _replay(self, folder: RunFolder) -> None:
+        """Show the watch what earlier parts of the run logged, so that a resumed run stops where it would have."""
+        recipe, best = self._experiment.recipe, -1.0
+        images = recipe.batch_size // self._experiment.world.size
+        for row in read_metrics(folder.metrics):
+            std, rank = row.get("embedding_std"), row.get("effective_rank")
+            if row["kind"] == "train" and isinstance(std, float) and isinstance(rank, float):
+                collapse = find_collapse(std=std, rank=rank, batch_size=images, dim=recipe.projector.out)
+                self.collapse.see(row["step"], collapse)
+            elif row["kind"] == "knn" and row["top1"] > best:
+                best = row["top1"]
+                self.collapse.improved(row["step"])
+
     def _status(
         self,
         step: int,
@@ -306,6 +323,13 @@ def _remedy(experiment: Experiment) -> str:
     return f"{lower}, or continue with --resume and --precision fp32"
 
 
+def _collapse_watch(experiment: Experiment) -> CollapseWatch:
+    """A watch with the patience of the options; by default an epoch, and 500 steps if that is more."""
+    epoch = experiment.order.steps_per_epoch
+    patience = experiment.options.collapse_patience or max(_PATIENCE, epoch)
+    return CollapseWatch(patience=patience, warmup=round(experiment.recipe.optimizer.warmup_epochs * epoch))
+
+
 class _MetricLines(JsonLines):
     """metrics.jsonl; knows the last value of every metric."""
 
@@ -336,80 +360,3 @@ class _Loggers:
         self.metrics.close()
         self.throughput.close()
         self.scalars.close()
-
-
-@dataclass(frozen=True, kw_only=True)
-class NonFinite:
-    """The first step whose loss or gradient was not finite, and the dataset indices of its images."""
-
-    step: int
-    grad_norm: float
-    losses: list[float]
-    index: list[int]
-
-
-class MetricBuffer:
-    """Metrics and image indices of the steps since the last log point, on the device, so that no step waits for it."""
-
-    def __init__(self) -> None:
-        self._rows: list[Tensor] = []  # each [2 + T]: gradient norm, total loss, loss of each task
-        self._index: list[Tensor] = []  # each int64 [B]
-        self._averaged = 0  # rows already averaged over the ranks
-        self._loaded = 0  # rows of a checkpoint, checked before it was saved, maybe in another precision
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def add(self, output: StepOutput, index: Tensor) -> None:
-        """Add one step and the dataset indices of its images, int64 [B]."""
-        scalars = torch.stack([output.grad_norm.float(), output.loss.float()])
-        self._rows.append(torch.cat([scalars, output.losses.float()]))  # [2 + T]
-        self._index.append(index)
-
-    def average(self, world: World) -> None:
-        """Average over the ranks, each row once.
-
-        On 3 ranks and more the mean of equal numbers differs from them by rounding, so that averaging again at a save
-        between two log points would change the metrics.
-        """
-        new = self._rows[self._averaged :]
-        if new:
-            self._rows[self._averaged :] = world.mean(torch.stack(new)).unbind()
-        self._averaged = len(self._rows)
-
-    def rows(self) -> Tensor:
-        """Gradient norm, loss and losses, float64 [steps, 2 + T] on the CPU. Waits for the device."""
-        return torch.stack(self._rows).double().cpu()
-
-    def non_finite(self, *, last_step: int, gradients: bool = True) -> NonFinite | None:
-        """The first step whose loss (or gradient norm, if `gradients`) is NaN or infinite. Waits for the device."""
-        if not self._rows:
-            return None
-        rows = self.rows()
-        checked = rows if gradients else rows[:, 1:]
-        bad = [row for row in (~checked.isfinite().all(dim=1)).nonzero().flatten().tolist() if row >= self._loaded]
-        if not bad:
-            return None
-        first = bad[0]
-        return NonFinite(
-            step=last_step - len(self._rows) + 1 + first,
-            grad_norm=float(rows[first, 0]),
-            losses=rows[first, 1:].tolist(),
-            index=self._index[first].tolist(),
-        )
-
-    def clear(self) -> None:
-        """Empty the buffer."""
-        self._rows.clear()
-        self._index.clear()
-        self._averaged = self._loaded = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint between two log points; the rows must be averaged."""
-        return {"rows": [row.cpu() for row in self._rows], "index": list(self._index)}
-
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Restore `state_dict`."""
-        self._rows = [row.to(device) for row in state["rows"]]
-        self._index = list(state["index"])
-        self._averaged = self._loaded = len(self._rows)

@@ -26,6 +26,7 @@ from mvssl.distributed import join_world
 from mvssl.evaluate.frozen import FrozenBackbone, load_backbone
 from mvssl.evaluate.pages.write import write_after_run
 from mvssl.evaluate.session import Session
+from mvssl.monitor.collapse import Collapsed
 from mvssl.monitor.pictures import write_view_sheet
 from mvssl.monitor.report import write_report
 from mvssl.optim.schedule import learning_rate
@@ -62,6 +63,8 @@ class TrainResult:
         out: the run folder.
         steps: optimiser steps of the whole run.
         knn: last kNN top-1 accuracy in [0, 1] for each k; empty if there are no labels.
+        probe: last top-1 accuracy in [0, 1] of the online linear probe; None if there are no labels.
+        best_step: step of the checkpoint that is kept as `checkpoints/best`; None if there is none.
         images_per_second: source images per second of training, without evaluations and saves.
         data_wait: fraction of the training time the step waited for a batch, without the wait for the first one.
         stopped_by: name of the callback that ended the run before its last step; None if none did.
@@ -73,9 +76,11 @@ class TrainResult:
     images_per_second: float
     data_wait: float
     stopped_by: str | None = None
+    probe: float | None = None
+    best_step: int | None = None
 
     def curves(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
-        """Steps [N] and values [N] of every logged metric, by name: loss, loss/global, lr, knn/top1, ..."""
+        """Steps [N] and values [N] of every logged metric, by name: loss, loss/global, lr, knn/top1, probe/top1, ..."""
         points: dict[str, list[tuple[int, float]]] = {}
         for row in read_metrics(RunFolder(self.out).metrics):
             for name, value in values_of(row).items():
@@ -138,6 +143,7 @@ def train(
         CallbackFailed: a callback raised; the run is saved.
         Interrupted: SIGINT, SIGTERM or SIGHUP came, or the time is over; everything is saved.
         Diverged: the loss became NaN or infinite.
+        Collapsed: the embeddings stayed collapsed; everything is saved.
         OtherRankFailed: another rank failed, and reports why, or is gone.
     """
     hooks = hooks_of(callbacks)
@@ -209,7 +215,7 @@ def _run(
                     loop = Loop(experiment, folder, position, monitor, stop, hooks)
                     try:
                         loop.run()
-                    except (Interrupted, Diverged) as error:
+                    except (Interrupted, Diverged, Collapsed) as error:
                         monitor.summarise(step=loop.step, stopped_by=error.stopped_by)
                         raise
                     return _conclude(loop)
@@ -432,4 +438,6 @@ def _conclude(loop: Loop) -> TrainResult:
         images_per_second=summary.images_per_second,
         data_wait=summary.data_wait,
         stopped_by=loop.stopped_by,
+        probe=loop.probe,
+        best_step=loop.best,
     )

@@ -21,7 +21,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 TIME = "The end of --time"
 CALLBACK = "A callback"
-_CODES = {TIME: 1000, CALLBACK: 1001}  # above all signal numbers
+COLLAPSE = "collapse"
+_CODES = {TIME: 1000, CALLBACK: 1001, COLLAPSE: 1002}  # above all signal numbers
 
 
 class Interrupted(Exception):
@@ -42,7 +43,7 @@ class StopRequest:
     Outside the main thread no signals are caught.
 
     Attributes:
-        requested: name of the signal, `TIME` or `CALLBACK`; None if nothing asked for a stop.
+        requested: name of the signal, `TIME`, `CALLBACK` or `COLLAPSE`; None if nothing asked for a stop.
         reserve: seconds before the end of the time at which to stop, for saving.
     """
 

@@ -17,6 +17,7 @@ from mvssl.config.recipe import Backbone, Evaluation, Recipe
 from mvssl.models.backbones import build_backbone, normalisation
 from mvssl.models.encoder import initial_backbone
 from mvssl.runs import checkpoint
+from mvssl.runs.checkpoint import BEST, LAST
 from mvssl.runs.folder import RunFolder
 from mvssl.weights.backbone_file import metadata_normalisation
 from mvssl.weights.formats import find_network, from_torchvision, guess_architecture
@@ -76,7 +77,7 @@ def load_backbone(source: BackboneSource) -> LoadedBackbone:
             evaluation=recipe.evaluation,
         )
     else:
-        loaded = _from_run(folder, recipe, source.network or "online")
+        loaded = _from_run(folder, recipe, source.network or "online", source.checkpoint)
     base = loaded.evaluation if recipe is None else recipe.evaluation
     resize = source.resize or (max(base.resize, source.crop) if source.crop else base.resize)
     return replace(
@@ -111,14 +112,15 @@ def _initial(recipe: Recipe) -> nn.Module:
     return _renormalised(backbone, normalisation(config))
 
 
-def _from_run(folder: RunFolder, recipe: Recipe, network: Network) -> LoadedBackbone:
-    """The backbone of the last checkpoint, or of the exported file if no checkpoint is left."""
+def _from_run(folder: RunFolder, recipe: Recipe, network: Network, which: str) -> LoadedBackbone:
+    """The backbone of a checkpoint; of the last one also from the exported file, if no checkpoint is left."""
     backbone = build_backbone(replace(recipe.backbone, mean=None, std=None), drop_path=False)
-    if network == "online" and not any(folder.checkpoints.glob("step-*")) and folder.backbone.exists():
+    exported = network == "online" and which == LAST
+    if exported and not any(folder.checkpoints.glob("step-*")) and folder.backbone.exists():
         tensors, where = dict(read_weights(folder.backbone)), folder.backbone
         about = str(folder.backbone)
     else:
-        saved = checkpoint.load(folder.newest)
+        saved = checkpoint.load(folder.newest if which == LAST else checkpoint.find(folder.checkpoints, which))
         weights = saved.network(network)
         if weights is None:
             raise InputError(
@@ -130,7 +132,7 @@ def _from_run(folder: RunFolder, recipe: Recipe, network: Network) -> LoadedBack
         where, about = saved.path, f"{network} network, step {saved.meta['step']}"
     load_tensors(backbone, tensors, recipe.backbone.name, str(where))
     return LoadedBackbone(
-        name=network,
+        name=network if which == LAST else f"{network}-{which if which == BEST else where.name}",
         backbone=_renormalised(backbone, normalisation(recipe.backbone)),
         architecture=recipe.backbone.name,
         evaluation=recipe.evaluation,

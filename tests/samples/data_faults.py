@@ -84,13 +84,13 @@ def first_evaluation() -> Iterator[threading.Event]:
     """An event that is set after the first epoch's kNN, at step 4; the loader's threads are ahead of the step."""
     over = threading.Event()
 
-    def evaluate_knn(*arguments: Any, **options: Any) -> dict[int, float]:
-        accuracy = online_knn.evaluate_knn(*arguments, **options)
+    def evaluate_online(*arguments: Any, **options: Any) -> online_knn.OnlineAccuracy:
+        accuracy = online_knn.evaluate_online(*arguments, **options)
         over.set()
         return accuracy
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "evaluate_knn", evaluate_knn)
+        patch.setattr(loop, "evaluate_online", evaluate_online)
         yield over
 
 
@@ -126,14 +126,14 @@ def before_second_evaluation(damage: Callable[[], object]) -> Iterator[None]:
     """Call `damage` when the second epoch's kNN starts, at step 8."""
     calls: list[None] = []
 
-    def evaluate_knn(*arguments: Any, **options: Any) -> dict[int, float]:
+    def evaluate_online(*arguments: Any, **options: Any) -> online_knn.OnlineAccuracy:
         calls.append(None)
         if len(calls) == 2:
             damage()
-        return online_knn.evaluate_knn(*arguments, **options)
+        return online_knn.evaluate_online(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "evaluate_knn", evaluate_knn)
+        patch.setattr(loop, "evaluate_online", evaluate_online)
         yield
 
 

@@ -10,7 +10,7 @@ import torch
 
 from mvssl.config.recipe import Evaluation
 from mvssl.evaluate.features import extract_features
-from mvssl.evaluate.online_knn import check_knn_data, evaluate_knn, scorable
+from mvssl.evaluate.online_knn import check_knn_data, evaluate_online, scorable
 from mvssl.evaluate.session import Session
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
@@ -22,15 +22,15 @@ SESSION = Session(device=torch.device("cpu"), batch_size=7)
 
 def test_classes_of_different_brightness_are_all_recognised(images: Path) -> None:
     train, val = open_source(images / "train"), open_source(images / "val")
-    assert evaluate_knn(SESSION, Brightness(), train, val, EVALUATION) == {3: 1.0}
-    assert evaluate_knn(SESSION, Brightness(), train, None, EVALUATION) == {3: 1.0}
+    assert evaluate_online(SESSION, Brightness(), train, val, EVALUATION).knn == {3: 1.0}
+    assert evaluate_online(SESSION, Brightness(), train, None, EVALUATION).knn == {3: 1.0}
 
 
 def test_a_val_split_that_lacks_a_class_is_compared_by_class_name(images: Path, tmp_path: Path) -> None:
     shutil.copytree(images / "val", tmp_path / "val")
     shutil.rmtree(tmp_path / "val" / "class_0")
     train, val = open_source(images / "train"), open_source(tmp_path / "val")
-    assert evaluate_knn(SESSION, Brightness(), train, val, EVALUATION) == {3: 1.0}
+    assert evaluate_online(SESSION, Brightness(), train, val, EVALUATION).knn == {3: 1.0}
 
 
 def test_features_are_in_dataset_order_and_the_training_mode_is_restored(images: Path) -> None:
@@ -64,5 +64,5 @@ def test_images_of_classes_that_train_lacks_are_not_scored(images: Path, tmp_pat
     assert scored is not None
     assert [scored.key(index).split("/")[0] for index in range(len(scored))] == ["class_1"] * 4 + ["class_2"] * 4
     assert note == ("kNN leaves out 4 of 12 validation images, of 1 class that no training image has (class_9)")
-    assert evaluate_knn(SESSION, Brightness(), train, scored, EVALUATION) == {3: 1.0}
+    assert evaluate_online(SESSION, Brightness(), train, scored, EVALUATION).knn == {3: 1.0}
     assert scorable(train, open_source(images / "val"))[2] == ""

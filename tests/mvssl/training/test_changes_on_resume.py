@@ -20,7 +20,7 @@ import mvssl
 from mvssl.cli import train as train_cli
 from mvssl.config.recipe import Backbone, Head, Optimizer, Recipe
 from mvssl.config.serialize import to_dict
-from mvssl.evaluate.online_knn import evaluate_knn
+from mvssl.evaluate.online_knn import evaluate_online
 from mvssl.runs.changes import Computed, describe_changes
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import read_jsonl
@@ -198,12 +198,12 @@ def test_another_evaluation_says_what_can_be_compared(run: Path, images: Path, t
 def test_an_interrupted_evaluation_is_not_made_up_for_without_evaluations(
     images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*arguments: Any, **options: Any) -> dict[int, float]:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
-        return evaluate_knn(*arguments, **options)
+        return evaluate_online(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate_knn", interrupted)
+        patch.setattr(loop, "evaluate_online", interrupted)
         with pytest.raises(mvssl.Interrupted):
             train(tiny_recipe, images, tmp_path / "run")
     none = replace(tiny_recipe, evaluation=replace(tiny_recipe.evaluation, every_epochs=0))

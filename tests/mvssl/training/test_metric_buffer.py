@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mvssl.distributed import World
-from mvssl.training.monitor import MetricBuffer
+from mvssl.training.metric_buffer import MetricBuffer
 from mvssl.training.step import StepOutput
 
 

@@ -14,7 +14,7 @@ import torch
 
 import mvssl
 from mvssl.config.recipe import Optimizer, Recipe
-from mvssl.evaluate.online_knn import evaluate_knn
+from mvssl.evaluate.online_knn import evaluate_online
 from mvssl.runs import checkpoint
 from mvssl.runs.jsonl import last_knn, read_jsonl
 from mvssl.runs.summary import read_summary
@@ -56,13 +56,13 @@ def test_what_a_killed_run_wrote_beyond_its_checkpoint_is_cut_off(
 def test_an_evaluation_interrupted_by_a_signal_is_repeated_after_resuming(
     finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*arguments: Any, **options: Any) -> dict[int, float]:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
-        return evaluate_knn(*arguments, **options)
+        return evaluate_online(*arguments, **options)
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate_knn", interrupted)
+        patch.setattr(loop, "evaluate_online", interrupted)
         with pytest.raises(mvssl.Interrupted, match="SIGTERM came after step 4 of 12"):
             train(tiny_recipe, images, out)
     assert {row["kind"] for row in read_jsonl(out / "metrics.jsonl")} == {"train"}
@@ -77,12 +77,12 @@ def test_an_evaluation_interrupted_by_a_signal_is_repeated_after_resuming(
 def test_an_error_in_the_evaluation_does_not_lose_the_epoch(
     finished: Path, images: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*arguments: Any, **options: Any) -> dict[int, float]:
+    def failing(*arguments: Any, **options: Any) -> Any:
         raise CrashError
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate_knn", failing)
+        patch.setattr(loop, "evaluate_online", failing)
         with pytest.raises(CrashError):
             train(tiny_recipe, images, out)
     assert checkpoint.load(out / "checkpoints" / "last").meta["step"] == 4
