@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from mvssl.monitor.cpu_use import CpuMeter
 from pipelines.decode import default_threads
 from pipelines.decode.ffcv import missing_ffcv
 from pipelines.files import cache_folder, cache_obstacle
@@ -34,6 +35,7 @@ State = Literal["ok", "slower", "missing"]
 _DISK_READS = 200  # images read to time the disk
 _SHARED_BYTES = 1 << 30  # shared memory that NCCL and others may need
 _CORES_PER_GPU = 8  # to decode and launch for one GPU without starving it
+_WATCHED = 0.5  # seconds in which the use of the cores is measured
 _CODE_BYTES = 2 << 30  # free space for compiled code
 _OTHER_CACHE = "set XDG_CACHE_HOME to a folder on a disk that can be written and executed from"
 _COLOURS = {"ok": "green", "slower": "yellow", "missing": "red"}
@@ -276,6 +278,16 @@ def _cores() -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = _gpus()
     found = f"{cores}" + (f", {cores / gpus:.0f} per GPU" if gpus else "") + f"; {default_threads()} decoding threads"
+    meter = CpuMeter()
+    if meter.quota is not None and meter.quota < cores:
+        found = f"{found}; the container's CPU quota is {meter.quota:.3g} cores"
+        remedy = f"raise the quota, or set OMP_NUM_THREADS and --threads to {max(1, round(meter.quota))}"
+        return Finding("slower", found, remedy)
+    time.sleep(_WATCHED)
+    use = meter.recent()
+    if use is not None and use.crowded:
+        remedy = "stop other processes, or train when the cores are free"
+        return Finding("slower", f"{found}; {use.describe_others()} now", remedy)
     if gpus and cores / gpus < _CORES_PER_GPU:
         remedy = f"request {_CORES_PER_GPU} or more per GPU, or cache decoded images with --cache"
         return Finding("slower", found, remedy)

@@ -35,6 +35,7 @@ class Status:
         views_per_image: views of each image.
         data_wait: fraction of the time in which the step waited for a batch.
         device_idle: fraction of the time in which the GPU had nothing queued; None if not measured.
+        cores: what keeps the run from its CPU cores, such as "others use 1.0 of 2 cores"; "" if nothing does.
         memory_gib: peak memory of the device (CUDA) or of the process (CPU).
         seconds_left: estimated time to the end.
         first_seconds: time of the first step of this run, with the wait for its batch; None for other steps.
@@ -51,6 +52,7 @@ class Status:
     views_per_image: int
     data_wait: float
     device_idle: float | None = None
+    cores: str = ""
     memory_gib: float
     seconds_left: float
     first_seconds: float | None = None
@@ -92,7 +94,8 @@ class Status:
         return f"the first step took {self.first_seconds or 0.0:.1f} s, start-up included"
 
     def _idle(self) -> str:
-        return "" if self.device_idle is None else f"  gpu-idle {100 * self.device_idle:.1f} %"
+        idle = "" if self.device_idle is None else f"  gpu-idle {100 * self.device_idle:.1f} %"
+        return f"{idle}  {self.cores}" if self.cores else idle
 
 
 class TrainingProgress:

@@ -19,6 +19,7 @@ from mvssl.evaluate.online_knn import OnlineAccuracy
 from mvssl.monitor.bottleneck import describe_bottleneck
 from mvssl.monitor.collapse import CollapseWatch, effective_rank, embedding_std, find_collapse
 from mvssl.monitor.console import Status, TrainingProgress
+from mvssl.monitor.cpu_use import CpuMeter
 from mvssl.monitor.idle_sampler import IdleSampler
 from mvssl.monitor.loggers import MetricLoggers
 from mvssl.monitor.pictures import plot_losses
@@ -68,6 +69,8 @@ class Monitor:
         if experiment.world.is_rank0:
             self._replay(folder)
         self._pace = Pace(step=position.step, batch_size=experiment.recipe.batch_size)
+        self._cores = CpuMeter(processes=experiment.world.local_size)
+        self._in_the_way = ""  # of the cores, at the last log point
         self._idle_sampler = IdleSampler(experiment.device, hold=lambda: experiment.step.capturing)
 
     def __enter__(self) -> Monitor:
@@ -143,6 +146,10 @@ class Monitor:
             "data_wait": pace.data_wait,
             "memory_gib": peak_memory_gib(experiment.device),
         }
+        cores = self._cores.recent()
+        if cores is not None:
+            speed |= {"cores": cores.own, "others_cores": cores.others, "throttled": cores.throttled}
+        self._in_the_way = "" if cores is None else cores.describe()
         idle = self._idle_sampler.fractions()
         if idle is not None:
             speed |= {"device_idle": idle.total, "launching": idle.launching(speed["data_wait"])}
@@ -254,6 +261,7 @@ class Monitor:
                 device=experiment.device,
                 images_per_second=images_per_second,
                 idle=self._idle_sampler.run_fractions(),
+                cpu=self._cores.total(),
             ),
             bad_images=dict(stats.bad),
         )
@@ -300,6 +308,7 @@ class Monitor:
             views_per_image=len(experiment.recipe.views),
             data_wait=speed.data_wait,
             device_idle=device_idle,
+            cores=self._in_the_way,
             memory_gib=peak_memory_gib(experiment.device),
             seconds_left=self._pace.seconds_left(step, experiment.total_steps),
         )
