@@ -42,8 +42,10 @@ _CONVERT = (
     "started = time.perf_counter()\n"
     "convert(Convert(src=Path(sys.argv[1]), dst=Path(sys.argv[2]), workers=int(sys.argv[3])))\n"
     "seconds = time.perf_counter() - started\n"
+    "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+    "cpu = used.ru_utime + used.ru_stime\n"
     "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-    "print(json.dumps({'seconds': seconds, 'peak_mib': peak}))\n"
+    "print(json.dumps({'seconds': seconds, 'cpu_seconds': cpu, 'peak_mib': peak}))\n"
 )
 
 
@@ -305,7 +307,7 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
 
 
 def summary(trials: dict[str, list[dict[str, float]]], images: int) -> dict[str, dict[str, float | None]]:
-    """For each form the median images/s, their range, times the folder's in the same turn (median), and peak MiB."""
+    """For each form the median images/s, their range, times the folder's in its turn, CPU-ms an image, peak MiB."""
     rows: dict[str, dict[str, float | None]] = {}
     for name, own in trials.items():
         rates = [images / one["seconds"] for one in own]
@@ -316,6 +318,7 @@ def summary(trials: dict[str, list[dict[str, float]]], images: int) -> dict[str,
             "least": min(rates),
             "most": max(rates),
             "times_folder": statistics.median(ratios) if ratios else None,
+            "cpu_ms": statistics.median(1000 * one["cpu_seconds"] / images for one in own),
             "peak_mib": max(one["peak_mib"] for one in own),
         }
     return rows

@@ -32,6 +32,7 @@ TABLES: dict[str, dict[str, Callable[[Results], list[str]]]] = {
         "train": measured.train,
         "step": measured.step,
         "start": measured.start,
+        "formats": measured.formats,
         "linear": measured.linear,
     },
     "benchmarks/PAPER_RESULTS.md": {

@@ -401,6 +401,29 @@ def start(results: Results) -> list[str]:
     return [*stacked(results, sides, heads, rows_of), "", *origins(results, sides, _train_settings)]
 
 
+def formats(results: Results) -> list[str]:
+    """Conversion of the forms of bench_formats."""
+    name = "formats_cpu"
+    rows = [
+        [
+            form,
+            with_spread(
+                own["images_per_second"], {"min": own["least"], "max": own["most"], "n": results[name]["repeats"]}
+            ),
+            significant(own["times_folder"]),
+            significant(own["cpu_ms"]),
+            f"{own['peak_mib']:.0f}",
+        ]
+        for form, own in results.get(name, {"forms": {}})["forms"].items()
+    ]
+    heads = ["form", "images/s", "times the folder", "CPU-ms an image", "peak memory, MiB"]
+    return [*table(heads, rows), "", *origins(results, {"CPU": name}, _formats_settings)]
+
+
+def _formats_settings(result: Result) -> list[str]:
+    return [f"{result['images']:,} images of {result['side']} pixels", f"{result['workers']} threads"]
+
+
 # Accuracy
 
 

@@ -22,6 +22,7 @@ from pipelines.conversion.imagenet import (
 from pipelines.runtime import InputError
 from pipelines.storage import Source, align_labels, beton, folder, shards, split_paths
 from pipelines.storage.forms import Found, Request, find_form, open_form
+from pipelines.storage.forms.base import counted
 from pipelines.storage.forms.look import Look, look_at
 
 _log = logging.getLogger("mvssl.data")
@@ -106,9 +107,9 @@ def find_jobs(
 
 def describe(src: Path, jobs: Sequence[Job]) -> str:
     """What SRC is, for the user."""
-    counts = ", ".join(f"{job.name} {len(job.source):,} images".lstrip() for job in jobs)
+    counts = ", ".join(f"{job.name} {counted(len(job.source), 'image')}".lstrip() for job in jobs)
     classes = max(len(job.classes) for job in jobs)
-    return f"{src} is {jobs[0].what}: {counts}, {f'{classes:,} classes' if classes else 'no labels'}."
+    return f"{src} is {jobs[0].what}: {counts}, {counted(classes, 'class', 'classes') if classes else 'no labels'}."
 
 
 def _find(src: Path, *, val_labels: Path | None, classes: tuple[str, ...] | None, request: Request) -> Found:

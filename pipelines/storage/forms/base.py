@@ -261,6 +261,6 @@ def unlabelled(count: int) -> Labels:
     return Labels(values=np.full(count, -1, dtype=np.int64))
 
 
-def counted(count: int, what: str) -> str:
+def counted(count: int, what: str, many: str = "") -> str:
     """ "1 Parquet file", "3 Parquet files"."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+    return f"{count:,} {what if count == 1 else many or f'{what}s'}"

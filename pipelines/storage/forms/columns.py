@@ -12,7 +12,7 @@ import numpy as np
 from pipelines.files import parse_json
 from pipelines.runtime import InputError
 from pipelines.storage.file_index import begins_as_image
-from pipelines.storage.forms.base import IMAGE_NAMES, LABEL_NAMES, NO_LABEL, Labels, Request, number_labels
+from pipelines.storage.forms.base import IMAGE_NAMES, LABEL_NAMES, NO_LABEL, Labels, Request, need, number_labels
 
 LOOKED_AT = 16  # rows whose first bytes tell a column of images from others
 _MORE_LABELS = (*LABEL_NAMES, "fine_label", "label_name", "class_name", "synset", "wnid")
@@ -120,7 +120,13 @@ def labels_of(columns: Columns, values: Any, *, where: object) -> Labels:
     if kind == "bool":
         values = values.cast("int8")
     if kind in ("float", "double", "halffloat"):
-        values = values.cast("int64", safe=True)
+        pc = need("pyarrow.compute", "Reading labels")
+        whole = pc.fill_null(values, -1)
+        if not pc.all(pc.equal(whole, pc.floor(whole))).as_py():
+            raise InputError(
+                f"{where} has fractions as labels in {columns.label!r}: name another with --label, or use --label none."
+            )
+        values = values.cast("int64")
     if values.null_count == 0 and str(values.type) in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"):
         return number_labels(np.asarray(values.cast("int64")), where=where, names=columns.names)
     return number_labels(values.to_pylist(), where=where, names=columns.names)

@@ -28,8 +28,10 @@ def check_name(path: Path, name: str) -> str:
     Raises:
         InputError: it leads out of the archive.
     """
+    if "\\" in name and "/" not in name:  # some programs for Windows write these
+        name = name.replace("\\", "/")
     parts = PurePosixPath(name).parts
-    if ".." in parts or "/" in parts[:1] or not parts or "\0" in name or name.startswith("\\") or name[1:3] == ":\\":
+    if ".." in parts or "/" in parts[:1] or not parts or "\0" in name or name[1:3] == ":/":
         raise InputError(
             f"{path} is no archive to trust: the name of {name[:200]!r} leads out of it; get it from its publisher."
         )

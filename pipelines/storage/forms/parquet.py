@@ -33,8 +33,8 @@ _BUFFER = 1 << 20  # bytes
 
 
 def recognise(look: Look) -> bool:
-    """Whether a file begins as Parquet does."""
-    return bool(look.starting(_MAGIC))
+    """Whether a file begins as Parquet does, or has its name."""
+    return any(file.head.startswith(_MAGIC) or file.name.lower().endswith(".parquet") for file in look.files)
 
 
 def open_form(look: Look, request: Request) -> Found:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_LANES, _LANE = 256, 64  # bytes of a lane of the checksum; lanes are computed side by side
+_LANE = 32  # bytes of a lane of the checksum; lanes are computed side by side
+_SHORT = 64  # bytes, below which lanes do not pay
 _POLYNOMIAL = 0x82F63B78  # CRC-32C, reversed
 _DEEPEST = 16
 
@@ -98,15 +99,14 @@ def crc32c(data: bytes | memoryview) -> int:
     checksum that starts from 0, and starting from ones is inverting the first four bytes.
     """
     table = _table()
-    if len(data) < 4:
-        short = 0xFFFFFFFF
+    if len(data) < _SHORT:
+        short, steps = 0xFFFFFFFF, _steps()
         for byte in bytes(data):
-            short = short >> 8 ^ int(table[(short ^ byte) & 0xFF])
+            short = short >> 8 ^ steps[(short ^ byte) & 0xFF]
         return short ^ 0xFFFFFFFF
     content = np.frombuffer(data, np.uint8).copy()
     content[:4] ^= 0xFF
-    piece = _LANES * _LANE
-    padded = np.zeros(-(-len(content) // piece) * piece, np.uint8)
+    padded = np.zeros(-(-len(content) // _LANE) * _LANE, np.uint8)
     padded[len(padded) - len(content) :] = content
     lanes = np.ascontiguousarray(padded.reshape(-1, _LANE).T)  # [_LANE, lanes]
     crc = np.zeros(lanes.shape[1], np.uint32)
@@ -127,6 +127,11 @@ def _table() -> npt.NDArray[np.uint32]:
     for _ in range(8):
         table = np.where(table & 1, table >> 1 ^ np.uint32(_POLYNOMIAL), table >> 1)
     return table
+
+
+@cache
+def _steps() -> list[int]:
+    return [int(one) for one in _table()]
 
 
 def _shifted(crc: npt.NDArray[np.uint32], length: int) -> npt.NDArray[np.uint32]:

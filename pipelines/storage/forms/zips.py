@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.files import decode_text
 from pipelines.runtime import InputError
 from pipelines.storage.forms.base import (
     NO_LABEL,
@@ -58,7 +59,10 @@ def open_form(look: Look, request: Request) -> Found:
             below = [relative for _, relative in pairs]
             labels = unlabelled(len(below))
             if request.label != NO_LABEL:
-                labels = number_labels(class_names(below), where=look.path)
+                names = class_names(below)
+                if not any(names):
+                    names = index.annotations(inner, below)
+                labels = number_labels(names, where=look.path)
             splits[name or inner] = index.source(look.path, [at for at, _ in pairs], below, labels)
     return Found(what=counted(len(files), "zip archive"), splits=splits)
 
@@ -111,6 +115,15 @@ class ZipIndex:
         """The content of a small file."""
         number, offset, stored, size, crc, method = self.texts[name]
         return read_entry(self._blobs[number], offset=offset, stored=stored, size=size, crc=crc, method=method)
+
+    def annotations(self, split: str, names: Sequence[str]) -> list[str | None]:
+        """Classes in ``val_annotations.txt``, which Tiny ImageNet has in place of folders: lines of file and class."""
+        table = next((name for name in self.texts if name.endswith(f"{split}_annotations.txt")), None)
+        if not split or table is None:
+            return [None] * len(names)
+        rows = [line.split() for line in decode_text(self.text(table)).split("\n")]
+        found = {row[0]: row[1] for row in rows if len(row) > 1}
+        return [found.get(name.rpartition("/")[2]) for name in names]
 
     def source(self, location: Path, indices: Sequence[int], names: Sequence[str], labels: Labels) -> FormSource:
         """Some of the images as a source, with other names."""

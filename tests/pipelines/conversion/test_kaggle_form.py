@@ -50,7 +50,7 @@ def test_train_val_and_test(run: Run, tmp_path: Path, form: str) -> None:
     for number, path in enumerate([source, *([source / "ILSVRC"] if form == "folder" else [])]):
         outcome = run(path, tmp_path / f"d{number}")
         assert outcome.code == 0, outcome.err
-        assert f"is ImageNet of Kaggle ({form}): train 6 images, val 4 images, test 1 images, 3 classes" in outcome.out
+        assert f"is ImageNet of Kaggle ({form}): train 6 images, val 4 images, test 1 image, 3 classes" in outcome.out
         dst = tmp_path / f"d{number}"
         assert contents(dst / "train") == {(data, name[:9]) for name, data in TRAIN.items()}
         assert contents(dst / "val") == set(VAL.values())
