@@ -3,7 +3,8 @@
 python -m benchmarks.bench_formats [--images 2000] [--side 160] [--workers 2] [--forms NAME ...] [--out FILE]
 
 Every form is written from the same JPEGs, or for the forms of raw pixels from the same 32 x 32 pixels. Each conversion
-runs in a process of its own, from opening SRC to the last byte; the forms are interleaved.
+runs in a process of its own, from opening SRC to the last byte, with all libraries imported before; the forms are
+interleaved.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ SMALL = 32  # pixels of a side of the raw forms
 _CLASSES = 10
 _CONVERT = (
     "import json, resource, sys, time\n"
+    "import h5py, lmdb, pyarrow.compute, pyarrow.parquet\n"
     "from pathlib import Path\n"
     "from pipelines.conversion.command import Convert, convert\n"
     "started = time.perf_counter()\n"

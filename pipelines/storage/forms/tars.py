@@ -32,7 +32,7 @@ from pipelines.storage.forms.parquet import may_be_deep_name
 from pipelines.storage.forms.tar_reader import BLOCK, DamagedTarError, Member, is_tar_header, tar_members
 
 FALLBACK = True  # data sets of known names come as tars too
-_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _SIDECARS = ("cls", "json", "txt")  # that hold labels, the surest first
 _NAME_KEYS = ("class_name", "label_name", "classname", "synset", "wnid", "category_name")
 _LARGEST_LABEL = 1 << 20  # bytes
