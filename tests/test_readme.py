@@ -120,7 +120,7 @@ def test_the_view_example_runs() -> None:
 
 def test_every_preset_of_views_is_named() -> None:
     presets = [name for name in pipelines.__all__ if name.endswith("_views")]
-    assert len(presets) == 7
+    assert len(presets) == 10
     assert [name for name in presets if f"`{name}`" not in PAGES["pipelines/views/README.md"]] == []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Literal, get_args
 
@@ -92,6 +92,9 @@ class ViewSpec:
 
     def __post_init__(self) -> None:
         check_types(self, f"ViewSpec({self.name!r}).", tuples=False)
+        for own in fields(self):
+            if isinstance(getattr(self, own.name), list):  # as in JSON; a list has no hash
+                object.__setattr__(self, own.name, tuple(getattr(self, own.name)))
         if not 0 < len(self.name) <= _LONGEST_NAME or len(self.task or "") > _LONGEST_NAME:
             field, value = ("name", self.name) if not 0 < len(self.name) <= _LONGEST_NAME else ("task", self.task)
             raise invalid(f"ViewSpec.{field}", value, f"a word of at most {_LONGEST_NAME} characters", 'e.g. "local"')
@@ -156,10 +159,7 @@ class ViewSpec:
         return fill if fill is None or isinstance(fill, tuple) else (fill, fill, fill)
 
     def _check_rotation(self, field: str) -> None:
-        """Check the fields of the rotation, of which lists become tuples."""
-        for name in ("rotate", "rotate_fill"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        """Check the fields of the rotation."""
         low, high = -LARGEST_ANGLE, LARGEST_ANGLE
         if not (
             self.rotate is None

@@ -80,7 +80,8 @@ def test_a_rotation_by_one_number_or_a_range() -> None:
     ranges = {None: (0, 0), 0: (0, 0), 15: (-15, 15), (-30, 180): (-30, 180)}
     for rotate, degrees in ranges.items():
         assert ViewSpec(name="a", task="t", rotate=rotate).degrees == degrees
-    listed = ViewSpec(name="a", task="t", rotate=[-1, 2], rotate_fill=[1, 2, 3])  # type: ignore[arg-type]  # as in JSON
+    listed = ViewSpec(name="a", task="t", area=[0.1, 0.5], rotate=[-1, 2], rotate_fill=[1, 2, 3])  # type: ignore[arg-type]
+    assert listed == ViewSpec(name="a", task="t", area=(0.1, 0.5), rotate=(-1, 2), rotate_fill=(1, 2, 3))
     assert (listed.rotate, listed.fill_colour) == ((-1, 2), (1, 2, 3))
     assert hash(listed) != hash(ViewSpec(name="a", task="t"))
     assert ViewSpec(name="a", task="t", rotate_fill=7).fill_colour == (7, 7, 7)
