@@ -28,8 +28,17 @@ import tyro
 from benchmarks.harness.command import DEFAULT_RECIPE, check_device, check_positive, command_of, finish
 from benchmarks.harness.processes import Trial
 from benchmarks.harness.results import measured_by, write_result
-from benchmarks.harness.trials import Budget, Outcome, peak_memory, rates, ratios, run_trials
-from benchmarks.implementations.loaders import Setup, dali_loader, data_loader, ffcv_loader, open_train, our_loader
+from benchmarks.harness.trials import Budget, Outcome, cpu_times, peak_memory, rates, ratios, run_trials
+from benchmarks.implementations.loaders import (
+    Setup,
+    dali_loader,
+    data_loader,
+    ffcv_loader,
+    open_train,
+    our_loader,
+    peer_loader,
+)
+from benchmarks.implementations.peers import PEERS
 from mvssl.recipes.files import resolve_recipe
 from pipelines.decode import DecoderName
 from pipelines.order import Order
@@ -60,6 +69,7 @@ class Arguments:
         cache: let each of our implementations take part a second time with its decoded images in memory.
         chunk: consecutive images of a block for block-wise shuffling; 0 leaves it out.
         window: images in the shuffle buffer of block-wise shuffling.
+        peers: whether lightly-train, lightly, solo-learn and stable-pretraining take part, as far as they are installed.
         disk: the disk that holds the data, in words, for the result.
         recipe: name or file of the recipe whose views are made.
         seconds: begin nothing more after so many; by default there is no limit.
@@ -78,6 +88,7 @@ class Arguments:
     cache: bool = False
     chunk: int = 0
     window: int = 32_768
+    peers: bool = False
     disk: str = ""
     recipe: str = DEFAULT_RECIPE
     seconds: float | None = None
@@ -131,6 +142,8 @@ def setups(arguments: Arguments) -> dict[str, Setup]:
                 ours.append(replace(own, name=named, chunk=arguments.chunk, window=arguments.window))
         if kind == "beton":
             peers += [replace(shared, name=name, data=data, photometric=full) for name, full in FFCV.items()]
+    if arguments.peers:
+        peers += [replace(shared, name=name) for name in PEERS]
     if len(set(images.values())) != 1:
         raise InputError(f"data holds different numbers of images ({images}): give the same images in each storage.")
     order = Order(
@@ -150,13 +163,18 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
     """Run the benchmark; the result as plain JSON values."""
     check_device(arguments.device)
     planned = setups(arguments)
-    others = {BASELINE: data_loader, ONE_GRAPH: dali_loader} | dict.fromkeys(FFCV, ffcv_loader)
+    others = (
+        {BASELINE: data_loader, ONE_GRAPH: dali_loader}
+        | dict.fromkeys(FFCV, ffcv_loader)
+        | dict.fromkeys(PEERS, peer_loader)
+    )
     builds = {name: partial(others.get(name, our_loader), setup) for name, setup in planned.items()}
     specs = planned[BASELINE].specs
     with closing(open_train(arguments.data[0])) as source:
         images, mean_kilobytes = len(source), float(source.nbytes.mean()) / 1e3
 
     def result(outcome: Outcome, *, unfinished: bool) -> dict[str, Any]:
+        spent = cpu_times(outcome.trials, next((name for name in planned if name in outcome.trials), BASELINE))
         return {
             "benchmark": "loader",
             "partial": unfinished,
@@ -172,7 +190,9 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
             "recipe": Path(arguments.recipe).name,
             "views_per_image": len(specs),
             "sizes": [spec.size for spec in specs],
-            "contenders": {name: summary(trials, views=len(specs)) for name, trials in outcome.trials.items()},
+            "contenders": {
+                name: summary(trials, views=len(specs)) | spent[name] for name, trials in outcome.trials.items()
+            },
             "times_dataloader": ratios(outcome.trials, BASELINE),
             "left_out": outcome.left_out,
             "failed": outcome.failed,
@@ -192,7 +212,9 @@ def summary(trials: Sequence[Trial], *, views: int) -> dict[str, Any]:
     """Rates, memory and seconds by stage of one implementation with `views` views an image."""
     last = trials[-1].report
     result = rates(trials, views=views) | peak_memory(trials) | {"decoder": last["decoder"]}
-    result |= {name: last[name] for name in ("view_engine", "workers", "device_mib", "bad", "what") if name in last}
+    result |= {
+        name: last[name] for name in ("view_engine", "workers", "device_mib", "bad", "what", "version") if name in last
+    }
     if "stage_seconds" in last:
         stages = [trial.report["stage_seconds"] for trial in trials]
         result["stage_seconds"] = {name: sum(stage[name] for stage in stages) for name in stages[0]}

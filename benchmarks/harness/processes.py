@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback as tracebacks
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -192,6 +193,25 @@ def memory_of(root: int) -> Memory:
     sums = [_rollup(pid) for pid in pids]
     rss, pss = (sum(each.get(name, 0) for each in sums) / _KIB_PER_MIB for name in ("Rss", "Pss"))
     return Memory(rss=rss, pss=pss, processes=len(pids))
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and all its descendants so far, in seconds, user and system (Linux: in steps of 10 ms).
+
+    Only this process's own is counted where there is no /proc.
+    """
+    own = time.process_time()  # finer than /proc
+    others = [pid for pid in _tree(os.getpid()) if pid != os.getpid()]
+    return own + sum(map(_ticks, others)) / os.sysconf("SC_CLK_TCK")
+
+
+def _ticks(pid: int) -> int:
+    """Clock ticks that a process, and its children that have ended, used."""
+    try:
+        fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended
+        return 0
+    return sum(map(int, fields[11:15]))  # utime, stime, cutime, cstime
 
 
 def _tree(root: int) -> list[int]:

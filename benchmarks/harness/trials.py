@@ -133,7 +133,10 @@ def _summary(trial: Trial) -> str:
     """A trial's numbers in a few words."""
     report = trial.report
     if {"images", "seconds"} <= report.keys():
-        return f"{report['images'] / report['seconds']:,.1f} images/s"
+        cpu = (
+            f", {1e3 * report['cpu_seconds'] / report['images']:.2f} ms of CPU each" if "cpu_seconds" in report else ""
+        )
+        return f"{report['images'] / report['seconds']:,.1f} images/s{cpu}"
     return ", ".join(f"{name} {value:,.3g}" for name, value in report.items() if isinstance(value, int | float))
 
 
@@ -193,6 +196,22 @@ def rates(trials: Sequence[Trial], *, views: int) -> dict[str, Any]:
 def peak_memory(trials: Sequence[Trial]) -> dict[str, Any]:
     """Peak memory in MiB over all trials."""
     return {"peak_memory_mib": asdict(reduce(Memory.__or__, [trial.memory for trial in trials]))}
+
+
+def cpu_times(trials: Mapping[str, Sequence[Trial]], base: str) -> dict[str, dict[str, Any]]:
+    """CPU time per image in milliseconds (median, spread) and how many times that of `base` it is, trial by trial."""
+
+    def each(own: Sequence[Trial]) -> list[float]:
+        return [1e3 * trial.report["cpu_seconds"] / trial.report["images"] for trial in own]
+
+    result = {}
+    for name, own in trials.items():
+        spent = each(own)
+        result[name] = {"cpu_milliseconds": {"median": statistics.median(spent), **spread(spent)}}
+        if name != base and base in trials:
+            times = [mine / theirs for mine, theirs in zip(spent, each(trials[base]), strict=False)]
+            result[name]["times_cpu"] = {"median": statistics.median(times), **spread(times)}
+    return result
 
 
 def ratios(trials: Mapping[str, Sequence[Trial]], base: str) -> dict[str, dict[str, float]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.page_cache import cached_fraction, drop, files_of
-from benchmarks.harness.processes import Trials
+from benchmarks.harness.processes import Trials, cpu_seconds
 from pipelines.batch import with_index
 from pipelines.decode import DecodeOptions, DecoderName, default_threads, make_decoder
 from pipelines.loader import Loader
@@ -173,10 +173,27 @@ def indices_of(order: Order, steps: Sequence[tuple[int, int]]) -> list[list[int]
 def data_loader(setup: Setup) -> Iterator[Trials]:
     """The DataLoader baseline with the same batches."""
     with needs("install torchvision to measure the DataLoader"):
-        from benchmarks.implementations.torchvision_baseline import TorchvisionLoader
+        from benchmarks.implementations.torchvision_baseline import WorkerLoader, torchvision_views
     with closing(open_train(setup.data)) as source:
-        loader = TorchvisionLoader(source, setup.specs, workers=setup.workers, device=torch.device(setup.device))
+        make = torchvision_views(setup.specs)
+        loader = WorkerLoader(source, make, workers=setup.workers, device=torch.device(setup.device))
         yield _baseline(setup, source, lambda passes: loader([*chain(*passes)]), decoder="PIL", workers=setup.workers)
+
+
+@contextmanager
+def peer_loader(setup: Setup) -> Iterator[Trials]:
+    """Another library's transforms in a DataLoader, with the same batches; `setup.name` is a key of `PEERS`."""
+    from benchmarks.implementations.peers import PEERS
+
+    peer = PEERS[setup.name]
+    version = peer.version()
+    with needs(f"reinstall {peer.package} to measure it"):
+        make = peer.make(setup.specs)
+        from benchmarks.implementations.torchvision_baseline import WorkerLoader
+    with closing(open_train(setup.data)) as source:
+        loader = WorkerLoader(source, make, workers=setup.workers, device=torch.device(setup.device))
+        about = {"workers": setup.workers, "what": peer.what, "version": version, "decoder": "its own"}
+        yield _baseline(setup, source, lambda passes: loader([*chain(*passes)]), **about)
 
 
 DALI_WHAT = (
@@ -257,6 +274,7 @@ def timed(batches: Iterator[Sequence[Tensor]], setup: Setup, source: Source) -> 
         drop(files)
         report["cached_fraction"] = cached_fraction(files)
     wait = waiter(setup.device)
+    spent = cpu_seconds()
     began = time.perf_counter()
     images, shapes = 0, set()
     for views in batches:
@@ -265,6 +283,7 @@ def timed(batches: Iterator[Sequence[Tensor]], setup: Setup, source: Source) -> 
         del views
     wait()
     report |= {"seconds": time.perf_counter() - began, "images": images}
+    report["cpu_seconds"] = cpu_seconds() - spent
     expected = tuple((setup.batch_size, 3, spec.size, spec.size) for spec in setup.specs)
     if images != setup.batch_size * setup.num_batches or shapes != {expected}:
         raise InputError(f"{images} images in views of {shapes} came instead of {expected}: this is a bug, report it.")

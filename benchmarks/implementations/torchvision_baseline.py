@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -119,16 +120,27 @@ def _photometric_steps(spec: ViewSpec) -> list[Any]:
 class ViewDataset(Dataset[list[Tensor]]):
     """The views of each image of a source: V tensors float32 [3, S, S]."""
 
-    def __init__(self, source: Source, specs: Sequence[ViewSpec]) -> None:
+    def __init__(self, source: Source, make: Callable[[np.ndarray], list[Tensor]]) -> None:
+        """`make` turns an image's file, uint8 [bytes], into its views."""
         self._source = source
-        self._transforms = [view_transform(spec) for spec in specs]
+        self._make = make
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        image = Image.open(io.BytesIO(self._source.read(index).tobytes())).convert("RGB")
-        return [transform(image) for transform in self._transforms]
+        return self._make(self._source.read(index))
+
+
+def torchvision_views(specs: Sequence[ViewSpec]) -> Callable[[np.ndarray], list[Tensor]]:
+    """A function from an image's file, uint8 [bytes], to its views, float32 [3, S, S] each, normalised."""
+    transforms = [view_transform(spec) for spec in specs]
+
+    def make(data: np.ndarray) -> list[Tensor]:
+        image = Image.open(io.BytesIO(data.tobytes())).convert("RGB")
+        return [transform(image) for transform in transforms]
+
+    return make
 
 
 class Batches(Sampler[list[int]]):
@@ -144,18 +156,25 @@ class Batches(Sampler[list[int]]):
         return len(self.batches)
 
 
-class TorchvisionLoader:
+class WorkerLoader:
     """A DataLoader with persistent worker processes, as in a run of many epochs.
 
     The workers are forked at the first pass, before which this process must not have threads of its own.
     """
 
-    def __init__(self, source: Source, specs: Sequence[ViewSpec], *, workers: int, device: torch.device) -> None:
-        """A loader of a source's views for `device`, to which its batches are copied from pinned memory."""
+    def __init__(
+        self,
+        source: Source,
+        make: Callable[[np.ndarray], list[Tensor]],
+        *,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        """A loader of the views that `make` makes, for `device`, to which batches are copied from pinned memory."""
         self._device = device
         self._batches = Batches()
         self._loader: DataLoader[list[Tensor]] = DataLoader(
-            ViewDataset(source, specs),
+            ViewDataset(source, make),
             batch_sampler=self._batches,
             num_workers=workers,
             persistent_workers=True,

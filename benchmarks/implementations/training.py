@@ -95,11 +95,11 @@ def plain_training(setup: Setup) -> Iterator[Trials]:
     """The plain step, fed by a DataLoader, and on one batch of noise that lies on the device."""
     with needs("install torchvision to measure the plain step with a DataLoader"):
         from benchmarks.implementations.plain_step import PlainStep
-        from benchmarks.implementations.torchvision_baseline import TorchvisionLoader
+        from benchmarks.implementations.torchvision_baseline import WorkerLoader, torchvision_views
     device, recipe = torch.device(setup.device), setup.recipe
     source = open_train(setup.data)
     order = Order(num_images=len(source), batch_size=recipe.batch_size, seed=recipe.seed)
-    loader = TorchvisionLoader(source, recipe.views, workers=setup.workers, device=device)
+    loader = WorkerLoader(source, torchvision_views(recipe.views), workers=setup.workers, device=device)
     total = recipe.epochs * order.steps_per_epoch
     step = PlainStep(
         recipe,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmarks.implementations.compiled_views import compile_photometric, make_views, photometric
 from benchmarks.implementations.torchvision_baseline import (
-    TorchvisionLoader,
     ViewDataset,
+    WorkerLoader,
     torchvision_view,
     view_transform,
 )
@@ -160,9 +160,9 @@ def waves(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_dataloader_returns_the_given_batches_pass_after_pass(waves: Path) -> None:
     source = open_source(waves)
     fixed = tuple(dataclasses.replace(PLAIN, name=str(size), size=size, area=None) for size in (64, 32))
-    loader = TorchvisionLoader(source, fixed, workers=2, device=torch.device("cpu"))
+    loader = WorkerLoader(source, torchvision_views(fixed), workers=2, device=torch.device("cpu"))
     assert loader.ahead == 4
-    dataset = ViewDataset(source, fixed)
+    dataset = ViewDataset(source, torchvision_views(fixed))
     for batches in ([[3, 1], [0, 5], [11, 2]], [[7, 8]]):
         loaded = list(loader(batches))
         assert [[tuple(view.shape) for view in views] for views in loaded] == [
@@ -174,7 +174,7 @@ def test_dataloader_returns_the_given_batches_pass_after_pass(waves: Path) -> No
 
 
 def test_dataloader_workers_sample_differently(waves: Path) -> None:
-    loader = TorchvisionLoader(open_source(waves), LOADED, workers=2, device=torch.device("cpu"))
+    loader = WorkerLoader(open_source(waves), torchvision_views(LOADED), workers=2, device=torch.device("cpu"))
     first, second = loader([[0], [0]])  # one from each worker
     (third, _) = loader([[0], [0]])
     for one, other in ((first, second), (first, third)):
@@ -189,7 +189,7 @@ def test_dataloader_views_are_distributed_as_ours(waves: Path) -> None:
     ours = [next(loader.epoch(epoch)).views for epoch in range(epochs)]
     loader.close()
     torch.manual_seed(0)
-    dataset = ViewDataset(source, LOADED)
+    dataset = ViewDataset(source, torchvision_views(LOADED))
     theirs = [[torch.stack(views) for views in zip(*(dataset[n] for n in range(COUNT)), strict=True)] for _ in ours]
     for v, spec in enumerate(LOADED):
         mine, peers = (_numbers(torch.cat([views[v] for views in batches])) for batches in (ours, theirs))
