@@ -69,7 +69,7 @@ class Arguments:
         cache: let each of our implementations take part a second time with its decoded images in memory.
         chunk: consecutive images of a block for block-wise shuffling; 0 leaves it out.
         window: images in the shuffle buffer of block-wise shuffling.
-        peers: whether lightly-train, lightly, solo-learn and stable-pretraining take part, as far as they are installed.
+        peers: let lightly-train, lightly, solo-learn and stable-pretraining take part, as far as they are installed.
         disk: the disk that holds the data, in words, for the result.
         recipe: name or file of the recipe whose views are made.
         seconds: begin nothing more after so many; by default there is no limit.

@@ -97,7 +97,7 @@ def _fused() -> MakeViews:
 
 BACKENDS: dict[str, Callable[[], MakeViews]] = {
     "fused": _fused,
-    "native": lambda: native.make_views,
+    "native": lambda: functools.partial(native.make_views, memory=native.ViewMemory()),
     "reference": lambda: reference.make_views,
 }
 """Backends by name; imported when first used."""

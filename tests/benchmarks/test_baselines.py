@@ -16,6 +16,7 @@ from benchmarks.implementations.torchvision_baseline import (
     ViewDataset,
     WorkerLoader,
     torchvision_view,
+    torchvision_views,
     view_transform,
 )
 from pipelines import DecodedBatch, ViewSpec, draw, paper_views

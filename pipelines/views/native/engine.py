@@ -8,6 +8,8 @@ threads share the images; each makes all its images of a view in one call that r
 from __future__ import annotations
 
 import ctypes
+import math
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +28,7 @@ from pipelines.views.reference.orient import orientations, rotation
 from pipelines.views.spec import ViewSpec
 
 _SOURCE = Path(__file__).with_name("views.c")
+_SPARE = 2  # batches whose memory is kept
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _HOW = {("nearest", True): 1, ("nearest", False): 1, ("bilinear", True): 2, ("bilinear", False): 3}
 """Values of orient.h for an interpolation with or without a fill."""
@@ -60,9 +63,16 @@ def native_obstacle() -> str | None:
 
 
 def make_views(
-    batch: DecodedBatch, specs: Sequence[ViewSpec], params: ViewParams, *, dtype: torch.dtype
+    batch: DecodedBatch,
+    specs: Sequence[ViewSpec],
+    params: ViewParams,
+    *,
+    dtype: torch.dtype,
+    memory: ViewMemory | None = None,
 ) -> list[Tensor]:
     """Make all views of a batch on the CPU; as `pipelines.views.reference.engine.make_views`, with the same bits.
+
+    `memory` is for the views of all batches of these specs; by default each batch has its own.
 
     Raises:
         InputError: the library could not be built, or only without float16.
@@ -75,7 +85,11 @@ def make_views(
     if batch.pixels.device.type != "cpu":
         raise InputError(f"backend is 'native' but the pixels are on {batch.pixels.device}: take backend 'fused'.")
     threads = min(torch.get_num_threads(), max(1, len(batch)))
-    makers = [_Maker(library, batch, spec, params.view(v), dtype) for v, spec in enumerate(specs)]
+    memory = ViewMemory() if memory is None else memory
+    makers = [
+        _Maker(library, batch, spec, params.view(v), memory.empty(v, len(batch), spec.size, dtype))
+        for v, spec in enumerate(specs)
+    ]
 
     def work(thread: int) -> None:
         for maker in makers:
@@ -97,10 +111,10 @@ class _Maker:
     """
 
     def __init__(
-        self, library: ctypes.CDLL, batch: DecodedBatch, spec: ViewSpec, params: ViewParams, dtype: torch.dtype
+        self, library: ctypes.CDLL, batch: DecodedBatch, spec: ViewSpec, params: ViewParams, view: Tensor
     ) -> None:
-        self._library, self._pixels, self._spec, self._dtype = library, batch.pixels, spec, _DTYPES[dtype]
-        self.view = _empty(len(batch), spec.size, dtype)
+        self._library, self._pixels, self._spec, self._dtype = library, batch.pixels, spec, _DTYPES[view.dtype]
+        self.view = view
         self._taps = kernel_half(params.blur_sigma.clamp(min=1e-3), spec.blur_kernel).contiguous()  # [N, K]
         self._jobs = _jobs(batch, spec, params, self._taps)
 
@@ -126,12 +140,36 @@ class _Maker:
             raise MemoryError(f"No memory is left to make view '{self._spec.name}' of a batch: take a smaller batch.")
 
 
-def _empty(images: int, size: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised views [N, 3, S, S], channels-last, in huge pages (by numpy): 38 MB are first touched 4 times
-    faster.
+class ViewMemory:
+    """Memory of views that nobody uses any more, for those of later batches: the system clears new memory, which takes
+    a tenth of the time of making views.
     """
-    room = np.empty((images, size, size, 3), dtype=np.float32 if dtype is torch.float32 else np.int16)
-    return torch.from_numpy(room).view(dtype).permute(0, 3, 1, 2)
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[np.ndarray]] = {}  # by view
+
+    def empty(self, view: int, images: int, size: int, dtype: torch.dtype) -> Tensor:
+        """Uninitialised [N, 3, S, S], channels-last, of view number `view`; its memory comes back when it is freed.
+
+        numpy takes huge pages, which are first touched 4 times faster.
+        """
+        free = self._free.setdefault(view, [])
+        shape, kind = (images, size, size, 3), np.float32 if dtype is torch.float32 else np.int16
+        nbytes = math.prod(shape) * np.dtype(kind).itemsize
+        while free and free[-1].nbytes != nbytes:  # another batch size
+            free.pop()
+        try:
+            memory = free.pop()
+        except IndexError:
+            memory = np.empty(nbytes, dtype=np.uint8)
+        lent = memory.view(kind).reshape(shape)
+        weakref.finalize(lent, _take_back, free, memory).atexit = False  # torch holds `lent` itself
+        return torch.from_numpy(lent).view(dtype).permute(0, 3, 1, 2)
+
+
+def _take_back(free: list[np.ndarray], memory: np.ndarray) -> None:
+    if len(free) < _SPARE:
+        free.append(memory)
 
 
 def _jobs(batch: DecodedBatch, spec: ViewSpec, params: ViewParams, taps: Tensor) -> np.ndarray:

@@ -10,10 +10,10 @@
 #include <string.h>
 
 #include "orient.h"
+#include "planes.h"
 #include "resize.h"
 
 enum { BRIGHTNESS, CONTRAST, SATURATION, HUE };
-enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 /* Crop and augmentation parameters of one image; the layout is that of `Job` in engine.py. */
 typedef struct {
@@ -78,11 +78,9 @@ static void hue(float *restrict r, float *restrict g, float *restrict b, int64_t
         low = low < blue ? low : blue;
         float chroma = high - low;
         float divisor = chroma == 0.0f ? 1.0f : chroma;
-        float if_red = (green - blue) / divisor;
-        float if_green = (blue - red) / divisor + 2.0f;
-        float if_blue = (red - green) / divisor + 4.0f;
-        float angle = high == red ? if_red : (high == green ? if_green : if_blue);
-        angle = angle + turn;
+        float distance = high == red ? green - blue : (high == green ? blue - red : red - green);
+        float begin = high == red ? 0.0f : (high == green ? 2.0f : 4.0f);
+        float angle = distance / divisor + begin + turn;
         angle = angle - floorf(angle * (float)(1.0 / 6.0)) * 6.0f;
         r[i] = high - clamp(2.0f - fabsf(angle - 3.0f)) * chroma;
         g[i] = high - clamp(fabsf(angle - 2.0f) - 1.0f) * chroma;
@@ -95,8 +93,13 @@ static inline int64_t reflect(int64_t at, int64_t size) {
     return at > size - 1 ? 2 * (size - 1) - at : at;
 }
 
-enum { LANES = 32 }; /* values that are summed in registers */
-typedef float Floats __attribute__((vector_size(32)));
+#ifdef __AVX512F__
+enum { WIDE = 16 };
+#else
+enum { WIDE = 8 };
+#endif
+enum { LANES = 4 * WIDE, PART = 1024 }; /* values that are summed in registers, and finished together */
+typedef float Floats __attribute__((vector_size(4 * WIDE)));
 
 static inline Floats floats(const float *at) {
     Floats values;
@@ -109,19 +112,24 @@ static inline void weigh(const float *middle, const float *const before[], const
                          const float *taps, int64_t reach, float *restrict out) {
     int64_t x = 0;
     for (; x + LANES <= size; x += LANES) {
-        Floats a = floats(middle + x) * taps[0], b = floats(middle + x + 8) * taps[0];
-        Floats c = floats(middle + x + 16) * taps[0], d = floats(middle + x + 24) * taps[0];
+        Floats a = floats(middle + x) * taps[0], b = floats(middle + x + WIDE) * taps[0];
+        Floats c = floats(middle + x + 2 * WIDE) * taps[0], d = floats(middle + x + 3 * WIDE) * taps[0];
         for (int64_t k = 1; k <= reach; k++) {
             const float *one = before[k] + x, *two = behind[k] + x;
             a += (floats(one) + floats(two)) * taps[k];
-            b += (floats(one + 8) + floats(two + 8)) * taps[k];
-            c += (floats(one + 16) + floats(two + 16)) * taps[k];
-            d += (floats(one + 24) + floats(two + 24)) * taps[k];
+            b += (floats(one + WIDE) + floats(two + WIDE)) * taps[k];
+            c += (floats(one + 2 * WIDE) + floats(two + 2 * WIDE)) * taps[k];
+            d += (floats(one + 3 * WIDE) + floats(two + 3 * WIDE)) * taps[k];
         }
         memcpy(out + x, &a, sizeof a);
-        memcpy(out + x + 8, &b, sizeof b);
-        memcpy(out + x + 16, &c, sizeof c);
-        memcpy(out + x + 24, &d, sizeof d);
+        memcpy(out + x + WIDE, &b, sizeof b);
+        memcpy(out + x + 2 * WIDE, &c, sizeof c);
+        memcpy(out + x + 3 * WIDE, &d, sizeof d);
+    }
+    for (; x + WIDE <= size; x += WIDE) {
+        Floats a = floats(middle + x) * taps[0];
+        for (int64_t k = 1; k <= reach; k++) a += (floats(before[k] + x) + floats(behind[k] + x)) * taps[k];
+        memcpy(out + x, &a, sizeof a);
     }
     for (; x < size; x++) {
         float sum = middle[x] * taps[0];
@@ -158,25 +166,6 @@ static void blur(float *plane, float *half, float *line, const float **lines, in
     }
 }
 
-static inline uint16_t to_bfloat16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16); /* half to even; views are finite */
-}
-
-static void store(const float *planes, int64_t area, int32_t dtype, void *out) {
-    for (int64_t i = 0; i < area; i++) {
-        for (int c = 0; c < 3; c++) {
-            float value = planes[c * area + i];
-            if (dtype == FLOAT32) ((float *)out)[3 * i + c] = value;
-            if (dtype == BFLOAT16) ((uint16_t *)out)[3 * i + c] = to_bfloat16(value);
-#ifdef __FLT16_MAX__
-            if (dtype == FLOAT16) ((_Float16 *)out)[3 * i + c] = (_Float16)value;
-#endif
-        }
-    }
-}
-
 /* Whether this build can write float16. */
 int32_t has_float16(void) {
 #ifdef __FLT16_MAX__
@@ -186,39 +175,14 @@ int32_t has_float16(void) {
 #endif
 }
 
-/* Spread a row of pixels over the planes: `step` is 1, -1 for the pixels from right to left, or leads down or up. */
-static void load_row(const uint8_t *restrict source, float *restrict r, float *restrict g, float *restrict b, int64_t size,
-                     int64_t step) {
-    const float unit = (float)(1.0 / 255.0);
-    if (step != 1 && step != -1)
-        for (int64_t x = 0; x < size; x++) {
-            r[step * x] = (float)source[3 * x] * unit;
-            g[step * x] = (float)source[3 * x + 1] * unit;
-            b[step * x] = (float)source[3 * x + 2] * unit;
-        }
-    else if (step == -1)
-        for (int64_t x = 0; x < size; x++) {
-            const uint8_t *pixel = source + 3 * (size - 1 - x);
-            r[x] = (float)pixel[0] * unit;
-            g[x] = (float)pixel[1] * unit;
-            b[x] = (float)pixel[2] * unit;
-        }
-    else
-        for (int64_t x = 0; x < size; x++) {
-            r[x] = (float)source[3 * x] * unit;
-            g[x] = (float)source[3 * x + 1] * unit;
-            b[x] = (float)source[3 * x + 2] * unit;
-        }
-}
-
 /* Scratch memory for making a view of any of some crops. */
 typedef struct {
     float *planes;       /* [3, size, size] */
     float *half, *line;  /* of the blur: [size, size] and [3, size] */
     const float **lines; /* of the blur: [2, size] */
     uint8_t *row;        /* [size, 3] resized, and 2 LINE more */
-    uint8_t *packed;     /* ROWS rows of a crop, and a pixel more */
-    uint8_t *resized;    /* a crop resized along the columns, and a row and 2 LINE more */
+    uint8_t *packed;     /* pairs of pixels of ROWS rows of a crop, and of its taps more */
+    uint8_t *resized;    /* a crop resized along the columns, and rows for its taps and 2 LINE more */
     void *columns, *rows; /* weights */
     uint8_t *padded;      /* of a rotation: the view, and more */
 } Scratch;
@@ -237,8 +201,8 @@ static size_t lay_out(Scratch *scratch, void *memory, int64_t size, int64_t heig
     scratch->line = part(&end, 3 * size * (int64_t)sizeof(float));
     scratch->lines = part(&end, 2 * size * (int64_t)sizeof(float *));
     scratch->row = part(&end, 3 * size + 2 * LINE);
-    scratch->packed = part(&end, LINE * (width + 1));
-    scratch->resized = part(&end, (3 * size + 1) * (height + 1) + 2 * LINE);
+    scratch->packed = part(&end, 2 * LINE * (width + axis_taps(width, size)));
+    scratch->resized = part(&end, (3 * size + 4) * (height + axis_taps(height, size)) + 2 * LINE);
     scratch->columns = part(&end, axis_bytes(width, size));
     scratch->rows = part(&end, axis_bytes(height, size));
     scratch->padded = part(&end, rotates ? rotation_bytes(size) : 0);
@@ -248,7 +212,7 @@ static size_t lay_out(Scratch *scratch, void *memory, int64_t size, int64_t heig
 /* Crop, resize, flip and rotate into the planes. */
 static void resize(const Job *job, int64_t size, const Scratch *scratch) {
     Axis columns = make_axis(job->width, size, scratch->columns), rows = make_axis(job->height, size, scratch->rows);
-    int64_t area = size * size, pitch = 3 * size + 1;
+    int64_t area = size * size, pitch = 3 * size + 4; /* resize_columns */
     for (int64_t y = 0; y < job->height; y += ROWS) {
         const uint8_t *from[ROWS];
         uint8_t *to[ROWS];
@@ -256,6 +220,8 @@ static void resize(const Job *job, int64_t size, const Scratch *scratch) {
             int64_t at = y + r < job->height ? y + r : job->height - 1; /* the last row may be repeated */
             from[r] = job->crop + job->stride * at;
             to[r] = scratch->resized + pitch * at;
+            if (y + r + ROWS < job->height) /* the rows are short and far apart: the processor fetches them late */
+                for (int64_t x = 0; x < 3 * job->width; x += 64) __builtin_prefetch(from[r] + job->stride * ROWS + x);
         }
         resize_columns(from, job->width, &columns, scratch->packed, to);
     }
@@ -294,21 +260,23 @@ static void make_view(const Job *job, const float *taps, float threshold, int64_
         if (operation == SATURATION) saturation(r, g, b, area, factor);
         if (operation == HUE) hue(r, g, b, area, factor);
     }
-    if (job->gray) {
+    if (job->gray)
         for (int64_t i = 0; i < area; i++) r[i] = luma(r[i], g[i], b[i]);
-        memcpy(g, r, area * sizeof(float));
-        memcpy(b, r, area * sizeof(float));
-    }
+    int different = job->gray ? 1 : 3; /* planes; those of a gray view are equal */
     if (job->reach >= 0)
-        for (int c = 0; c < 3; c++)
+        for (int c = 0; c < different; c++)
             blur(planes + c * area, scratch->half, scratch->line, scratch->lines, size, taps, job->reach);
-    for (int c = 0; c < 3; c++) {
-        float *plane = planes + c * area;
-        if (job->solarize)
-            for (int64_t i = 0; i < area; i++) plane[i] = plane[i] >= threshold ? 1.0f - plane[i] : plane[i];
-        for (int64_t i = 0; i < area; i++) plane[i] = (plane[i] - MEAN[c]) / STD[c];
+    for (int c = different; c < 3; c++) memcpy(planes + c * area, planes, area * sizeof(float));
+    for (int64_t at = 0, value = dtype == FLOAT32 ? 4 : 2; at < area; at += PART) { /* in the nearest cache */
+        int64_t count = area - at < PART ? area - at : PART;
+        for (int c = 0; c < 3; c++) {
+            float *plane = planes + c * area + at;
+            if (job->solarize)
+                for (int64_t i = 0; i < count; i++) plane[i] = plane[i] >= threshold ? 1.0f - plane[i] : plane[i];
+            for (int64_t i = 0; i < count; i++) plane[i] = (plane[i] - MEAN[c]) / STD[c];
+        }
+        store(planes + at, area, count, dtype, (uint8_t *)out + 3 * value * at);
     }
-    store(planes, area, dtype, out);
 }
 
 /* Make the views of images `begin`, `begin + step`, ... of `images`.
