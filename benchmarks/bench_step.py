@@ -30,6 +30,7 @@ from benchmarks.harness.processes import Build, Trial
 from benchmarks.harness.results import RESULTS, Result, measured_by, read_results, write_result
 from benchmarks.harness.trials import Budget, Outcome, peak_memory, rates, ratios, run_trials, say
 from benchmarks.implementations.loaders import check_fits
+from benchmarks.implementations.peer_steps import PEER_STEPS, peer_steps
 from benchmarks.implementations.steps import (
     PEAK,
     PLAIN,
@@ -60,7 +61,8 @@ class Arguments:
     Attributes:
         recipes: names or files of the recipes to train.
         batch_sizes: images of a step; None takes each recipe's own.
-        contenders: implementations that take part: captured, plain step, grouped, compiled, view by view.
+        contenders: implementations that take part: captured, plain step, grouped, compiled, view by view; where they
+            are installed also lightly and stable-pretraining.
         device: where the steps run.
         data: folder of images or converted data set that a loader prepares meanwhile, in trials of their own.
         steps: updates of a trial.
@@ -84,8 +86,8 @@ class Arguments:
             if not getattr(self, name):
                 raise InputError(f"{name} is empty: name at least one.")
         for name in self.contenders:
-            if name not in ORDER:
-                raise invalid("contenders", name, f"some of {', '.join(ORDER)}", "correct the name")
+            if name not in (*ORDER, *PEER_STEPS):
+                raise invalid("contenders", name, f"some of {', '.join((*ORDER, *PEER_STEPS))}", "correct the name")
         check_positive(self, "steps", "repeats", "batch_sizes")
 
     def planned(self) -> list[Recipe]:
@@ -142,6 +144,7 @@ def builds_of(setup: Setup, names: Sequence[str]) -> dict[str, Build]:
         for name in ORDER
         if name in names
     }
+    builds |= {name: partial(peer_steps, setup, name) for name in PEER_STEPS if name in names}
     return builds | {PEAK: partial(matrix_product, setup)}
 
 

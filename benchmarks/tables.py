@@ -21,12 +21,13 @@ from pipelines.runtime import InputError, parse_arguments, run_cli
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python -m benchmarks.tables"
 TABLES: dict[str, dict[str, Callable[[Results], list[str]]]] = {
-    "README.md": {"headlines": measured.headlines},
+    "README.md": {"headlines": measured.headlines, "peers": measured.peers},
     "mvssl/evaluate/README.md": {"evaluation": measured.evaluation},
     "mvssl/runs/RELIABILITY.md": {"faults": measured.faults, "memory": measured.memory},
     "benchmarks/MEASURED.md": {
         "views": measured.views,
         "loader": measured.loader,
+        "peers-details": measured.peers_details,
         "loader-cold": measured.loader_cold,
         "lock": measured.gil,
         "train": measured.train,

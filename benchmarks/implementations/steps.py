@@ -86,16 +86,16 @@ def our_steps(setup: Setup, name: str) -> Iterator[Trials]:
         steps_per_epoch=TOTAL,
         group_views=mode.group_views,
     )
-    noise = _noise(setup, step.input_dtype, torch.channels_last)
+    views = noise(setup, step.input_dtype, torch.channels_last)
 
     def check() -> None:
         """Refuse a step that fell back: a failure to compile or record has only warned."""
         if step.compiled != (mode.compile == "on") or step.captured != (mode.cuda_graph == "on"):
             raise InputError(f"this step ran {step.description}: see the warning above.")
 
-    with _loading(setup) as batches:
-        yield _trials(
-            name, setup, lambda number: step(noise, number).loss, warm_up=step.warm_up, check=check, batches=batches
+    with loading(setup) as batches:
+        yield trials_of(
+            name, setup, lambda number: step(views, number).loss, warm_up=step.warm_up, check=check, batches=batches
         )
 
 
@@ -106,9 +106,11 @@ def plain_steps(setup: Setup) -> Iterator[Trials]:
 
     step = PlainStep(setup.recipe, device=torch.device(setup.device), total_steps=TOTAL, steps_per_epoch=TOTAL)
     step.take_weights(build_networks(setup.recipe)[0])
-    noise = _noise(setup, torch.float32, torch.contiguous_format)
-    with _loading(setup) as batches:
-        yield _trials(PLAIN, setup, lambda number: step(noise, number), warm_up=1, check=lambda: None, batches=batches)
+    views = noise(setup, torch.float32, torch.contiguous_format)
+    with loading(setup) as batches:
+        yield trials_of(
+            PLAIN, setup, lambda number: step(views, number), warm_up=1, check=lambda: None, batches=batches
+        )
 
 
 @contextmanager
@@ -146,14 +148,14 @@ def flops_per_image(recipe: Recipe) -> float:
     return float(counter.get_total_flops()) / few.batch_size
 
 
-def _noise(setup: Setup, dtype: torch.dtype, memory_format: torch.memory_format) -> list[Tensor]:
+def noise(setup: Setup, dtype: torch.dtype, memory_format: torch.memory_format) -> list[Tensor]:
     """The same numbers for all implementations, up to the dtype."""
     torch.manual_seed(0)
     return synthetic(setup.recipe, torch.device(setup.device), dtype, memory_format=memory_format)
 
 
 @contextmanager
-def _loading(setup: Setup) -> Iterator[Iterator[object] | None]:
+def loading(setup: Setup) -> Iterator[Iterator[object] | None]:
     """Endless batches of our loader, whose threads work during the steps; None without data."""
     if setup.data is None:
         yield None
@@ -182,7 +184,7 @@ def _loading(setup: Setup) -> Iterator[Iterator[object] | None]:
         source.close()
 
 
-def _trials(
+def trials_of(
     name: str,
     setup: Setup,
     take: Callable[[int], Tensor],

@@ -41,6 +41,7 @@ MADE_BY = {
     "draws_cpu": "python -m benchmarks.bench_micro sampling",
     "loader_cpu": "python -m benchmarks.bench_loader FOLDER SHARDS BETON",
     "loader_tiny_cpu": "python -m benchmarks.bench_loader TINY_IMAGENET --cache",
+    "peers_cpu": "python -m benchmarks.bench_loader FOLDER --peers",
     "loader_cold_cpu": "python -m benchmarks.bench_loader FOLDER SHARDS BETON --cold",
     "lock_cpu": "python -m benchmarks.bench_micro gil DATA --other CHECKOUT",
     "lock_tiny_cpu": "python -m benchmarks.bench_micro gil TINY_IMAGENET --other CHECKOUT",

@@ -241,6 +241,38 @@ def loader_cold(results: Results) -> list[str]:
     return _loaders(results, {"CPU": "loader_cold_cpu"})
 
 
+def peers(results: Results) -> list[str]:
+    """Loaders of other libraries in bench_loader, for the same five views, by CPU time."""
+    return _peers(results, details=False, link="benchmarks/results")
+
+
+def peers_details(results: Results) -> list[str]:
+    """The same with rates, versions and what each library's views are."""
+    return _peers(results, details=True, link="results")
+
+
+def _peers(results: Results, *, details: bool, link: str) -> list[str]:
+    name = "peers_cpu"
+    result = results.get(name, {})
+    measured: dict[str, Any] = result.get("contenders", {})
+    ours = next((own for own in LOADERS if own in measured), None)
+    names = {ours: "mvssl", BASELINE: "torchvision, as the reference implementation"}
+    rows = []
+    for own, row in measured.items():
+        milliseconds = row["cpu_milliseconds"]
+        cells = [names.get(own, own), row.get("version", "")] if details else [names.get(own, own)]
+        times = "1" if own == ours else _ratio(row["times_cpu"])
+        cells += [with_spread(milliseconds["median"], milliseconds), times]
+        said = "" if own in (ours, BASELINE) else row.get("what", "")
+        rows.append([*cells, _rate(row), said or "the same views"] if details else cells)
+    for own, reason in (result.get("left_out", {}) | result.get("failed", {})).items():
+        rows.append([own, *([""] if details else []), f"not measured: {reason.partition(':')[0]}"])
+    heads = ["loader", *(["version"] if details else []), "CPU time per image, ms", "times mvssl's"]
+    heads += ["source images/s", "its views"] if details else []
+    about = origins(results, {"CPU": name}, _loader_settings, link=link)
+    return [*table(heads, rows or [[NOT_YET]], words=2 if details else 1), "", *about]
+
+
 def _loaders(results: Results, sides: Sides) -> list[str]:
     def rows_of(result: Result) -> list[list[str]]:
         rows = []

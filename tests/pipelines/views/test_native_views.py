@@ -171,6 +171,25 @@ def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @needs_compiler
 @pytest.mark.usefixtures("_built_anew")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="it leaves out instructions of x86")
-def test_processors_without_avx2_make_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CC", f"{shlex.join(c_library._compiler() or [])} -mno-avx2")
+@pytest.mark.parametrize("lacks", ["-mno-avx2", "-mno-avx512f"])
+def test_older_processors_make_the_same_bits(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", f"{shlex.join(c_library._compiler() or [])} {lacks}")
     assert sees_every_shape()
+
+
+@needs_compiler
+def test_views_that_are_used_keep_their_memory_and_others_give_it_back() -> None:
+    specs = paper_views(size=32, local_size=16, blur_kernel=3)
+    batch = DecodedBatch.from_images(noise((40, 50), (60, 30)), index=range(2))
+    engine = ViewEngine(specs, backend="native")
+    made = [draw(specs, batch.sizes, seed=seed, epoch=0, index=batch.index) for seed in range(6)]
+    expected = [ViewEngine(specs, backend="reference")(batch, params) for params in made]
+    kept = [engine(batch, params)[0] for params in made[:3]]  # the other views' memory is free at once
+    assert len({view.data_ptr() for view in kept}) == 3
+    part = engine(batch, made[3])[1][:, 1]  # a part of a view holds all of it
+    for n in range(6):
+        assert same(engine(batch, made[n]), expected[n])
+    assert torch.equal(part, expected[3][1][:, 1])
+    assert all(torch.equal(view, expected[n][0]) for n, view in enumerate(kept))
+    places = {engine(batch, params)[4].data_ptr() for params in made}
+    assert len(places) == 1
