@@ -215,7 +215,7 @@ PEERS: dict[str, Peer] = {
     "lightly-train": Peer(
         package="lightly-train",
         make=lightly_train_views,
-        what=f"albumentations and OpenCV, area or linear resize, fixed-size tables for jitter; {_EIGHT_BITS}",
+        what=f"albumentations and OpenCV, resize by area; {_EIGHT_BITS}",
     ),
     "lightly": Peer(package="lightly", make=lightly_views, what=f"Pillow, bilinear, box-filter blur; {_EIGHT_BITS}"),
     "solo-learn": Peer(

@@ -163,10 +163,10 @@ def _merged(parts: Sequence[DecodedPart], failures: Mapping[int, str]) -> Decode
     if not found:
         return Decoded(pixels=parts[-1][1], sizes=parts[-1][2], failures=failures)
     order = sorted(found)
-    pixels = [found[n][0] for n in order]
-    on_cpu = pixels[0].device.type == "cpu"  # numpy copies in this thread and into huge pages; torch's team would spin
+    images = [found[n][0] for n in order]
+    on_cpu = images[0].device.type == "cpu"  # numpy copies in this thread and into huge pages; torch's team would spin
     return Decoded(
-        pixels=torch.from_numpy(np.concatenate([each.numpy() for each in pixels])) if on_cpu else torch.cat(pixels),
+        pixels=torch.from_numpy(np.concatenate([each.numpy() for each in images])) if on_cpu else torch.cat(images),
         sizes=torch.stack([found[n][1] for n in order]),
         failures=failures,
     )
