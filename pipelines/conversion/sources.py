@@ -166,9 +166,10 @@ def _archives(src: Path) -> list[Path]:
 
 
 def _with_val(found: Found) -> Found:
-    """Without a split of its own for validation, a data set's test split is the one to measure on (CIFAR, MNIST)."""
+    """Without a val split, a labelled test split is the one that a data set is measured on (CIFAR, MNIST)."""
     names = list(found.splits)
-    if "train" not in names or "val" in names or "test" not in names:
+    usable = {"train", "test"} <= set(names) and "val" not in names
+    if not usable or (found.splits["train"].classes and not found.splits["test"].classes):
         order = ("train", "val", "test")
         names.sort(key=lambda name: order.index(name) if name in order else len(order))
         return replace(found, splits={name: found.splits[name] for name in names})

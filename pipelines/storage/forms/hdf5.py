@@ -35,6 +35,7 @@ _LABELS = (*LABEL_NAMES, "ans", "targets", "train_y", "test_y")
 _KEPT = 4  # blocks of an array
 _BLOCK = 1 << 24  # bytes of an array read at a time
 _SHOWN = 12
+_OPENED = 8  # images of a class that are looked at when a file is indexed
 
 
 def recognise(look: Look) -> bool:
@@ -139,27 +140,30 @@ def _classes(location: Path, h5py: Any, path: Path, groups: dict[str, Any], requ
     names: list[str] = []
     sizes: list[int] = []
     for group in sorted(groups):
-        for name in sorted(groups[group]):
-            one = groups[group][name]
-            if not isinstance(one, h5py.Dataset):
-                raise InputError(
-                    f"{path} has the group {group}/{name} where images should be: give a file of groups of images by "
-                    "class (/class/image)."
-                )
+        for number, name in enumerate(sorted(groups[group])):
+            if number < _OPENED:  # opening an object costs as much as reading a small image
+                one = groups[group][name]
+                if not isinstance(one, h5py.Dataset):
+                    raise InputError(
+                        f"{path} has the group {group}/{name} where images should be: give a file of groups of images "
+                        "by class (/class/image)."
+                    )
+                sizes.append(int(one.nbytes) if one.dtype.kind != "O" else 0)
             keys.append(f"{group}/{name}")
             names.append(group)
-            sizes.append(int(one.nbytes) if one.dtype.kind != "O" else 0)
             if len(keys) % 10_000 == 0:
                 request.report(len(keys))
     if not keys:
         raise InputError(f"{path} has groups but no images in them: give a file with images.")
     labels = unlabelled(len(keys)) if request.label == NO_LABEL else number_labels(names, where=location)
+    mean = sum(sizes) // len(sizes)  # enough to plan shards
     top = next(iter(groups.values())).parent.name.rstrip("/")
     return FormSource(
         location,
         keys=keys,
         labels=labels,
-        nbytes=np.array(sizes, dtype=np.int64),
+        nbytes=np.full(len(keys), mean, dtype=np.int64),
+        largest=max(1 << 24, 8 * mean),
         reader=GroupReader(path, keys, top),
         deep=[n for n, key in enumerate(keys) if may_be_deep_name(key)],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,6 +12,7 @@ from pipelines.storage.file_index import is_image_name, is_system_folder
 from pipelines.storage.splits import is_form_word, split_role
 
 _LONGEST_CLASS = 100  # characters; longer texts are captions
+_WNID, _DIGITS = re.compile(r"n\d{8}"), re.compile(r"[\W\d_]+")
 _FEW = 10  # first folders of an archive that has splits; more are classes
 
 
@@ -62,6 +64,16 @@ def arrange(names: Sequence[str]) -> dict[str, list[tuple[int, str]]]:
         split: list(zip((i for i, _ in pairs), _without_common([n for _, n in pairs]), strict=True))
         for split, pairs in found.items()
     }
+
+
+def are_classes(stems: Sequence[str]) -> bool:
+    """Whether archives of these names are of one class each, as ImageNet's are, and no numbered parts of one."""
+    if len(stems) < 2:
+        return False
+    if all(map(_WNID.fullmatch, stems)):
+        return True
+    plain = {_DIGITS.sub("", stem) for stem in stems}
+    return len(plain) == len(stems) and not any(split_role(stem) for stem in stems)
 
 
 def _without_common(names: list[str]) -> list[str]:

@@ -27,7 +27,14 @@ from pipelines.storage.forms.base import (
 )
 from pipelines.storage.forms.blobs import Blob, PackedBlob, damaged, open_blob, packing, unpacked_head
 from pipelines.storage.forms.look import File, Look, by_split
-from pipelines.storage.forms.names import are_captions, arrange, check_name, class_names, is_image_of_archive
+from pipelines.storage.forms.names import (
+    are_captions,
+    are_classes,
+    arrange,
+    check_name,
+    class_names,
+    is_image_of_archive,
+)
 from pipelines.storage.forms.parquet import may_be_deep_name
 from pipelines.storage.forms.tar_reader import BLOCK, DamagedTarError, Member, is_tar_header, tar_members
 
@@ -257,6 +264,9 @@ class _Index:
             f"{self.keys[sample]}.{self.components[kind]}"
             for sample, kind in zip(images["sample"].tolist(), images["component"].tolist(), strict=True)
         ]
+        stems = [file.path.name.partition(".")[0] for file in self.files]
+        if are_classes(stems) and not any("/" in name for name in names):
+            names = [f"{stems[tar]}/{name}" for tar, name in zip(images["tar"].tolist(), names, strict=True)]
         shown = [n for n, name in enumerate(names) if is_image_of_archive(name)]
         if any(isinstance(blob, PackedBlob) for blob in self.blobs):
             order = shown

@@ -22,7 +22,7 @@ from pipelines.storage.forms.base import (
 )
 from pipelines.storage.forms.blobs import FileBlob
 from pipelines.storage.forms.look import File, Look, by_split
-from pipelines.storage.forms.names import arrange, check_name, class_names, is_image_of_archive
+from pipelines.storage.forms.names import are_classes, arrange, check_name, class_names, is_image_of_archive
 from pipelines.storage.forms.parquet import may_be_deep_name
 from pipelines.storage.forms.zip_reader import check_entry, overlapping, read_entry, zip_entries
 
@@ -107,6 +107,9 @@ class ZipIndex:
                 f"{paths[0]} holds no images (it holds {there[:200]}): give a zip of images, or unpack what is in it."
             )
         request.report(len(self.names))
+        stems = [path.stem for path in paths]
+        if are_classes(stems) and not any("/" in name for name in self.names):
+            self.names = [f"{stems[at]}/{name}" for at, name in zip(rows["zip"], self.names, strict=True)]
         order = sorted(range(len(self.names)), key=self.names.__getitem__)
         self.names = [self.names[n] for n in order]
         self._rows = {name: np.frombuffer(column, np.int64)[order] for name, column in rows.items()}

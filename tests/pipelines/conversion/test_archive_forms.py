@@ -80,6 +80,35 @@ def test_splits_in_an_archive(run: Run, tmp_path: Path, form: str) -> None:
     assert contents(tmp_path / "d" / "test") == {(encoded(50), "")}
 
 
+@pytest.mark.parametrize("form", ["zip", "tar"])
+def test_an_archive_for_each_class(run: Run, tmp_path: Path, form: str) -> None:
+    (tmp_path / "in").mkdir()
+    for label in CLASSES:
+        members = [(item.name, item.data) for item in items() if item.label == label]
+        (make_zip if form == "zip" else make_tar)(tmp_path / "in" / f"{label}.{form}", members)
+    assert run(tmp_path / "in", tmp_path / "d").code == 0
+    assert contents(tmp_path / "d") == EXPECTED
+    for number in range(2):  # parts of one data set
+        (make_zip if form == "zip" else make_tar)(tmp_path / f"part-{number}.{form}", [("1.jpg", encoded(number))])
+    assert run(tmp_path / f"part-{{0..1}}.{form}", tmp_path / "e").code == 0
+    assert contents(tmp_path / "e") == {(encoded(number), "") for number in range(2)}
+
+
+def test_tiny_imagenet_and_a_test_split_without_labels(run: Run, tmp_path: Path) -> None:
+    base = "tiny-imagenet-200"
+    members = [(f"{base}/train/{item.label}/images/{item.name}", item.data) for item in items()]
+    members += [(f"{base}/val/images/{item.name}", item.data) for item in items(3, first=9)]
+    members += [(f"{base}/test/images/1.jpg", encoded(70))]
+    table = "".join(f"{item.name}\t{item.label}\t0\t0\t62\t62\n" for item in items(3, first=9)).encode()
+    path = make_zip(tmp_path / "tiny-imagenet-200.zip", [*members, (f"{base}/val/val_annotations.txt", table)])
+    assert run(path, tmp_path / "d").code == 0
+    assert contents(tmp_path / "d" / "val") == {(item.data, item.label) for item in items(3, first=9)}
+    assert contents(tmp_path / "d" / "train") == EXPECTED
+    path = make_zip(tmp_path / "a.zip", [member for member in members if "/val/" not in member[0]])
+    assert "val" not in run(path, tmp_path / "e").out.splitlines()[0]
+    assert contents(tmp_path / "e" / "test") == {(encoded(70), "")}
+
+
 @pytest.mark.parametrize("labels", ["cls", "names", "json", "named json", "none"])
 def test_webdataset(run: Run, tmp_path: Path, labels: str) -> None:
     import webdataset
