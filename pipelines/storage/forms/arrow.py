@@ -80,12 +80,13 @@ def _batches(path: Path) -> tuple[Any, list[Any]]:
         memory = pa.memory_map(str(path))
         is_file = memory.read(len(_FILE)) == _FILE
         memory.seek(0)
-        if is_file:
-            reader = pa.ipc.open_file(memory)
-            return reader.schema, [reader.get_batch(n) for n in range(reader.num_record_batches)]
-        stream = pa.ipc.open_stream(memory)
-        return stream.schema, list(stream)
-    except (pa.ArrowException, OSError) as error:
+        reader = pa.ipc.open_file(memory) if is_file else pa.ipc.open_stream(memory)
+        _ = [field.name for field in reader.schema]  # those that are no UTF-8 raise here
+        batches = [reader.get_batch(n) for n in range(reader.num_record_batches)] if is_file else list(reader)
+        for batch in batches:
+            batch.validate(full=True)  # offsets that lie would end the process; values are not read
+        return reader.schema, batches
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         text = str(error).split("\n")[0].rstrip(". ")[:200]
         raise InputError(f"{path} is truncated or damaged ({text}): copy or download it again.") from None
 

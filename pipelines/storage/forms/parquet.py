@@ -174,7 +174,7 @@ def _naming(path: Path) -> Iterator[None]:
     pa = need("pyarrow", "Reading Parquet")
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, pa.ArrowException):
             raise
         text = str(error).split("\n")[0].rstrip(". ")[:200]

@@ -223,6 +223,19 @@ def test_files_of_arrow(run: Run, tmp_path: Path) -> None:
     assert {data for data, _ in contents(tmp_path / "d")} == {item.data for item in items()}
 
 
+def test_offsets_that_lie(run: Run, tmp_path: Path) -> None:
+    """Arrow itself would end the process when it reads such a value."""
+    path = tmp_path / "a.arrow"
+    made = pa.table({"image": pa.array([item.data for item in items()])})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, made.schema) as writer:
+        writer.write_table(made)
+    data = path.read_bytes()
+    (length,) = {len(items()[0].data)}
+    at = data.index(b"\0\0\0\0" + length.to_bytes(4, "little"))  # the first two offsets
+    path.write_bytes(data[: at + 4] + (1 << 30).to_bytes(4, "little") + data[at + 8 :])
+    assert "a.arrow is truncated or damaged" in run(path, tmp_path / "d").err
+
+
 def test_paths_in_place_of_bytes(run: Run, tmp_path: Path) -> None:
     folder = as_folder(tmp_path / "f", items())
     images = [{"bytes": None, "path": str(folder / i.label / i.name)} for i in items()]
