@@ -18,6 +18,7 @@ from benchmarks.harness.processes import Trials
 from benchmarks.implementations.loaders import needs
 from benchmarks.implementations.peers import PEERS
 from benchmarks.implementations.steps import TOTAL, Setup, loading, noise, trials_of
+from mvssl.config.device import autocast_dtype
 from mvssl.config.recipe import Recipe
 from mvssl.models.backbones import build_backbone, feature_width
 from mvssl.models.view_batching import task_pairs
@@ -108,7 +109,7 @@ PEER_STEPS: dict[str, Callable[[Recipe], Step]] = {"lightly": lightly_step, "sta
 def peer_steps(setup: Setup, name: str) -> Iterator[Trials]:
     """The step of a library on the same batch of noise, with the recipe's backbone."""
     PEERS[name].version()
-    if setup.device != "cpu" or setup.recipe.precision != "fp32":
+    if setup.device != "cpu" or autocast_dtype(setup.recipe.precision, torch.device("cpu")) is not None:
         raise InputError(f"{name}'s step is measured in fp32 on the CPU only: take --device cpu.")
     with needs(f"reinstall {name} to measure it"):
         step = PEER_STEPS[name](setup.recipe)

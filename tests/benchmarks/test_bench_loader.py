@@ -13,7 +13,10 @@ from PIL import Image
 
 from benchmarks import bench_loader
 from benchmarks.bench_loader import Arguments, setups
-from benchmarks.implementations.loaders import indices_of, our_loader, passes_of_trial
+from benchmarks.harness.processes import Trial
+from benchmarks.harness.trials import cpu_times
+from benchmarks.implementations.loaders import indices_of, our_loader, passes_of_trial, peer_loader
+from benchmarks.implementations.peers import PEERS as LIBRARIES
 from pipelines.conversion.command import Convert, convert
 from pipelines.order import Order
 from pipelines.runtime import InputError
@@ -147,3 +150,25 @@ def test_ffcv_loads_the_given_images(tmp_path: Path, photometric: bool) -> None:
     command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "beton" / "images.beton")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_peers_that_are_not_installed_are_left_out_with_the_remedy(folder: Path) -> None:
+    planned = setups(Arguments(data=(folder,), decoders=("pillow",), peers=True, **SMALL))  # type: ignore[arg-type]
+    assert set(LIBRARIES) < set(planned)
+    for name, peer in LIBRARIES.items():
+        if importlib.util.find_spec(name.replace("-", "_").replace("solo_learn", "solo")) is None:
+            with (
+                pytest.raises(InputError, match=f"{peer.package} is not installed: pip install"),
+                peer_loader(planned[name]),
+            ):
+                pass
+
+
+def test_cpu_times_are_compared_trial_by_trial() -> None:
+    trials = {
+        "ours": [Trial(report={"images": 10, "cpu_seconds": 0.02}), Trial(report={"images": 10, "cpu_seconds": 0.04})],
+        "theirs": [Trial(report={"images": 10, "cpu_seconds": 0.06}), Trial(report={"images": 5, "cpu_seconds": 0.06})],
+    }
+    times = cpu_times(trials, "ours")
+    assert times["ours"] == {"cpu_milliseconds": {"median": pytest.approx(3.0), "min": 2.0, "max": 4.0, "n": 2}}
+    assert times["theirs"]["times_cpu"] == {"median": pytest.approx(3.0), "min": 3.0, "max": 3.0, "n": 2}
