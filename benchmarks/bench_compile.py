@@ -1,6 +1,7 @@
 """Launches and memory traffic of a recipe's step on a GPU, from the compiler's schedule, on any machine.
 
-python -m benchmarks.bench_compile RECIPE [--batch-size N] [--target sm_90] [--step-mode per-view] [--out FILE]
+python -m benchmarks.bench_compile RECIPE [--batch-size N] [--target sm_90] [--step-mode per-view]
+    [--checkpointing] [--out FILE]
 
 Generates the step's code for the target without a GPU and computes nothing, so any batch size fits. Counted are the
 compiled graphs (Triton kernels and library calls), the optimiser's update with the gradient's norm and clipping, the
@@ -55,6 +56,7 @@ class Arguments:
         accumulate: micro-batches of a step; None takes the recipe's own.
         precision: None takes the recipe's own; auto is bf16.
         ungrouped: do not batch views of one size.
+        checkpointing: compute the activations of the backbone's blocks again in the backward.
         resources: Triton kernels whose registers and spilled bytes are reported.
         out: JSON file, or a .jsonl file in which it replaces the result of the same command.
     """
@@ -66,6 +68,7 @@ class Arguments:
     accumulate: int | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
     ungrouped: bool = False
+    checkpointing: bool = False
     resources: Literal["all", "largest", "none"] = "largest"
     out: Path | None = None
 
@@ -110,7 +113,11 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
     capability(arguments.target)
     recipe = chosen(arguments)
     code = compile_step(
-        recipe, target=arguments.target, step_mode=arguments.step_mode, group_views=not arguments.ungrouped
+        recipe,
+        target=arguments.target,
+        step_mode=arguments.step_mode,
+        group_views=not arguments.ungrouped,
+        checkpointing=arguments.checkpointing,
     )
     return summary(code, recipe, arguments) | measured_by(command)
 
@@ -138,6 +145,7 @@ def summary(code: StepCode, recipe: Recipe, arguments: Arguments) -> dict[str, A
     if rates is not None:
         views["milliseconds"] = 1e9 * code.views.megabytes / rates.views
     rows = rows_of(code.graphs)
+    saved = [graph.saved_megabytes for graph in code.graphs if graph.kind == "forward"]
     least = floor(
         recipe,
         step_mode=arguments.step_mode,
@@ -157,6 +165,9 @@ def summary(code: StepCode, recipe: Recipe, arguments: Arguments) -> dict[str, A
         "step_mode": arguments.step_mode,
         "accumulate": recipe.accumulate,
         "grouped": not arguments.ungrouped,
+        "checkpointing": arguments.checkpointing,
+        # One forward's at a time: a backward follows each.
+        "saved_megabytes_per_image": max(saved, default=0.0) / images,
         "views_per_image": len(recipe.views),
         "compiled": compiled,
         "parts": parts,
@@ -287,6 +298,9 @@ def show(result: Result) -> list[str]:
     heads = ["part", "kernel", "layers", "launches", "MB an image", "GFLOP an image", "registers", "spilled bytes"]
     return [
         f"{result['recipe']}, batch {result['batch_size']}, {result['precision']}, {result['target']}",
+        "",
+        f"Activations kept for the backward: {significant(result['saved_megabytes_per_image'])} MB an image"
+        + (", with checkpointing" if result["checkpointing"] else ""),
         "",
         *table(PART_HEADS, part_rows(result)),
         "",

@@ -88,6 +88,7 @@ class Graph:
         kernels: in the order of execution.
         triton_launches, library_calls: counted in the generated code.
         sources: Triton source of each distinct kernel, by its name.
+        saved_megabytes: activations that a forward keeps for its backward (10^6 bytes).
         calls: how often a step runs the graph.
     """
 
@@ -96,6 +97,7 @@ class Graph:
     triton_launches: int
     library_calls: int
     sources: dict[str, str]
+    saved_megabytes: float = 0.0
     calls: int = field(default=0)
 
     @property
@@ -198,6 +200,7 @@ def _compile(
     """`compile_fx_inner` for a fake GPU: generates and keeps the code, and returns a function that gives zeros."""
     returned = next(node for node in module.graph.nodes if node.op == "output").args[0]
     results = [_description(node) for node in returned]
+    saved = {node: _description(node) for node in returned if getattr(node, "op", "placeholder") != "placeholder"}
     fake_mode: Any = torch._guards.detect_fake_mode(inputs)
     _to_cuda(module)
     with fake_mode:
@@ -226,6 +229,7 @@ def _compile(
         triton_launches=len(re.findall(r"\.run\(", source)),
         library_calls=len(re.findall(r"extern_kernels\.\w+\(|torch\.ops\.[\w.]+\(|(?<![\w.])aten\.[\w.]+\(", source)),
         sources=_sources(source),
+        saved_megabytes=sum(each.nbytes for each in saved.values() if isinstance(each, _Description)) / 1e6,
     )
     graphs.append(graph)
 
@@ -269,6 +273,11 @@ class _Description:
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.shape.numel() * self.dtype.itemsize
 
 
 def _description(node: Any) -> Any:

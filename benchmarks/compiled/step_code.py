@@ -50,7 +50,12 @@ class StepCode:
 
 
 def compile_step(
-    recipe: Recipe, *, target: str, step_mode: Literal["joint", "per-view"] = "joint", group_views: bool = True
+    recipe: Recipe,
+    *,
+    target: str,
+    step_mode: Literal["joint", "per-view"] = "joint",
+    group_views: bool = True,
+    checkpointing: bool = False,
 ) -> StepCode:
     """Compile a recipe's step for a GPU that need not be there, and count its launches.
 
@@ -59,12 +64,13 @@ def compile_step(
         target: a key of `TARGETS`.
         step_mode: as of `Execution`.
         group_views: whether views of one size are batched.
+        checkpointing: as of `Execution`.
 
     Raises:
         InputError: torch or the target is unknown, Triton is missing, the step cannot be built, or does not compile.
     """
     recipe = replace(recipe, precision="bf16" if recipe.precision == "auto" else recipe.precision)
-    execution = Execution(compile="on", step_mode=step_mode)
+    execution = Execution(compile="on", step_mode=step_mode, checkpointing=checkpointing)
     graphs: list[Graph] = []
     account = Account(OBJECTIVE)
     built: list[step_module.TrainStep] = []

@@ -111,6 +111,7 @@ COMMON: dict[str, tuple[CommonOption, ...]] = {
     ),
     "machine and logging": (
         CommonOption("options.device", "auto takes CUDA if available"),
+        CommonOption("options.devices", "several GPUs: their number, 0,1,3 or all; with --device cpu processes"),
         CommonOption("options.checkpointing", "compute activations again in the backward, for less memory"),
         CommonOption("options.decoder", "auto takes DALI if it is installed"),
         CommonOption("options.log", "loggers besides metrics.jsonl: any of tensorboard csv wandb mlflow, or none"),

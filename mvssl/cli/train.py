@@ -20,6 +20,7 @@ from rich.console import Console
 
 from mvssl.cli.doctor import doctor
 from mvssl.cli.help import print_recipes, print_short_help, with_option
+from mvssl.cli.launch import launch, wants_launch
 from mvssl.cli.recipe_choice import CommandFit, names_no_recipe, with_recipe
 from mvssl.config.options import Execution, RunOptions
 from mvssl.config.recipe import Recipe
@@ -94,10 +95,13 @@ def body(arguments: Sequence[str]) -> int:
     try:
         with _silent_unless_first_on_host():
             parsed, notes = parse_with_notes(arguments)
+            launches = not parsed.print_config and wants_launch(parsed.options)
     except InputError:
         if process_local_rank():
             return EXIT_ERROR
         raise
+    if launches:
+        return launch(parsed.options, arguments)
     trains = not (parsed.print_config or parsed.dry_run or parsed.profile is not None)
     if not trains and not process_local_rank():
         print_notes(notes)
@@ -187,7 +191,7 @@ def parse_with_notes(arguments: Sequence[str]) -> tuple[TrainArguments, tuple[st
         )
     except InputError as error:
         raise with_option(error) from error
-    if ahead.automatic_batch:
+    if ahead.automatic_batch and not wants_launch(parsed.options):
         fitted, batch_note = _largest_batch(parsed)
         parsed, note = replace(parsed, recipe=fitted), "\n".join(filter(None, (note, batch_note)))
     return parsed, (*fit.notes, *filter(None, note.split("\n")))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from mvssl.ranks import asked_devices
 from pipelines.checks import at_least, at_least_zero, between, check_fields
 from pipelines.decode import DaliOptions, DecodeOptions, DecoderName, ImageLimits
 from pipelines.decode.base import MOST_THREADS
@@ -51,6 +52,9 @@ class RunOptions(Execution):
         out: run folder; created, and refused if it exists, without resume or overwrite.
         val: labelled images for the online kNN; by default DATA/val if it exists.
         device: auto takes CUDA if available.
+        devices: train in a process for each of several devices of this machine: a number of GPUs, their numbers with
+            commas (0,1,3), or all; with device cpu a number of processes. None trains in this process. Instead of
+            torchrun, which is needed for several machines.
         decoder: auto takes DALI if it is installed.
         threads: CPU threads for decoding; by default chosen by the number of cores.
         dali: options of DALI on a GPU.
@@ -91,6 +95,7 @@ class RunOptions(Execution):
     out: Path | None = None
     val: Path | None = None
     device: str = "auto"
+    devices: str | None = None
     decoder: DecoderName = "auto"
     threads: int | None = between(1, MOST_THREADS, None, "give a positive number")
     dali: DaliOptions = field(default_factory=DaliOptions)
@@ -126,6 +131,8 @@ class RunOptions(Execution):
             raise InputError("log names wandb, which is not installed: pip install wandb, or leave it out.")
         if "mlflow" in self.log and importlib.util.find_spec("mlflow") is None:
             raise InputError("log names mlflow, which is not installed: pip install 'mvssl[log]', or leave it out.")
+        if self.devices is not None:
+            asked_devices(self.devices)
         if self.time is not None:
             parse_time(self.time)
         if self.value_range is not None:

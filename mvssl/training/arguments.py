@@ -112,6 +112,9 @@ def recipe_and_options(
         if name not in of_run | of_recipe:
             raise InputError(f"mvssl.train was given {name}, which is no field of Recipe or RunOptions: {_near(name)}.")
     plain = {name: _plain(value) for name, value in settings.items()}
+    devices = plain.get("devices")
+    if isinstance(devices, list) or (isinstance(devices, int) and not isinstance(devices, bool)):
+        plain["devices"] = "".join(f"{each}," for each in devices) if isinstance(devices, list) else str(devices)
     options = build(RunOptions, {name: plain[name] for name in of_run & plain.keys()}, "RunOptions")
     changes = {name: plain[name] for name in of_recipe & plain.keys()}
     notes: tuple[str, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -30,7 +31,7 @@ from mvssl.monitor.collapse import Collapsed
 from mvssl.monitor.pictures import write_view_sheet
 from mvssl.monitor.report import write_report
 from mvssl.optim.schedule import learning_rate
-from mvssl.ranks import process_local_rank
+from mvssl.ranks import LAUNCHED, asked_devices, process_local_rank, rank_count
 from mvssl.runs.changes import describe_changes, with_names_of
 from mvssl.runs.data_record import DataRecord
 from mvssl.runs.folder import RunFolder
@@ -136,7 +137,8 @@ def train(
     Returns:
         What the run gave: `curves()`, `backbone()`, and the attributes of `TrainResult`.
 
-    In a script started by torchrun every process calls this; together they are one run.
+    In a script started by torchrun every process calls this; together they are one run. `devices` of the command
+    mvssl-train starts processes; here it may only repeat their number.
 
     Raises:
         InputError: an argument cannot be used.
@@ -164,6 +166,7 @@ def run(
     """Train `recipe` with `options`; see `train`. The log has `notes` after its first line."""
     if options.out is None:
         raise InputError("out is missing: name the run folder with --out PATH.")
+    _check_devices(options)
     if not _TRAINING.acquire(blocking=False):
         raise InputError(
             "Another training runs in this process and both would use its random generators: wait until it is done, or "
@@ -173,6 +176,22 @@ def run(
         return _run(recipe, options, options.out, console, notes, given, hooks)
     finally:
         _TRAINING.release()
+
+
+def _check_devices(options: RunOptions) -> None:
+    """Refuse several devices in a process that is one alone: a function cannot start the script around it again."""
+    if options.devices is None or LAUNCHED in os.environ:
+        return
+    asked = asked_devices(options.devices)
+    if asked.indices is None and asked.count == rank_count():
+        return
+    count = "N" if asked.count is None else asked.count
+    raise InputError(
+        f"devices is {options.devices!r} but this process is one of {rank_count()}, and mvssl.train starts no others: "
+        f"start the script with torchrun --standalone --nproc-per-node {count} SCRIPT, or train with the command "
+        f"mvssl-train and --devices {options.devices}; device='cuda:1' chooses a single GPU.",
+        field="devices",
+    )
 
 
 def _run(
