@@ -102,9 +102,8 @@ def _resolve(options: RunOptions) -> tuple[int, dict[str, str]]:
         )
     chosen = asked.indices or tuple(range(gpus if asked.count is None else asked.count))
     if max(chosen) >= gpus:
-        allowed = (
-            f"at most the {gpus} GPUs here" if asked.indices is None else f"numbers of the {gpus} GPUs here, from 0"
-        )
+        here = f"the {gpus} GPU{'s' if gpus > 1 else ''} here"
+        allowed = f"at most {here}" if asked.indices is None else f"numbers of {here}, from 0"
         visible_here = os.environ.get("CUDA_VISIBLE_DEVICES")
         hidden = "" if visible_here is None else f" (CUDA_VISIBLE_DEVICES is {visible_here!r})"
         raise invalid("devices", options.devices, allowed + hidden, "name fewer")
