@@ -80,7 +80,7 @@ def _resolve(options: RunOptions) -> tuple[int, dict[str, str]]:
     asked = asked_devices(options.devices or "1")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if options.device == "cpu":
-        if asked.count is None:
+        if asked.count is None or asked.indices is not None:
             remedy = "give the number of processes"
             raise invalid(
                 "devices", options.devices, "a number with --device cpu, which has none to choose from", remedy
