@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 
 from mvssl.cli.evaluations import EVALUATIONS
 from mvssl.ranks import exit_code_of_rank
-from pipelines.runtime import InputError, run_cli
+from pipelines.runtime import InputError, run_cli, shown
 
 USAGE = """usage: mvssl-eval EVALUATION (--run RUN | --weights FILE) [options]
 
@@ -35,7 +36,9 @@ def body(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     name = ALIASES.get(arguments[0], arguments[0])
     if name not in EVALUATIONS:
-        raise InputError(f"evaluation is {name!r} but must be one of {', '.join(EVALUATIONS)}: run mvssl-eval --help.")
+        near = difflib.get_close_matches(name[:100], [*EVALUATIONS, *ALIASES], n=1)
+        remedy = f"did you mean {ALIASES.get(near[0], near[0])}?" if near else "run mvssl-eval --help."
+        raise InputError(f"evaluation is {shown(name)} but must be one of {', '.join(EVALUATIONS)}: {remedy}")
     return exit_code_of_rank(lambda: EVALUATIONS[name](arguments[1:]))
 
 

@@ -74,7 +74,9 @@ def render(folder: RunFolder, place: Path | None = None) -> str:
             summary=read_summary(folder.summary),
             evaluations=_evaluations(folder),
             pages=_pages(folder, place or folder.path),
-            more_pages=[name for name in PAGES if not (folder.path / f"{name}.html").exists()],
+            more_pages=[
+                name for name in PAGES if folder.backbone.exists() and not (folder.path / f"{name}.html").exists()
+            ],
             # Markup, lest it is cut as long text is
             views_png=Markup(base64.b64encode(_start_of(folder.views, _LARGEST_PICTURE)).decode()),
             loading_code=_loading_code(recipe, folder) if folder.backbone.exists() else (),

@@ -47,7 +47,8 @@ class Gallery:
         keys: their names, `visible`.
         classes: the class of each by name, `visible`; "" without a label.
         thumbnail: RGB picture of a row, with an edge of `TILE` pixels or another one; grey if it cannot be read.
-        total: images of the data set that they are a sample of.
+        total: images of the data set that they are from.
+        left_out: images that were taken too but cannot be decoded.
         where: the data set, for people.
     """
 
@@ -57,6 +58,7 @@ class Gallery:
     thumbnail: Callable[[int], Image.Image]
     total: int
     where: str
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -69,9 +71,14 @@ class Gallery:
     @property
     def described(self) -> str:
         """How many images of which data set, e.g. "5,000 of the 1,281,167 images of DATA, evenly spaced"."""
-        if len(self) == self.total:
-            return f"the {self.total:,} images of {self.where}"
-        return f"{len(self):,} of the {self.total:,} images of {self.where}, evenly spaced"
+        images = f"{self.total:,} images of {self.where}" if self.total != 1 else f"one image of {self.where}"
+        bad = f" ({self.left_out:,} that cannot be decoded left out)" if self.left_out else ""
+        return f"{len(self):,} of the {images}, evenly spaced{bad}" if self.is_sample else f"the {images}{bad}"
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether there are images in the data set that were not taken."""
+        return len(self) + self.left_out < self.total
 
     def thumbnails(self, rows: list[int], *, progress: Callable[[int], None] | None = None) -> list[Image.Image]:
         """Thumbnails of some rows, made in threads; `progress` is called with the number just made."""
@@ -110,7 +117,16 @@ def cached_gallery(session: EvalSession, source: Source, name: str, *, most: int
         return read_tile(source, int(rows[row]), evaluation)
 
     values = torch.from_numpy(np.asarray(store.values[rows])).float().to(session.device)
-    return Gallery(features=values, keys=keys, classes=classes, thumbnail=thumbnail, total=total, where=where)
+    bad = len(store.state) - len(done)
+    return Gallery(
+        features=values,
+        keys=keys,
+        classes=classes,
+        thumbnail=thumbnail,
+        total=total,
+        where=where,
+        left_out=bad if len(rows) == len(done) else 0,
+    )
 
 
 def embedded_gallery(
@@ -144,6 +160,7 @@ def embedded_gallery(
         thumbnail=tiles.__getitem__,
         total=len(source),
         where=str(source.location),
+        left_out=min(most, len(source)) - len(found),
     )
 
 

@@ -184,7 +184,7 @@ def _write(path: Path, page: str) -> None:
 def _say_sampled(session: Session, *galleries: Gallery | None) -> None:
     """Say which data sets were sampled."""
     for gallery in galleries:
-        if gallery is not None and len(gallery) < gallery.total:
+        if gallery is not None and gallery.is_sample:
             session.say(f"Taken are {gallery.described} (--max-images takes more)")
 
 

@@ -192,6 +192,27 @@ def test_any_images_will_do(command: str, run: Path, tmp_path: Path, capsys: pyt
     read(tmp_path / "one" / f"{command}.html")
 
 
+def test_damaged_images_are_left_out_and_counted(
+    run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    for n, path in enumerate([*sorted(images.rglob("*.jpg")), *sorted((images / "val").rglob("*.jpg"))]):
+        (copy / f"{n:02d}.jpg").parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy / f"{n:02d}.jpg")
+    (copy / "09.jpg").write_bytes(b"no image")
+    for command, name in (("neighbors", "neighbours"), ("attention", "attention")):
+        assert evaluate(command, "--run", run, "--data", copy, "--out", tmp_path / "out") == 0
+        assert "09.jpg" not in {values.get("alt") for values in read(tmp_path / f"out/{name}.html").all("img")}
+    text = "".join(read(tmp_path / "out/neighbours.html").texts)
+    assert f"the 60 images of {copy} (1 that cannot be decoded left out)" in text
+    assert "--max-images" not in capsys.readouterr().out
+
+
+def test_a_misspelt_evaluation_names_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"'scater' but must be one of .*: did you mean scatter\?"):
+        evaluate("scater")
+
+
 def test_large_sets_are_sampled_and_cached_features_are_used(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("neighbours", "--run", run, "--max-images", 10, "--images", 50) == 0
     shown = capsys.readouterr().out
