@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -99,7 +100,7 @@ class Status:
 
 
 class TrainingProgress:
-    """Progress of a training run: a live panel on a terminal and in a notebook, lines elsewhere.
+    """Progress of a training run: a live panel on a terminal and in a notebook with ipywidgets, lines elsewhere.
 
     The bar moves at every step. A line is printed at every log point, and between two after the first step and by time.
 
@@ -123,7 +124,8 @@ class TrainingProgress:
         self._shown: float | None = None
         self._pause = _FIRST_PAUSE
         self._losses: dict[str, float] = {}  # the last known
-        self.live = console.is_terminal or console.is_jupyter
+        widgets = importlib.util.find_spec("ipywidgets") is not None  # without it rich warns at every state
+        self.live = widgets if console.is_jupyter else console.is_terminal
         if self.live:
             columns = (TextColumn("[bold]{task.description}"), BarColumn(None), TaskProgressColumn())
             self._bar = Bar(*columns, TimeElapsedColumn(), console=console)

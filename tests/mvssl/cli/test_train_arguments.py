@@ -199,8 +199,10 @@ def test_a_result_has_its_curves_as_arrays(images: Path, tiny_recipe: Recipe, tm
     assert "kind" not in curves
 
 
-def test_a_notebook_shows_progress_in_place() -> None:
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_shows_progress_in_place_if_it_can(widgets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if widgets else None)
     console = Console(force_jupyter=True, quiet=True)
     display = TrainingProgress(console, steps=3, done=0)
-    assert display.live
+    assert display.live == widgets
     display.close()
