@@ -27,8 +27,8 @@ from benchmarks.compiled.roofline import MEASURED, Rates, milliseconds
 from benchmarks.compiled.step_code import StepCode, compile_step
 from benchmarks.harness.command import command_of
 from benchmarks.harness.results import Result, measured_by, write_result
+from benchmarks.report.compiled_tables import PART_HEADS, part_rows
 from benchmarks.report.markdown import significant, table
-from benchmarks.report.tables import PART_HEADS, part_rows
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import to_dict
 from mvssl.recipes.files import resolve_recipe

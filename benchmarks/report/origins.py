@@ -54,6 +54,7 @@ MADE_BY = {
     "steps_cuda": SUITE,
     "start_cpu": "python -m benchmarks.bench_start",
     "start_cuda": SUITE,
+    "neighbour_cpu": "python -m benchmarks.bench_neighbour",
     "paper_small_cpu": "python -m benchmarks.paper_small TINY_IMAGENET",
     "paper_small_cpu_release": "python -m benchmarks.paper_small TINY_IMAGENET --setting cpu_release --methods byol",
     "paper_small_gpu": "python -m benchmarks.paper_small TINY_IMAGENET --setting gpu",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
+from statistics import median
 from typing import Any
 
 from benchmarks.bench_loader import BASELINE
@@ -16,13 +17,11 @@ from benchmarks.implementations.steps import OURS, PLAIN
 from benchmarks.implementations.views import IMPLEMENTATIONS
 from benchmarks.report.markdown import percent, scientific, significant, table, with_spread
 from benchmarks.report.origins import (
-    COMPILED,
     MADE_BY,
     NOT_YET,
     Results,
     Sides,
     command,
-    compiled_name,
     file_of,
     machine,
     num_trials,
@@ -158,7 +157,7 @@ def _memory(own: Result | None) -> str:
     return " + ".join(parts)
 
 
-def _count(value: float | None) -> str:
+def count(value: float | None) -> str:
     return f"{value:,.0f}" if value else ""
 
 
@@ -395,9 +394,9 @@ def _step_cells(measured: Result, name: str) -> list[str]:
     return [
         _rate(own),
         "1" if name == PLAIN else _ratio(measured["times_plain"].get(name)),
-        _count(own["launches"]),
-        _count(own.get("kernels")),
-        _count(expected.get("launches")),
+        count(own["launches"]),
+        count(own.get("kernels")),
+        count(expected.get("launches")),
         significant(expected.get("megabytes_per_image")),
         significant(own["host_milliseconds"]),
         "" if busy is None else f"{significant(busy)} of {significant(own['milliseconds'])}",
@@ -431,6 +430,32 @@ def start(results: Results) -> list[str]:
 
     heads = ["start", "training after, s", "imports", "building", "first step", "a later step"]
     return [*stacked(results, sides, heads, rows_of), "", *origins(results, sides, _train_settings)]
+
+
+def neighbour(results: Results) -> list[str]:
+    """Training beside a busy process in bench_neighbour."""
+    name = "neighbour_cpu"
+    rows = []
+    for what, settings in results.get(name, {"implementations": {}})["implementations"].items():
+        for setting, rates in settings.items():
+            alone, busy = (median(rates[beside]) for beside in ("alone", "busy"))
+            spread = {b: f"{significant(min(rates[b]))} to {significant(max(rates[b]))}" for b in rates}
+            waiting = "as the commands set it" if setting == "set" else "the default of libgomp"
+            rows.append(
+                [
+                    f"{what}, {waiting}",
+                    f"{significant(alone)} ({spread['alone']})",
+                    f"{significant(busy)} ({spread['busy']})",
+                    f"{busy / alone:.2f}",
+                    f"{alone / median(settings['default']['alone']):.2f}",
+                ]
+            )
+    heads = ["images/s of the demo", "alone", "beside one busy process", "of its rate alone", "alone, of the default's"]
+    return [*table(heads, rows), "", *origins(results, {"CPU": name}, _neighbour_settings)]
+
+
+def _neighbour_settings(result: Result) -> list[str]:
+    return [f"GOMP_SPINCOUNT={result['spins']} or 300000", f"{result['seconds']} s each"]
 
 
 def formats(results: Results) -> list[str]:
@@ -541,106 +566,3 @@ def linear(results: Results) -> list[str]:
         "",
         *origins(results, {"CPU": name}, lambda result: [f"{result['settings']} settings, {result['epochs']} epochs"]),
     ]
-
-
-# The compiled step
-
-_MODELS = {"byol_resnet50_200ep": "ResNet-50", "byol_vits16_200ep": "ViT-S", "byol_vitb16_200ep": "ViT-B"}
-COMPILED_SIDES = {
-    f"{_MODELS.get(recipe, recipe)}, {target}": compiled_name(recipe, target) for recipe, _, target in COMPILED
-}
-_KINDS_SHOWN = 12
-
-
-PART_HEADS = (
-    "part",
-    "launches",
-    "of them Triton",
-    "of them library",
-    "floor",
-    "MB an image",
-    "floor",
-    "GFLOP an image",
-    "predicted, ms",
-)
-
-
-def compiled_steps(results: Results) -> list[str]:
-    """Each step of bench_compile, part by part, and the floor if there is one."""
-    lines = stacked(results, COMPILED_SIDES, PART_HEADS, part_rows, label="step")
-    return [*lines, "", *origins(results, COMPILED_SIDES, _compiled_settings)]
-
-
-def part_rows(result: Result) -> list[list[str]]:
-    """Rows of one result of bench_compile: its parts, the compiled graphs, the whole step and the view engine."""
-    least = result["floor"] or {"launches": {}, "megabytes_per_image": {}, "total": {}}
-    total = [least["total"].get(name) for name in ("launches", "megabytes_per_image")]
-    parts = result["parts"]
-    counted = {name: sum(own[name] for own in parts.values()) for name in ("triton_launches", "library_calls")}
-    named = {name: result[name] for name in ("launches", "megabytes_per_image", "gflops_per_image")}
-    whole = counted | named | {"milliseconds": result["predicted_milliseconds"]}
-    return [
-        *(
-            _part_row(part, own, least["launches"].get(part), least["megabytes_per_image"].get(part))
-            for part, own in parts.items()
-        ),
-        _part_row("**compiled graphs**", result["compiled"], *total),
-        _part_row("**step**", whole),
-        _part_row("view engine", result["view_engine"]),
-    ]
-
-
-def _part_row(part: str, own: Result, launches: int | None = None, megabytes: float | None = None) -> list[str]:
-    """One part; cells without a number are blank."""
-    counts = (own["launches"], own["triton_launches"], own["library_calls"], launches)
-    numbers = (own["megabytes_per_image"], megabytes, own["gflops_per_image"], own["milliseconds"])
-    return [part, *map(_count, counts), *(significant(number or None) for number in numbers)]
-
-
-def compiled_kernels(results: Results) -> list[str]:
-    """Kinds of kernels of the main recipe and of a ViT, the largest traffic first."""
-
-    def rows_of(result: Result) -> list[list[str]]:
-        return [
-            [
-                own["part"],
-                f"`{_short(own['name'])}`",
-                _count(own["launches"]),
-                *(significant(own[name] or None) for name in ("megabytes_per_image", "gflops_per_image")),
-            ]
-            for own in result["kinds"][:_KINDS_SHOWN]
-        ]
-
-    sides = {side: COMPILED_SIDES[side] for side in ("ResNet-50, sm_90", "ViT-S, sm_90")}
-    heads = ["part", "kernel", "launches", "MB an image", "GFLOP an image"]
-    return stacked(results, sides, heads, rows_of, words=3, label="step")
-
-
-def compiled_resources(results: Results) -> list[str]:
-    """Registers of the kernels with the largest traffic in the main recipe."""
-    heads = ["part", "kernel", "launches", "MB an image", "registers", "spilled, bytes", "shared, bytes"]
-    main = results.get(COMPILED_SIDES["ResNet-50, sm_90"])
-    if main is None:
-        return table(heads, [[NOT_YET]], words=2)
-    rows = [
-        [
-            own["part"],
-            f"`{_short(own['name'])}`",
-            _count(own["launches"]),
-            significant(own["megabytes_per_image"]),
-            *(f"{own[name]:,}" for name in ("registers", "spilled", "shared")),
-        ]
-        for own in main["largest"]
-        if "registers" in own
-    ]
-    return table(heads, rows, words=2)
-
-
-def _short(name: str) -> str:
-    """A kernel's name without the operations in the middle, which can be a dozen."""
-    return name if len(name) <= 60 else f"{name[:45]}...{name[-12:]}"
-
-
-def _compiled_settings(result: Result) -> list[str]:
-    steps = f", {result['accumulate']} micro-batches" if result["accumulate"] > 1 else ""
-    return [f"`{result['recipe']}`", f"batch {result['batch_size']}{steps}", result["precision"], result["target"]]
