@@ -26,7 +26,7 @@ class DataRecord:
 
     Attributes:
         keys: name of each image without its extension, as converted data have it.
-        nbytes: int64 [len], encoded sizes.
+        nbytes: int64 [len], encoded sizes; 0 where they are not known (Parquet), which differs from no size.
         labels: int64 [len], -1 for none.
         classes: class names by label.
         digests: dataset index -> hash of the content of some images that have neither names nor sizes.
@@ -42,8 +42,10 @@ class DataRecord:
     def of(cls, source: Source) -> DataRecord:
         """The record of a source."""
         keys = KeyTable.of(member_keys(source.key(index) for index in range(len(source))))
-        digests = dict(facts_of(source).digests)
-        return cls(keys=keys, nbytes=source.nbytes, labels=source.labels, classes=source.classes, digests=digests)
+        facts = facts_of(source)
+        digests = dict(facts.digests)
+        nbytes = source.nbytes if facts.exact_sizes else np.zeros_like(source.nbytes)
+        return cls(keys=keys, nbytes=nbytes, labels=source.labels, classes=source.classes, digests=digests)
 
     @classmethod
     def load(cls, path: Path) -> DataRecord | None:
@@ -94,10 +96,11 @@ class DataRecord:
             _named("fewer", [key for key in before if key not in after]),
         ]
         size_before, size = self.nbytes[here], now.nbytes[there]
+        changed = (size_before != size) & (size_before > 0) & (size > 0)
         found.append(
             _named(
                 "of another size",
-                [f"{common[i]}: {size[i]} bytes, not {size_before[i]}" for i in np.flatnonzero(size_before != size)],
+                [f"{common[i]}: {size[i]} bytes, not {size_before[i]}" for i in np.flatnonzero(changed)],
             )
         )
         label_before, label = self.class_names(here), now.class_names(there)

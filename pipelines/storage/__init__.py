@@ -14,16 +14,18 @@ from typing import cast
 from pipelines.files import given_path
 from pipelines.runtime import InputError
 from pipelines.storage.source import Source
-from pipelines.storage.splits import align_labels, split_paths
+from pipelines.storage.splits import align_labels
+from pipelines.storage.splits import split_paths as _split_folder
 
 __all__ = ["Source", "align_labels", "check_outside", "open_source", "split_paths"]
 
 
 def open_source(path: str | os.PathLike[str], *, progress: Callable[[int], None] | None = None) -> Source:
-    """Open the data at `path`: a folder of images, a text list of image files, or converted data.
+    """Open the data at `path`: a folder of images, a text list of image files, converted data, or tars, zips, Parquet
+    or Arrow files in place.
 
     Args:
-        path: the data.
+        path: the data; a pattern such as ``train-{0000..0009}.tar`` for some files; ``PATH#NAME`` for a split.
         progress: called with the number of images found so far while a folder or list is indexed.
 
     Raises:
@@ -31,15 +33,32 @@ def open_source(path: str | os.PathLike[str], *, progress: Callable[[int], None]
         OSError: the path cannot be read.
     """
     where = given_path(path, "path").expanduser()
-    if not where.exists():
-        raise InputError(
-            f"{where} does not exist: give a folder of images, a text list of image files, or data converted with "
-            "mvssl-convert."
-        )
     for storage in _storages():
         if storage.can_open(where):
             return cast(Source, storage.open_path(where, progress=progress))
+    if not where.exists():
+        raise InputError(
+            f"{where} does not exist: give a folder of images, a text list of image files, tars, Parquet or Arrow "
+            "files (a folder or a pattern in quotes), or data converted with mvssl-convert."
+        )
     raise InputError(f"{where} is neither a folder nor a file: give a folder of images, a list, or converted data.")
+
+
+def split_paths(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
+    """Paths (train, val) of the splits of a data set; (PATH, None) if it has one. See `splits.split_paths`.
+
+    Of tars, zips, Parquet and Arrow files they are ``PATH#train`` and ``PATH#val``, which `open_source` opens.
+
+    Raises:
+        InputError: there are splits, but not one train and at most one val.
+    """
+    where = given_path(path, "data").expanduser()
+    for storage in _storages():
+        if hasattr(storage, "split_paths"):
+            found: tuple[Path, Path | None] | None = storage.split_paths(where)
+            if found is not None:
+                return found
+    return _split_folder(path)
 
 
 def check_outside(out: Path, data: Path, *, field: str) -> None:
@@ -50,10 +69,13 @@ def check_outside(out: Path, data: Path, *, field: str) -> None:
     Raises:
         InputError: `out` is in a folder of images, or is that folder.
     """
+    for storage in _storages():
+        data = storage.base_of(data) if hasattr(storage, "base_of") else data
     images, written = data.expanduser().resolve(), out.expanduser().resolve()
     if not images.is_dir() or not (written == images or images in written.parents):
         return
-    if any(storage.can_open(images) for storage in _storages() if not getattr(storage, "FALLBACK", False)):
+    scans = ("FALLBACK", "SCANS_FOLDER")
+    if any(storage.can_open(images) for storage in _storages() if not any(hasattr(storage, name) for name in scans)):
         return
     raise InputError(
         f"{field} is {str(out)!r} but must be outside the images in {data}, or pictures written there become images: "

@@ -149,6 +149,12 @@ class RandomAccessFile:
         """Current size of the file."""
         return os.fstat(self.descriptor).st_size
 
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """Current size in bytes, and time of the last modification in nanoseconds."""
+        status = os.fstat(self.descriptor)
+        return status.st_size, status.st_mtime_ns
+
     def read(self, *, offset: int, size: int, head: bytes = b"") -> NDArray[np.uint8] | None:
         """`head` and the bytes at `offset`: read-only uint8 [len(head) + size]; None if the file is too short.
 

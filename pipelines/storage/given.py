@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pipelines.checks import brief
 from pipelines.files import given_path
 from pipelines.runtime import InputError
-from pipelines.storage import open_source
+from pipelines.storage import open_source, split_paths
 from pipelines.storage.items import (
     IMAGE_NAMES,
     LABEL_NAMES,
@@ -25,7 +25,6 @@ from pipelines.storage.items import (
 )
 from pipelines.storage.joined import GivenPath, files_source, joined, open_paths
 from pipelines.storage.source import Source, SubsetSource
-from pipelines.storage.splits import split_paths
 
 _TRAIN, _VAL = ("train", "training"), ("validation", "val", "valid", "dev")
 _FORMS = (

@@ -26,6 +26,7 @@ class ImageFacts:
         limits: images beyond them are neither read nor decoded.
         digests: dataset index -> hash of the content of some images, where names and sizes do not tell data apart.
         notes: what the user should know of the data.
+        exact_sizes: whether `nbytes` of the source are those of the images, and not estimated from sums.
     """
 
     examined: npt.NDArray[np.bool_]
@@ -36,6 +37,7 @@ class ImageFacts:
     limits: ImageLimits = field(default_factory=ImageLimits)
     digests: dict[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    exact_sizes: bool = True
 
     @classmethod
     def of(
@@ -45,6 +47,7 @@ class ImageFacts:
         damage: Mapping[int, str] | None = None,
         checksums: npt.NDArray[np.uint32] | None = None,
         value_range: ValueRange | None = None,
+        exact_sizes: bool = True,
     ) -> ImageFacts:
         """Facts of `count` images; `damage` and `checksums` of all of them, None if they are not known."""
         return cls(
@@ -52,6 +55,7 @@ class ImageFacts:
             damage=dict(damage or {}),
             checksums=checksums,
             value_range=value_range,
+            exact_sizes=exact_sizes,
         )
 
     def subset(self, indices: npt.NDArray[np.int64]) -> ImageFacts:
@@ -68,6 +72,7 @@ class ImageFacts:
             limits=self.limits,
             digests=digests,
             notes=self.notes,
+            exact_sizes=self.exact_sizes,
         )
 
 

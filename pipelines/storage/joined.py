@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.runtime import InputError, shown
-from pipelines.storage import open_source
+from pipelines.storage import open_source, split_paths
 from pipelines.storage.file_index import FileIndex, holds_image, is_image_name
 from pipelines.storage.folder import FolderSource
 from pipelines.storage.image_facts import ImageFacts, facts_of
 from pipelines.storage.items import named_labels
 from pipelines.storage.source import KeyTable, ReadsAhead, ReadsBatches, Source
-from pipelines.storage.splits import split_paths
 from pipelines.storage.text_list import number_labels
 
 
@@ -129,6 +128,7 @@ def _joined_facts(parts: Sequence[Source], starts: npt.NDArray[np.int64]) -> Ima
         int(starts[-1]),
         checksums=np.concatenate(known) if len(known) == len(sums) else None,
         value_range=next(iter(ranges), None),
+        exact_sizes=all(one.exact_sizes for one in facts),
     )
     for one, start in zip(facts, starts.tolist(), strict=False):
         whole.examined[start : start + len(one.examined)] = one.examined

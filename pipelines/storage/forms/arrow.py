@@ -11,7 +11,17 @@ import numpy as np
 
 from pipelines.files import read_json
 from pipelines.runtime import InputError
-from pipelines.storage.forms.base import FormSource, Found, Labels, Request, counted, need, unlabelled, unreadable
+from pipelines.storage.forms.base import (
+    FormSource,
+    Found,
+    Labels,
+    Ranges,
+    Request,
+    counted,
+    need,
+    unlabelled,
+    unreadable,
+)
 from pipelines.storage.forms.columns import Columns, find_columns, image_columns, labels_of
 from pipelines.storage.forms.look import File, Look, by_split, split_of
 from pipelines.storage.forms.parquet import first_bytes, may_be_deep_name, read_path
@@ -22,10 +32,11 @@ _STATE = "state.json"
 
 def recognise(look: Look) -> bool:
     """Whether a file is an Arrow file or stream."""
-    return bool(_files(look))
+    return bool(files_of(look))
 
 
-def _files(look: Look) -> list[File]:
+def files_of(look: Look) -> list[File]:
+    """The files of this form."""
     # A stream begins with a marker and the length of the schema, which names its fields.
     streams = [f for f in look.starting(_STREAM) if 0 < int.from_bytes(f.head[4:8], "little") < 1 << 26]
     found = [*look.starting(_FILE), *streams]
@@ -35,7 +46,7 @@ def _files(look: Look) -> list[File]:
 
 def open_form(look: Look, request: Request) -> Found:
     """Open the splits: folders of a saved `DatasetDict`, or those that the names of the files say."""
-    files = _files(look)
+    files = files_of(look)
     states = {Path(name).parent.as_posix(): path for name, path in look.texts.items() if Path(name).name == _STATE}
     groups: dict[str, list[File]] = {}
     indices: dict[str, np.ndarray] = {}
@@ -73,8 +84,8 @@ def _of_state(path: Path, files: Sequence[File]) -> tuple[list[File], np.ndarray
     return [known[path.parent / name] for name in names], np.concatenate(rows).astype(np.int64)
 
 
-def _batches(path: Path) -> tuple[Any, list[Any]]:
-    """Schema and record batches of a file, which stay on disk."""
+def _batches(path: Path) -> tuple[Any, list[Any], Any]:
+    """Schema and record batches of a file, which stay on disk, and the whole mapped file."""
     pa = need("pyarrow", "Reading Arrow files")
     try:
         memory = pa.memory_map(str(path))
@@ -85,7 +96,8 @@ def _batches(path: Path) -> tuple[Any, list[Any]]:
         batches = [reader.get_batch(n) for n in range(reader.num_record_batches)] if is_file else list(reader)
         for batch in batches:
             batch.validate(full=True)  # offsets that lie would end the process; values are not read
-        return reader.schema, batches
+        memory.seek(0)
+        return reader.schema, batches, memory.read_buffer()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         text = str(error).split("\n")[0].rstrip(". ")[:200]
         raise InputError(f"{path} is truncated or damaged ({text}): copy or download it again.") from None
@@ -100,10 +112,10 @@ def _open(
     labels: list[Any] = []
     sizes: list[np.ndarray] = []
     keys: list[str] = []
-    folders: list[Path] = []
+    wholes: list[tuple[Path, Any]] = []  # file of each array
     named = True
     for file in files:
-        schema, batches = _batches(file.path)
+        schema, batches, whole = _batches(file.path)
         if columns is None:
             heads = {
                 name: [head for batch in batches[:4] for head in first_bytes(batch.column(name))]
@@ -127,7 +139,7 @@ def _open(
                 keys.append(Path(path).name if path else f"{stem}/{row:08d}")
                 row += 1
             arrays.append(images)
-            folders.append(file.path.parent)
+            wholes.append((file.path, whole))
             sizes.append(_lengths(data))
             if columns.label is not None:
                 labels.append(batch.column(columns.label))
@@ -149,7 +161,7 @@ def _open(
         keys=keys,
         labels=found,
         nbytes=nbytes,
-        reader=ArrowReader(arrays, folders, columns),
+        reader=ArrowReader(arrays, wholes, columns),
         rows=rows,
         deep=[index for index, key in enumerate(keys) if may_be_deep_name(key)] if named else None,
     )
@@ -162,12 +174,25 @@ def _lengths(data: Any) -> np.ndarray:
     return np.asarray(pc.fill_null(pc.binary_length(data), 0)).astype(np.int64)
 
 
+def _place(data: Any, whole: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """Offsets in the mapped file and sizes of an array of bytes, int64 [N]; None if they do not lie there."""
+    kinds = {"binary": np.int32, "large_binary": np.int64}
+    if data.null_count or str(data.type) not in kinds or not len(data):
+        return None if len(data) else (np.zeros(0, np.int64), np.zeros(0, np.int64))
+    _, ends, values = data.buffers()
+    bounds = np.frombuffer(ends, kinds[str(data.type)])[data.offset : data.offset + len(data) + 1].astype(np.int64)
+    start = (values.address if values is not None else whole.address) - whole.address
+    if start < 0 or start + bounds[-1] > whole.size:
+        return None
+    return start + bounds[:-1], np.diff(bounds)
+
+
 class ArrowReader:
     """Reads images by row out of mapped files."""
 
-    def __init__(self, arrays: Sequence[Any], folders: Sequence[Path], columns: Columns) -> None:
+    def __init__(self, arrays: Sequence[Any], wholes: Sequence[tuple[Path, Any]], columns: Columns) -> None:
         self._arrays = list(arrays)
-        self._folders = folders
+        self._wholes = wholes
         self._ends = np.cumsum([len(array) for array in arrays]).tolist()
         self._columns = columns
 
@@ -179,10 +204,25 @@ class ArrowReader:
             path = value["path"] if self._columns.has_path else None
             value = value["bytes"]
             if not value.is_valid and path is not None and path.is_valid:
-                return read_path(path.as_py(), self._folders[at])
+                return read_path(path.as_py(), self._wholes[at][0].parent)
         if not value.is_valid:
             raise unreadable("its row has no image")
         return np.frombuffer(value.as_buffer(), np.uint8)
+
+    def ranges(self) -> Ranges | None:
+        """See `HasRanges`; None if values are missing or compressed."""
+        paths = tuple(dict.fromkeys(path for path, _ in self._wholes))
+        files, offsets, sizes = [], [], []
+        for array, (path, whole) in zip(self._arrays, self._wholes, strict=True):
+            place = _place(array.field("bytes") if self._columns.is_struct else array, whole)
+            if array.null_count or place is None:
+                return None
+            offsets.append(place[0])
+            sizes.append(place[1])
+            files.append(np.full(len(array), paths.index(path), dtype=np.int64))
+        return Ranges(
+            paths=paths, file=np.concatenate(files), offset=np.concatenate(offsets), size=np.concatenate(sizes)
+        )
 
     def close(self) -> None:
         """See `Reader`."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +83,39 @@ class Reader(Protocol):
         """Release open files."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ranges:
+    """Where encoded images lie, unchanged, in plain files.
+
+    Attributes:
+        paths: the files.
+        file: int64 [N], index in `paths` of each image.
+        offset, size: int64 [N], in bytes.
+        checksums: uint32 [N], CRC-32 of each image; None if the form has none.
+    """
+
+    paths: tuple[Path, ...]
+    file: npt.NDArray[np.int64]
+    offset: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int64]
+    checksums: npt.NDArray[np.uint32] | None = None
+
+    def rows(self, rows: npt.NDArray[np.int64]) -> Ranges:
+        """Those of some rows, int64 [M]."""
+        sums = None if self.checksums is None else self.checksums[rows]
+        return Ranges(
+            paths=self.paths, file=self.file[rows], offset=self.offset[rows], size=self.size[rows], checksums=sums
+        )
+
+
+@runtime_checkable
+class HasRanges(Protocol):
+    """A reader whose images lie as they are in plain files, so that they can be read without it."""
+
+    def ranges(self) -> Ranges | None:
+        """Of all rows; None if they do not, as in compressed archives."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Labels:
     """Labels int64 [N] (-1 for none), and class names by label."""
@@ -98,7 +131,7 @@ class FormSource:
         self,
         location: Path,
         *,
-        keys: Iterable[str],
+        keys: Iterable[str] | KeyTable,
         labels: Labels,
         nbytes: npt.NDArray[np.int64],
         reader: Reader,
@@ -124,20 +157,20 @@ class FormSource:
         self.nbytes = np.maximum(nbytes.astype(np.int64), 1)
         self.deep = deep
         self.largest = int(np.max(self.nbytes, initial=1)) if largest is None else largest
-        self._keys = KeyTable.of(keys)
-        self._reader = reader
+        self.keys = keys if isinstance(keys, KeyTable) else KeyTable.of(keys)
+        self.reader = reader
         self._rows = rows
-        if not len(self._keys):
+        if not len(self.keys):
             raise InputError(f"{location} holds no images: give data with one image or more.")
-        self.facts = ImageFacts.of(len(self._keys))
-        self.fingerprint = fingerprint(self._keys, labels=self.labels, nbytes=self.nbytes, classes=self.classes)
+        self.facts = ImageFacts.of(len(self.keys), exact_sizes=largest is None)
+        self.fingerprint = fingerprint(self.keys, labels=self.labels, nbytes=self.nbytes, classes=self.classes)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.keys)
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
         """Encoded image: uint8 [bytes]."""
-        item = self._reader.read(index if self._rows is None else int(self._rows[index]))
+        item = self.reader.read(index if self._rows is None else int(self._rows[index]))
         if isinstance(item, np.ndarray) and (item.ndim != 1 or item.dtype != np.uint8):
             item = as_png(item)
         data = item if isinstance(item, np.ndarray) else np.frombuffer(item, np.uint8)
@@ -146,13 +179,18 @@ class FormSource:
             raise OSError(errno.EFBIG, problem)
         return data
 
+    def ranges(self) -> Ranges | None:
+        """Where the images lie in plain files; None if they do not."""
+        found = self.reader.ranges() if isinstance(self.reader, HasRanges) else None
+        return found if found is None or self._rows is None else found.rows(self._rows)
+
     def key(self, index: int) -> str:
         """Name of an image."""
-        return utf8(self._keys[index])
+        return utf8(self.keys[index])
 
     def close(self) -> None:
         """Close the files."""
-        self._reader.close()
+        self.reader.close()
 
 
 def unreadable(why: str) -> OSError:

@@ -40,6 +40,7 @@ class FileBlob:
     """A file as it is. Implements `Blob`."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._file = open_regular(path)
 
     def read(self, size: int, offset: int) -> bytes:

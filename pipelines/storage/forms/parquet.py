@@ -37,13 +37,19 @@ def recognise(look: Look) -> bool:
     return any(file.head.startswith(_MAGIC) or file.name.lower().endswith(".parquet") for file in look.files)
 
 
-def open_form(look: Look, request: Request) -> Found:
-    """Open the splits that the names of the files say."""
-    splits, what = {}, ""
+def files_of(look: Look) -> list[File]:
+    """The files of this form."""
     files = look.starting(_MAGIC)
     broken = [file for file in look.files if file.name.lower().endswith(".parquet") and file not in files]
     if broken:
         raise InputError(f"{broken[0].path} does not begin as a Parquet file: download it again.")
+    return files
+
+
+def open_form(look: Look, request: Request) -> Found:
+    """Open the splits that the names of the files say."""
+    splits, what = {}, ""
+    files = files_of(look)
     for name, of_split in by_split(look, files).items():
         source, columns = open_files(look.path, of_split, request)
         splits[name], what = source, str(columns)
@@ -66,7 +72,7 @@ def open_files(location: Path, files: Sequence[File], request: Request) -> tuple
     first: Any = None
     deep: list[int] | None = []
     for file in files:
-        with _naming(file.path), pq.ParquetFile(file.path, pre_buffer=False, buffer_size=_BUFFER) as opened:
+        with naming_parquet(file.path), pq.ParquetFile(file.path, pre_buffer=False, buffer_size=_BUFFER) as opened:
             schema = opened.schema_arrow
             if columns is None:
                 columns = find_columns(schema, where=file.path, request=request, heads=_heads(opened, schema))
@@ -169,7 +175,7 @@ def _check_same(columns: Columns, first: Any, schema: Any, first_path: Path, pat
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming_parquet(path: Path) -> Iterator[None]:
     """Name the file in errors of Arrow."""
     pa = need("pyarrow", "Reading Parquet")
     try:
@@ -187,9 +193,8 @@ class ParquetReader:
     """Reads images by row. Batches of rows are decoded in order and the last ones kept: neighbours cost one read."""
 
     def __init__(self, groups: Sequence[tuple[Path, int]], rows: Sequence[int], columns: Columns) -> None:
-        self._groups = groups
+        self.groups, self.rows, self.columns = groups, rows, columns
         self._ends = np.cumsum(rows).tolist()
-        self._columns = columns
         self._lock = threading.Lock()
         self._at: tuple[int, int] = (-1, 0)  # group, next row
         self._batches: Iterator[Any] = iter(())
@@ -203,11 +208,11 @@ class ParquetReader:
         with self._lock:
             values = self._batch(group, inside // _BATCH * _BATCH)
         value = values[inside % _BATCH]
-        if self._columns.is_struct:
-            path = value.get("path") if self._columns.has_path and value.is_valid else None
+        if self.columns.is_struct:
+            path = value.get("path") if self.columns.has_path and value.is_valid else None
             value = value["bytes"] if value.is_valid else value
             if not value.is_valid and path is not None and path.is_valid:
-                return read_path(path.as_py(), self._groups[group][0].parent)
+                return read_path(path.as_py(), self.groups[group][0].parent)
         if not value.is_valid:
             raise unreadable("its row has no image")
         return np.frombuffer(value.as_buffer(), np.uint8)
@@ -219,15 +224,15 @@ class ParquetReader:
             return found
         if group != self._at[0] or start < self._at[1]:
             self._open(group)
-        path = self._groups[group][0]
+        path = self.groups[group][0]
         while True:
-            with _naming(path):
+            with naming_parquet(path):
                 batch = next(self._batches, None)
             if batch is None:
                 raise InputError(f"{path} has fewer rows than its index says: download it again.")
             first = self._at[1]
             self._at = (group, first + len(batch))
-            self._kept[group, first] = batch.column(self._columns.image)
+            self._kept[group, first] = batch.column(self.columns.image)
             while len(self._kept) > ROWS_KEPT // _BATCH:
                 del self._kept[next(iter(self._kept))]
             if first == start:
@@ -235,9 +240,9 @@ class ParquetReader:
 
     def _open(self, group: int) -> None:
         pq = need("pyarrow.parquet", "Reading Parquet")
-        path, number = self._groups[group]
-        names = [self._columns.leaf, *([f"{self._columns.image}.path"] if self._columns.has_path else [])]
-        with _naming(path):
+        path, number = self.groups[group]
+        names = [self.columns.leaf, *([f"{self.columns.image}.path"] if self.columns.has_path else [])]
+        with naming_parquet(path):
             if self._opened is None or self._opened[0] != path:
                 self.close()
                 self._opened = (path, pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER))

@@ -19,13 +19,14 @@ from pipelines.storage.forms.base import (
     FormSource,
     Found,
     Labels,
+    Ranges,
     Request,
     counted,
     number_labels,
     unlabelled,
     unreadable,
 )
-from pipelines.storage.forms.blobs import Blob, PackedBlob, damaged, open_blob, packing, unpacked_head
+from pipelines.storage.forms.blobs import Blob, FileBlob, PackedBlob, damaged, open_blob, packing, unpacked_head
 from pipelines.storage.forms.look import File, Look, by_split
 from pipelines.storage.forms.names import (
     are_captions,
@@ -48,10 +49,11 @@ _REPORT_EVERY = 10_000
 
 def recognise(look: Look) -> bool:
     """Whether a file begins as a tar, compressed or not, or has a tar's name."""
-    return bool(_files(look))
+    return bool(files_of(look))
 
 
-def _files(look: Look) -> list[File]:
+def files_of(look: Look) -> list[File]:
+    """The files of this form."""
     return [file for file in look.files if is_tar(file) or file.name.lower().endswith(_ENDINGS)]
 
 
@@ -62,7 +64,7 @@ def is_tar(file: File) -> bool:
 
 def open_form(look: Look, request: Request) -> Found:
     """Index every archive; splits are those in the archives' names, or else their first folders."""
-    files = _files(look)
+    files = files_of(look)
     splits: dict[str, FormSource] = {}
     kinds: set[str] = set()
     for name, of_split in by_split(look, files).items():
@@ -315,6 +317,13 @@ class TarReader:
         if len(data) < size:
             raise unreadable("the archive ends before it")
         return data
+
+    def ranges(self) -> Ranges | None:
+        """See `HasRanges`; None for compressed archives."""
+        paths = [blob.path for blob in self._blobs if isinstance(blob, FileBlob)]
+        if len(paths) < len(self._blobs):
+            return None
+        return Ranges(paths=tuple(paths), file=self._tar, offset=self._offset, size=self._size)
 
     def close(self) -> None:
         """See `Reader`."""

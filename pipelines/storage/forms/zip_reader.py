@@ -141,11 +141,10 @@ def read_entry(blob: FileBlob, *, offset: int, stored: int, size: int, crc: int,
     Raises:
         OSError: it is damaged, or is larger than it says.
     """
-    head = blob.read(_LOCAL.size, offset)
-    if len(head) < _LOCAL.size or head[:4] != b"PK\3\4":
+    start = data_start(blob, offset)
+    if start < 0:
         raise unreadable("its header in the zip is damaged")
-    fields = _LOCAL.unpack(head)
-    data = blob.read(stored, offset + _LOCAL.size + fields[9] + fields[10])
+    data = blob.read(stored, start)
     if len(data) < stored:
         raise unreadable("the zip ends before it")
     try:
@@ -163,6 +162,15 @@ def read_entry(blob: FileBlob, *, offset: int, stored: int, size: int, crc: int,
     if zlib.crc32(data) != crc:
         raise unreadable("its checksum in the zip is wrong")
     return data
+
+
+def data_start(blob: FileBlob, offset: int) -> int:
+    """Where the data of the file begin whose header is at `offset`; -1 if there is no header."""
+    head = blob.read(_LOCAL.size, offset)
+    if len(head) < _LOCAL.size or head[:4] != b"PK\3\4":
+        return -1
+    fields = _LOCAL.unpack(head)
+    return offset + _LOCAL.size + int(fields[9]) + int(fields[10])
 
 
 def overlapping(offsets: list[int], stored: list[int]) -> bool:

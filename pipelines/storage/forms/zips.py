@@ -15,6 +15,7 @@ from pipelines.storage.forms.base import (
     FormSource,
     Found,
     Labels,
+    Ranges,
     Request,
     counted,
     number_labels,
@@ -24,7 +25,7 @@ from pipelines.storage.forms.blobs import FileBlob
 from pipelines.storage.forms.look import File, Look, by_split
 from pipelines.storage.forms.names import are_classes, arrange, check_name, class_names, is_image_of_archive
 from pipelines.storage.forms.parquet import may_be_deep_name
-from pipelines.storage.forms.zip_reader import check_entry, overlapping, read_entry, zip_entries
+from pipelines.storage.forms.zip_reader import check_entry, data_start, overlapping, read_entry, zip_entries
 
 FALLBACK = True  # data sets of known names come as zips too
 MAGICS = (b"PK\3\4", b"PK\5\6", b"PK\7\x08")
@@ -33,10 +34,11 @@ _COLUMNS = ("zip", "offset", "stored", "size", "crc", "method")
 
 def recognise(look: Look) -> bool:
     """Whether a file begins as a zip, or has its name."""
-    return bool(_files(look))
+    return bool(files_of(look))
 
 
-def _files(look: Look) -> list[File]:
+def files_of(look: Look) -> list[File]:
+    """The files of this form."""
     return [file for file in look.files if file.head.startswith(MAGICS) or file.name.lower().endswith(".zip")]
 
 
@@ -48,7 +50,7 @@ def open_form(look: Look, request: Request) -> Found:
                 f"{option} is {value!r} but must be left out for {look.path}: the classes of a zip are its folders.",
                 field=option,
             )
-    files = _files(look)
+    files = files_of(look)
     splits: dict[str, FormSource] = {}
     for name, of_split in by_split(look, files).items():
         index = ZipIndex([file.path for file in of_split], request)
@@ -152,6 +154,23 @@ class ZipReader:
         """See `Reader`."""
         place = {name: int(column[row]) for name, column in self._rows.items()}
         return read_entry(self._blobs[place.pop("zip")], **place)
+
+    def ranges(self) -> Ranges | None:
+        """See `HasRanges`; None if an image is compressed, or has no header where the list of the zip says."""
+        rows = self._rows
+        if rows["method"].any() or not np.array_equal(rows["stored"], rows["size"]):
+            return None
+        blobs = zip(rows["zip"].tolist(), rows["offset"].tolist(), strict=True)
+        starts = [data_start(self._blobs[number], offset) for number, offset in blobs]
+        if -1 in starts:
+            return None
+        return Ranges(
+            paths=tuple(blob.path for blob in self._blobs),
+            file=rows["zip"],
+            offset=np.array(starts, dtype=np.int64),
+            size=rows["size"],
+            checksums=rows["crc"].astype(np.uint32),
+        )
 
     def close(self) -> None:
         """See `Reader`."""

@@ -412,9 +412,8 @@ def spoil(folder: Path, *names: str, content: bytes = b"x") -> Path:
     ("names", "found", "remedy"),
     [
         (["a.heic", "b.HEIC", "c.heif"], "2 .heic, 1 .heif", "pip install pillow-heif, or convert them to JPEG"),
-        (["train-000.tar", "train-001.tar"], "2 .tar", "unpack them"),
-        (["a.zip"], "1 .zip", "unpack them"),
-        (["a.parquet"], "1 .parquet", "write their images to files"),
+        (["a.7z", "b.7z"], "2 .7z", "unpack them"),
+        (["a.npy"], "1 .npy", "write their images to files"),
         (["a.dcm"], "1 .dcm", "export them as PNG"),
         (["a.CR2", "b.nef"], "1 .cr2, 1 .nef", "develop them"),
         (["clip.mp4"], "1 .mp4", "extract their frames"),

@@ -145,7 +145,7 @@ def test_what_is_no_list_is_named_with_its_line(data: Path, content: bytes, mess
         opened(data, content, "list.csv")
 
 
-@pytest.mark.parametrize(("ending", "remedy"), [("tar", "unpack them"), ("parquet", "write their images to files")])
+@pytest.mark.parametrize(("ending", "remedy"), [("7z", "unpack them"), ("npy", "write their images to files")])
 def test_an_archive_is_no_list(data: Path, ending: str, remedy: str) -> None:
     with pytest.raises(InputError, match=f"per line\\): {remedy}"):
         opened(data, bytes(5000), f"images.{ending}")

@@ -1,0 +1,207 @@
+"""Tars, zips, Parquet and Arrow files as a source, read in place: an index is built once, then images in any order.
+
+``PATH#NAME`` is the split NAME of what PATH holds, as `split_paths` gives it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+
+from pipelines.runtime import InputError
+from pipelines.storage.beton_format import is_beton_name
+from pipelines.storage.direct_index import Entry, Stamps, building, cache_file, load_entries, save_entries
+from pipelines.storage.file_index import is_data_folder, is_image_name
+from pipelines.storage.forms import Request, find_form, open_form
+from pipelines.storage.forms.base import FormSource
+from pipelines.storage.forms.blobs import packing
+from pipelines.storage.forms.look import File, Look, by_split, look_at
+from pipelines.storage.forms.parquet import ParquetReader
+from pipelines.storage.forms.row_groups import RowGroupReader
+from pipelines.storage.manifest import is_converted
+from pipelines.storage.source import Source
+
+SCANS_FOLDER = True  # an image written into the folder would make it a folder of images
+_ENTRIES, _FOLDERS, _BELOW = 512, 4, 64  # looked at before a folder's files are opened
+
+
+def can_open(path: Path) -> bool:
+    """What `mvssl-convert` reads as tars, zips, Parquet, Arrow or another form; neither images nor converted data."""
+    return _asked(path) is not None
+
+
+def open_path(path: Path, *, progress: Callable[[int], None] | None = None) -> Source:
+    """Open a split in place, with its cached index if there is one.
+
+    Args:
+        path: a file, a folder or a pattern such as ``train-{0000..0009}.tar``, or a split of one (``PATH#train``); of
+            several splits the train split is opened.
+        progress: called with the number of images found so far, if indexing is needed.
+
+    Raises:
+        InputError: images of this form cannot be read in any order, or the data are damaged or hold no images.
+    """
+    asked = _asked(path)
+    if asked is None:
+        raise InputError(f"{path} has changed while it was opened: start again.")
+    names = asked.by_name()
+    wanted = asked.split or ("train" if "train" in names else "")
+    if wanted in names:
+        asked = replace(asked, look=replace(asked.look, files=tuple(names[wanted])))
+    splits = _opened(asked, wanted if wanted in names else "", progress)
+    if len(splits) == 1 and (not asked.split or asked.split in names):
+        return next(iter(splits.values()))
+    if (wanted or "train") not in splits:
+        raise _no_split(asked.base, list(splits) if len(names) == 1 else list(names), asked.split)
+    return splits[wanted or "train"]
+
+
+def split_paths(path: Path) -> tuple[Path, Path | None] | None:
+    """Paths (train, val) of the splits of what is read in place; None of other data.
+
+    Splits are said by the names of files or of folders in archives. Without a val split, a labelled test split is the
+    one to measure on, as after conversion.
+
+    Raises:
+        InputError: there are several splits, and none is train; or as `open_path`.
+    """
+    asked = _asked(path)
+    if asked is None:
+        return None
+    if asked.split:
+        return path, None
+    named = asked.by_name()
+    names = list(named) if len(named) > 1 else list(_opened(asked, "", None))
+    if len(names) < 2:
+        return path, None
+    if "train" not in names:
+        raise _no_split(path, names, "")
+    val = "val" if "val" in names else None
+    if val is None and "test" in names and open_path(Path(f"{path}#test")).classes:
+        val = "test"
+    return Path(f"{path}#train"), None if val is None else Path(f"{path}#{val}")
+
+
+def base_of(path: Path) -> Path:
+    """The path without the name of a split."""
+    return _parted(path)[0]
+
+
+def _no_split(path: Path, names: Sequence[str], split: str) -> InputError:
+    found = ", ".join(filter(None, names)) or "no names"
+    wanted = f"the split {split}" if split else "a train split, or one split alone"
+    first = next(filter(None, names), "")
+    choose = f"choose one, such as '{path}#{first}'" if first else f"leave out #{split}"
+    return InputError(
+        f"data is {str(path)!r}, which has the splits {found} but must have {wanted}: {choose}.", field="data"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What a path names: files, their form, and a split ("" for none)."""
+
+    base: Path
+    split: str
+    look: Look
+    form: ModuleType
+
+    def by_name(self) -> dict[str, list[File]]:
+        """Files by the split that their names say; all as "" of a form that says its splits itself."""
+        self.check()
+        saved = any(name.rpartition("/")[2] == "state.json" for name in self.look.texts)
+        files = self.form.files_of(self.look)
+        return {"": files} if saved else by_split(self.look, files)
+
+    def check(self) -> None:
+        """Raise InputError if images of this form cannot be read in any order."""
+        name = self.form.__name__.rpartition(".")[2]
+        convert = f"convert it once (mvssl-convert {self.base} DST) and give DST"
+        if not hasattr(self.form, "files_of"):
+            raise InputError(
+                f"data is {str(self.base)!r}, which holds data of the form {name.removesuffix('_form')} but must be "
+                f"images, tars, stored zips, Parquet, Arrow files or converted data: {convert}.",
+                field="data",
+            )
+        packed = [file for file in self.form.files_of(self.look) if packing(file)]
+        if packed:
+            raise InputError(
+                f"data is {str(packed[0].path)!r}, a compressed tar, but must be a plain one, in which images are read "
+                f"in any order: {convert}, or unpack it to a plain tar.",
+                field="data",
+            )
+
+
+def _parted(path: Path) -> tuple[Path, str]:
+    head, mark, split = str(path).rpartition("#")
+    return (Path(head), split) if mark and head and "/" not in split and not path.exists() else (path, "")
+
+
+def _asked(path: Path) -> _Asked | None:
+    base, split = _parted(path)
+    if base.is_dir() and (_holds_images(base) or is_converted(base)):
+        return None
+    if is_beton_name(base) or base == Path():
+        return None
+    look = look_at(base)
+    form = None if look is None or not look.files else find_form(look)
+    if look is None or form is None:
+        return None
+    if any(map(is_converted, {file.path.parent for file in look.files})):  # converted splits in a folder
+        return None
+    return _Asked(base=base, split=split, look=look, form=form)
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether image files are among the first ones of a folder or of its first folders."""
+    with os.scandir(folder) as entries:
+        first = list(islice(entries, _ENTRIES))
+    if any(is_image_name(entry.name) for entry in first):
+        return True
+    for below in islice(filter(is_data_folder, first), _FOLDERS):
+        try:
+            with os.scandir(below.path) as entries:
+                if any(is_image_name(entry.name) for entry in islice(entries, _BELOW)):
+                    return True
+        except OSError:  # reading it as data names it
+            continue
+    return False
+
+
+def _opened(asked: _Asked, split: str, progress: Callable[[int], None] | None) -> dict[str, Source]:
+    """The splits in the files of `asked`, which are all or those of the split that their names say."""
+    asked.check()
+    stamps = Stamps.of([file.path for file in asked.look.files])
+    cache = cache_file(asked.base, split)
+    entries = load_entries(cache, stamps)
+    if entries is not None:
+        return {name: entry.source(asked.base, stamps) for name, entry in entries.items()}
+    with building(cache):  # ranks on this host wait for the first one
+        entries = load_entries(cache, stamps)
+        if entries is not None:
+            return {name: entry.source(asked.base, stamps) for name, entry in entries.items()}
+        found = open_form(asked.form, asked.look, Request(progress=progress)).splits
+        entries = {name: entry for name, source in found.items() if (entry := _entry(source, stamps)) is not None}
+        if len(entries) < len(found):
+            return dict(found)
+        save_entries(cache, stamps, entries, where=asked.base)
+    for source in found.values():
+        source.close()
+    return {name: entry.source(asked.base, stamps) for name, entry in entries.items()}
+
+
+def _entry(source: Source, stamps: Stamps) -> Entry | None:
+    """The index of a source that was read from files; None if it has to be read through the form's reader."""
+    if not isinstance(source, FormSource):
+        return None
+    ranges = source.ranges()
+    if ranges is not None:
+        return Entry.of_ranges(source, ranges, stamps)
+    if isinstance(source.reader, ParquetReader):
+        reader = source.reader
+        return Entry.of_row_groups(source, RowGroupReader(reader.groups, reader.rows, reader.columns), stamps)
+    return None
