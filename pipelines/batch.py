@@ -180,7 +180,10 @@ def as_device(device: str | torch.device) -> torch.device:
 
 def with_index(device: str | torch.device) -> torch.device:
     """Add the index of this thread's current device to "cuda"; the current device is per thread."""
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise invalid("device", device, "cpu, cuda or cuda:N", "choose one of these") from error
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -36,6 +36,17 @@ class Rule(NamedTuple):
     remedy: str
 
 
+def whole(name: str, value: object) -> int:
+    """A whole number as an int.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise _wrong_type(name, value, int)
+    return int(value)
+
+
 def ruled(rule: Rule, default: Any) -> Any:
     """A dataclass field with a default and a rule, for `check_fields`."""
     return field(default=default, metadata={RULE: rule})

@@ -7,19 +7,24 @@ loader never calls `torch.set_num_threads`, which would change the training step
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import time
+import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pipelines.batch import ViewBatch, with_index
+from pipelines.checks import typed, whole
 from pipelines.decode import DecodeOptions, decoder_of, thread_count
 from pipelines.loading.deep_images import state_value_range
 from pipelines.loading.fetch import CompleteBatch, Encoded, Fetcher, fetch_complete, usable_indices
@@ -163,8 +168,12 @@ class Loader:
         self._ahead: tuple[int, int] | None = None  # the epoch that the running producer prepares next, and its `until`
         self._next = (0, 0)
         self._closed = False
+        self._process = os.getpid()
+        self._at_exit = partial(_close, weakref.ref(self))
+        atexit.register(self._at_exit)  # before the decoder's libraries end, which were imported above
 
     @classmethod
+    @typed
     def of(
         cls,
         data: object,
@@ -207,6 +216,12 @@ class Loader:
         epoch, step = self._next
         return self.epoch(epoch, first_step=step)
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "A Loader holds threads and cannot be pickled or copied: make one in each process with Loader.of(...), and "
+            "pass on its state_dict()."
+        )
+
     def __enter__(self) -> Loader:
         return self
 
@@ -238,12 +253,19 @@ class Loader:
             InputError: `epoch` or `first_step` does not exist; while iterating, too many images of a batch are bad, the
                 decoder fails or the storage is damaged. Exceptions in the threads are raised here.
         """
+        epoch, first_step = whole("epoch", epoch), whole("first_step", first_step)
         if epoch < 0:
             raise invalid("epoch", epoch, "0 or more", "count epochs from 0")
+        if until is not None and whole("until", until) <= epoch:
+            raise invalid("until", until, f"above the epoch {epoch}", "give the number of epochs, or leave it out")
         if not 0 <= first_step <= self.steps_per_epoch:
             raise invalid("first_step", first_step, f"in [0, {self.steps_per_epoch}]", "count steps within the epoch")
         if self._closed:
-            raise RuntimeError("The loader is closed.")
+            raise RuntimeError("The loader is closed: make another one.")
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "The loader belongs to the process that was forked, as its threads do: make one in this process."
+            )
         return self._consume(epoch, first_step, epoch + 1 if until is None else until)
 
     def state_dict(self) -> dict[str, int]:
@@ -256,13 +278,18 @@ class Loader:
         Raises:
             InputError: the position does not exist in this loader's order.
         """
-        epoch, step = state["epoch"], state["step"]
+        if not isinstance(state, Mapping) or not {"epoch", "step"} <= set(state):
+            raise invalid("loader state", state, "a mapping with epoch and step", "give what state_dict() returned")
+        epoch, step = whole("epoch", state["epoch"]), whole("step", state["step"])
         if epoch < 0 or not 0 <= step < self.steps_per_epoch:
             raise invalid("loader state", dict(state), f"a step below {self.steps_per_epoch}", "resume the same data")
         self._next = (epoch, step)
 
     def close(self) -> None:
         """Stop all threads and free the decoder; may be called twice."""
+        if os.getpid() != self._process:  # a fork has no threads to stop
+            return
+        atexit.unregister(self._at_exit)
         self._stop()
         if not self._closed:
             self._closed = True
@@ -396,6 +423,13 @@ class Loader:
         key = self._source.key(index)
         self.stats.bad[key] = reason
         _log.warning("Image %s cannot be decoded (%s): the next image of the order takes its place.", key, reason)
+
+
+def _close(loader: weakref.ref[Loader]) -> None:
+    """Close a loader that is still there."""
+    found = loader()
+    if found is not None:
+        found.close()
 
 
 class _Activity:

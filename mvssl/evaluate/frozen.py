@@ -151,6 +151,7 @@ def load_backbone(
     path: str | Path,
     *,
     network: Network | None = None,
+    checkpoint: str | int = "last",
     arch: str | None = None,
     resize: int | None = None,
     crop: int | None = None,
@@ -160,9 +161,11 @@ def load_backbone(
     """A trained backbone, frozen and in eval mode, with the transform of its images.
 
     Args:
-        path: a run folder; a file of weights (exported, a checkpoint of the reference implementation, MoCo, SimSiam or
-            DINO, weights of timm or torchvision); or a folder as timm takes it (config.json, model.safetensors).
+        path: a run folder, or one of its checkpoints; a file of weights (exported, a checkpoint of the reference
+            implementation, MoCo, SimSiam or DINO, weights of timm or torchvision); or a folder as timm takes it
+            (config.json, model.safetensors).
         network: "online" or "target", where there are both; by default the one that its project evaluates.
+        checkpoint: of a run: "last", "best" (by the online kNN or probe), or a step that is kept.
         arch: timm's name of the architecture, if neither the file nor its tensors tell it.
         resize: the short side becomes this many pixels; by default the run's, or 256.
         crop: side of the centre crop in pixels; by default the run's, or 224.
@@ -183,11 +186,15 @@ def load_backbone(
     for name, pixels in (("resize", resize), ("crop", crop)):
         if pixels is not None and pixels < 1:
             raise invalid(name, pixels, "1 pixel or more", "leave it out for the run's own")
+    if where.parent.name == "checkpoints" and (where / "checkpoint.json").is_file() and checkpoint == "last":
+        where = where.resolve()  # what `TrainState.checkpoint` names, or checkpoints/best
+        checkpoint, where = where.name, where.parent.parent
     is_run = where.is_dir() and not (where / WEIGHTS).is_file()
     source = BackboneSource(
         run=where if is_run else None,
         weights=None if is_run else where,
         network=network,
+        checkpoint=str(checkpoint),
         arch=arch,
         resize=resize,
         crop=crop,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from mvssl.runs.folder import RunFolder
 from mvssl.training.experiment import Experiment
@@ -91,9 +95,23 @@ def hooks_of(callbacks: object) -> dict[str, tuple[Hook, ...]]:
         () if callbacks is None else callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
     )
     for n, one in enumerate(() if callbacks is None else given):
-        for event, hook in _hooks(one, f"callbacks[{n}]" if several else "callbacks"):
+        where = f"callbacks[{n}]" if several else "callbacks"
+        for event, hook in _hooks(one, where):
+            _check_plain(hook, where)
             hooks[event].append(hook)
     return {event: tuple(found) for event, found in hooks.items()}
+
+
+def _check_plain(hook: Hook, where: str) -> None:
+    """Raise InputError for a function whose call does nothing yet: a coroutine's, or a generator's."""
+    for call in (hook.call, vars(type(hook.call)).get("__call__")):
+        if inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call) or inspect.isgeneratorfunction(call):
+            kind = "a generator" if inspect.isgeneratorfunction(call) else "async"
+            raise InputError(
+                f"{where} has {hook.name}, which is {kind} but must be a plain function: write it with def"
+                f"{' and without yield' if kind != 'async' else ''}.",
+                field=where,
+            )
 
 
 def _hooks(one: Any, where: str) -> list[tuple[str, Hook]]:
@@ -118,6 +136,8 @@ def _hooks(one: Any, where: str) -> list[tuple[str, Hook]]:
     own = next((name for name in dir(one) if name.startswith("on")), "")
     near = difflib.get_close_matches(own, EVENTS, n=1)
     remedy = f"did you mean {near[0]} for {own}" if near else "give one, or leave it out"
+    if own in EVENTS:
+        remedy = f"make its {own} a function"
     raise InputError(f"{where} is {brief(one)} but must be {allowed}: {remedy}.", field=where)
 
 
@@ -167,6 +187,7 @@ class Callbacks:
             hook, step, error = self._failure
             first = next(iter(str(error).strip().splitlines()), "")
             raised = f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
+            raised = raised.rstrip(".")  # a sentence of its own, such as an InputError's
             raise CallbackFailed(
                 f"The callback {hook.name} raised {raised} at step {step}: everything is saved in {self._folder.path}; "
                 "correct the callback and continue with resume=True.",
@@ -191,17 +212,27 @@ class Callbacks:
         for hook in self._hooks[event]:
             if self.stopped_by is not None and event == "on_step_end":
                 return
+            has_gradients = torch.is_grad_enabled()
             try:
-                if hook.call(state) is True:
+                if _is_true(hook.call(state)):
                     self._stop(hook, state.step, "")
             except StopTraining as reason:
                 self._stop(hook, state.step, str(reason))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.stopped_by = hook.name
                 if self._failure is None:
                     self._failure = (hook, state.step, error)
+            finally:
+                torch.set_grad_enabled(has_gradients)  # one that evaluates may leave it off
 
     def _stop(self, hook: Hook, step: int, reason: str) -> None:
         if self.stopped_by is None:
             self.stopped_by = hook.name
             logger.info("the callback %s ends the run at step %d%s", hook.name, step, f": {reason}" if reason else "")
+
+
+def _is_true(answer: object) -> bool:
+    """Whether a callback returned True, also NumPy's or a tensor's; no other value ends a run."""
+    if isinstance(answer, torch.Tensor):
+        return answer.dtype == torch.bool and answer.ndim == 0 and bool(answer)
+    return isinstance(answer, (bool, np.bool_)) and bool(answer)

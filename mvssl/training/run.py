@@ -92,15 +92,20 @@ class TrainResult:
         }
 
     def backbone(
-        self, *, network: Literal["online", "target"] | None = None, device: str | torch.device = "cpu"
+        self,
+        *,
+        network: Literal["online", "target"] | None = None,
+        checkpoint: str | int = "last",
+        device: str | torch.device = "cpu",
     ) -> FrozenBackbone:
-        """The trained backbone of the last checkpoint, frozen and in eval mode, with its `transform`.
+        """The trained backbone, frozen and in eval mode, with its `transform`.
 
         Args:
             network: "online" (the default, as mvssl-export writes it) or "target".
+            checkpoint: "last", "best" (`checkpoints/best`), or a step that is kept.
             device: where it is; auto takes CUDA if available.
         """
-        return load_backbone(self.out, network=network, device=device)
+        return load_backbone(self.out, network=network, checkpoint=checkpoint, device=device)
 
 
 def train(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import UserList, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -43,7 +44,7 @@ def source_of(data: object, *, field: str = "data", progress: Progress = None) -
 
             * a path: a folder of images, a text list, converted data; of a folder with train/ and val/ the former;
             * a list of paths of image files and folders, or of (path, label) with labels of whole numbers or text;
-            * a list of images, or a uint8 array or tensor [N, H, W, C] or [N, C, H, W];
+            * a list of images, or a uint8 array or tensor [N, H, W, C], [N, C, H, W] or gray [N, H, W];
             * a map-style Dataset of torch, or a Dataset of Hugging Face's `datasets`;
             * a source itself.
 
@@ -74,9 +75,13 @@ def source_of(data: object, *, field: str = "data", progress: Progress = None) -
         data = list(data)
     elif module.partition(".")[0] == "pandas" and hasattr(data, "columns"):
         data = data.to_dict("records")  # type: ignore[attr-defined]
+    elif module.partition(".")[0] == "pandas" and hasattr(data, "tolist"):
+        data = data.tolist()
     check_form(data, field)
     count = len(data)  # type: ignore[arg-type]
-    if isinstance(data, (list, tuple)):
+    if isinstance(data, (list, tuple, UserList, deque)):
+        data = list(data)
+        _check_no_columns(data, field)
         return _of_list(data, field=field, progress=progress)
     if module.startswith("torch.utils.data"):
         whole: Any = data
@@ -122,16 +127,20 @@ def check_form(data: object, field: str) -> None:
             "batches and views are made here.",
             field=field,
         )
-    streams = "Iterable" in kind.__name__ or any("Iterable" in base.__name__ for base in kind.__mro__[1:-1])
-    count: int | None = None
-    if isinstance(data, (str, bytes)) or data is None or not hasattr(kind, "__getitem__"):
+    streams = any("IterableDataset" in base.__name__ for base in kind.__mro__)
+    count, lacks = None, "no length (__len__)"
+    if isinstance(data, (str, bytes, bytearray)) or data is None:
+        pass
+    elif not hasattr(kind, "__getitem__"):
         streams = streams or hasattr(kind, "__next__") or hasattr(kind, "__iter__")
     else:
         try:
             count = len(data)  # type: ignore[arg-type]
-        except Exception:  # torch's Dataset has no __len__; others raise what they like
-            count = None
-    if streams or (count is None and hasattr(kind, "__iter__")):
+        except Exception as error:  # torch's Dataset has no __len__; others raise what they like
+            if hasattr(kind, "__len__"):
+                lacks = f"no length (__len__ raised {type(error).__name__}: {error})"
+    is_text = isinstance(data, (str, bytes, bytearray))
+    if streams or (count is None and hasattr(kind, "__iter__") and not is_text):
         raise InputError(
             f"{field} is a {kind.__name__}, which gives images in its own order only, but must have a length and items "
             "by index, as each epoch has an order of its own: give a map-style dataset, a list, or write the images to "
@@ -139,11 +148,18 @@ def check_form(data: object, field: str) -> None:
             field=field,
         )
     if count is None:
-        lacks = "no length (__len__)" if hasattr(kind, "__getitem__") and data is not None else ""
+        lacks = lacks if hasattr(kind, "__getitem__") and not is_text else ""
         what = f"a {kind.__name__}, which has {lacks}," if lacks else brief(data)
         raise InputError(f"{field} is {what} but must be {_FORMS}: give one of these.", field=field)
     if count < 1:
         raise InputError(f"{field} is an empty {kind.__name__} but must hold images: give at least one.", field=field)
+    shape = list(getattr(data, "shape", ()))
+    if len(shape) == 3 and (shape[0] in (1, 3, 4) or shape[2] in (1, 3, 4)):
+        raise InputError(
+            f"{field} is an array {shape}, which may be one image, but must be of several, [N, H, W, C] or [N, C, H, W]"
+            f": give more images, or a list of one, [{field}].",
+            field=field,
+        )
 
 
 def _of_list(items: Sequence[Any], *, field: str, progress: Progress) -> Source:
@@ -159,6 +175,16 @@ def _of_list(items: Sequence[Any], *, field: str, progress: Progress) -> Source:
     return ItemSource(
         items.__getitem__, len(items), name=name, labels=labels, classes=classes, constant=True, field=field
     )
+
+
+def _check_no_columns(items: Sequence[Any], field: str) -> None:
+    """Raise InputError for (images, labels) as two arrays or lists, which are meant as the columns of a table."""
+    if len(items) == 2 and getattr(items[0], "ndim", 0) == 4 and getattr(items[1], "ndim", 0) < 3:
+        raise InputError(
+            f"{field} is an array of images and one of labels but must be a list of (image, label): give "
+            f"list(zip(images, labels)) or a TensorDataset.",
+            field=field,
+        )
 
 
 def _is_source(data: object) -> bool:
@@ -181,7 +207,8 @@ def _may_hold_image(item: object) -> bool:
 def _given(item: Any, where: str) -> GivenPath:
     path, label = (item[0], item[1]) if _is_pair(item) else (item, None)
     known = plain_label(label)
-    if label is not None and known is None:
+    is_gap = label is None or label != label  # NaN, as pandas writes it
+    if known is None and not is_gap:
         raise InputError(
             f"{where} has the label {brief(label)} but must have a whole number or text: give (path, label).",
             field=where.partition("[")[0],

@@ -44,6 +44,7 @@ _CHECKED = 8  # items read at the start: they show what the dataset gives, and o
 _MOST_READ_FOR_LABELS = 50_000  # items
 _SHOWN = 80  # characters of a value in a message
 _KINDS = "an image of Pillow, uint8 pixels, encoded bytes or a path"
+_TO_BYTES = "leave out ToTensor() and Normalize(), as views are normalised here, or convert it to 0 to 255"
 
 
 class NoImage(ValueError):
@@ -116,7 +117,7 @@ class ItemSource:
             with self._turn:
                 item = self._fetch(index)
         except OSError as error:
-            error.strerror = f"{error.strerror or error}"
+            error.strerror = error.strerror or str(error) or type(error).__name__
             raise
         except MemoryError as error:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from error
@@ -209,7 +210,7 @@ def image_of(item: object) -> object:
             raise NoImage("an empty list", _KINDS, "correct the dataset")
         if len(item) > 1 and _is_picture(item[0]) and _is_picture(item[1]):
             raise NoImage(f"a list of {len(item)} images", "one", "leave out what makes views or crops, made here")
-        return image_of(item[0]) if isinstance(item[0], Mapping) else item[0]
+        return image_of(item[0]) if isinstance(item[0], (Mapping, tuple, list)) else item[0]
     return item
 
 
@@ -224,13 +225,16 @@ def label_of(item: object) -> int | str | None:
 
 
 def plain_label(label: object) -> int | str | None:
-    """A label as a whole number or text; None for anything else."""
-    if isinstance(label, (str, int)) and not isinstance(label, bool):
-        return label
-    if isinstance(label, np.generic) or (hasattr(label, "item") and getattr(label, "ndim", 1) == 0):
-        value = label.item()
-        return value if isinstance(value, (str, int)) and not isinstance(value, bool) else None
-    return None
+    """A label as a whole number or text; None for anything else.
+
+    Arrays of one value and floats without a fraction count as that value: so do pandas and others write columns with
+    gaps, and data sets such as MedMNIST their labels.
+    """
+    if isinstance(label, (np.generic, np.ndarray)) or hasattr(label, "detach"):
+        label = label.item() if np.prod(label.shape) == 1 and len(label.shape) < 2 else None  # type: ignore[union-attr]
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    return label if isinstance(label, (str, int)) and not isinstance(label, bool) else None
 
 
 def encoded(image: object) -> npt.NDArray[np.uint8]:
@@ -251,14 +255,17 @@ def encoded(image: object) -> npt.NDArray[np.uint8]:
         return np.frombuffer(image, dtype=np.uint8)
     if isinstance(image, (str, os.PathLike)):
         return np.frombuffer(Path(os.fspath(image)).read_bytes(), dtype=np.uint8)
+    if isinstance(image, io.IOBase) or (hasattr(image, "read") and hasattr(image, "seek")):
+        raise NoImage(f"an open file ({type(image).__name__})", _KINDS, "give its bytes, file.read(), or its path")
     channels_first = hasattr(image, "detach")  # a tensor; torch need not be imported for this
     if hasattr(image, "detach"):
+        if str(image.dtype) != "torch.uint8":  # NumPy has no bfloat16 and others
+            raise NoImage(f"a tensor of {str(image.dtype)[6:]} {list(image.shape)}", "of uint8", _TO_BYTES)
         image = image.detach().cpu().numpy()
     if not isinstance(image, np.ndarray):
         raise NoImage(f"{_short(image)} ({type(image).__name__})", _KINDS, "correct the dataset")
     if image.dtype != np.uint8:
-        remedy = "leave out ToTensor() and Normalize(), as views are normalised here, or convert it to 0 to 255"
-        raise NoImage(f"an array of {image.dtype} {list(image.shape)}", "of uint8", remedy)
+        raise NoImage(f"an array of {image.dtype} {list(image.shape)}", "of uint8", _TO_BYTES)
     return image if image.ndim == 1 else packed(_rows(image, channels_first=channels_first))
 
 
@@ -287,6 +294,10 @@ def _rows(image: npt.NDArray[np.uint8], *, channels_first: bool) -> npt.NDArray[
 
 
 def _of_pillow(image: Image.Image) -> npt.NDArray[np.uint8]:
+    if not image.width or not image.height:
+        raise NoImage(f"an image of {image.width} by {image.height} pixels", "of one pixel or more", "leave it out")
+    if getattr(image, "_im", True) is None and getattr(image, "fp", True) is None:  # nothing is loaded, or can be
+        raise NoImage("an image of Pillow whose file is closed", "open or loaded", "call load() before closing it")
     upright = upright_pixels(image)
     if isinstance(upright, np.ndarray):
         return packed(upright)

@@ -113,6 +113,7 @@ def open_form(look: Look, request: Request) -> Found:
         request.report(count)
     if not batches:
         raise InputError(f"{look.path} has no batches of CIFAR: give the file as downloaded, or the folder of batches.")
+    _check_whole(look, batches.get("train", []))
     hundred = any("coarse" in batch.labels for group in batches.values() for batch in group)
     splits: dict[str, FormSource] = {
         split: _source(look, batches[split], _kind(request, hundred, look), names)
@@ -125,6 +126,18 @@ def open_form(look: Look, request: Request) -> Found:
     kind = _kind(request, hundred, look)
     labels = f", {kind} labels" if hundred and kind else ""
     return Found(what=f"CIFAR-{100 if hundred else 10} ({version} version{labels})", splits=splits)
+
+
+def _check_whole(look: Look, batches: list[_Batch]) -> None:
+    """Raise InputError if one of CIFAR-10's five files of training images is missing. Subsets may have fewer."""
+    numbers = {int(batch.place.base.removesuffix(".bin")[-1]) for batch in batches if "_batch_" in batch.place.base}
+    last = 5 if any(len(batch) == _PUBLISHED["data_batch_1"][0] for batch in batches) else max(numbers, default=0)
+    missing = [number for number in range(1, last + 1) if number not in numbers]
+    if numbers and missing:
+        raise InputError(
+            f"{look.path} has {len(numbers)} of CIFAR-10's {last} batches but not data_batch_{missing[0]}: copy that "
+            "file too, or download the archive again."
+        )
 
 
 def _kind(request: Request, hundred: bool, look: Look) -> str:

@@ -63,7 +63,8 @@ def find_columns(schema: Any, *, where: object, request: Request, heads: dict[st
         InputError: there is no column of images, or there are several; or a chosen one cannot be used.
     """
     features = features_of(schema)
-    images = [name for name in image_columns(schema) if any(map(begins_as_image, heads.get(name, ())))]
+    candidates = image_columns(schema)
+    images = [name for name in candidates if any(map(begins_as_image, heads.get(name, ())))]
     if request.image is not None:
         image = _given(schema, request.image, where, images)
     elif len(images) == 1:
@@ -77,6 +78,10 @@ def find_columns(schema: Any, *, where: object, request: Request, heads: dict[st
                 f"{where} has several columns of images ({', '.join(images)}): choose one, such as --image {images[0]}."
             )
         image = best[0]
+    elif candidates and not any(heads.get(name) for name in candidates):
+        raise InputError(
+            f"{where} holds no images: {', '.join(candidates)} has no rows, or only empty ones; give files with images."
+        )
     else:
         raise InputError(
             f"{where} has no column of images (encoded bytes, or a struct with `bytes`); its columns are "

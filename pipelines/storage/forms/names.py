@@ -97,6 +97,12 @@ def class_names(names: Sequence[str]) -> list[str | None]:
 
 
 def are_captions(found: Sequence[Any]) -> bool:
-    """Whether texts describe images instead of naming classes: long ones, or almost as many as images."""
+    """Whether texts describe images instead of naming classes: long ones, or almost as many as images.
+
+    Of few images many texts are no sign, unless they are of several words.
+    """
     texts = [one for one in found if isinstance(one, str)]
-    return any(len(one) > _LONGEST_CLASS for one in texts) or (len(texts) > 20 and len(set(texts)) > len(texts) / 2)
+    if any(len(one) > _LONGEST_CLASS for one in texts):
+        return True
+    are_sentences = len(texts) > 3 and sum(len(one.split()) > 2 for one in texts) > len(texts) / 2
+    return (len(texts) > 20 or are_sentences) and len(set(texts)) > len(texts) / 2

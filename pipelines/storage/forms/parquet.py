@@ -74,6 +74,8 @@ def open_files(location: Path, files: Sequence[File], request: Request) -> tuple
     for file in files:
         with naming_parquet(file.path), pq.ParquetFile(file.path, pre_buffer=False, buffer_size=_BUFFER) as opened:
             schema = opened.schema_arrow
+            if columns is None and not opened.metadata.num_rows and file is not files[-1]:
+                continue  # Spark writes such files; they do not tell which column holds the images
             if columns is None:
                 columns = find_columns(schema, where=file.path, request=request, heads=_heads(opened, schema))
                 first = schema

@@ -120,7 +120,7 @@ def test_what_is_wrong_is_said_in_a_sentence(backbone: mvssl.FrozenBackbone, fin
     with pytest.raises(mvssl.InputError, match=r"state\.pt"):
         mvssl.load_backbone(broken)
     for image, words in (
-        (torch.zeros(3, 8, 8), r"image is an array of float32 \[3, 8, 8\] but must be of uint8"),
+        (torch.zeros(3, 8, 8), r"image is a tensor of float32 \[3, 8, 8\] but must be of uint8"),
         (b"no image", "image cannot be decoded .not an image file"),
         ("none.jpg", "image cannot be read: No such file"),
         (None, "image is None .NoneType. but must be"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import mvssl
 from mvssl.config.recipe import Recipe
@@ -57,6 +60,47 @@ def test_what_callbacks_are_told(images: Path, tiny_recipe: Recipe, finished: Pa
     means = {step: sum(recorder.losses[n]["local"] for n in range(step - 2, step + 1)) / 3 for step in (3,)}
     assert means[3] == pytest.approx(next(row["loss/local"] for row in rows if row["step"] == 3), rel=1e-5)
     assert result.stopped_by is None
+
+
+async def waits(state: mvssl.TrainState) -> bool:
+    return True
+
+
+def yields(self: object, state: mvssl.TrainState) -> Iterator[bool]:
+    yield True
+
+
+@pytest.mark.parametrize("answer", [np.True_, torch.tensor(True)])
+def test_true_of_other_libraries_ends_a_run_and_gradients_stay_on(
+    answer: Any, images: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    def evaluates(state: mvssl.TrainState) -> Any:
+        torch.set_grad_enabled(False)
+        return answer if state.step == 2 else 1
+
+    result = train(tiny_recipe, images, tmp_path / "run", callbacks=evaluates)
+    assert (result.steps, result.stopped_by) == (2, "evaluates")
+    assert torch.is_grad_enabled()
+
+
+def test_a_callback_that_exits_loses_nothing_and_checkpoints_are_loaded(
+    images: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    found: list[mvssl.FrozenBackbone] = []
+
+    class Exits:
+        def on_save(self, state: mvssl.TrainState) -> None:
+            assert state.checkpoint is not None
+            found.append(mvssl.load_backbone(state.checkpoint))
+            raise SystemExit(mvssl.InputError("a sentence."))
+
+    with pytest.raises(mvssl.CallbackFailed, match=r"raised SystemExit: a sentence at step 4: everything is saved"):
+        train(tiny_recipe, images, tmp_path / "run", callbacks=Exits())
+    assert "step 4" in found[0].about
+    again = mvssl.load_backbone(tmp_path / "run", checkpoint=4)
+    assert all(torch.equal(one, other) for one, other in zip(found[0].parameters(), again.parameters(), strict=True))
+    with pytest.raises(mvssl.InputError, match="checkpoint is '7' but must be one of"):
+        mvssl.load_backbone(tmp_path / "run", checkpoint=7)
 
 
 @pytest.mark.parametrize("how", ["returns True", "raises StopTraining"])
@@ -117,6 +161,9 @@ def test_a_stop_at_the_last_step_is_the_end(images: Path, tiny_recipe: Recipe, t
         ({"on_stepend": print}, "callbacks has 'on_stepend': .* did you mean on_step_end"),
         ({"on_save": 3}, "callbacks has 'on_save': 3 but must be"),
         (type("Mine", (), {"on_epoch_ends": print})(), "did you mean on_epoch_end for on_epoch_ends"),
+        (type("Mine", (), {"on_save": None})(), "make its on_save a function"),
+        (waits, r"callbacks has waits, which is async but must be a plain function: write it with def"),
+        ([type("Mine", (), {"on_save": yields})()], r"callbacks\[0\] has Mine.on_save, which is a generator but"),
     ],
 )
 def test_what_is_no_callback_is_refused(callbacks: Any, words: str) -> None:

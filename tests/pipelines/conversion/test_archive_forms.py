@@ -109,7 +109,7 @@ def test_tiny_imagenet_and_a_test_split_without_labels(run: Run, tmp_path: Path)
     assert contents(tmp_path / "e" / "test") == {(encoded(70), "")}
 
 
-@pytest.mark.parametrize("labels", ["cls", "names", "json", "named json", "none"])
+@pytest.mark.parametrize("labels", ["cls", "names", "json", "named json", "none", "captions"])
 def test_webdataset(run: Run, tmp_path: Path, labels: str) -> None:
     import webdataset
 
@@ -127,11 +127,13 @@ def test_webdataset(run: Run, tmp_path: Path, labels: str) -> None:
                 sample["json"] = {"label": number}
             elif labels == "named json":
                 sample["json"] = {"label": number, "class_name": item.label}
+            elif labels == "captions":
+                sample["txt"] = f"a photo of {n}"
             else:
                 sample["txt"] = f"a photograph of number {n}, with words that make it far too long for a class " * 2
             sink.write(sample)
     expected = {(i.data, i.label if "name" in labels else str(CLASSES.index(i.label))) for i in images}
-    if labels == "none":
+    if labels in ("none", "captions"):
         expected = {(item.data, "") for item in images}
     for number, source in enumerate((tmp_path / "w", tmp_path / "w" / "train-{000000..000002}.tar", tmp_path / "w/*")):
         outcome = run(source, tmp_path / f"d{number}", "--shard-size", 0.003)

@@ -133,7 +133,7 @@ def bad(name: str, tmp_path: Path) -> tuple[Path, str]:
         return path, "has the label -3"
     if name == "empty":
         pq.write_table(one.slice(0, 0), part)
-        return path, "has no (rows|column of images)"
+        return path, "holds no images: image has no rows, or only empty ones"
     assert name == "splits and none"
     pq.write_table(one, path / "train-0.parquet")
     pq.write_table(one, path / "more.parquet")
@@ -164,6 +164,17 @@ def test_what_cannot_be_read_is_said(run: Run, tmp_path: Path, name: str) -> Non
     assert outcome.err.count("\n") == 1
     assert re.search(message, outcome.err), outcome.err
     assert not (tmp_path / "d").exists()
+
+
+def test_files_without_rows_beside_others(run: Run, tmp_path: Path) -> None:
+    one = table(items())
+    (tmp_path / "src").mkdir()
+    for number, part in enumerate((one.slice(0, 0), one, one.slice(0, 0))):
+        pq.write_table(part, tmp_path / "src" / f"part-{number}.parquet")
+    assert run(tmp_path / "src", tmp_path / "d").code == 0
+    pq.write_table(one, tmp_path / "whole.parquet")
+    assert run(tmp_path / "whole.parquet", tmp_path / "e").code == 0
+    assert contents(tmp_path / "d") == contents(tmp_path / "e")
 
 
 def test_options_that_name_no_column(run: Run, tmp_path: Path) -> None:

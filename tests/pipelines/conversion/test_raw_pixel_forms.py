@@ -170,6 +170,9 @@ def test_wrong_checksum_and_damage(run: Run, tmp_path: Path) -> None:
     assert "5 images and 4 labels" in run(folder, tmp_path / "d").err
     (folder / "data_batch_2").write_bytes(pickle.dumps({b"data": many[:5, :100], b"labels": [0] * 5}, 2))
     assert "uint8 [5, 100] but must be uint8 [N, 3072]" in run(folder, tmp_path / "d").err
+    (folder / "data_batch_1").unlink()
+    (folder / "data_batch_2").write_bytes(pickle.dumps({b"data": many[:5], b"labels": [0] * 5}, 2))
+    assert "has 1 of CIFAR-10's 2 batches but not data_batch_1: copy that file too" in run(folder, tmp_path / "d").err
     packed = pack(python_ten(tmp_path / "x" / "cifar-10-batches-py"), tmp_path / "cifar-10-python.tar.gz")
     packed.write_bytes(packed.read_bytes()[:-3000])
     assert "is truncated or damaged" in run(packed, tmp_path / "d").err

@@ -44,6 +44,10 @@ class Items(Dataset[Any]):
         return self.item(index)
 
 
+def raising(error: Exception) -> Any:
+    raise error
+
+
 class Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[int]:
         yield 1
@@ -161,6 +165,19 @@ def test_images_of_pillow_in_other_modes_decode_as_their_file_does(mode: str, ar
     assert image.mode == mode
 
 
+def test_images_of_pillow_whose_files_are_closed_are_used_if_they_were_loaded(
+    arrays: list[NDArray[np.uint8]],
+) -> None:
+    file = io.BytesIO(png(arrays[0]))
+    with Image.open(file) as image:
+        image.load()
+    np.testing.assert_array_equal(decode_one(source_of([image]).read(0)), arrays[0])
+    with Image.open(file) as image:
+        pass
+    with pytest.raises(InputError, match=r"whose file is closed but must be open or loaded: call load\(\)"):
+        source_of([image])
+
+
 def test_an_image_of_pillow_is_turned_upright(arrays: list[NDArray[np.uint8]]) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -265,8 +282,27 @@ IMAGE = np.zeros((8, 8, 3), np.uint8)
         ),
         (
             Items(lambda n: torch.zeros(3, 4, 4)),
-            r"item 0 is an array of float32 \[3, 4, 4\] but must be of uint8: leave out",
+            r"item 0 is a tensor of float32 \[3, 4, 4\] but must be of uint8: leave out",
         ),
+        (
+            Items(lambda n: torch.zeros(3, 4, 4, dtype=torch.bfloat16)),
+            "item 0 is a tensor of bfloat16 .* but must be of",
+        ),
+        (b"photos", "data is b'photos' but must be a path"),
+        (
+            np.zeros((8, 9, 3), np.uint8),
+            r"data is an array \[8, 9, 3\], which may be one image, but must be of several",
+        ),
+        (torch.zeros(3, 8, 9, dtype=torch.uint8), r"data is an array \[3, 8, 9\], which may be one image"),
+        (
+            (np.zeros((2, 8, 9, 3), np.uint8), np.zeros(2, np.int64)),
+            r"data is an array of images and one of labels but .*: give list\(zip\(images, labels\)\)",
+        ),
+        ([io.BytesIO(b"x")], r"item 0 is an open file \(BytesIO\) but must be .*: give its bytes, file.read\(\)"),
+        ([Image.new("RGB", (0, 5))], "item 0 is an image of 0 by 5 pixels but must be of one pixel or more"),
+        (Items(lambda n: raising(OSError())), r"item 0 cannot be read \(OSError\)"),
+        (Items(lambda n: ([IMAGE, IMAGE], 3)), "item 0 is a list of 2 images but must be one"),
+        (Items(lambda n: IMAGE, -1), r"data is a Items, which has no length \(__len__ raised ValueError"),
         (Items(lambda n: dict[int, Any]()[n]), r"item 0 cannot be read \(the dataset raised KeyError: 0\)"),
         (Items(lambda n: exec("raise SystemExit(3)")), r"the dataset raised SystemExit: 3"),
         (datasets.Dataset.from_dict({"text": ["a"]}), "columns text, of which none holds images"),
