@@ -224,20 +224,20 @@ def label_of(item: object) -> int | str | None:
     return plain_label(label)
 
 
-def plain_label(label: object) -> int | str | None:
+def plain_label(label: Any) -> int | str | None:
     """A label as a whole number or text; None for anything else.
 
     Arrays of one value and floats without a fraction count as that value: so do pandas and others write columns with
     gaps, and data sets such as MedMNIST their labels.
     """
     if isinstance(label, (np.generic, np.ndarray)) or hasattr(label, "detach"):
-        label = label.item() if np.prod(label.shape) == 1 and len(label.shape) < 2 else None  # type: ignore[union-attr]
+        label = label.item() if np.prod(label.shape) == 1 and len(label.shape) < 2 else None
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     return label if isinstance(label, (str, int)) and not isinstance(label, bool) else None
 
 
-def encoded(image: object) -> npt.NDArray[np.uint8]:
+def encoded(image: Any) -> npt.NDArray[np.uint8]:
     """An image as a file: uint8 [bytes]. Pixels are kept as they are; a file's path is read.
 
     Args:

@@ -53,7 +53,7 @@ def test_wrong_epochs_and_states() -> None:
             ({"epoch": 0, "first_step": 0.5}, "first_step is 0.5 but must be a whole number"),
         ):
             with pytest.raises(InputError, match=words):
-                one.epoch(**arguments)  # type: ignore[arg-type]
+                one.epoch(**arguments)
         for state in (None, {}, {"epoch": 0}, {"epoch": "a", "step": 0}, {"epoch": 0, "step": 3}):
             with pytest.raises(InputError):
                 one.load_state_dict(state)  # type: ignore[arg-type]
