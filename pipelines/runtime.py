@@ -330,7 +330,7 @@ def run_cli(body: Callable[[], int | None]) -> NoReturn:
 
 
 def _print_version() -> None:
-    print(f"mvssl {installed_version()}")
+    print(visible(f"mvssl {installed_version()}"))
 
 
 def installed_version() -> str:

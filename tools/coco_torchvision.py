@@ -29,6 +29,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from pipelines.files import whole_file, write_whole
+from pipelines.names import say
 from pipelines.runtime import InputError, describe_os_error, invalid, parse_arguments, run_cli
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD
 from tools.coco_data import CocoSplit, detections, flipped, score
@@ -391,7 +392,7 @@ def _score(model: nn.Module, split: CocoSplit, world: World, arguments: Argument
 
 def _say(console: Console, world: World, text: str) -> None:
     if world.rank == 0:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(console, text)
 
 
 def body() -> None:
@@ -414,8 +415,8 @@ def body() -> None:
         write_whole(results, json.dumps(content, indent=2) + "\n")
         for kind, name in (("bbox", "boxes"), ("segm", "masks")):
             values = ", ".join(f"{metric} {value:.1f}" for metric, value in content["results"][kind].items())
-            console.print(f"{name}: {values}", highlight=False, soft_wrap=True)
-        console.print(f"{results}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"{name}: {values}")
+        say(console, str(results))
 
 
 if __name__ == "__main__":

@@ -101,15 +101,18 @@ def compile_step(
 
 def view_engine(recipe: Recipe) -> Work:
     """Launches and traffic of the fused view engine for one batch of photos."""
-    from pipelines.views.fused.engine import _IMAGES, LAUNCHES
+    from pipelines.views.fused.engine import _IMAGES
 
     sizes = torch.tensor([PHOTO]).expand(_SAMPLED, 2)
     params = draw(recipe.views, sizes, seed=0, epoch=0, index=torch.arange(_SAMPLED))
     value_bytes = 4 if recipe.precision == "fp32" else 2
     moved = kernel_bytes(recipe.views, params, value_bytes=value_bytes)
     per_image = sum(float(each.sum(dim=0).double().mean()) for each in moved.values())
-    used = [name for name in LAUNCHES if name not in moved or bool((moved[name] > 0).any())]
-    return Work(launches=len(used) * -(-recipe.batch_size // _IMAGES), megabytes=per_image * recipe.batch_size / 1e6)
+    used = sum(bool((each > 0).any()) for each in moved.values())
+    rotated = [spec.size for spec in recipe.views if spec.rotate is not None]  # one more kernel, uint8 in and out
+    per_image += sum(6.0 * size**2 for size in rotated)
+    launches = (used + bool(rotated)) * -(-recipe.batch_size // _IMAGES)
+    return Work(launches=launches, megabytes=per_image * recipe.batch_size / 1e6)
 
 
 def _views(recipe: Recipe, step: step_module.TrainStep) -> list[Tensor]:

@@ -20,6 +20,7 @@ from pipelines.views.presets import paper_views
 from pipelines.views.sampling import draw
 from pipelines.views.spec import ViewSpec
 
+# Of upright views; a kernel for turned rows takes the place of `rows` and moves as many bytes.
 KERNELS = ("weights", "columns", "rows", "color", "down", "along")
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SAMPLED = 4096  # images whose parameters the means are over

@@ -156,7 +156,7 @@ class _Processes:
 
     def _nothing_done(self, received: signal.Signals) -> int:
         """Say that a signal came too early for anything to be saved; the exit code."""
-        print(f"error: {received.name} came before the training began; nothing was saved.", file=sys.stderr)
+        print(visible(f"error: {received.name} came before the training began; nothing was saved."), file=sys.stderr)
         return EXIT_INTERRUPTED if received == signal.SIGINT else 128 + received
 
     def _code(self, rank: int) -> int:

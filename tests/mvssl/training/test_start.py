@@ -56,17 +56,27 @@ def test_an_out_of_memory_error_names_the_options_that_help(tiny_recipe: Recipe)
 
     message = told(tiny_recipe)
     assert "Tried to allocate 2.00 GiB" in message
-    for option in ("--step-mode per-view", "--accumulate 2", "--batch-size", "--cuda-graph off", "--dry-run"):
+    for option in (
+        "--checkpointing",
+        "--step-mode per-view",
+        "--accumulate 2",
+        "--batch-size",
+        "--cuda-graph off",
+        "--dry-run",
+    ):
         assert option in message
     assert "--resume" not in message
-    assert "continue with --resume and --step-mode per-view" in told(tiny_recipe, begun=True)
+    assert "continue with --resume and --checkpointing" in told(tiny_recipe, begun=True)
+    assert "continue with --resume and --step-mode per-view" in told(tiny_recipe, begun=True, checkpointing=True)
     assert "--step-mode" not in told(tiny_recipe, step_mode="per-view")
     assert "--cuda-graph" not in told(tiny_recipe, cuda_graph="off")
     assert "--accumulate 4," in told(replace(tiny_recipe, accumulate=2))
     assert "--accumulate 3," in told(replace(tiny_recipe, batch_size=18), ranks=2)  # 9 images a rank
     assert "--accumulate" not in told(replace(tiny_recipe, batch_size=14), ranks=2)  # 7: micro-batches of one image
     assert "--accumulate" not in told(tiny_recipe, ranks=4)
-    assert "): lower --batch-size" in told(tiny_recipe, ranks=4, step_mode="per-view", cuda_graph="off")
+    assert "): lower --batch-size" in told(
+        tiny_recipe, ranks=4, step_mode="per-view", cuda_graph="off", checkpointing=True
+    )
 
 
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
