@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from types import ModuleType
 
 from pipelines.runtime import InputError
 from pipelines.storage.beton_format import is_beton_name
-from pipelines.storage.direct_index import Entry, Stamps, building, cache_file, load_entries, save_entries
+from pipelines.storage.direct_index import Entry, Stamps, building, cache_file, described, load_entries, save_entries
 from pipelines.storage.file_index import is_data_folder, is_image_name
 from pipelines.storage.forms import Request, find_form, open_form
 from pipelines.storage.forms.base import FormSource
@@ -22,9 +23,11 @@ from pipelines.storage.forms.blobs import packing
 from pipelines.storage.forms.look import File, Look, by_split, look_at
 from pipelines.storage.forms.parquet import ParquetReader
 from pipelines.storage.forms.row_groups import RowGroupReader
+from pipelines.storage.image_facts import facts_of
 from pipelines.storage.manifest import is_converted
 from pipelines.storage.source import Source
 
+_log = logging.getLogger("mvssl.data")
 SCANS_FOLDER = True  # an image written into the folder would make it a folder of images
 _ENTRIES, _FOLDERS, _BELOW = 512, 4, 64  # looked at before a folder's files are opened
 
@@ -184,9 +187,14 @@ def _opened(asked: _Asked, split: str, progress: Callable[[int], None] | None) -
         entries = load_entries(cache, stamps)
         if entries is not None:
             return {name: entry.source(asked.base, stamps) for name, entry in entries.items()}
-        found = open_form(asked.form, asked.look, Request(progress=progress)).splits
-        entries = {name: entry for name, source in found.items() if (entry := _entry(source, stamps)) is not None}
+        if cache.exists():
+            _log.info("%s is indexed again, because its files changed since the last time", asked.base)
+        form = open_form(asked.form, asked.look, Request(progress=progress))
+        found, what = form.splits, form.what
+        entries = {n: entry for n, source in found.items() if (entry := _entry(source, stamps, what)) is not None}
         if len(entries) < len(found):
+            for source in found.values():
+                facts_of(source).notes += (described(asked.base, len(source), what),)
             return dict(found)
         save_entries(cache, stamps, entries, where=asked.base)
     for source in found.values():
@@ -194,14 +202,15 @@ def _opened(asked: _Asked, split: str, progress: Callable[[int], None] | None) -
     return {name: entry.source(asked.base, stamps) for name, entry in entries.items()}
 
 
-def _entry(source: Source, stamps: Stamps) -> Entry | None:
+def _entry(source: Source, stamps: Stamps, what: str) -> Entry | None:
     """The index of a source that was read from files; None if it has to be read through the form's reader."""
     if not isinstance(source, FormSource):
         return None
     ranges = source.ranges()
     if ranges is not None:
-        return Entry.of_ranges(source, ranges, stamps)
+        return Entry.of_ranges(source, ranges, stamps, what=what)
     if isinstance(source.reader, ParquetReader):
         reader = source.reader
-        return Entry.of_row_groups(source, RowGroupReader(reader.groups, reader.rows, reader.columns), stamps)
+        groups = RowGroupReader(reader.groups, reader.rows, reader.columns)
+        return Entry.of_row_groups(source, groups, stamps, what=what)
     return None

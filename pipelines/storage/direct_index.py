@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from pipelines.arrays import read_arrays
 from pipelines.files import cache_folder, cache_folders, parse_json, publish, writable_cache
+from pipelines.names import utf8
 from pipelines.runtime import describe_os_error
 from pipelines.storage.forms.base import FormSource, Labels, Ranges
 from pipelines.storage.forms.columns import Columns
@@ -29,7 +30,7 @@ from pipelines.storage.range_source import RangeSource, Stamp
 from pipelines.storage.source import KeyTable, Source, check_columns
 
 _log = logging.getLogger("mvssl.data")
-_VERSION = zlib.crc32(repr(("direct", 1)).encode())
+_VERSION = zlib.crc32(repr(("direct", 2)).encode())
 _MTIME_RESOLUTION = 2_000_000_000  # nanoseconds; FAT and some NFS servers have 2 s
 _RANGE_COLUMNS, _GROUP_COLUMNS = ("file", "offset"), ("group_file", "group_number", "group_rows")
 
@@ -70,6 +71,7 @@ class Entry:
         checksums: uint32 [N], CRC-32 of each image, or None.
         columns: of the table with the row groups; None for byte ranges.
         largest: bytes that no image exceeds.
+        what: what the data are, for the user.
     """
 
     keys: KeyTable
@@ -80,9 +82,10 @@ class Entry:
     checksums: npt.NDArray[np.uint32] | None = None
     columns: Columns | None = None
     largest: int = 0
+    what: str = ""
 
     @classmethod
-    def of_ranges(cls, source: FormSource, ranges: Ranges, stamps: Stamps) -> Entry:
+    def of_ranges(cls, source: FormSource, ranges: Ranges, stamps: Stamps, *, what: str) -> Entry:
         """The index of images that lie in plain files."""
         return cls(
             keys=source.keys,
@@ -94,10 +97,11 @@ class Entry:
                 "offset": ranges.offset.astype(np.int64),
             },
             checksums=ranges.checksums,
+            what=what,
         )
 
     @classmethod
-    def of_row_groups(cls, source: FormSource, reader: RowGroupReader, stamps: Stamps) -> Entry:
+    def of_row_groups(cls, source: FormSource, reader: RowGroupReader, stamps: Stamps, *, what: str) -> Entry:
         """The index of images in row groups."""
         return cls(
             keys=source.keys,
@@ -111,6 +115,7 @@ class Entry:
             },
             columns=reader.columns,
             largest=source.largest,
+            what=what,
         )
 
     def source(self, location: Path, stamps: Stamps) -> Source:
@@ -123,7 +128,7 @@ class Entry:
                 size=self.nbytes,
                 checksums=self.checksums,
             )
-            return RangeSource(
+            found = RangeSource(
                 location,
                 keys=self.keys,
                 labels=self.labels,
@@ -131,6 +136,8 @@ class Entry:
                 ranges=ranges,
                 stamps=stamps.stamps,
             )
+            found.facts.notes = (described(location, len(self.keys), self.what),)
+            return found
         files = [stamps.paths[number] for number in self.place["group_file"].tolist()]
         groups = list(zip(files, self.place["group_number"].tolist(), strict=True))
         source = FormSource(
@@ -138,18 +145,24 @@ class Entry:
             keys=self.keys,
             labels=Labels(values=self.labels, classes=self.classes),
             nbytes=self.nbytes,
-            reader=RowGroupReader(groups, self.place["group_rows"].tolist(), self.columns),
+            reader=RowGroupReader(
+                groups,
+                self.place["group_rows"].tolist(),
+                self.columns,
+                stamps=dict(zip(stamps.paths, stamps.stamps, strict=True)),
+            ),
             largest=self.largest,
         )
         source.facts.notes = self._notes(location)
         return source
 
     def _notes(self, location: Path) -> tuple[str, ...]:
-        total = int(self.nbytes.sum())
+        total, what = int(self.nbytes.sum()), described(location, len(self.keys), self.what)
         if total <= MOST_BYTES:
-            return ()
+            return (what,)
         rows = int(np.median(self.place["group_rows"]))
         return (
+            what,
             f"{location} is Parquet, of which {MOST_BYTES / total:.0%} stays decoded in memory: in random order each "
             f"image decodes its row group of {rows:,} images ({rows * total / len(self.labels) / 1e6:.0f} MB) again; "
             f"set order_chunk = {rows} in the recipe, or convert it with mvssl-convert.",
@@ -169,6 +182,7 @@ class Entry:
             "class_ends": classes.ends,
             "columns": np.frombuffer(columns, dtype=np.uint8),
             "largest": np.array(self.largest, dtype=np.int64),
+            "what": np.frombuffer(utf8(self.what).encode(), dtype=np.uint8),
             **self.place,
             **sums,
         }
@@ -193,6 +207,7 @@ class Entry:
             checksums=data.get("checksums"),
             columns=columns,
             largest=int(data["largest"]),
+            what=data["what"].tobytes().decode("utf-8", "replace"),
         )
         entry.check(stamps)
         return entry
@@ -218,6 +233,11 @@ class Entry:
             raise ValueError("an image is outside of its file")
         if self.checksums is not None and (self.checksums.dtype != np.uint32 or self.checksums.shape != (count,)):
             raise ValueError("its checksums are damaged")
+
+
+def described(location: Path, count: int, what: str) -> str:
+    """What the data are, for the log."""
+    return f"{location}: {count:,} {'images' if count > 1 else 'image'}, {what}, read in place"
 
 
 def cache_file(path: Path, split: str) -> Path:

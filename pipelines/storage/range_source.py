@@ -141,11 +141,15 @@ def open_stamped(path: Path, stamp: Stamp) -> RandomAccessFile:
         file = RandomAccessFile(path)
     except FileNotFoundError:
         raise _changed(path, "is missing") from None
-    now = file.stamp
+    check_stamp(path, stamp, file.stamp)
+    return file
+
+
+def check_stamp(path: Path, stamp: Stamp, now: tuple[int, int]) -> None:
+    """Raise InputError unless a file of `now` so many bytes and this modification time is the one that was indexed."""
     if now != (stamp.size, stamp.mtime):
         why = f"has {now[0]:,} bytes, not {stamp.size:,}" if now[0] != stamp.size else "was written again"
         raise _changed(path, why)
-    return file
 
 
 def _changed(path: Path, why: str) -> InputError:

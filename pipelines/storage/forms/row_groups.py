@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from pipelines.runtime import InputError
 from pipelines.storage.forms.base import need, unreadable
 from pipelines.storage.forms.columns import Columns
 from pipelines.storage.forms.parquet import naming_parquet, read_path
+from pipelines.storage.range_source import Stamp, check_stamp
 
 MOST_BYTES = 1 << 29
 """Decoded row groups that are cached, in bytes; at least two groups are."""
@@ -27,8 +30,16 @@ class RowGroupReader:
     Groups are decoded without the GIL and without a lock, each by the thread that needs it first.
     """
 
-    def __init__(self, groups: Sequence[tuple[Path, int]], rows: Sequence[int], columns: Columns) -> None:
-        """Read groups (file, number in it) of so many `rows` each."""
+    def __init__(
+        self,
+        groups: Sequence[tuple[Path, int]],
+        rows: Sequence[int],
+        columns: Columns,
+        *,
+        stamps: Mapping[Path, Stamp] = MappingProxyType({}),
+    ) -> None:
+        """Read groups (file, number in it) of so many `rows` each, of files that are as their `stamps` say."""
+        self._stamps = stamps
         self.groups, self.rows, self.columns = tuple(groups), tuple(rows), columns
         self._ends = np.cumsum(rows).tolist()
         self._guard = threading.Lock()
@@ -74,6 +85,9 @@ class RowGroupReader:
         names = [self.columns.leaf, *([f"{self.columns.image}.path"] if self.columns.has_path else [])]
         with self._guard:
             footer = self._footers.get(path)
+        if path in self._stamps:  # a footer that is cached would lead to other bytes
+            status = os.stat(path)
+            check_stamp(path, self._stamps[path], (status.st_size, status.st_mtime_ns))
         with (
             naming_parquet(path),
             pq.ParquetFile(path, metadata=footer, pre_buffer=False, buffer_size=_BUFFER) as opened,

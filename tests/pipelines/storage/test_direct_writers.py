@@ -25,7 +25,8 @@ import webdataset
 from pipelines.conversion.command import main
 from pipelines.loader import Loader
 from pipelines.runtime import InputError
-from pipelines.storage import open_source, split_paths
+from pipelines.storage import open_source
+from pipelines.storage.image_facts import facts_of
 from pipelines.views.spec import ViewSpec
 from tests.samples.form_samples import CLASSES, Item, as_folder, encoded, items
 
@@ -147,29 +148,6 @@ def test_views_of_each_form(form: str, tmp_path: Path) -> None:
     assert views_of(convert(data, tmp_path / "shards")) == expected
 
 
-def test_a_pattern_names_some_tars(tmp_path: Path) -> None:
-    folder = write_tars(tmp_path / "wds", IMAGES)
-    source = open_source(str(folder / "train-{0000..0001}.tar"))
-    assert [source.read(n).tobytes() for n in range(len(source))] == [item.data for item in IMAGES[:14]]
-    with pytest.raises(InputError, match=r"train-0003\.tar"):
-        open_source(str(folder / "train-{0000..0003}.tar"))
-
-
-@pytest.mark.parametrize("form", ["webdataset", "parquet"])
-def test_splits_are_in_the_names_of_files(form: str, tmp_path: Path) -> None:
-    data, more = tmp_path / "data", items(6, first=20)
-    WRITERS[form](data, IMAGES)
-    if form == "parquet":
-        pq.write_table(table(more), data / "validation-00000-of-00001.parquet")
-    else:
-        write_tars(data, more, name="val-%04d.tar")
-    train, val = split_paths(data)
-    assert val is not None
-    assert [len(open_source(train)), len(open_source(val))] == [20, 6]
-    assert open_source(val).read(2).tobytes() == more[2].data
-    assert views_of(data) == views_of(as_folder(tmp_path / "folder", IMAGES))
-
-
 @pytest.mark.parametrize("form", WRITERS)
 def test_changed_files(form: str, tmp_path: Path) -> None:
     """An open source says that its file changed; the next one has the new images."""
@@ -188,8 +166,7 @@ def test_changed_files(form: str, tmp_path: Path) -> None:
             file.rename(data / file.relative_to(written))
     if form != "saved":  # its files were mapped
         with pytest.raises(InputError, match="changed since it was indexed"):
-            for n in range(20):
-                opened.read(n)
+            opened.read(0)
     now = open_source(data)
     assert [now.read(n).tobytes() for n in range(len(now))] == [item.data for item in later]
 
@@ -203,46 +180,6 @@ def test_truncated_files_are_named(form: str, tmp_path: Path) -> None:
         file.truncate(files[-1].stat().st_size * 2 // 3)
     with pytest.raises(InputError, match=rf"{files[-1].name}.*(truncated|damaged|begin)"):
         open_source(data)
-
-
-def test_damaged_images_are_replaced_as_after_conversion(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    images = list(IMAGES)
-    images[4] = images[4]._replace(data=b"no image")
-    assert views_of(write_tars(tmp_path / "wds", images)) == views_of(as_folder(tmp_path / "folder", images))
-    assert any(images[4].name.partition(".")[0] in record.getMessage() for record in caplog.records)
-
-
-def test_parquet_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mixed = write_parquet(tmp_path / "mixed", IMAGES)
-    renamed = table(IMAGES).rename_columns(["picture", "label"])
-    pq.write_table(renamed, mixed / "train-00001-of-00002.parquet")
-    with pytest.raises(InputError, match=r"another schema.*'image' is missing"):
-        open_source(mixed)
-    (tmp_path / "none").mkdir()
-    pq.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "none" / "a.parquet")
-    with pytest.raises(InputError, match="image"):
-        open_source(tmp_path / "none")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(InputError, match=r"needs the package pyarrow.*pip install 'mvssl\[formats\]'"):
-        open_source(tmp_path / "none")
-
-
-def test_what_has_to_be_converted_says_the_command(tmp_path: Path) -> None:
-    packed = tmp_path / "a.tar.gz"
-    with tarfile.open(packed, "w:gz") as archive:
-        archive.addfile(tarfile.TarInfo("cat"), io.BytesIO())
-        info = tarfile.TarInfo("cat/1.jpg")
-        info.size = len(IMAGES[0].data)
-        archive.addfile(info, io.BytesIO(IMAGES[0].data))
-    cifar = tmp_path / "cifar-10-batches-bin"
-    cifar.mkdir()
-    rows = np.random.default_rng(0).integers(0, 10, (10_000, 3073), dtype=np.uint8)
-    for name in (*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"):
-        (cifar / name).write_bytes(rows.tobytes())
-    for path in (packed, cifar):
-        with pytest.raises(InputError, match=f"mvssl-convert .*{path.name}"):
-            open_source(path)
 
 
 def test_two_processes_build_one_index(tmp_path: Path) -> None:
@@ -262,3 +199,19 @@ def test_two_processes_build_one_index(tmp_path: Path) -> None:
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert len(prints) == 1
     assert len(list((tmp_path / "builds").iterdir())) == 1
+
+
+def test_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_parquet(tmp_path / "parquet", IMAGES)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match=r"needs the package pyarrow.*pip install 'mvssl\[formats\]'"):
+        open_source(data)
+
+
+def test_the_log_says_what_the_data_are(tmp_path: Path) -> None:
+    data = older(write_tars(tmp_path / "wds", IMAGES))
+    for _ in range(2):  # without and with the cached index
+        notes = facts_of(open_source(data)).notes
+        assert notes == (f"{data}: 20 images, WebDataset (3 tars), read in place",)
+    assert "20 images, 2 Parquet files" in facts_of(open_source(write_parquet(tmp_path / "parquet", IMAGES))).notes[0]
