@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from pipelines.names import shortened, utf8
+from pipelines.names import located, shortened, utf8
 from pipelines.runtime import InputError, empty_path, shown
 
 LARGEST_JSON = 1 << 28  # bytes; a manifest of a million classes has a tenth of it
@@ -36,14 +36,14 @@ _MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
 
 
 def given_path(value: str | os.PathLike[str], field: str) -> Path:
-    """The path that a user gave for `field`.
+    """The path that a user gave for `field`; a `Url` if it is one.
 
     Raises:
         InputError: it is an empty text, which as a path would be the current folder.
     """
     if isinstance(value, str) and not value.strip():
         raise empty_path(field)
-    return Path(value)
+    return located(value)
 
 
 def decode_text(data: bytes) -> str:
@@ -166,18 +166,16 @@ def read_json(path: Path) -> Any:
         ValueError: it is not JSON in UTF-8, is nested too deep, is larger than any file of ours, or has a number that
             no file of ours has (infinite, NaN, or above 2**64).
     """
-    value = parse_json(read_regular(path, most=LARGEST_JSON))
-    check_nesting(value, numbers=True)
-    return value
+    return parse_json(read_regular(path, most=LARGEST_JSON), numbers=True)
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; ValueError if it is none, or is nested too deep."""
+def parse_json(text: str | bytes, *, numbers: bool = False) -> Any:
+    """The value of a JSON text; ValueError if it is none, is nested too deep, or (`numbers`) as in `read_json`."""
     try:
         value = json.loads(text)
     except RecursionError:
         raise _too_deep() from None
-    check_nesting(value)
+    check_nesting(value, numbers=numbers)
     return value
 
 

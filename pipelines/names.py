@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # rich is slow to import, and what only reads images does not need it
@@ -27,6 +29,42 @@ _UNSEEN = re.compile(
 )
 _FORMULA = re.compile("\\s*[-=+@'\uff1d\uff0b\uff0d\uff20]")  # of spreadsheets, also in full width
 _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+
+_URL = re.compile(r"([a-z][a-z0-9+]+):/+(?!/)(.*)", re.DOTALL)  # one letter is a drive of Windows
+
+
+class Url(type(Path())):  # type: ignore[misc]  # the system's own kind of path, whatever that is
+    """The URL of data, where paths go too: ``/`` appends a name, and its text has both slashes again.
+
+    `Path` would make ``s3:/bucket`` of ``s3://bucket``. It names no file of this machine.
+    """
+
+    def __str__(self) -> str:
+        found = _URL.fullmatch(super().__str__())
+        return super().__str__() if found is None else f"{found[1]}://{found[2]}"
+
+    def __fspath__(self) -> str:
+        return str(self)
+
+    @property
+    def scheme(self) -> str:
+        """What comes before the colon: ``s3``, ``https``, ..."""
+        return str(self).partition(":")[0]
+
+    def resolve(self, strict: bool = False) -> Url:
+        """The URL itself."""
+        del strict
+        return self
+
+    absolute = expanduser = resolve
+
+
+def located(value: str | os.PathLike[str]) -> Path:
+    """A `Url` for text or a path that is one (``s3://bucket/imagenet``), else the path; ``file:///data`` is a path."""
+    found = _URL.fullmatch(os.fspath(value))
+    if found is None:
+        return Path(value)
+    return Path(f"/{found[2]}") if found[1] == "file" else Url(f"{found[1]}:/{found[2]}")
 
 
 def utf8(text: str) -> str:

@@ -16,6 +16,7 @@ from mvssl.recipes import DEFAULT, all_recipes
 from mvssl.recipes.files import is_recipe_file
 from pipelines.progress import Progress
 from pipelines.runtime import InputError
+from pipelines.storage.remote_files import RemoteOptions
 
 _FLAGS = ("--resume", "--overwrite", "--extend", "--dry-run", "--print-config")
 
@@ -72,6 +73,7 @@ class CommandFit:
 
         data, given = self._given.get("data"), dict(flatten(of_file)) | self._given
         progress = Progress(Console(stderr=True, quiet=bool(process_local_rank())), f"indexing {data}")
+        cache, size = self._given.get("remote.cache"), self._given.get("remote.cache_size")
         fitted, notes = fit_recipe(
             recipe,
             given,
@@ -80,6 +82,7 @@ class CommandFit:
             resumes=self._resumes,
             default=self._default,
             progress=progress.update,
+            remote=RemoteOptions(cache=Path(cache) if cache else None, cache_size=size or RemoteOptions.cache_size),
         )
         if self._default and self._resumes is None:
             notes = (f"no recipe is named: {recipe.name} is taken (mvssl-train --list has the others)", *notes)

@@ -283,7 +283,7 @@ def _largest_batch(parsed: TrainArguments) -> tuple[Recipe, str]:
     device = resolve_device(options.device, local_rank=process_local_rank())
     if options.data is None:
         raise InputError("data is missing: give the folder of images, or a converted data set, with --data PATH.")
-    images = len(open_source(split_paths(options.data)[0]))
+    images = len(open_source(split_paths(options.data, remote=options.remote)[0], remote=options.remote))
     return with_largest_batch(parsed.recipe, options, device, processes=rank_count(), images=images)
 
 

@@ -14,7 +14,9 @@ from pipelines.checks import Rule, at_least, at_least_zero, between, check_field
 from pipelines.decode import DecoderName, ImageLimits
 from pipelines.decode.base import MOST_THREADS
 from pipelines.loading import Cache
+from pipelines.names import located
 from pipelines.runtime import InputError, invalid
+from pipelines.storage.remote_files import RemoteOptions
 from pipelines.value_range import parse_value_range
 from pipelines.views.spec import Interpolation
 
@@ -87,6 +89,7 @@ class ComputeOptions:
         value_range: MIN..MAX of the values of images with more than 8 bits, such as 0..4095 for 12 bits in files of 16;
             by default that of the run or of converted data.
         limits: images beyond these limits are bad images.
+        remote: how data at a URL are read and cached.
     """
 
     device: str = "auto"
@@ -96,6 +99,7 @@ class ComputeOptions:
     extract_batch: int = between(1, LARGEST_BATCH, 256)
     value_range: str | None = None
     limits: ImageLimits = field(default_factory=ImageLimits)
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
 
     def __post_init__(self) -> None:
         check_fields(self, with_class=False)
@@ -121,6 +125,10 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         check_fields(self, with_class=False)
+        for name in ("data", "val"):
+            path = getattr(self, name)
+            if path is not None:
+                object.__setattr__(self, name, located(path))
 
 
 @dataclass(frozen=True, kw_only=True)

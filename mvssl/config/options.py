@@ -13,7 +13,9 @@ from pipelines.checks import at_least, at_least_zero, between, check_fields
 from pipelines.decode import DaliOptions, DecodeOptions, DecoderName, ImageLimits
 from pipelines.decode.base import MOST_THREADS
 from pipelines.loading import Cache
+from pipelines.names import Url, located
 from pipelines.runtime import InputError, invalid
+from pipelines.storage.remote_files import RemoteOptions
 from pipelines.value_range import parse_value_range
 
 LogTarget = Literal["tensorboard", "csv", "wandb", "mlflow", "none"]
@@ -48,7 +50,8 @@ class RunOptions(Execution):
     """What a run reads, where it writes, how it logs and saves, and how its steps are executed.
 
     Attributes:
-        data: folder of images, list of files, or converted data; its train/ and val/ are used if they exist.
+        data: folder of images, list of files, or converted data; its train/ and val/ are used if they exist. Converted
+            data may be at s3://, gs://, hf:// or http(s)://.
         out: run folder; created, and refused if it exists, without resume or overwrite.
         val: labelled images for the online kNN; by default DATA/val if it exists.
         device: auto takes CUDA if available.
@@ -61,6 +64,7 @@ class RunOptions(Execution):
         value_range: MIN..MAX of the values of images with more than 8 bits, such as 0..4095 for 12 bits in files of 16;
             values outside are clamped. Converted data have their own; else needed unless 16 bits are used.
         limits: images beyond these limits are bad images and are replaced.
+        remote: how data at a URL are read and cached.
         cache: pixel cache, so that later epochs neither read nor decode images: in host or device (GPU) memory, or off;
             auto: device if the pixels of all images take at most 40 % of its free memory and steps fit next to them,
             else host if at most 50 %. Every process caches all images.
@@ -101,6 +105,7 @@ class RunOptions(Execution):
     dali: DaliOptions = field(default_factory=DaliOptions)
     value_range: str | None = None
     limits: ImageLimits = field(default_factory=ImageLimits)
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
     cache: Cache = "off"
     prefetch: int = between(1, 1000, 2, "give a small number")
     log: tuple[LogTarget, ...] = ("tensorboard",)
@@ -122,6 +127,12 @@ class RunOptions(Execution):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("data", "val"):
+            path = getattr(self, name)
+            if path is not None:
+                object.__setattr__(self, name, located(path))
+        if self.out is not None and isinstance(located(self.out), Url):
+            raise invalid("out", str(located(self.out)), "a folder of this machine", "give a path, and copy it later")
         unknown = [name for name in self.log if name not in get_args(LogTarget)]
         if unknown or not self.log or ("none" in self.log and len(self.log) > 1):
             raise invalid(

@@ -29,7 +29,7 @@ from pipelines.loading.deep_images import pixels_of, state_value_range
 from pipelines.names import say
 from pipelines.progress import Progress
 from pipelines.runtime import InputError
-from pipelines.storage import align_labels, open_source, split_paths
+from pipelines.storage import RemoteOptions, align_labels, open_source, split_paths
 from pipelines.storage.source import Source
 from pipelines.value_range import ValueRange, parse_value_range
 
@@ -48,6 +48,7 @@ class Session:
         stated_range: range of values of images with more than 8 bits, by the user; None if not stated.
         run_range: that of the run; taken where neither the user nor the data state one.
         limits: of images; None for the defaults.
+        remote: how data at a URL are read and cached; None for the defaults.
     """
 
     device: torch.device
@@ -59,6 +60,7 @@ class Session:
     stated_range: ValueRange | None = None
     run_range: ValueRange | None = None
     limits: ImageLimits | None = None
+    remote: RemoteOptions | None = None
 
     def autocasting(self) -> torch.autocast:
         """The context of a forward."""
@@ -221,6 +223,7 @@ def open_backbone(source: BackboneSource, compute: ComputeOptions) -> Iterator[B
             stated_range=None if compute.value_range is None else parse_value_range(compute.value_range),
             run_range=_run_range(loaded),
             limits=compute.limits,
+            remote=compute.remote,
             loaded=loaded,
             width=width,
         )
@@ -240,7 +243,7 @@ def open_session(source: BackboneSource, options: EvalOptions, compute: ComputeO
             raise InputError("out is missing: name a folder for the results with --out PATH.")
         if session.world.is_rank0:
             stack.enter_context(locked_folder(out))
-        train_path, val_path = _data_paths(session.loaded, options)
+        train_path, val_path = _data_paths(session.loaded, options, compute.remote)
         train = open_images(train_path, session)
         stack.callback(train.close)
         val = None
@@ -255,7 +258,7 @@ def open_images(path: Path, session: Session) -> Source:
     progress = Progress(session.console, f"indexing {path}").update
 
     def opened() -> Source:
-        source = open_source(path, progress=progress)
+        source = open_source(path, progress=progress, remote=session.remote)
         state_value_range(source, session.stated_range, default=session.run_range, limits=session.limits)
         return source
 
@@ -268,13 +271,13 @@ def _run_range(loaded: LoadedBackbone) -> ValueRange | None:
     return None if text is None else parse_value_range(text)
 
 
-def _data_paths(loaded: LoadedBackbone, options: EvalOptions) -> tuple[Path, Path | None]:
+def _data_paths(loaded: LoadedBackbone, options: EvalOptions, remote: RemoteOptions) -> tuple[Path, Path | None]:
     """Training and validation images."""
     path = options.data or (None if loaded.folder is None else loaded.folder.option("data"))
     if path is None:
         where = "" if loaded.folder is None else f"{loaded.folder.config} names no data set: "
         raise InputError(f"{where}data is missing: give labelled images with --data PATH.")
-    train, val = split_paths(path)
+    train, val = split_paths(path, remote=remote)
     if options.data is None and loaded.folder is not None:
         val = loaded.folder.option("val") or val
     return train, options.val or val

@@ -28,6 +28,7 @@ def describe_bottleneck(
     images_per_second: float,
     idle: IdleFractions | None = None,
     cpu: CpuUse | None = None,
+    remote: bool = False,
 ) -> str:
     """Name the bottleneck and a remedy in a sentence.
 
@@ -40,6 +41,7 @@ def describe_bottleneck(
         idle: fractions of the training time in which the GPU had nothing queued, if measured.
         cpu: who used the cores in that time, if known. Others are the bottleneck of a step on the CPU; where the step
             waits for data or launches late they are named along with that.
+        remote: whether images come from a URL.
     """
     seconds = {"storage": stages.storage, "decode": stages.decode, "views": stages.views}
     slowest = max(seconds, key=seconds.__getitem__)
@@ -85,5 +87,10 @@ def describe_bottleneck(
         "views": "making views: "
         + ("give the process more CPU cores" if on_gpu else "train on a GPU, or make smaller views"),
     }
+    if remote:
+        remedies["storage"] = (
+            "the network, from which images come: give --remote.cache-size the size of the data, so that the next "
+            "epoch reads the local disk, add --order-chunk 16, raise --remote.connections, or copy the data here"
+        )
     part = f"{100 * seconds[slowest] / sum(seconds.values()):.0f} % of the work on a batch"
     return f"the bottleneck is {remedies[slowest]} ({part}; the step waited {wait}; {alone}{others})"

@@ -222,10 +222,12 @@ def open_experiment(
         train: object = given.images
         validation: object = options.val
         if options.data is not None:
-            train, validation = world.run_on_all(partial(data_paths, options.data, options.val, world))
+            train, validation = world.run_on_all(
+                partial(data_paths, options.data, options.val, world, remote=options.remote)
+            )
         validation = given.val if given.val is not None else validation
         stated = world.run_on_rank0(partial(stated_range, options))
-        source = open_run_images(train, console, world, stated=stated, limits=options.limits)
+        source = open_run_images(train, console, world, stated=stated, limits=options.limits, remote=options.remote)
         stack.callback(source.close)
         known = facts_of(source).value_range
         if known is not None:  # also of converted data; kept with the run
@@ -233,7 +235,14 @@ def open_experiment(
         val = None
         if validation is not None:
             val = open_run_images(
-                validation, console, world, stated=stated, default=known, limits=options.limits, field="val"
+                validation,
+                console,
+                world,
+                stated=stated,
+                default=known,
+                limits=options.limits,
+                remote=options.remote,
+                field="val",
             )
             stack.callback(val.close)
             check_same_range(source, val)

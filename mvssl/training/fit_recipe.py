@@ -16,8 +16,9 @@ from mvssl.config.recipe import Recipe
 from mvssl.ranks import process_local_rank, rank_count
 from mvssl.recipes import FITTED, Situation, all_recipes
 from pipelines.runtime import InputError
-from pipelines.storage import Source, open_source, split_paths
+from pipelines.storage import RemoteOptions, Source, open_source, split_paths
 from pipelines.storage.image_facts import facts_of
+from pipelines.storage.shards import ShardSource
 
 _MEASURED = 128  # images whose sizes are read
 
@@ -31,6 +32,7 @@ def fit_recipe(
     resumes: Path | None = None,
     default: bool = False,
     progress: Callable[[int], None] | None = None,
+    remote: RemoteOptions | None = None,
 ) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe that a run starts with, and lines for the log on what was chosen.
 
@@ -42,6 +44,7 @@ def fit_recipe(
         resumes: folder of the run that is resumed, if any, which keeps the recipe that it was started with.
         default: whether no recipe was named; a resumed run then has any recipe.
         progress: called with the number of images found so far while a folder is indexed.
+        remote: how data at a URL are read and cached; None for the defaults.
 
     Raises:
         InputError: the images or the device are not there.
@@ -62,7 +65,10 @@ def fit_recipe(
     from mvssl.config.device import resolve_device  # with torch
 
     where = resolve_device(device, local_rank=process_local_rank() if rank_count() > 1 else None)
-    source = open_source(split_paths(data)[0], progress=progress) if isinstance(data, Path) else data
+    if isinstance(data, Path):
+        source = open_source(split_paths(data, remote=remote)[0], progress=progress, remote=remote)
+    else:
+        source = data
     try:
         situation = Situation(
             images=len(source),
@@ -111,7 +117,10 @@ def short_side(source: Source) -> int:
     from pipelines.decode.sniff import sniff
 
     limits, sides = facts_of(source).limits, []
-    for index in np.unique(np.linspace(0, len(source) - 1, _MEASURED).astype(int)).tolist():
+    indices = np.unique(np.linspace(0, len(source) - 1, _MEASURED).astype(int))
+    if isinstance(source, ShardSource):  # their index says it
+        return int(np.median(source.sizes[indices].min(axis=1)))
+    for index in indices.tolist():
         with suppress(Exception):  # Pillow raises many types on broken files, which the decoder names
             data = source.read(index)
             header = sniff(data)

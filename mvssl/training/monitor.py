@@ -32,6 +32,7 @@ from mvssl.training.experiment import Experiment, Position
 from mvssl.training.metric_buffer import MetricBuffer
 from mvssl.training.pace import Pace, Speed
 from mvssl.training.step import StepOutput
+from pipelines.names import Url
 from pipelines.runtime import InputError
 from pipelines.views.spec import tasks
 
@@ -262,6 +263,7 @@ class Monitor:
                 images_per_second=images_per_second,
                 idle=self._idle_sampler.run_fractions(),
                 cpu=self._cores.total(),
+                remote=isinstance(experiment.options.data, Url),
             ),
             bad_images=dict(stats.bad),
         )

@@ -301,6 +301,9 @@ def _start_or_resume(experiment: Experiment, folder: RunFolder) -> _Start:
     plain = {  # absolute paths, so that they hold in any working directory
         name: str(value.resolve()) if isinstance(value, Path) else value for name, value in asdict(options).items()
     }
+    plain["remote"] = {
+        name: str(value) if isinstance(value, Path) else value for name, value in plain["remote"].items()
+    }
     if taken is not None:
         plain["initial_weights"] = taken  # for the report
     world.run_on_rank0(

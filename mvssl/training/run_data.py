@@ -13,7 +13,7 @@ from pipelines.decode import ImageLimits
 from pipelines.loading.deep_images import state_value_range
 from pipelines.progress import Progress
 from pipelines.runtime import InputError
-from pipelines.storage import open_source, split_paths
+from pipelines.storage import RemoteOptions, open_source, split_paths
 from pipelines.storage.folder import forget_changed_index
 from pipelines.storage.given import source_of
 from pipelines.storage.image_facts import facts_of
@@ -21,12 +21,14 @@ from pipelines.storage.source import Source
 from pipelines.value_range import FULL, ValueRange, parse_value_range
 
 
-def data_paths(data: Path, val: Path | None, world: World) -> tuple[Path, Path | None]:
+def data_paths(
+    data: Path, val: Path | None, world: World, *, remote: RemoteOptions | None = None
+) -> tuple[Path, Path | None]:
     """Paths of the training images and, if there are any, of the validation images."""
     failure: Exception | None = None
     train = data
     try:
-        train, found = split_paths(data)
+        train, found = split_paths(data, remote=remote)
         val = val or found
     except (InputError, OSError) as error:
         failure = error
@@ -81,6 +83,7 @@ def open_run_images(
     stated: ValueRange | None,
     default: ValueRange | None = None,
     limits: ImageLimits,
+    remote: RemoteOptions | None = None,
     field: str = "data",
 ) -> Source:
     """Open images; rank 0 indexes a folder first, the others then find its index in the cache.
@@ -96,7 +99,7 @@ def open_run_images(
         if path is None:
             source = source_of(data, field=field, progress=Progress(console, f"indexing {field}").update)
         else:
-            source = open_source(path, progress=Progress(console, f"indexing {path}").update)
+            source = open_source(path, progress=Progress(console, f"indexing {path}").update, remote=remote)
         state_value_range(source, stated, default=default, limits=limits)
         return source
 

@@ -12,27 +12,51 @@ from types import ModuleType
 from typing import cast
 
 from pipelines.files import given_path
+from pipelines.names import Url
 from pipelines.runtime import InputError
+from pipelines.storage.remote import open_remote
+from pipelines.storage.remote_files import RemoteOptions
 from pipelines.storage.source import Source
 from pipelines.storage.splits import align_labels
 from pipelines.storage.splits import split_paths as _split_folder
 
-__all__ = ["Source", "align_labels", "check_outside", "open_source", "split_paths"]
+__all__ = ["RemoteOptions", "Source", "align_labels", "check_outside", "open_source", "split_paths"]
 
 
+<<<<<<< HEAD
 def open_source(path: str | os.PathLike[str], *, progress: Callable[[int], None] | None = None) -> Source:
     """Open the data at `path`: a folder of images, a text list of image files, converted data, or tars, zips, Parquet
     or Arrow files in place.
+=======
+def open_source(
+    path: str | os.PathLike[str],
+    *,
+    progress: Callable[[int], None] | None = None,
+    remote: RemoteOptions | None = None,
+) -> Source:
+    """Open the data at `path`: a folder of images, a text list of image files, or converted data.
+>>>>>>> 61d1f9c (Converted data at s3://, gs://, hf:// and http(s)://, with retries, checksums and a cache that ranks of a host share)
 
     Args:
         path: the data; a pattern such as ``train-{0000..0009}.tar`` for some files; ``PATH#NAME`` for a split.
         progress: called with the number of images found so far while a folder or list is indexed.
+        remote: how converted data at a URL are read and cached; None for the defaults.
 
     Raises:
         InputError: the path does not exist, holds no images, or is damaged or unfinished converted data.
         OSError: the path cannot be read.
     """
     where = given_path(path, "path").expanduser()
+<<<<<<< HEAD
+=======
+    if isinstance(where, Url):
+        return open_remote(where, remote or RemoteOptions())
+    if not where.exists():
+        raise InputError(
+            f"{where} does not exist: give a folder of images, a text list of image files, or data converted with "
+            "mvssl-convert."
+        )
+>>>>>>> 61d1f9c (Converted data at s3://, gs://, hf:// and http(s)://, with retries, checksums and a cache that ranks of a host share)
     for storage in _storages():
         if storage.can_open(where):
             return cast(Source, storage.open_path(where, progress=progress))

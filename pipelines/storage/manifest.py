@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.arrays import read_header
-from pipelines.files import read_json
+from pipelines.files import parse_json, read_json
 from pipelines.runtime import InputError
 from pipelines.storage.beton_format import BETON, is_our_beton
 from pipelines.value_range import ValueRange, parse_value_range
@@ -80,15 +80,15 @@ class Manifest:
     value_range: ValueRange | None = None  # of images with more than 8 bits
 
     @classmethod
-    def load(cls, folder: Path, *, formats: Collection[str] = (FORMAT,)) -> Manifest:
-        """Read manifest.json, which must have one of these formats.
+    def load(cls, folder: Path, *, formats: Collection[str] = (FORMAT,), text: bytes | None = None) -> Manifest:
+        """Read manifest.json, which must have one of these formats; or its content `text`, if that is at hand.
 
         Raises:
             InputError: it is missing (unfinished conversion), damaged, or of another format version.
         """
         path = folder / MANIFEST
         try:
-            content = read_json(path)
+            content = read_json(path) if text is None else parse_json(text, numbers=True)
             if content["format"] not in formats:
                 wanted = " or ".join(repr(name) for name in formats)
                 raise InputError(f"{path} is of the format {content['format']!r}, not {wanted}: check the path.")

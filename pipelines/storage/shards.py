@@ -56,32 +56,25 @@ class ShardSource:
     def __init__(self, folder: Path) -> None:
         """Open converted data; raises InputError if it is unfinished, damaged, or of another version."""
         self.location = folder
-        self.manifest = Manifest.load(folder)
+        self.manifest = self._load_manifest()
         self.classes = tuple(map(utf8, self.manifest.classes))
         self.fingerprint = self.manifest.fingerprint
         rows = self._load_checked(INDEX)  # [len]
         if rows.dtype != INDEX_DTYPE or rows.shape != (self.manifest.count,):
-            raise _damaged(folder / INDEX, f"has {rows.dtype} {rows.shape} for {self.manifest.count} images")
+            raise damaged(folder / INDEX, f"has {rows.dtype} {rows.shape} for {self.manifest.count} images")
         _check_rows(folder / INDEX, rows, self.manifest)
         self._keys = KeyTable(blob=self._load_checked(KEYS), ends=rows["key_end"])
         try:
             self._keys.check()
         except ValueError as error:
-            raise _damaged(folder / KEYS, f"does not fit the index ({error})") from error
+            raise damaged(folder / KEYS, f"does not fit the index ({error})") from error
         self.facts = ImageFacts.of(
             self.manifest.count,
             damage=self.manifest.damage,
             checksums=self._checksums(),
             value_range=self.manifest.value_range,
         )
-        limit = max_open_files()
-        if limit is not None and len(self.manifest.shards) > limit:
-            raise InputError(
-                f"{folder} has {len(self.manifest.shards)} shards but this process may keep only {limit} of them open: "
-                "raise the hard limit on open files (ulimit -Hn), or convert again with a larger --shard-size."
-            )
-        for shard in self.manifest.shards:
-            _open_checked(folder / shard.name, shard)
+        self._check_shards()
         self._shard = rows["shard"]
         self._offset = rows["offset"]
         self._files: list[RandomAccessFile | None] = [None] * len(self.manifest.shards)
@@ -105,7 +98,7 @@ class ShardSource:
         data = file.read(offset=int(self._offset[index]), size=int(self.nbytes[index]))
         if data is None:
             shard = self.manifest.shards[number]
-            raise _damaged(self.location / shard.name, f"was cut short to {file.nbytes} of {shard.bytes} bytes")
+            raise damaged(self.location / shard.name, f"was cut short to {file.nbytes} of {shard.bytes} bytes")
         return data
 
     def read_batch(self, indices: Sequence[int]) -> list[npt.NDArray[np.uint8] | None]:
@@ -146,7 +139,24 @@ class ShardSource:
                     if progress is not None:
                         progress(done)
             if digest.hexdigest() != shard.sha256:
-                raise _damaged(self.location / shard.name, "does not have the checksum in the manifest")
+                raise damaged(self.location / shard.name, "does not have the checksum in the manifest")
+
+    def _load_manifest(self) -> Manifest:
+        return Manifest.load(self.location)
+
+    def _check_shards(self) -> None:
+        limit, shards = max_open_files(), self.manifest.shards
+        if limit is not None and len(shards) > limit:
+            raise InputError(
+                f"{self.location} has {len(shards)} shards but this process may keep only {limit} of them open: "
+                "raise the hard limit on open files (ulimit -Hn), or convert again with a larger --shard-size."
+            )
+        for shard in shards:
+            _open_checked(self.location / shard.name, shard)
+
+    def _content(self, name: str) -> bytes:
+        """The content of one of the index files."""
+        return read_regular(self.location / name, most=_LARGEST_INDEX)  # not mapped, see `batch_read`
 
     def _checksums(self) -> npt.NDArray[np.uint32] | None:
         """CRC-32 of each image, uint32 [len]; None in data converted by an earlier version."""
@@ -154,7 +164,7 @@ class ShardSource:
             return None
         sums = self._load_checked(CHECKSUMS)
         if sums.dtype != np.uint32 or sums.shape != (self.manifest.count,):
-            raise _damaged(self.location / CHECKSUMS, f"has {sums.dtype} {sums.shape}")
+            raise damaged(self.location / CHECKSUMS, f"has {sums.dtype} {sums.shape}")
         return sums
 
     def _file(self, number: int) -> RandomAccessFile:
@@ -170,14 +180,14 @@ class ShardSource:
     def _load_checked(self, name: str) -> npt.NDArray[Any]:
         path = self.location / name
         try:
-            content = read_regular(path, most=_LARGEST_INDEX)  # not mapped, see `batch_read`
+            content = self._content(name)
             array = parse_npy(content)
         except FileNotFoundError:
-            raise _damaged(path, "is missing") from None
+            raise damaged(path, "is missing") from None
         except ValueError as error:
-            raise _damaged(path, f"cannot be read as an array ({error})") from None
+            raise damaged(path, f"cannot be read as an array ({error})") from None
         if hashlib.sha256(content).hexdigest() != self.manifest.sha256.get(name):
-            raise _damaged(path, f"does not have the checksum in {MANIFEST}")
+            raise damaged(path, f"does not have the checksum in {MANIFEST}")
         return array
 
 
@@ -196,7 +206,7 @@ def _check_rows(path: Path, rows: npt.NDArray[np.void], manifest: Manifest) -> N
     for name, good in allowed.items():
         if not good.all():
             entry = int(np.flatnonzero(~good)[0])
-            raise _damaged(path, f"has the {name} {rows[name][entry]} in entry {entry}")
+            raise damaged(path, f"has the {name} {rows[name][entry]} in entry {entry}")
 
 
 def _open_checked(path: Path, shard: Shard) -> RandomAccessFile:
@@ -204,14 +214,15 @@ def _open_checked(path: Path, shard: Shard) -> RandomAccessFile:
     try:
         file = RandomAccessFile(path)
     except FileNotFoundError:
-        raise _damaged(path, "is missing") from None
+        raise damaged(path, "is missing") from None
     if file.nbytes != shard.bytes:
-        raise _damaged(path, f"has {file.nbytes} bytes but must have {shard.bytes}")
+        raise damaged(path, f"has {file.nbytes} bytes but must have {shard.bytes}")
     head = file.read(offset=0, size=min(HEAD_BYTES, shard.bytes))
     if head is None or hashlib.sha256(head.data).hexdigest() != shard.head:
-        raise _damaged(path, "has other contents than the manifest says (swapped with another shard?)")
+        raise damaged(path, "has other contents than the manifest says (swapped with another shard?)")
     return file
 
 
-def _damaged(path: Path, problem: str) -> InputError:
+def damaged(path: Path, problem: str) -> InputError:
+    """The error of a damaged file of converted data."""
     return InputError(f"{path} {problem}: restore it from where it was copied, or convert again with --overwrite.")
