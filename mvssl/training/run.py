@@ -298,7 +298,7 @@ def _start_or_resume(experiment: Experiment, folder: RunFolder) -> _Start:
         world.run_on_rank0(lambda: experiment.check_images(folder, None))
         begun = replace(experiment.computed, recipe=world.run_on_rank0(folder.recipe))
         return _resume(experiment, folder, Position(before=begun), notes=notes)
-    plain = {  # absolute paths, so that they hold in any working directory
+    plain: dict[str, Any] = {  # absolute paths, so that they hold in any working directory
         name: str(value.resolve()) if isinstance(value, Path) else value for name, value in asdict(options).items()
     }
     plain["remote"] = {

@@ -14,7 +14,7 @@ from typing import cast
 from pipelines.files import given_path
 from pipelines.names import Url
 from pipelines.runtime import InputError
-from pipelines.storage.remote import open_remote
+from pipelines.storage.remote import open_remote, remote_splits
 from pipelines.storage.remote_files import RemoteOptions
 from pipelines.storage.source import Source
 from pipelines.storage.splits import align_labels
@@ -23,19 +23,14 @@ from pipelines.storage.splits import split_paths as _split_folder
 __all__ = ["RemoteOptions", "Source", "align_labels", "check_outside", "open_source", "split_paths"]
 
 
-<<<<<<< HEAD
-def open_source(path: str | os.PathLike[str], *, progress: Callable[[int], None] | None = None) -> Source:
-    """Open the data at `path`: a folder of images, a text list of image files, converted data, or tars, zips, Parquet
-    or Arrow files in place.
-=======
 def open_source(
     path: str | os.PathLike[str],
     *,
     progress: Callable[[int], None] | None = None,
     remote: RemoteOptions | None = None,
 ) -> Source:
-    """Open the data at `path`: a folder of images, a text list of image files, or converted data.
->>>>>>> 61d1f9c (Converted data at s3://, gs://, hf:// and http(s)://, with retries, checksums and a cache that ranks of a host share)
+    """Open the data at `path`: a folder of images, a text list of image files, converted data (also at a URL), or tars,
+    zips, Parquet or Arrow files in place.
 
     Args:
         path: the data; a pattern such as ``train-{0000..0009}.tar`` for some files; ``PATH#NAME`` for a split.
@@ -47,16 +42,8 @@ def open_source(
         OSError: the path cannot be read.
     """
     where = given_path(path, "path").expanduser()
-<<<<<<< HEAD
-=======
     if isinstance(where, Url):
         return open_remote(where, remote or RemoteOptions())
-    if not where.exists():
-        raise InputError(
-            f"{where} does not exist: give a folder of images, a text list of image files, or data converted with "
-            "mvssl-convert."
-        )
->>>>>>> 61d1f9c (Converted data at s3://, gs://, hf:// and http(s)://, with retries, checksums and a cache that ranks of a host share)
     for storage in _storages():
         if storage.can_open(where):
             return cast(Source, storage.open_path(where, progress=progress))
@@ -68,15 +55,18 @@ def open_source(
     raise InputError(f"{where} is neither a folder nor a file: give a folder of images, a list, or converted data.")
 
 
-def split_paths(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
+def split_paths(path: str | os.PathLike[str], *, remote: RemoteOptions | None = None) -> tuple[Path, Path | None]:
     """Paths (train, val) of the splits of a data set; (PATH, None) if it has one. See `splits.split_paths`.
 
-    Of tars, zips, Parquet and Arrow files they are ``PATH#train`` and ``PATH#val``, which `open_source` opens.
+    Of tars, zips, Parquet and Arrow files they are ``PATH#train`` and ``PATH#val``, which `open_source` opens. At a URL
+    they are converted data in ``train`` and ``val``; `remote` says how they are asked for.
 
     Raises:
         InputError: there are splits, but not one train and at most one val.
     """
     where = given_path(path, "data").expanduser()
+    if isinstance(where, Url):
+        return remote_splits(where, remote or RemoteOptions())
     for storage in _storages():
         if hasattr(storage, "split_paths"):
             found: tuple[Path, Path | None] | None = storage.split_paths(where)

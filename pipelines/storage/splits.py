@@ -15,13 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.files import given_path
-from pipelines.names import Url
 from pipelines.runtime import InputError
 from pipelines.storage.beton_format import is_beton_name
 from pipelines.storage.file_index import is_data_folder, is_image_file
 from pipelines.storage.manifest import MANIFEST, format_of
-from pipelines.storage.remote import remote_splits
-from pipelines.storage.remote_files import RemoteOptions
 from pipelines.storage.source import Source
 
 Role = Literal["train", "val", "test", "more"]
@@ -51,21 +48,18 @@ _ENTRIES = 4096  # of a folder, until it counts as one without subfolders
 _NAMED = 6  # folders named in an error
 
 
-def split_paths(path: str | os.PathLike[str], *, remote: RemoteOptions | None = None) -> tuple[Path, Path | None]:
+def split_paths(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
     """Paths (train, val) of the splits of a data set; (PATH, None) if its first folders are no splits but classes.
 
     Splits are folders (or .beton files) of the usual names: ``train``, ``val``, ``validation``, ``dev``, ``test``, ...
     in any case and with suffixes (``val2017``, ``train_images``, ``imagenet-val``). ``train`` alone is a split unless
-    other folders with images are next to it (COCO has a class "train"). ``test`` is never used. At a URL they are
-    converted data in ``train`` and ``val``; `remote` says how they are asked for.
+    other folders with images are next to it (COCO has a class "train"). ``test`` is never used.
 
     Raises:
         InputError: folders look like splits but not like one train and at most one val; or they look like splits or
             parts because they have the same subfolders.
     """
     root = given_path(path, "data")
-    if isinstance(root, Url):
-        return remote_splits(root, remote or RemoteOptions())
     if not root.is_dir() or format_of(root) is not None:
         return root, None
     with os.scandir(root) as entries:

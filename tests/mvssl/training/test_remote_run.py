@@ -15,6 +15,7 @@ from mvssl.config.evaluation import EvalOptions
 from mvssl.config.recipe import Recipe
 from mvssl.monitor.bottleneck import describe_bottleneck
 from pipelines.loader import StageSeconds
+from pipelines.names import located
 from pipelines.runtime import InputError
 from tests.samples.remote_server import RemoteFolder
 from tests.samples.tiny_runs import crash_at, metrics, train
@@ -42,10 +43,10 @@ def test_a_run_over_http_that_loses_its_server_resumes_with_the_same_numbers(
 
         server.faults.status = dies
         with pytest.raises(InputError, match=r"3 attempts .* status 503.*--resume"):
-            train(tiny_recipe, server.url, out, remote=remote)
+            train(tiny_recipe, located(server.url), out, remote=remote)
         assert 0 < len(metrics(out)) < len(metrics(finished))
         server.faults.status = lambda path, number: 500 if path.endswith(".tar") and not number % 3 else 0
-        train(tiny_recipe, server.url, out, remote=remote, resume=True)
+        train(tiny_recipe, located(server.url), out, remote=remote, resume=True)
     assert metrics(out) == metrics(finished)
     assert json.loads((out / "config.json").read_text())["options"]["data"] == server.url
 
@@ -80,8 +81,8 @@ def test_a_run_from_s3_that_crashes_and_resumes_has_the_same_numbers(
     remote: dict[str, Any] = {"cache": str(tmp_path / "cache"), "block": "64KiB"}
     out = tmp_path / "run"
     with crash_at(6):
-        train(tiny_recipe, bucket, out, remote=remote)
-    train(tiny_recipe, bucket, out, remote=remote, resume=True)
+        train(tiny_recipe, located(bucket), out, remote=remote)
+    train(tiny_recipe, located(bucket), out, remote=remote, resume=True)
     assert metrics(out) == metrics(finished)
     assert f"{bucket}/train" in (out / "train.log").read_text()
     assert list((tmp_path / "cache").rglob("*-*"))
