@@ -71,9 +71,11 @@ class Order:
         if self.batch_size < 1:
             raise invalid("batch_size", self.batch_size, "at least 1", "give the images per step over all ranks")
         if self.batch_size > self.num_images:
+            one = self.num_images == 1
+            remedy = "give" if one else f"lower batch_size to at most {self.num_images} or give"
             raise InputError(
-                f"batch_size is {self.batch_size} but the data set has only {self.num_images} images: lower batch_size "
-                f"to at most {self.num_images} or give more images.",
+                f"batch_size is {self.batch_size} but the data set has only {self.num_images} image{'s' * (not one)}: "
+                f"{remedy} more images.",
                 field="batch_size",
             )
         if not 0 <= self.seed < 2**64:

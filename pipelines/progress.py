@@ -94,6 +94,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def counted(count: int, what: str, many: str = "") -> str:
+    """ "1 Parquet file", "3 Parquet files"."""
+    return f"{count:,} {what if count == 1 else many or f'{what}s'}"
+
+
 def rate(per_second: float) -> str:
     """A number per second: with a decimal below 100, and two digits below 1, so that slow work is not shown as 0."""
     if per_second >= 100:

@@ -56,7 +56,8 @@ class TrainArguments:
         recipe: what determines the numbers.
         options: data, output, logging and saving.
         print_config: print the resolved recipe as JSON and stop.
-        dry_run: build everything, run a few steps, report memory, images/s, launches and the bottleneck; write nothing.
+        dry_run: build everything, run a few steps, report memory, images/s and the time of the whole run, on a GPU
+            launches and the bottleneck too; write nothing.
         profile: measure this many steps without training: a table of times, and a trace in the folder --out.
         view_preset: adapt the recipe's views to other pictures than photographs: microscopy, aerial, astronomy,
             radiology or documents; --views.N options still override it.

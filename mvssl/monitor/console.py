@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 from rich.text import Text
 
 from pipelines.names import NAME, cell, say, visible
@@ -72,31 +71,50 @@ class Status:
             f"lr {self.learning_rate:.3g}  tau {self.tau:.5f}  memory {self.memory_gib:.2f} GiB"
         )
 
-    def panel(self) -> Table:
-        """Everything but epoch and step in two rows, with colours."""
-        wait = 100 * self.data_wait
-        table = Table.grid(padding=(0, 3))
-        losses = Text("loss" if self.losses else "")
+    def panel(self) -> Group:
+        """Everything but the step in three rows, with colours; rows break between values, never within one."""
+        wait, losses = 100 * self.data_wait, [Text("loss")] if self.losses else []
         for task, loss in self.losses.items():
-            losses.append("  ").append_text(cell(task, NAME, style="cyan")).append(f" {loss:.4f}")
+            losses.append(Text.assemble(cell(task, NAME, style="cyan"), f" {loss:.4f}"))
+        epoch = Text(f"epoch {self.epoch}/{self.epochs}")
         if self.first_seconds is not None:
-            table.add_row(losses, self._first())
-            return table
-        table.add_row(losses, f"lr {self.learning_rate:.3g}   tau {self.tau:.5f}")
-        table.add_row(
-            f"[bold]{rate(self.images_per_second)}[/] images/s   "
-            f"{rate(self.images_per_second * self.views_per_image)} views/s",
-            f"data-wait [{'green' if wait <= 1 else 'yellow'}]{wait:.1f} %[/]{self._idle()}   "
-            f"memory {self.memory_gib:.2f} GiB   ETA {duration(self.seconds_left)}",
-        )
-        return table
+            return Group(_Row([epoch, Text(self._first())]), _Row(losses))
+        speed = [
+            Text.assemble((rate(self.images_per_second), "bold"), " images/s"),
+            Text(f"{rate(self.images_per_second * self.views_per_image)} views/s"),
+            Text.assemble("data-wait ", (f"{wait:.1f} %", "green" if wait <= 1 else "yellow")),
+            *map(Text, filter(None, (self._gpu_idle(), self.cores))),
+        ]
+        rates = [Text(f"lr {self.learning_rate:.3g}"), Text(f"tau {self.tau:.5f}")]
+        left = [Text(f"ETA {duration(self.seconds_left)}"), Text(f"memory {self.memory_gib:.2f} GiB")]
+        return Group(_Row([epoch, *left]), _Row([*losses, *rates]), _Row(speed))
 
     def _first(self) -> str:
         return f"the first step took {self.first_seconds or 0.0:.1f} s, start-up included"
 
+    def _gpu_idle(self) -> str:
+        return "" if self.device_idle is None else f"gpu-idle {100 * self.device_idle:.1f} %"
+
     def _idle(self) -> str:
-        idle = "" if self.device_idle is None else f"  gpu-idle {100 * self.device_idle:.1f} %"
-        return f"{idle}  {self.cores}" if self.cores else idle
+        return "".join(f"  {words}" for words in (self._gpu_idle(), self.cores) if words)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Values side by side, on more lines where the terminal is too narrow."""
+
+    values: list[Text]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width - 2  # an echoed ^C must not wrap the line, which would leave the panel's copy behind
+        line = Text()
+        for value in self.values:
+            if line and line.cell_len + 2 + value.cell_len > width:
+                yield line
+                line = Text()
+            line.append("  " if line else "").append_text(value)
+        if line:
+            yield line
 
 
 class TrainingProgress:
@@ -151,8 +169,7 @@ class TrainingProgress:
             return
         self._losses = status.losses or self._losses
         self.move(status.step)
-        epoch = Text(f"epoch {status.epoch}/{status.epochs}")
-        self._panel.update(Group(self._bar, epoch, replace(status, losses=self._losses).panel()))
+        self._panel.update(Group(self._bar, replace(status, losses=self._losses).panel()))
 
     def close(self) -> None:
         """End the live display; its last state stays on the terminal."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from mvssl.config.recipe import Backbone, Evaluation, Head, Optimizer, Recipe
 from mvssl.recipes import Fitted, Situation, fitted_by
 from mvssl.recipes.byol import byol_resnet50_200ep
+from pipelines.progress import counted
 from pipelines.views.presets import paper_views
 
 FEW = 1_000
@@ -182,7 +183,7 @@ def _notes(situation: Situation, recipe: Recipe, default: str, *, why_size: str,
         return changed if situation.is_given(field) else why
 
     where = "GPU" if on_gpu else _cores(situation.cores)
-    passes, images = recipe.epochs * situation.images, f"{situation.images:,} image{'s' * (situation.images != 1)}"
+    passes, images = recipe.epochs * situation.images, counted(situation.images, "image")
     pretrained = situation.text("backbone.pretrained")
     weights = f"from the weights {pretrained}" if pretrained else "from random weights"
     sizes = f"{recipe.views[0].size} and {recipe.views[2].size} pixels"
@@ -191,7 +192,8 @@ def _notes(situation: Situation, recipe: Recipe, default: str, *, why_size: str,
         f"{'a ' * on_gpu}{where}; options override each choice:",
         f"  backbone {name} ({because('backbone.name', reasons.get(default, ''))}), {weights}",
         f"  views of {sizes} ({because('views', why_size)})",
-        f"  {recipe.epochs} epochs, {passes:,} image passes ({because('epochs', 'the fewer images, the more epochs')})",
+        f"  {counted(recipe.epochs, 'epoch')}, {passes:,} image passes "
+        f"({because('epochs', 'the fewer images, the more epochs')})",
         f"  batch {recipe.batch_size} ({because('batch_size', why_batch)})",
         f"  {optimizer.kind}, learning rate {recipe.learning_rate:.3g} for this batch, warm-up of "
         f"{optimizer.warmup_epochs:g} epochs, EMA momentum {recipe.target_decay:g} "

@@ -30,7 +30,7 @@ from mvssl.weights.init_from import init_from
 from mvssl.weights.pretrained import resolve_pretrained
 from pipelines.batch import ViewBatch
 from pipelines.names import say, visible
-from pipelines.progress import rate
+from pipelines.progress import duration, rate
 from pipelines.runtime import InputError
 
 FIRST = 2  # steps on batches of their own: the first one compiles, the second one shows that the loader continues
@@ -79,6 +79,7 @@ def dry_run(recipe: Recipe, options: RunOptions, console: Console) -> None:
             "views/s (the step alone, without loading)",
             *gpu,
             f"  batch           {recipe.batch_size}, {recipe.batch_size // ranks} a process ({ranks})",
+            f"  whole run       about {duration(seconds * experiment.total_steps)} at this speed",
             f"  memory          {peak_memory_gib(experiment.device):.2f} GiB at peak",
             "nothing was written",
         )

@@ -47,7 +47,7 @@ from mvssl.training.shutdown import Interrupted, StopRequest
 from mvssl.weights.init_from import init_from
 from mvssl.weights.pretrained import resolve_pretrained
 from pipelines.names import NAME, visible
-from pipelines.progress import rate
+from pipelines.progress import counted, rate
 from pipelines.runtime import InputError, steady
 from pipelines.storage import Source, check_outside, split_paths
 from pipelines.views.spec import sizes_by_task
@@ -331,7 +331,7 @@ def _announce(experiment: Experiment, folder: RunFolder, start: _Start) -> None:
     recipe, order, ranks = experiment.recipe, experiment.order, experiment.world.size
     per_rank = f" ({recipe.batch_size // ranks} on each of {ranks} processes)" if ranks > 1 else ""
     logger.info(
-        "%s %s: %s, %s in %s, %d views an image (%s pixels), batch %d%s, %d epochs of %d steps (%d), on %s with %s",
+        "%s %s: %s, %s in %s, %d views an image (%s pixels), batch %d%s, %s of %s (%s), on %s with %s",
         "Resuming" if step else "Training",
         recipe.name,
         recipe.backbone.name,
@@ -341,9 +341,9 @@ def _announce(experiment: Experiment, folder: RunFolder, start: _Start) -> None:
         ", ".join(f"{visible(task or 'target', NAME)} {size}" for task, size in sizes_by_task(recipe.views).items()),
         recipe.batch_size,
         per_rank,
-        recipe.epochs,
-        order.steps_per_epoch,
-        experiment.total_steps,
+        counted(recipe.epochs, "epoch"),
+        counted(order.steps_per_epoch, "step"),
+        f"{experiment.total_steps:,}",
         experiment.device,
         experiment.loader.decoder_name,
     )

@@ -107,9 +107,10 @@ def _timm_folder(loaded: LoadedBackbone, card: CardFields) -> tuple[dict[str, by
 
 def _timm(loaded: LoadedBackbone, _: CardFields) -> tuple[bytes, str]:
     if own_normalisation(loaded.backbone)[0] is not loaded.backbone:
+        tagged = "" if loaded.recipe is not None else ", or name the architecture without a tag (--arch)"
         raise InputError(
             "These weights expect another normalisation than ImageNet's, which a file for timm cannot state: write a "
-            "folder (--format timm-folder), or name the architecture without a tag (--arch)."
+            f"folder (--out FOLDER --format timm-folder){tagged}."
         )
     content = backbone_bytes(loaded.backbone, loaded.architecture)
     heads = head_count(loaded.backbone, loaded.architecture)

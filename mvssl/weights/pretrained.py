@@ -129,9 +129,13 @@ def _check_same_features(
 
 def named_architecture(text: str) -> str | None:
     """The architecture that `Backbone.pretrained` names beside its weights; None for a tag alone."""
-    if text.startswith(_HUB_PREFIXES):  # timm's own repositories are named so; others must be asked
+    if text.startswith(_HUB_PREFIXES):  # timm's own repositories are named so; config.json of others says it
         name = text.rpartition("/")[2].partition(".")[0]
-        return name if timm.is_model(name) else None
+        if timm.is_model(name):
+            return name
+        with suppress(Exception):  # of several HTTP libraries; the run itself reports it
+            return str(load_model_config_from_hf(text.partition(":")[2])[1]).partition(".")[0]
+        return None
     if text.startswith(_FOLDER) or Path(text).is_dir():
         path = Path(text.removeprefix(_FOLDER)).expanduser()
         with suppress(InputError):  # the run itself reports it
@@ -294,6 +298,12 @@ def _explained_missing(config: Backbone, file: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of requests, httpx, urllib, huggingface_hub, safetensors: no common base
+        if "state_dict" in str(error) or "safetensors" in type(error).__module__ + type(error).__name__.lower():
+            raise InputError(  # it is there
+                f"Backbone.pretrained is {shown(config.pretrained)} but {file} cannot be loaded ({_reason(error)}): "
+                f"delete it from the cache ({constants.HF_HUB_CACHE}), so that it is fetched again, or name others.",
+                field="Backbone.pretrained",
+            ) from error
         raise InputError(
             f"Backbone.pretrained is {shown(config.pretrained)} but {file} is not in the cache "
             f"({constants.HF_HUB_CACHE}) and cannot be fetched ({_reason(error)}): where there is a network, download "

@@ -139,6 +139,8 @@ def test_ranks_share_the_same_global_batches(world_size: int) -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(InputError, match="batch_size is 11 but the data set has only 10 images"):
         Order(num_images=10, batch_size=11, seed=0)
+    with pytest.raises(InputError, match="batch_size is 2 but the data set has only 1 image: give more images"):
+        Order(num_images=1, batch_size=2, seed=0)  # a smaller batch is refused too: BatchNorm needs two images
     for field, values in (("num_images", {"num_images": 0}), ("batch_size", {"batch_size": 0}), ("seed", {"seed": -1})):
         with pytest.raises(InputError, match=field):
             Order(**{"num_images": 10, "batch_size": 2, "seed": 0, **values})

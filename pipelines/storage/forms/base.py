@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipelines.decode.limits import beyond_bytes
 from pipelines.names import utf8
+from pipelines.progress import counted as counted  # for the forms
 from pipelines.runtime import InputError
 from pipelines.storage.image_facts import ImageFacts
 from pipelines.storage.source import KeyTable, Source, fingerprint
@@ -297,8 +298,3 @@ def _tell_missing(values: npt.NDArray[np.int64], where: object) -> None:
 def unlabelled(count: int) -> Labels:
     """No labels."""
     return Labels(values=np.full(count, -1, dtype=np.int64))
-
-
-def counted(count: int, what: str, many: str = "") -> str:
-    """ "1 Parquet file", "3 Parquet files"."""
-    return f"{count:,} {what if count == 1 else many or f'{what}s'}"

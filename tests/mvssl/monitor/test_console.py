@@ -59,6 +59,19 @@ def test_live_panel_shows_the_same() -> None:
         assert words in text.getvalue()
 
 
+def test_a_narrow_panel_breaks_between_values() -> None:
+    """Of 80 columns two stay free for the ^C that the terminal echoes; beside busy processes three rows do."""
+    wide = replace(STATUS, losses={"global": 1.2, "local": 1.3, "cutout": 1.4}, cores="others use 1.3 of 2 cores")
+    for width, most in ((80, 3), (60, 5), (40, 7)):
+        text = io.StringIO()
+        Console(file=text, force_terminal=True, width=width, color_system=None).print(wide.panel())
+        rows = text.getvalue().splitlines()
+        assert len(rows) <= most
+        assert all(len(row.rstrip()) <= width - 2 for row in rows)
+        for words in ("cutout 1.4000", "lr 0.4", "data-wait 1.2 %", "others use 1.3 of 2 cores", "1:02:05"):
+            assert any(words in row for row in rows), (words, rows)
+
+
 def test_the_line_shows_the_idle_fraction_of_a_gpu() -> None:
     assert "gpu-idle" not in STATUS.line()
     assert "data-wait 1.2 %  gpu-idle 3.4 %  |" in replace(STATUS, device_idle=0.034).line()

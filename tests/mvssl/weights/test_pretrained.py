@@ -113,6 +113,34 @@ def test_both_networks_start_from_the_cached_weights_with_their_normalisation(
     assert build_networks(recipe)[0].backbone.state_dict().keys() == timms(NAME, classes=0).state_dict().keys()
 
 
+def test_a_hub_repository_of_any_name_says_its_architecture(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = offline_cache(tmp_path / "hub", folder, monkeypatch, with_weights=True)
+    (cache / f"models--timm--{NAME}").rename(cache / "models--me--mine")
+    assert named_architecture("hf-hub:me/mine") == "test_vit"
+    assert named_architecture("hf-hub:me/none") is None  # no network: the run reports it
+
+
+def test_a_damaged_file_in_the_cache_is_not_called_missing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut short, and of another network; neither is a matter of the network."""
+    snapshot = (
+        offline_cache(tmp_path / "hub", folder, monkeypatch, with_weights=True)
+        / f"models--timm--{NAME}/snapshots/{COMMIT}"
+    )
+    config, weights = Backbone(name="test_vit", pretrained=NAME), snapshot / "model.safetensors"
+    whole = weights.read_bytes()
+    for number in range(2):
+        if number:
+            save_file({"other": torch.zeros(3)}, weights)
+        else:
+            weights.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(InputError, match=r"model.safetensors of timm/.* cannot be loaded .*: delete it from the"):
+            load_pretrained(build_backbone(config), config)
+
+
 def test_true_in_python_and_files_is_the_default_tag() -> None:
     assert Backbone(name="test_vit", pretrained=True) == Backbone(name="test_vit", pretrained="true")
     assert Backbone(pretrained=False).pretrained is Backbone(pretrained="none").pretrained is None
