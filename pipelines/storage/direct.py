@@ -148,7 +148,7 @@ def _asked(path: Path) -> _Asked | None:
     base, split = _parted(path)
     if base.is_dir() and (_holds_images(base) or is_converted(base)):
         return None
-    if is_beton_name(base) or base == Path():
+    if is_beton_name(base):
         return None
     look = look_at(base)
     form = None if look is None or not look.files else find_form(look)

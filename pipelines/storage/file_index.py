@@ -30,7 +30,8 @@ _OTHERS = {  # what to do with files of other endings
     "cr2 cr3 nef arw dng raf orf rw2 pef srw raw": "develop them to JPEG or TIFF",
     "dcm nii mha nrrd svs ndpi czi": "export them as PNG (8 or 16 bits)",
     "mp4 mov avi mkv webm mpg mpeg m4v wmv": "extract their frames, as ffmpeg -i VIDEO FOLDER/%06d.jpg does",
-    "tar tgz gz zip bz2 xz": "unpack them, or convert them as they are with mvssl-convert",
+    "tar zip": "give them with a pattern, such as 'FOLDER/*.tar'",
+    "tgz gz bz2 xz": "unpack them, or convert them as they are with mvssl-convert",
     "7z rar zst": "unpack them",
     "parquet arrow tfrecord mdb lmdb h5 hdf5": (
         "write their images to files, or convert them as they are with mvssl-convert"

@@ -23,7 +23,7 @@ from pipelines.arrays import read_arrays
 from pipelines.decode.limits import beyond_bytes
 from pipelines.files import cache_folder, cache_folders, parse_json, publish, writable_cache
 from pipelines.names import utf8
-from pipelines.runtime import describe_os_error
+from pipelines.runtime import InputError, describe_os_error
 from pipelines.storage.batch_read import RandomAccessFile, advise_files, max_read_ahead, read_files
 from pipelines.storage.file_index import IMAGE_EXTENSIONS, FileIndex, describe_ignored, no_images, scan_folder
 from pipelines.storage.image_facts import ImageFacts
@@ -32,6 +32,7 @@ from pipelines.storage.text_list import read_list
 
 FALLBACK = True  # the other storages are folders or files too
 _log = logging.getLogger("mvssl.data")
+_READ_IN_PLACE = (".tar", ".zip", ".parquet", ".arrow")
 
 
 def can_open(path: Path) -> bool:
@@ -54,6 +55,12 @@ def open_path(path: Path, *, progress: Callable[[int], None] | None = None, use_
             save_index(path, index)
     if len(index.keys) == 0:
         raise no_images(index, path)
+    packed = {ending: count for ending, count in index.ignored.items() if ending in _READ_IN_PLACE}
+    if sum(packed.values()) >= len(index.keys):
+        raise InputError(
+            f"{path} holds {describe_ignored(packed)} and {len(index.keys):,} images besides but must hold one or the "
+            f"other: give the files with a pattern, such as '{path}/*{next(iter(packed))}', or move the images away."
+        )
     if index.ignored:
         _log.warning("%s: ignoring files without an image extension: %s", path, describe_ignored(index.ignored))
     empty = np.flatnonzero(index.nbytes == 0)

@@ -98,7 +98,7 @@ def _expanded(text: str) -> list[Path]:
             missing.append(one)
     if missing and found:
         raise InputError(
-            f"SRC {text} names {len(found) + len(missing)} files of which {len(missing)} do not exist, such as "
+            f"{text} names {len(found) + len(missing)} files of which {len(missing)} do not exist, such as "
             f"{missing[0]}: give a pattern of files that are there, or copy those."
         )
     return list(found)
@@ -117,7 +117,7 @@ def expand_braces(text: str) -> Iterator[str]:
         first, last = numbers.groups()
         width = len(first) if first.startswith("0") or len(first) == len(last) else 0
         if int(last) - int(first) >= _MOST_FILES:
-            raise InputError(f"SRC {text} names more than {_MOST_FILES:,} files: give a smaller range in {{...}}.")
+            raise InputError(f"{text} names more than {_MOST_FILES:,} files: give a smaller range in {{...}}.")
         pieces: Sequence[str] = [str(n).zfill(width) for n in range(int(first), int(last) + 1)]
     elif "," in inner:
         pieces = inner.split(",")
