@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from pipelines.runtime import InputError
 from pipelines.storage.forms.base import need, unreadable
 from pipelines.storage.forms.columns import Columns
 from pipelines.storage.forms.parquet import naming_parquet, read_path
-from pipelines.storage.range_source import Stamp, check_stamp
+from pipelines.storage.range_source import Stamp, open_stamped
 
 MOST_BYTES = 1 << 29
 """Decoded row groups that are cached, in bytes; at least two groups are."""
@@ -86,8 +85,7 @@ class RowGroupReader:
         with self._guard:
             footer = self._footers.get(path)
         if path in self._stamps:  # a footer that is cached would lead to other bytes
-            status = os.stat(path)
-            check_stamp(path, self._stamps[path], (status.st_size, status.st_mtime_ns))
+            open_stamped(path, self._stamps[path])
         with (
             naming_parquet(path),
             pq.ParquetFile(path, metadata=footer, pre_buffer=False, buffer_size=_BUFFER) as opened,
