@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,7 +18,7 @@ from pipelines.runtime import InputError
 from pipelines.storage.beton_format import is_beton_name
 from pipelines.storage.direct_index import Entry, Stamps, building, cache_file, described, load_entries, save_entries
 from pipelines.storage.file_index import is_data_folder, is_image_name
-from pipelines.storage.forms import Request, find_form, open_form
+from pipelines.storage.forms import Found, Request, find_form, open_form
 from pipelines.storage.forms.base import FormSource
 from pipelines.storage.forms.blobs import packing
 from pipelines.storage.forms.look import File, Look, by_split, look_at
@@ -95,12 +96,15 @@ def base_of(path: Path) -> Path:
 
 
 def _no_split(path: Path, names: Sequence[str], split: str) -> InputError:
-    found = ", ".join(filter(None, names)) or "no names"
+    found = list(filter(None, names))
+    if not found:
+        text = f"data is '{path}#{split}', which is no split of {path}, but must be all of it: leave out #{split}."
+        return InputError(text, field="data")
     wanted = f"the split {split}" if split else "a train split, or one split alone"
-    first = next(filter(None, names), "")
-    choose = f"choose one, such as '{path}#{first}'" if first else f"leave out #{split}"
     return InputError(
-        f"data is {str(path)!r}, which has the splits {found} but must have {wanted}: {choose}.", field="data"
+        f"data is {str(path)!r}, which has the splits {', '.join(found)} but must have {wanted}: choose one, such as "
+        f"'{path}#{found[0]}'.",
+        field="data",
     )
 
 
@@ -189,7 +193,7 @@ def _opened(asked: _Asked, split: str, progress: Callable[[int], None] | None) -
             return {name: entry.source(asked.base, stamps) for name, entry in entries.items()}
         if cache.exists():
             _log.info("%s is indexed again, because its files changed since the last time", asked.base)
-        form = open_form(asked.form, asked.look, Request(progress=progress))
+        form = _read_form(asked, progress)
         found, what = form.splits, form.what
         entries = {n: entry for n, source in found.items() if (entry := _entry(source, stamps, what)) is not None}
         if len(entries) < len(found):
@@ -200,6 +204,20 @@ def _opened(asked: _Asked, split: str, progress: Callable[[int], None] | None) -
     for source in found.values():
         source.close()
     return {name: entry.source(asked.base, stamps) for name, entry in entries.items()}
+
+
+def _read_form(asked: _Asked, progress: Callable[[int], None] | None) -> Found:
+    """Open the form; errors that ask for an option of mvssl-convert say so."""
+    try:
+        return open_form(asked.form, asked.look, Request(progress=progress))
+    except InputError as error:
+        option = re.search(r"--(image|label) [^\s,;]*[\w]", str(error))
+        if option is None:
+            raise
+        text = str(error).rstrip(".")
+        raise InputError(
+            f"{text}, with mvssl-convert {asked.base} DST {option[0]}, and give DST.", field="data"
+        ) from None
 
 
 def _entry(source: Source, stamps: Stamps, what: str) -> Entry | None:

@@ -34,13 +34,21 @@ _BUFFER = 1 << 20  # bytes
 
 def recognise(look: Look) -> bool:
     """Whether a file begins as Parquet does, or has its name."""
-    return any(file.head.startswith(_MAGIC) or file.name.lower().endswith(".parquet") for file in look.files)
+    return bool(_candidates(look))
+
+
+def _candidates(look: Look) -> list[File]:
+    """Files of this form, without the tables that img2dataset writes beside its tars."""
+    tars = {file.name.removesuffix(".tar") for file in look.files if file.name.endswith(".tar")}
+    found = [file for file in look.files if file.head.startswith(_MAGIC) or file.name.lower().endswith(".parquet")]
+    return [file for file in found if file.name.removesuffix(".parquet") not in tars]
 
 
 def files_of(look: Look) -> list[File]:
     """The files of this form."""
-    files = look.starting(_MAGIC)
-    broken = [file for file in look.files if file.name.lower().endswith(".parquet") and file not in files]
+    found = _candidates(look)
+    files = [file for file in found if file.head.startswith(_MAGIC)]
+    broken = [file for file in found if file not in files]
     if broken:
         raise InputError(f"{broken[0].path} does not begin as a Parquet file: download it again.")
     return files

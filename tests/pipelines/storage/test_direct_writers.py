@@ -201,6 +201,27 @@ def test_two_processes_build_one_index(tmp_path: Path) -> None:
     assert len(list((tmp_path / "builds").iterdir())) == 1
 
 
+def test_folders_of_img2dataset(tmp_path: Path) -> None:
+    """A table of addresses and captions beside each tar, and indices as DALI has them, are no images."""
+    folder = write_tars(tmp_path / "wds", IMAGES, name="%05d.tar")
+    for tar in sorted(folder.glob("*.tar")):
+        pq.write_table(pa.table({"url": ["http://a"], "caption": ["a cat"]}), tar.with_suffix(".parquet"))
+        tar.with_suffix(".idx").write_text("v1.2 1\njpg 512 100 000.jpg\n")
+        tar.with_name(f"{tar.stem}_stats.json").write_text("{}")
+    source = open_source(folder)
+    assert [source.read(n).tobytes() for n in range(20)] == [item.data for item in IMAGES]
+
+
+def test_a_choice_that_only_conversion_has(tmp_path: Path) -> None:
+    data = [item.data for item in IMAGES]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"left": data, "right": data}), path)
+    with pytest.raises(InputError, match=r"left, right.*mvssl-convert \S+a\.parquet DST --image left"):
+        open_source(path)
+    with pytest.raises(InputError, match=r"is no split of .*: leave out #val"):
+        open_source(f"{write_tar(tmp_path / 'a.tar', IMAGES)}#val")
+
+
 def test_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_parquet(tmp_path / "parquet", IMAGES)
     for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
