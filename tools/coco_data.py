@@ -118,8 +118,13 @@ def read_coco(path: Path) -> Any:
         known = {entry["id"] for entry in content["categories"]}
         if unknown := {entry["category_id"] for entry in content["annotations"]} - known:
             raise ValueError(f"category {min(unknown)} is not among its categories")
-        if any(len(entry["bbox"]) != 4 for entry in content["annotations"]):
-            raise ValueError("a bbox has not four numbers")
+        pictures = {entry["id"] for entry in content["images"]}
+        for entry in content["annotations"]:
+            box = entry["bbox"]
+            if len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
+                raise ValueError("a bbox has not four numbers")
+            if entry["image_id"] not in pictures:  # they would be left out without a word
+                raise ValueError(f"an entry of annotations is of the image {entry['image_id']}, which is not there")
         coco = COCO()
         coco.dataset = content
         with contextlib.redirect_stdout(io.StringIO()):

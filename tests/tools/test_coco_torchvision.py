@@ -256,6 +256,8 @@ def test_bad_data_and_weights_are_named(
         (content | {"categories": []}, "category 3 is not among its categories"),
         (content | {"annotations": [{"id": 1}]}, "an entry of annotations has no image_id"),
         (content | {"annotations": [content["annotations"][0] | {"bbox": [1, 2]}]}, "a bbox has not four numbers"),
+        (content | {"annotations": [content["annotations"][0] | {"bbox": [1, 2, 3, "4"]}]}, "has not four numbers"),
+        (content | {"annotations": [content["annotations"][0] | {"image_id": 99}]}, "of the image 99, which is not"),
     ):
         (tmp_path / "a.json").write_text(json.dumps(wrong))
         with pytest.raises(InputError, match=f"is not in COCO's format .*{said}"):
