@@ -16,7 +16,7 @@ import functools
 import os
 import resource
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -140,9 +140,9 @@ class RandomAccessFile:
         if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
-    def __del__(self) -> None:
+    def __del__(self, _close: Callable[[int], None] = os.close) -> None:  # the module `os` may be gone at exit
         if hasattr(self, "descriptor"):  # else opening failed
-            os.close(self.descriptor)
+            _close(self.descriptor)
 
     @property
     def nbytes(self) -> int:
