@@ -36,6 +36,7 @@ TABLES: dict[str, dict[str, Callable[[Results], list[str]]]] = {
         "start": measured.start,
         "neighbour": measured.neighbour,
         "formats": measured.formats,
+        "remote": measured.remote,
         "linear": measured.linear,
     },
     "benchmarks/PAPER_RESULTS.md": {

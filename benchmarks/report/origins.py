@@ -61,6 +61,7 @@ MADE_BY = {
     "evaluation_cpu": "python -m benchmarks.evaluate_small TINY_IMAGENET --out FOLDER",
     "faults_cpu": "python -m benchmarks.bench_faults",
     "memory_cpu": "python -m benchmarks.bench_memory",
+    "remote_cpu": "python -m benchmarks.bench_remote",
     "formats_cpu": "python -m benchmarks.bench_formats",
     "linear_cpu": "python -m benchmarks.bench_micro linear TRAIN.npy VAL.npy",
     "tune_fused": SUITE,

@@ -481,6 +481,34 @@ def _formats_settings(result: Result) -> list[str]:
     return [f"{result['images']:,} images of {result['side']} pixels", f"{result['workers']} threads"]
 
 
+def remote(results: Results) -> list[str]:
+    """Reading from a server of bench_remote."""
+    name = "remote_cpu"
+    kinds = ("first epoch", "second epoch", "no cache", "no cache, order-chunk")
+    rows = [
+        [f"{latency} ms", *(significant(rates[kind]) for kind in ("local", *kinds))]
+        for latency, rates in results.get(name, {"latencies": {}})["latencies"].items()
+    ]
+    heads = [
+        "latency of a request",
+        "local disk",
+        "first epoch",
+        "second epoch",
+        "no cache",
+        "no cache, `--order-chunk 16`",
+    ]
+    return [*table(heads, rows), "", *origins(results, {"CPU": name}, _remote_settings)]
+
+
+def _remote_settings(result: Result) -> list[str]:
+    size, connections = result["bytes_per_image"] / 1000, result["connections"]
+    return [
+        f"{result['images']:,} images of {size:.0f} kB",
+        f"batch {result['batch_size']}",
+        f"{connections} connections",
+    ]
+
+
 # Accuracy
 
 
