@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mvssl.config.recipe import Recipe
 from mvssl.config.serialize import changed_fields, to_dict
+from pipelines.progress import counted
 from pipelines.runtime import InputError, invalid
 
 ALLOWED = "accumulate, precision and evaluation may change, epochs with --extend"
@@ -135,7 +136,9 @@ def _of_batches(before: Computed, now: Computed, *, since: str, batchnorm: bool)
     was, accumulate = before.recipe.accumulate, now.recipe.accumulate
     field = f"accumulate is {accumulate} instead of {was}"
     if batchnorm and now.micro_batch != before.micro_batch:
-        cause = field if accumulate != was else f"{now.ranks} processes instead of {before.ranks}"
+        cause = (
+            field if accumulate != was else f"{counted(now.ranks, 'process', 'processes')} instead of {before.ranks}"
+        )
         return [
             f"{cause}: BatchNorm statistics are over micro-batches of {now.micro_batch} images {since} instead of "
             f"{before.micro_batch}"

@@ -320,6 +320,8 @@ def test_ranks_count_as_micro_batches(run: Path, images: Path, tiny_recipe: Reci
     assert describe_changes(one, replace(one, ranks=4), step=6, batchnorm=True) == [
         "4 processes instead of 2: BatchNorm statistics are over micro-batches of 2 images from step 6 on instead of 4"
     ]
+    (alone,) = describe_changes(one, replace(one, ranks=1), step=6, batchnorm=True)
+    assert alone.startswith("1 process instead of 2: ")
     synchronised = replace(one, recipe=replace(tiny_recipe, sync_batchnorm="both"))
     assert describe_changes(synchronised, replace(synchronised, ranks=4), step=6, batchnorm=True) == []
 
