@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from pipelines.checks import brief
 from pipelines.files import given_path
+from pipelines.names import Url
 from pipelines.runtime import InputError
 from pipelines.storage import open_source, split_paths
 from pipelines.storage.items import (
@@ -213,7 +214,10 @@ def _given(item: Any, where: str) -> GivenPath:
             f"{where} has the label {brief(label)} but must have a whole number or text: give (path, label).",
             field=where.partition("[")[0],
         )
-    return GivenPath(path=os.path.abspath(given_path(path, where).expanduser()), label=known, where=where)
+    place = given_path(path, where).expanduser()
+    return GivenPath(
+        path=os.path.abspath(place) if not isinstance(place, Url) else str(place), label=known, where=where
+    )
 
 
 def _of_dataset(dataset: Any, count: int, *, field: str, progress: Progress) -> ItemSource:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.names import Url, located
 from pipelines.runtime import InputError, shown
 from pipelines.storage import open_source, split_paths
 from pipelines.storage.file_index import FileIndex, holds_image, is_image_name
@@ -155,6 +156,8 @@ class GivenPath:
     @property
     def is_image(self) -> bool:
         """Whether it is an image file, and no folder, list or converted data."""
+        if isinstance(located(self.path), Url):
+            return False
         return not os.path.isdir(self.path) and (is_image_name(os.path.basename(self.path)) or holds_image(self.path))
 
 
@@ -181,7 +184,7 @@ def open_paths(given: Sequence[GivenPath], *, progress: Callable[[int], None] | 
 
 
 def _check_existing(given: Sequence[GivenPath]) -> None:
-    missing = [one for one in given if not os.path.exists(one.path)]
+    missing = [one for one in given if not (os.path.exists(one.path) or isinstance(located(one.path), Url))]
     if missing:
         raise InputError(
             f"{missing[0].where} is {shown(missing[0].path)}, which does not exist ({len(missing):,} of {len(given):,} "

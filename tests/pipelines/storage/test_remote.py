@@ -17,6 +17,7 @@ from pipelines.conversion.command import Convert, convert
 from pipelines.runtime import InputError
 from pipelines.storage import RemoteOptions, open_source, split_paths
 from pipelines.storage.block_cache import BlockCache
+from pipelines.storage.given import source_of
 from pipelines.storage.remote import RemoteShards
 from pipelines.storage.remote_files import parse_size
 from tests.samples.remote_server import RemoteFolder
@@ -254,6 +255,14 @@ def test_addresses_of_nothing(served: RemoteFolder, tmp_path: Path, url: str, wo
 def test_wrong_options(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"remote.{next(iter(changes))}"):
         options(tmp_path, **changes)
+
+
+def test_a_list_may_name_urls(served: RemoteFolder, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(converted.parent / "user"))
+    both = source_of([f"{served.url}/train", f"{served.url}/val"])
+    plain = [open_source(converted / name) for name in ("train", "val")]
+    assert len(both) == len(plain[0]) + len(plain[1])
+    assert np.array_equal(both.read(len(plain[0]) + 3), plain[1].read(3))
 
 
 def test_sizes() -> None:
