@@ -33,7 +33,7 @@ class Options:
     """Render source images with their crops, and all their views, as one PNG."""
 
     data: Annotated[Path, tyro.conf.Positional]
-    """Folder of images, list of files or converted data."""
+    """Folder of images, list of files, tars, Parquet or converted data."""
     out: Annotated[Path, tyro.conf.Positional]
     """PNG file to write."""
     num_images: int = 6

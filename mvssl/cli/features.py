@@ -28,7 +28,8 @@ class FeatureArguments:
     If stopped, the same command resumes from OUT.partial. Images that cannot be decoded are left out and named.
 
     Attributes:
-        images: a folder of images, a list of files, or converted data; labels are not needed.
+        images: a folder of images, a list of files, tars, zips, Parquet or Arrow files, or converted data; labels are
+            not needed.
         out: the file to write: .npy (with a .csv of keys and labels) or .parquet.
         source: which backbone.
         compute: where and how features are computed.

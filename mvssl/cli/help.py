@@ -80,7 +80,7 @@ class CommonOption(NamedTuple):
 
 COMMON: dict[str, tuple[CommonOption, ...]] = {
     "data and output": (
-        CommonOption("options.data", "folder of images, list of files, or converted data"),
+        CommonOption("options.data", "folder of images, list of files, tars, Parquet, or converted data"),
         CommonOption("options.out", "run folder"),
         CommonOption("options.val", "labelled images for the online kNN; by default DATA/val if it exists"),
         CommonOption("options.cache", "pixel cache: off, host, device or auto"),

@@ -283,7 +283,9 @@ def _largest_batch(parsed: TrainArguments) -> tuple[Recipe, str]:
         return replace(parsed.recipe, batch_size=earlier), f"batch size: {earlier}, that of the resumed run"
     device = resolve_device(options.device, local_rank=process_local_rank())
     if options.data is None:
-        raise InputError("data is missing: give the folder of images, or a converted data set, with --data PATH.")
+        raise InputError(
+            "data is missing: give the folder of images, tars, Parquet, or a converted data set, with --data PATH."
+        )
     images = len(open_source(split_paths(options.data, remote=options.remote)[0], remote=options.remote))
     return with_largest_batch(parsed.recipe, options, device, processes=rank_count(), images=images)
 

@@ -50,8 +50,9 @@ class RunOptions(Execution):
     """What a run reads, where it writes, how it logs and saves, and how its steps are executed.
 
     Attributes:
-        data: folder of images, list of files, or converted data; its train/ and val/ are used if they exist. Converted
-            data may be at s3://, gs://, hf:// or http(s)://.
+        data: folder of images, list of files, tars, zips, Parquet or Arrow files (a file, a folder, or a pattern in
+            quotes), or converted data; its train/ and val/ are used if they exist. Converted data may be at s3://,
+            gs://, hf:// or http(s)://.
         out: run folder; created, and refused if it exists, without resume or overwrite.
         val: labelled images for the online kNN; by default DATA/val if it exists.
         device: auto takes CUDA if available.

@@ -233,7 +233,7 @@ def _recipe(recipe: object, fit: Fit) -> Recipe:
 
 def _check_path(name: str, value: object) -> None:
     """Raise InputError unless `data` or `out` names one place."""
-    what = {"data": "a folder of images, a text list or converted data", "out": "the run folder"}[name]
+    what = {"data": "a folder of images, a text list, tars, Parquet or converted data", "out": "the run folder"}[name]
     if value is None:
         raise InputError(f"{name} is missing: give {what}, e.g. {_EXAMPLE}.", field=name)
     if isinstance(value, (str, os.PathLike)):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pipelines.names import Url, located
 from pipelines.runtime import InputError, shown
-from pipelines.storage import open_source, split_paths
+from pipelines.storage import direct, open_source, split_paths
 from pipelines.storage.file_index import FileIndex, holds_image, is_image_name
 from pipelines.storage.folder import FolderSource
 from pipelines.storage.image_facts import ImageFacts, facts_of
@@ -184,13 +184,18 @@ def open_paths(given: Sequence[GivenPath], *, progress: Callable[[int], None] | 
 
 
 def _check_existing(given: Sequence[GivenPath]) -> None:
-    missing = [one for one in given if not (os.path.exists(one.path) or isinstance(located(one.path), Url))]
+    missing = [one for one in given if not _is_there(one.path)]
     if missing:
         raise InputError(
             f"{missing[0].where} is {shown(missing[0].path)}, which does not exist ({len(missing):,} of {len(given):,} "
             "do not): give paths of image files, folders or converted data, absolute or from the working directory.",
             field="data",
         )
+
+
+def _is_there(path: str) -> bool:
+    """Whether it exists, is a pattern or split of what is read in place, or is a URL, whose opening finds out."""
+    return os.path.exists(path) or isinstance(located(path), Url) or direct.can_open(Path(path))
 
 
 def _files(given: Sequence[GivenPath]) -> FolderSource:

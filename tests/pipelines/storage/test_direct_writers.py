@@ -26,6 +26,7 @@ from pipelines.conversion.command import main
 from pipelines.loader import Loader
 from pipelines.runtime import InputError
 from pipelines.storage import open_source
+from pipelines.storage.given import source_of
 from pipelines.storage.image_facts import facts_of
 from pipelines.views.spec import ViewSpec
 from tests.samples.form_samples import CLASSES, Item, as_folder, encoded, items
@@ -210,6 +211,19 @@ def test_folders_of_img2dataset(tmp_path: Path) -> None:
         tar.with_name(f"{tar.stem}_stats.json").write_text("{}")
     source = open_source(folder)
     assert [source.read(n).tobytes() for n in range(20)] == [item.data for item in IMAGES]
+
+
+def test_lists_hold_patterns_and_splits(tmp_path: Path) -> None:
+    """Beside a Parquet file; one that names no file is refused."""
+    folder, table_ = write_tars(tmp_path / "wds", IMAGES[:14]), write_parquet(tmp_path / "parquet", IMAGES)
+    write_tars(folder, IMAGES[14:], name="val-%04d.tar")
+    source = source_of(
+        [str(folder / "train-{0000..0001}.tar"), f"{folder}#val", table_ / "train-00001-of-00002.parquet"]
+    )
+    expected = [item.data for item in (*IMAGES, *IMAGES[12:])]
+    assert [source.read(n).tobytes() for n in range(len(source))] == expected
+    with pytest.raises(InputError, match="does not exist"):
+        source_of([str(folder / "test-{0000..0001}.tar")])
 
 
 def test_a_choice_that_only_conversion_has(tmp_path: Path) -> None:
