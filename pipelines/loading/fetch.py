@@ -127,7 +127,7 @@ class Fetcher:
         if sums is not None:
             for index, data in read.items():
                 if not isinstance(data, str) and zlib.crc32(data.data) != sums[index]:
-                    read[index] = "its bytes are not those that mvssl-convert wrote (checksum)"
+                    read[index] = "its bytes are not those that were written (checksum)"
         return read
 
     def _read_each(self, indices: Sequence[int]) -> list[tuple[int, Encoded]]:

@@ -236,6 +236,18 @@ def test_a_choice_that_only_conversion_has(tmp_path: Path) -> None:
         open_source(f"{write_tar(tmp_path / 'a.tar', IMAGES)}#val")
 
 
+def test_bytes_that_changed_in_a_zip_are_a_bad_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The checksum in the zip tells, where size and time of the file do not."""
+    path = older(write_zip(tmp_path / "a.zip", IMAGES))
+    status, data = path.stat(), bytearray(path.read_bytes())
+    data[data.index(IMAGES[4].data) + len(IMAGES[4].data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    views_of(path)
+    assert f"{IMAGES[4].label}/{IMAGES[4].name}" in caplog.text
+    assert "its bytes are not those that were written (checksum)" in caplog.text
+
+
 def test_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_parquet(tmp_path / "parquet", IMAGES)
     for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:

@@ -157,7 +157,7 @@ def test_a_flipped_bit_of_an_image_is_a_bad_image_with_its_name(
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"has 1 damaged images of 6 \(b/5\): restore it"):
         convert(Convert(src=converted / "files", dst=folder, **options, verify=True))
-    assert fetch(folder) == {5: "its bytes are not those that mvssl-convert wrote (checksum)"}
+    assert fetch(folder) == {5: "its bytes are not those that were written (checksum)"}
 
 
 def test_data_of_an_earlier_version_has_no_checksums(converted: Path, tmp_path: Path) -> None:
