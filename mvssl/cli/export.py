@@ -47,8 +47,10 @@ def body(arguments: Sequence[str]) -> int:
     _check(asked)
     from mvssl.weights.export import export  # with torch, which takes seconds and help does not need
     from mvssl.weights.load import load_backbone
-    from mvssl.weights.timm_folder import CardFields, folder_files, push
+    from mvssl.weights.timm_folder import CardFields, check_push, folder_files, push
 
+    if asked.push is not None:
+        check_push(asked.push)
     card = CardFields(licence=asked.license)
     loaded = load_backbone(asked.source)
     kind = asked.format or ("timm" if asked.push is None else "timm-folder")

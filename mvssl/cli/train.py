@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -131,11 +131,12 @@ def _silent_unless_first_on_host() -> Iterator[None]:
 
 def _train(parsed: TrainArguments, notes: Sequence[str], console: Console) -> int:
     """Train, profile or do a dry run; returns the exit code."""
-    from mvssl.monitor.collapse import Collapsed
-    from mvssl.training.monitor import Diverged
-    from mvssl.training.preflight import dry_run, profile_run
-    from mvssl.training.run import run
-    from mvssl.training.shutdown import EXIT_INTERRUPTED, Interrupted, requeue
+    with _while_loading(console):
+        from mvssl.monitor.collapse import Collapsed
+        from mvssl.training.monitor import Diverged
+        from mvssl.training.preflight import dry_run, profile_run
+        from mvssl.training.run import run
+        from mvssl.training.shutdown import EXIT_INTERRUPTED, Interrupted, requeue
 
     try:
         if parsed.dry_run:
@@ -153,6 +154,12 @@ def _train(parsed: TrainArguments, notes: Sequence[str], console: Console) -> in
             raise
         return EXIT_ERROR
     return 0
+
+
+def _while_loading(console: Console) -> AbstractContextManager[object]:
+    """A sign of life in a terminal for the seconds that importing PyTorch takes; it vanishes afterwards."""
+    quiet = not console.is_terminal or process_local_rank() or "torch" in sys.modules
+    return nullcontext() if quiet else console.status("loading PyTorch")
 
 
 def parse(arguments: Sequence[str]) -> TrainArguments:

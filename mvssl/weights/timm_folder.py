@@ -62,7 +62,7 @@ def folder_files(loaded: LoadedBackbone, card: CardFields) -> dict[str, bytes]:
     backbone, _, _ = own_normalisation(loaded.backbone)
     return {
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
-        WEIGHTS: save(float_tensors(backbone), metadata={"format": "pt", "source": "mvssl"}),
+        WEIGHTS: save(float_tensors(backbone), metadata={"format": "pt"}),  # of two keys the order would be random
         CARD: _card(loaded, config, card).encode(),
     }
 
@@ -232,17 +232,14 @@ def _notes(loaded: LoadedBackbone, config: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def push(files: Mapping[str, bytes], name: str, *, private: bool = False) -> str:
-    """Upload the files to the hub's repository `name` (USER/NAME, or NAME alone), which is created if need be.
-
-    A model card that is there already is kept. Returns the repository's address. Endpoint, token and cache are those of
-    huggingface_hub (HF_ENDPOINT, HF_TOKEN, `hf auth login`).
+def check_push(name: str) -> None:
+    """Check what `push` needs before anything is computed or written.
 
     Raises:
-        InputError: huggingface_hub is missing, no account is logged in, or the hub refuses or cannot be reached.
+        InputError: huggingface_hub is missing, the name is none, or no account is logged in.
     """
     try:
-        from huggingface_hub import CommitOperationAdd, HfApi, get_token
+        from huggingface_hub import get_token
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils._validators import validate_repo_id
     except ImportError as error:
@@ -257,6 +254,20 @@ def push(files: Mapping[str, bytes], name: str, *, private: bool = False) -> str
         raise InputError(
             "push needs an account of the hub: run `hf auth login`, or set HF_TOKEN to a token that may write."
         )
+
+
+def push(files: Mapping[str, bytes], name: str, *, private: bool = False) -> str:
+    """Upload the files to the hub's repository `name` (USER/NAME, or NAME alone), which is created if need be.
+
+    A model card that is there already is kept. Returns the repository's address. Endpoint, token and cache are those of
+    huggingface_hub (HF_ENDPOINT, HF_TOKEN, `hf auth login`).
+
+    Raises:
+        InputError: `check_push` fails, or the hub refuses or cannot be reached.
+    """
+    check_push(name)
+    from huggingface_hub import CommitOperationAdd, HfApi
+
     api = HfApi(library_name="mvssl", library_version=installed_version())
     try:
         address = api.create_repo(name, private=private, exist_ok=True)

@@ -305,7 +305,8 @@ def test_a_push_uploads_the_folder_and_keeps_a_card_that_is_there(hub: HubServer
 
 def test_what_a_push_lacks_is_said_in_one_sentence(hub: HubServer, tmp_path: Path) -> None:
     weights = write(tmp_path / "w.pth", dict(random_backbone("resnet18", seed=1).state_dict()))
-    done = push(hub, weights, token="")
+    done = push(hub, weights, "--out", str(tmp_path / "b"), token="")
+    assert not (tmp_path / "b").exists(), "nothing is written before it is known that it can be uploaded"
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "push needs an account of the hub" in done.stderr
     assert not hub.seen
