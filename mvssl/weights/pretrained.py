@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
 import torch
@@ -24,6 +27,7 @@ from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD, LARGEST_SIDE
 _FOLDER, _HUB = "local-dir:", "hf-hub:"
 _HUB_PREFIXES = (_HUB, "hf_hub:")
 _WEIGHTS = "model.safetensors"
+_REACH_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +300,8 @@ def _explained(config: Backbone, found: Pretrained) -> Iterator[None]:
 def _explained_missing(config: Backbone, file: str) -> Iterator[None]:
     """Turn what timm and the hub's client raise if a file cannot be fetched into one sentence."""
     try:
-        yield
+        with _offline_if_unreachable():
+            yield
     except Exception as error:  # of requests, httpx, urllib, huggingface_hub, safetensors: no common base
         if "state_dict" in str(error) or "safetensors" in type(error).__module__ + type(error).__name__.lower():
             raise InputError(  # it is there
@@ -311,6 +316,23 @@ def _explained_missing(config: Backbone, file: str) -> Iterator[None]:
             "here and set HF_HUB_OFFLINE=1.",
             field="Backbone.pretrained",
         ) from error
+
+
+@contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Use the cache alone if the hub's address answers nothing; its client would try for minutes, file by file."""
+    address = urlsplit(constants.ENDPOINT)
+    offline = constants.HF_HUB_OFFLINE
+    if not offline and not getproxies():  # behind a proxy the address itself need not answer
+        try:
+            port = address.port or (80 if address.scheme == "http" else 443)
+            socket.create_connection((address.hostname or "", port), timeout=_REACH_SECONDS).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 def _reason(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from mvssl.config.serialize import from_dict, to_dict
 from mvssl.models.backbones import build_backbone, feature_width
 from mvssl.models.encoder import build_networks
 from mvssl.runs.folder import RunFolder
+from mvssl.weights import pretrained
 from mvssl.weights.init_from import init_from
 from mvssl.weights.load import BackboneSource, load_backbone
 from mvssl.weights.pretrained import load_pretrained, named_architecture, resolve_pretrained
@@ -295,3 +297,19 @@ def test_a_run_says_what_it_loaded_and_resumes_without_it(
     assert train_cli.body(longer) == 0
     assert RunFolder(out).recipe().backbone == begun
     assert RunFolder(out).recipe().epochs == 2
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(pretrained, "getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        with pretrained._offline_if_unreachable():
+            assert not constants.HF_HUB_OFFLINE
+    with pretrained._offline_if_unreachable():  # nobody listens any more
+        assert constants.HF_HUB_OFFLINE
+    assert not constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(pretrained, "getproxies", lambda: {"https": "http://proxy:1"})
+    with pretrained._offline_if_unreachable():
+        assert not constants.HF_HUB_OFFLINE
