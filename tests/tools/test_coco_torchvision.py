@@ -187,6 +187,7 @@ def test_the_model_is_the_exported_backbone_with_batch_normalisation(weights: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_it_trains_resumes_and_scores(
     data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

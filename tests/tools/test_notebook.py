@@ -36,6 +36,7 @@ def test_it_is_small_and_its_outputs_are_there() -> None:
 @pytest.mark.slow
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # tools/test.sh sets one that shows no figures
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     before = outputs(notebook)
     settings = {"metadata": {"path": str(tmp_path)}}
