@@ -121,7 +121,11 @@ def lightly_views(specs: Sequence[ViewSpec]) -> MakeViews:
             solarization_prob=spec.solarize,
         )
 
-    transforms = [transform(spec) for spec in specs]
+    return _views_by([transform(spec) for spec in specs])
+
+
+def _views_by(transforms: Sequence[Callable[[Any], Tensor]]) -> MakeViews:
+    """One view by each transform of a decoded image."""
 
     def make(data: np.ndarray) -> list[Tensor]:
         image = _open(data)
@@ -152,13 +156,7 @@ def solo_views(specs: Sequence[ViewSpec]) -> MakeViews:
             crop_size=spec.size,
         )
 
-    transforms = [transform(spec) for spec in specs]
-
-    def make(data: np.ndarray) -> list[Tensor]:
-        image = _open(data)
-        return [each(image) for each in transforms]
-
-    return make
+    return _views_by([transform(spec) for spec in specs])
 
 
 def stable_views(specs: Sequence[ViewSpec]) -> MakeViews:

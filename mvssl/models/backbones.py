@@ -81,7 +81,7 @@ def input_normalisation(model: nn.Module) -> tuple[tuple[float, ...], tuple[floa
 
 
 def _to_own_normalisation(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """[B, 3, S, S] in any float type, normalised anew in float32 or better."""
+    """[B, 3, S, S] in any float type, renormalised in float32 or better."""
     images, *others = inputs
     own = images * model.get_buffer("input_scale") + model.get_buffer("input_shift")
     return (own.to(images.dtype), *others)

@@ -19,7 +19,7 @@ class BlockCache:
     """Files of a bounded total size in a folder, each fetched by one of the processes that want it.
 
     A file has its name only when it is complete, and a process that dies leaves at most a part that the next one
-    writes anew. A folder that cannot be written is named once; data are then read without a cache.
+    writes again. A folder that cannot be written is named once; data are then read without a cache.
     """
 
     def __init__(self, folder: Path, most: int) -> None:

@@ -154,5 +154,5 @@ def check_stamp(path: Path, stamp: Stamp, now: tuple[int, int]) -> None:
 
 def _changed(path: Path, why: str) -> InputError:
     return InputError(
-        f"{path} has changed since it was indexed (it {why}): restore it, or start again, so that it is indexed anew."
+        f"{path} has changed since it was indexed (it {why}): restore it, or start again, so that it is indexed again."
     )

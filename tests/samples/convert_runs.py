@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,3 +28,12 @@ def digests(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def assert_refused(run: Run, src: Path, dst: Path, message: str) -> None:
+    """mvssl-convert ends with one line that the pattern describes, and leaves nothing at `dst`."""
+    outcome = run(src, dst)
+    assert outcome.code == 1
+    assert outcome.err.count("\n") == 1
+    assert re.search(message, outcome.err), outcome.err
+    assert not dst.exists()

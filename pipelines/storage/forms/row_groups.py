@@ -99,7 +99,7 @@ class RowGroupReader:
         if len(table) != self.rows[group]:
             raise InputError(
                 f"{path} has {len(table)} rows in group {number} but had {self.rows[group]} when it was indexed: start "
-                "again, so that it is indexed anew."
+                "again, so that it is indexed again."
             )
         chunks = table.column(0).chunks
         return chunks[0] if len(chunks) == 1 else _Chunks(chunks)
