@@ -50,6 +50,7 @@ MADE_BY = {
     "train_cpu": "python -m benchmarks.bench_train DATA",
     "train_cuda": SUITE,
     "step_cpu": "python -m benchmarks.bench_step",
+    "step_peers_cpu": "python -m benchmarks.bench_step --contenders 'plain step' grouped lightly stable-pretraining",
     "step_cuda": SUITE,
     "steps_cuda": SUITE,
     "start_cpu": "python -m benchmarks.bench_start",

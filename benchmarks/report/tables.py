@@ -353,7 +353,7 @@ def _train_settings(result: Result) -> list[str]:
 
 def step(results: Results) -> list[str]:
     """Implementations of bench_step: each recipe at each batch size."""
-    sides = {"CPU": "step_cpu", "GPU": "step_cuda", "GPU, more": "steps_cuda"}
+    sides = {"CPU": "step_cpu", "CPU, peers": "step_peers_cpu", "GPU": "step_cuda", "GPU, more": "steps_cuda"}
     heads = [
         "recipe",
         "implementation",
