@@ -21,8 +21,9 @@ import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 
+from benchmarks.compiled.fake_gpu import capability, check_torch, resources
 from benchmarks.compiled.floor import floor
-from benchmarks.compiled.gpu_code import Graph, capability, check_torch, resources
+from benchmarks.compiled.gpu_code import Graph
 from benchmarks.compiled.roofline import MEASURED, Rates, milliseconds
 from benchmarks.compiled.step_code import StepCode, compile_step
 from benchmarks.harness.command import command_of

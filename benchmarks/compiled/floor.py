@@ -1,6 +1,6 @@
 """Lower bounds on the traffic and launches of a convolutional network's step, from its layers alone.
 
-The counting rules are those of `gpu_code`: a convolution reads its input and writes its output; its backward reads the
+The counting rules are those of `schedule`: a convolution reads its input and writes its output; its backward reads the
 gradient and the input once and writes the input's gradient. A training BatchNorm takes two passes forward (statistics;
 normalise, with ReLU and residual for free) and two backward (sums; dx). Heads, weights and the optimiser are left out.
 """

@@ -20,8 +20,9 @@ from benchmarks import bench_compile
 from benchmarks.bench_compile import Arguments, chosen, measure, show, summary
 from benchmarks.bench_step import prediction_of
 from benchmarks.compiled.eager_ops import Account, foreach_launches
+from benchmarks.compiled.fake_gpu import capability, check_torch, resources
 from benchmarks.compiled.floor import floor
-from benchmarks.compiled.gpu_code import Graph, capability, check_torch, gpu_graphs, resources
+from benchmarks.compiled.gpu_code import Graph, gpu_graphs
 from benchmarks.compiled.roofline import MEASURED, milliseconds
 from benchmarks.compiled.step_code import StepCode, compile_step, view_engine
 from benchmarks.compiled.view_kernels import mean_bytes

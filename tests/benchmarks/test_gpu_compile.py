@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from benchmarks.bench_compile import Arguments, measure, summary
-from benchmarks.compiled.gpu_code import resources
+from benchmarks.compiled.fake_gpu import resources
 from benchmarks.compiled.step_code import StepCode, compile_step
 from benchmarks.harness.results import RESULTS, read_results
 from mvssl.config.recipe import Backbone, Head, Optimizer, Recipe
