@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.paper import tables as paper
 from benchmarks.report import compiled_tables
+from benchmarks.report import data_tables as data
 from benchmarks.report import tables as measured
 from benchmarks.report.markdown import fill
 from benchmarks.report.origins import FOLDER, Results, broken, file_of, load
@@ -22,21 +23,21 @@ from pipelines.runtime import InputError, parse_arguments, run_cli
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python -m benchmarks.tables"
 TABLES: dict[str, dict[str, Callable[[Results], list[str]]]] = {
-    "README.md": {"headlines": measured.headlines, "peers": measured.peers},
+    "README.md": {"headlines": measured.headlines, "peers": data.peers},
     "mvssl/evaluate/README.md": {"evaluation": measured.evaluation},
     "mvssl/runs/RELIABILITY.md": {"faults": measured.faults, "memory": measured.memory},
     "benchmarks/MEASURED.md": {
-        "views": measured.views,
-        "loader": measured.loader,
-        "peers-details": measured.peers_details,
-        "loader-cold": measured.loader_cold,
-        "lock": measured.gil,
+        "views": data.views,
+        "loader": data.loader,
+        "peers-details": data.peers_details,
+        "loader-cold": data.loader_cold,
+        "lock": data.gil,
         "train": measured.train,
         "step": measured.step,
         "start": measured.start,
         "neighbour": measured.neighbour,
-        "formats": measured.formats,
-        "remote": measured.remote,
+        "formats": data.formats,
+        "remote": data.remote,
         "linear": measured.linear,
     },
     "benchmarks/PAPER_RESULTS.md": {
@@ -54,8 +55,8 @@ TABLES: dict[str, dict[str, Callable[[Results], list[str]]]] = {
     },
     "benchmarks/README.md": {
         "overview": measured.overview,
-        "views-details": measured.views_details,
-        "kernels": measured.view_kernels,
+        "views-details": data.views_details,
+        "kernels": data.view_kernels,
     },
 }
 """For each file its tables: functions from the results to lines."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.harness.results import Result
+from benchmarks.report.cells import count, stacked
 from benchmarks.report.markdown import significant, table
 from benchmarks.report.origins import COMPILED, NOT_YET, Results, compiled_name, origins
-from benchmarks.report.tables import count, stacked
 
 _MODELS = {"byol_resnet50_200ep": "ResNet-50", "byol_vits16_200ep": "ViT-S", "byol_vitb16_200ep": "ViT-B"}
 COMPILED_SIDES = {

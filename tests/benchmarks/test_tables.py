@@ -16,7 +16,7 @@ from benchmarks import bench_train, bench_views
 from benchmarks.harness.processes import Memory, Trial
 from benchmarks.harness.trials import peak_memory, rates, ratios
 from benchmarks.implementations.training import OURS, OURS_SYNTHETIC, PLAIN, PLAIN_SYNTHETIC
-from benchmarks.report import tables
+from benchmarks.report import data_tables, tables
 from benchmarks.report.markdown import fill, percent, scientific, significant, with_spread
 from benchmarks.report.origins import FOLDER, MADE_BY, command, load, machine, origin
 from benchmarks.tables import COMMAND, TABLES, render, update
@@ -160,7 +160,7 @@ def test_generating_again_changes_nothing(tree: Path) -> None:
 
 def test_a_number_edited_by_hand_is_found_and_put_right(tree: Path) -> None:
     before = texts(tree)
-    views = tables.views(load(tree))
+    views = data_tables.views(load(tree))
     row = next(line for line in views if line.startswith("| native |"))
     edit(tree / "benchmarks/MEASURED.md", row, row.replace("| native | ", "| native | 9"))
     edit(tree / "benchmarks/README.md", "| columns | 1,789 |", "| columns | 1,788 |")
@@ -315,7 +315,7 @@ def test_cpu_results_that_are_measured_now_fill_the_tables() -> None:
     assert cells(lines, "CPU", OURS) == ["970", "1.2 %", "", "", "1,230"]
     assert cells(lines, "GPU")[0] == "not measured yet"
     cold = loader_result() | cpu | {"cold": True, "disk": "100 reads a second", "more": "fields"}
-    lines = tables.loader_cold({"loader_cold_cpu": cold})
+    lines = data_tables.loader_cold({"loader_cold_cpu": cold})
     assert cells(lines, "CPU", "DataLoader")[-1] == "1"
     assert "100 reads a second, at most 2.1 % of the files in memory before a trial, median of 2 trials" in lines[-1]
 
@@ -324,7 +324,7 @@ def test_kernel_times_fill_the_last_column() -> None:
     times = {
         name: {"now": {"milliseconds": 0.128}} for name in ("weights", "columns", "rows", "color", "down", "along")
     }
-    lines = tables.view_kernels({"tune_fused": {"images": 256, "kernels": times, "environment": GPU}})
+    lines = data_tables.view_kernels({"tune_fused": {"images": 256, "kernels": times, "environment": GPU}})
     assert cells(lines, "columns")[-1] == "0.500"
     assert cells(lines, "all")[-1] == "3.000"
     assert lines[-1].startswith("- [Times](results/tune_fused.json): NVIDIA H100, 16 cores")
