@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,7 @@ _COLOURS = {
     "no checkpoint": "yellow",
 }
 _NAMES = ("run", "recipe", "data")  # cut in a narrow terminal, whole in a pipe
+_NAMED = 3  # folders in a note
 _NUMBERS = ("epochs", "loss", "kNN", "images/s")
 
 
@@ -62,9 +64,23 @@ def runs(arguments: Sequence[str], console: Console) -> int:
         say(console, *(f"{state.path}: {state.reason}" for _, state in states if state.reason))
     else:
         say(console, f"no runs below {', '.join(map(str, folders))}")
-    for path, reason in ((path, reason) for each in found.values() for path, reason in each.others.items()):
-        print(visible(f"note: {path} is no run: {reason}"), file=sys.stderr)
+    for note in notes_on({path: reason for each in found.values() for path, reason in each.others.items()}, "no run"):
+        print(visible(note), file=sys.stderr)
     return 0
+
+
+def notes_on(left_out: Mapping[Path, str], what: str) -> list[str]:
+    """One note for each kind of reason why folders are `what`, with its first folders."""
+    kinds: dict[str, list[Path]] = {}
+    for path, reason in left_out.items():
+        kinds.setdefault(re.split(r"[(\d'\"]", reason.replace(str(path), ""))[0], []).append(path)
+    notes = []
+    for paths in kinds.values():
+        first, more = ", ".join(map(str, paths[:_NAMED])), len(paths) - _NAMED
+        and_more = f" and {more:,} more" if more > 0 else ""
+        are, example = ("is", "") if len(paths) == 1 else ("are", "for the first one, ")
+        notes.append(f"note: {first}{and_more} {are} {what}: {example}{left_out[paths[0]]}")
+    return notes
 
 
 def _table(states: Sequence[tuple[Path, RunState]]) -> Table:
