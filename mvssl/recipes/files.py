@@ -169,8 +169,11 @@ def _changed_views(views: Sequence[Mapping[str, Any]], changes: Mapping[str, Any
     changed: list[Any] = list(views)
     for view, fields in changes.items():
         if str(view) not in numbers:
-            allowed = f"one of 0 to {len(views) - 1}, or of {', '.join(each['name'] for each in views)}"
-            raise invalid("the view", view, allowed, "name a view of the recipe")
+            raise InputError(
+                f"views has the entry {str(view)!r} but as a table may only have 0 to {len(views) - 1} or "
+                f"{', '.join(each['name'] for each in views)}: name a view that is to change, or give all as a list of "
+                "tables, [[views]] in TOML."
+            )
         n = numbers[str(view)]
         changed[n] = _merge(changed[n], fields) if isinstance(fields, Mapping) else fields
     return changed

@@ -145,7 +145,11 @@ def test_fields_of_views_are_named_by_number_or_name() -> None:
         (("demo",), PLACES | {"view_preset": "micro"}, "view_preset is 'micro' but must be one of .* 'microscopy'"),
         (("demo",), PLACES | {"view_preset": 3}, "view_preset is 3 but must be one of microscopy, "),
         (("demo",), PLACES | {"view_preset": "aerial", "views": []}, "view_preset and views are both given"),
-        (("demo",), PLACES | {"views__9__size": 24}, "the view is '9' but must be one of 0 to 4, or of global_1"),
+        (
+            ("demo",),
+            PLACES | {"views__9__size": 24},
+            "views has the entry '9' but as a table may only have 0 to 4 or global_1",
+        ),
         (("demo",), PLACES | {"views__0__are": 1}, "recipe.views.0. has the unknown field 'are'.*did you mean 'area'"),
         (("demo",), PLACES | {"views__0__area__x": 1}, "no field of a field .*: take one of views__0__name"),
         (("demo",), PLACES | {"views": {0: {"size": 8}}, "views__0__size": 16}, "given size of views 0 twice"),
