@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ _COLOURS = {
     "no checkpoint": "yellow",
 }
 _NAMES = ("run", "recipe", "data")  # cut in a narrow terminal, whole in a pipe
-_NAMED = 3  # folders in a note
+_NAMED = 3  # folders in a note, and notes
 _NUMBERS = ("epochs", "loss", "kNN", "images/s")
 
 
@@ -70,16 +69,17 @@ def runs(arguments: Sequence[str], console: Console) -> int:
 
 
 def notes_on(left_out: Mapping[Path, str], what: str) -> list[str]:
-    """One note for each kind of reason why folders are `what`, with its first folders."""
-    kinds: dict[str, list[Path]] = {}
+    """Notes on folders that are `what`: one for each reason, with its first folders, and a few reasons at most."""
+    reasons: dict[str, list[Path]] = {}
     for path, reason in left_out.items():
-        kinds.setdefault(re.split(r"[(\d'\"]", reason.replace(str(path), ""))[0], []).append(path)
+        reasons.setdefault(reason, []).append(path)
     notes = []
-    for paths in kinds.values():
+    for reason, paths in list(reasons.items())[:_NAMED]:
         first, more = ", ".join(map(str, paths[:_NAMED])), len(paths) - _NAMED
-        and_more = f" and {more:,} more" if more > 0 else ""
-        are, example = ("is", "") if len(paths) == 1 else ("are", "for the first one, ")
-        notes.append(f"note: {first}{and_more} {are} {what}: {example}{left_out[paths[0]]}")
+        named = f"{first} and {more:,} more" if more > 0 else first
+        notes.append(f"note: {named} {'is' if len(paths) == 1 else 'are'} {what}: {reason}")
+    if more := sum(map(len, list(reasons.values())[_NAMED:])):
+        notes.append(f"note: {more:,} more {'is' if more == 1 else 'are'} {what} for other reasons")
     return notes
 
 
