@@ -29,7 +29,6 @@ ORDER = {
     ],
     "pipelines": [
         {"names"},
-        {"usage"},
         {"runtime", "progress"},
         {"files", "checks", "value_range"},
         {"c_library", "batch", "arrays"},

@@ -51,8 +51,8 @@ class RunOptions(Execution):
 
     Attributes:
         data: folder of images, list of files, tars, zips, Parquet or Arrow files (a file, a folder, or a pattern in
-            quotes), or converted data; its train/ and val/ are used if they exist. Converted data may be at s3://,
-            gs://, hf:// or http(s)://.
+            quotes), or converted data; its train/ and val/ are used if they exist. Converted data, tars, zips
+            and Parquet may be at s3://, gs://, hf:// or http(s)://.
         out: run folder; created, and refused if it exists, without resume or overwrite.
         val: labelled images for the online kNN; by default DATA/val if it exists.
         device: auto takes CUDA if available.

@@ -17,10 +17,10 @@ from pipelines.conversion.sources import describe, find_jobs
 from pipelines.conversion.value_measure import measure_jobs
 from pipelines.decode.base import MOST_THREADS
 from pipelines.decode.limits import ImageLimits
-from pipelines.names import visible
+from pipelines.names import Url, located, visible
 from pipelines.progress import Progress
 from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
-from pipelines.storage import open_source
+from pipelines.storage import RemoteOptions, open_source
 from pipelines.storage.beton_format import BETON, is_beton_name
 from pipelines.storage.forms import Request
 from pipelines.storage.image_facts import facts_of
@@ -44,7 +44,8 @@ class Convert:
     """A folder of images (labels are its first level of folders), a folder with train/ and val/, a text list of files,
     or data as downloaded, read in place: Parquet, a data set saved by `datasets`, WebDataset and other tars, zip,
     ImageNet's archives (also Kaggle's), CIFAR, STL-10, MNIST, HDF5, LMDB, TFRecord, converted data. Files, folders of
-    them, and patterns in quotes: "train-{000..099}.tar"."""
+    them, and patterns in quotes: "train-{000..099}.tar". Tars, zips, Parquet and converted data also at a URL (s3://,
+    gs://, hf://, https://)."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """New or empty folder to write to; DST/train and DST/val if SRC has both."""
     format: Literal["shards", "beton"] = "shards"
@@ -87,6 +88,8 @@ class Convert:
     """Images beyond these limits are quarantined."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Remove converted data from DST and start again."""
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
+    """How SRC at a URL is read and cached."""
 
 
 def convert(config: Convert) -> None:
@@ -108,7 +111,12 @@ def convert(config: Convert) -> None:
         )
     if config.workers is not None and not 1 <= config.workers <= MOST_THREADS:
         raise invalid("--workers", config.workers, f"1 to {MOST_THREADS}", "give a number of threads or leave it out")
-    if config.src.exists() and config.dst.resolve().is_relative_to(config.src.resolve()):
+    src = located(config.src)
+    if isinstance(located(config.dst), Url):
+        raise InputError(
+            f"DST is {str(located(config.dst))!r} but must be a folder of this machine: convert there and copy it."
+        )
+    if src.exists() and config.dst.resolve().is_relative_to(src.resolve()):
         raise InputError(f"DST {config.dst} lies in SRC {config.src}: give a DST outside of it.")
     workers = config.workers or _cores()
     options = Options(
@@ -120,15 +128,16 @@ def convert(config: Convert) -> None:
         value_range=None if config.value_range == "auto" else parse_value_range(config.value_range),
         limits=config.limits,
     )
-    progress = Progress(Console(stderr=True), f"indexing {config.src}").update
+    progress = Progress(Console(stderr=True), f"indexing {src}").update
     jobs = find_jobs(
-        config.src,
+        src,
         val_labels=config.val_labels,
         classes_file=config.classes,
         request=Request(image=config.image, label=config.label, progress=progress),
         split=config.split,
+        remote=config.remote,
     )
-    print(visible(describe(config.src, jobs)), flush=True)
+    print(visible(describe(src, jobs)), flush=True)
     try:
         conversions = [Conversion(job, config.dst / job.name, options) for job in jobs]
         for conversion in conversions:  # all before the first runs, so that no error comes after hours

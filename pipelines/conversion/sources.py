@@ -19,11 +19,14 @@ from pipelines.conversion.imagenet import (
     open_archive,
     read_classes,
 )
+from pipelines.names import Url
 from pipelines.runtime import InputError
-from pipelines.storage import Source, align_labels, beton, folder, shards, split_paths
+from pipelines.storage import RemoteOptions, Source, align_labels, beton, folder, shards, split_paths
 from pipelines.storage.forms import Found, Request, find_form, open_form
 from pipelines.storage.forms.base import counted
 from pipelines.storage.forms.look import Look, look_at
+from pipelines.storage.remote import RemoteShards
+from pipelines.storage.remote_open import converted_splits, open_form_at
 
 _log = logging.getLogger("mvssl.data")
 
@@ -58,6 +61,7 @@ def find_jobs(
     classes_file: Path | None,
     request: Request | None = None,
     split: str | None = None,
+    remote: RemoteOptions | None = None,
 ) -> list[Job]:
     """Open SRC: a folder, a list, converted data, a folder with train/ and val/, ImageNet's archives, or a form.
 
@@ -69,10 +73,14 @@ def find_jobs(
         classes_file: all classes.
         request: what to read of a form.
         split: the only split to convert; None for all.
+        remote: how SRC at a URL is read.
     """
     request = request or Request()
     listed = None if classes_file is None else read_classes(classes_file)
-    found = _find(src, val_labels=val_labels, classes=listed, request=request)
+    if isinstance(src, Url):
+        found = _at_url(src, request, remote or RemoteOptions())
+    else:
+        found = _find(src, val_labels=val_labels, classes=listed, request=request)
     if split is not None:
         if split not in found.splits:
             named = ", ".join(filter(None, found.splits)) or "it has one without a name"
@@ -148,6 +156,16 @@ def _find(src: Path, *, val_labels: Path | None, classes: tuple[str, ...] | None
         else:  # without the cache, whose sizes may be out of date
             splits[name] = folder.open_path(path, progress=request.progress, use_cache=False)
     return Found(what=_what(splits, paths[0][1]), splits=splits)
+
+
+def _at_url(url: Url, request: Request, remote: RemoteOptions) -> Found:
+    """What a URL is: converted data, or files of a form."""
+    names = converted_splits(url, remote)
+    if names:
+        folders = {name.rstrip("/"): url / name for name in names}
+        return Found(what="converted data", splits={name: RemoteShards(at, remote) for name, at in folders.items()})
+    opened = open_form_at(url, request, remote)
+    return _with_val(opened)
 
 
 def _no_val_archive(src: Path) -> InputError:

@@ -14,8 +14,8 @@ from typing import cast
 from pipelines.files import given_path
 from pipelines.names import Url
 from pipelines.runtime import InputError
-from pipelines.storage.remote import open_remote, remote_splits
 from pipelines.storage.remote_files import RemoteOptions
+from pipelines.storage.remote_open import open_remote, remote_splits
 from pipelines.storage.source import Source
 from pipelines.storage.splits import align_labels
 from pipelines.storage.splits import split_paths as _split_folder
@@ -29,13 +29,13 @@ def open_source(
     progress: Callable[[int], None] | None = None,
     remote: RemoteOptions | None = None,
 ) -> Source:
-    """Open the data at `path`: a folder of images, a text list of image files, converted data (also at a URL), or tars,
-    zips, Parquet or Arrow files in place.
+    """Open the data at `path`: a folder of images, a text list of image files, converted data, or tars, zips, Parquet
+    or Arrow files in place. At a URL: converted data, tars, zips and Parquet.
 
     Args:
         path: the data; a pattern such as ``train-{0000..0009}.tar`` for some files; ``PATH#NAME`` for a split.
         progress: called with the number of images found so far while a folder or list is indexed.
-        remote: how converted data at a URL are read and cached; None for the defaults.
+        remote: how data at a URL are read and cached; None for the defaults.
 
     Raises:
         InputError: the path does not exist, holds no images, or is damaged or unfinished converted data.
@@ -43,7 +43,7 @@ def open_source(
     """
     where = given_path(path, "path").expanduser()
     if isinstance(where, Url):
-        return open_remote(where, remote or RemoteOptions())
+        return open_remote(where, remote or RemoteOptions(), progress)
     for storage in _storages():
         if storage.can_open(where):
             return cast(Source, storage.open_path(where, progress=progress))
@@ -58,8 +58,8 @@ def open_source(
 def split_paths(path: str | os.PathLike[str], *, remote: RemoteOptions | None = None) -> tuple[Path, Path | None]:
     """Paths (train, val) of the splits of a data set; (PATH, None) if it has one. See `splits.split_paths`.
 
-    Of tars, zips, Parquet and Arrow files they are ``PATH#train`` and ``PATH#val``, which `open_source` opens. At a URL
-    they are converted data in ``train`` and ``val``; `remote` says how they are asked for.
+    Of tars, zips, Parquet and Arrow files they are ``PATH#train`` and ``PATH#val``, which `open_source` opens.
+    Converted data at a URL are in ``train`` and ``val``; `remote` says how they are asked for.
 
     Raises:
         InputError: there are splits, but not one train and at most one val.

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
+from pipelines.names import Url, located
 from pipelines.runtime import InputError
 from pipelines.storage.beton_format import is_beton_name
 from pipelines.storage.direct_index import Entry, Stamps, building, cache_file, described, load_entries, save_entries
@@ -26,6 +27,8 @@ from pipelines.storage.forms.parquet import ParquetReader
 from pipelines.storage.forms.row_groups import RowGroupReader
 from pipelines.storage.image_facts import facts_of
 from pipelines.storage.manifest import is_converted
+from pipelines.storage.remote_files import RemoteOptions
+from pipelines.storage.remote_look import look_at_url
 from pipelines.storage.source import Source
 
 _log = logging.getLogger("mvssl.data")
@@ -35,7 +38,7 @@ _ENTRIES, _FOLDERS, _BELOW = 512, 4, 64  # looked at before a folder's files are
 
 def can_open(path: Path) -> bool:
     """What `mvssl-convert` reads as tars, zips, Parquet, Arrow or another form; neither images nor converted data."""
-    return _asked(path) is not None
+    return look_for_form(path) is not None
 
 
 def open_path(path: Path, *, progress: Callable[[int], None] | None = None) -> Source:
@@ -49,9 +52,19 @@ def open_path(path: Path, *, progress: Callable[[int], None] | None = None) -> S
     Raises:
         InputError: images of this form cannot be read in any order, or the data are damaged or hold no images.
     """
-    asked = _asked(path)
+    asked = look_for_form(path)
     if asked is None:
         raise InputError(f"{path} has changed while it was opened: start again.")
+    return _open_split(asked, progress)
+
+
+def open_url(url: Url, remote: RemoteOptions, *, progress: Callable[[int], None] | None = None) -> Source | None:
+    """As `open_path`, of files at a URL; None if there are none of these forms."""
+    asked = look_for_form(url, remote)
+    return None if asked is None else _open_split(asked, progress)
+
+
+def _open_split(asked: Asked, progress: Callable[[int], None] | None) -> Source:
     names = asked.by_name()
     wanted = asked.split or ("train" if "train" in names else "")
     if wanted in names:
@@ -64,7 +77,7 @@ def open_path(path: Path, *, progress: Callable[[int], None] | None = None) -> S
     return splits[wanted or "train"]
 
 
-def split_paths(path: Path) -> tuple[Path, Path | None] | None:
+def split_paths(path: Path, *, remote: RemoteOptions | None = None) -> tuple[Path, Path | None] | None:
     """Paths (train, val) of the splits of what is read in place; None of other data.
 
     Splits are said by the names of files or of folders in archives. Without a val split, a labelled test split is the
@@ -73,7 +86,7 @@ def split_paths(path: Path) -> tuple[Path, Path | None] | None:
     Raises:
         InputError: there are several splits, and none is train; or as `open_path`.
     """
-    asked = _asked(path)
+    asked = look_for_form(path, remote)
     if asked is None:
         return None
     if asked.split:
@@ -85,9 +98,9 @@ def split_paths(path: Path) -> tuple[Path, Path | None] | None:
     if "train" not in names:
         raise _no_split(path, names, "")
     val = "val" if "val" in names else None
-    if val is None and "test" in names and open_path(Path(f"{path}#test")).classes:
+    if val is None and "test" in names and _open_split(replace(asked, split="test"), None).classes:
         val = "test"
-    return Path(f"{path}#train"), None if val is None else Path(f"{path}#{val}")
+    return located(f"{path}#train"), None if val is None else located(f"{path}#{val}")
 
 
 def base_of(path: Path) -> Path:
@@ -109,7 +122,7 @@ def _no_split(path: Path, names: Sequence[str], split: str) -> InputError:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
+class Asked:
     """What a path names: files, their form, and a split ("" for none)."""
 
     base: Path
@@ -119,15 +132,23 @@ class _Asked:
 
     def by_name(self) -> dict[str, list[File]]:
         """Files by the split that their names say; all as "" of a form that says its splits itself."""
-        self.check()
+        self.check(in_place=True)
         saved = any(name.rpartition("/")[2] == "state.json" for name in self.look.texts)
         files = self.form.files_of(self.look)
         return {"": files} if saved else by_split(self.look, files)
 
-    def check(self) -> None:
-        """Raise InputError if images of this form cannot be read in any order."""
+    def check(self, *, in_place: bool) -> None:
+        """Raise InputError if this form cannot be read at a URL, or (`in_place`) its images not in any order."""
         name = self.form.__name__.rpartition(".")[2]
         convert = f"convert it once (mvssl-convert {self.base} DST) and give DST"
+        if isinstance(self.base, Url) and getattr(self.form, "LOCAL_ONLY", False):
+            raise InputError(
+                f"data is {str(self.base)!r}, which holds data of the form {name.removesuffix('_form')} but must be "
+                "converted data, tars, zips or Parquet at a URL: download it.",
+                field="data",
+            )
+        if not in_place:
+            return
         if not hasattr(self.form, "files_of"):
             raise InputError(
                 f"data is {str(self.base)!r}, which holds data of the form {name.removesuffix('_form')} but must be "
@@ -145,11 +166,18 @@ class _Asked:
 
 def _parted(path: Path) -> tuple[Path, str]:
     head, mark, split = str(path).rpartition("#")
-    return (Path(head), split) if mark and head and "/" not in split and not path.exists() else (path, "")
+    if isinstance(path, Url) or not path.exists():
+        return (located(head), split) if mark and head and "/" not in split else (path, "")
+    return path, ""
 
 
-def _asked(path: Path) -> _Asked | None:
+def look_for_form(path: Path, remote: RemoteOptions | None = None) -> Asked | None:
+    """What a path or URL names; None if it is of no form, a folder of images, or converted data."""
     base, split = _parted(path)
+    if isinstance(base, Url):
+        look = look_at_url(base, remote or RemoteOptions())
+        form = None if look is None or not look.files else find_form(look)
+        return None if look is None or form is None else Asked(base=base, split=split, look=look, form=form)
     if base.is_dir() and (_holds_images(base) or is_converted(base)):
         return None
     if is_beton_name(base):
@@ -160,7 +188,7 @@ def _asked(path: Path) -> _Asked | None:
         return None
     if any(map(is_converted, {file.path.parent for file in look.files})):  # converted splits in a folder
         return None
-    return _Asked(base=base, split=split, look=look, form=form)
+    return Asked(base=base, split=split, look=look, form=form)
 
 
 def _holds_images(folder: Path) -> bool:
@@ -179,9 +207,9 @@ def _holds_images(folder: Path) -> bool:
     return False
 
 
-def _opened(asked: _Asked, split: str, progress: Callable[[int], None] | None) -> dict[str, Source]:
+def _opened(asked: Asked, split: str, progress: Callable[[int], None] | None) -> dict[str, Source]:
     """The splits in the files of `asked`, which are all or those of the split that their names say."""
-    asked.check()
+    asked.check(in_place=True)
     stamps = Stamps.of([file.path for file in asked.look.files])
     cache = cache_file(asked.base, split)
     entries = load_entries(cache, stamps)
@@ -206,7 +234,7 @@ def _opened(asked: _Asked, split: str, progress: Callable[[int], None] | None) -
     return {name: entry.source(asked.base, stamps) for name, entry in entries.items()}
 
 
-def _read_form(asked: _Asked, progress: Callable[[int], None] | None) -> Found:
+def _read_form(asked: Asked, progress: Callable[[int], None] | None) -> Found:
     """Open the form; errors that ask for an option of mvssl-convert say so."""
     try:
         return open_form(asked.form, asked.look, Request(progress=progress))
@@ -229,6 +257,6 @@ def _entry(source: Source, stamps: Stamps, what: str) -> Entry | None:
         return Entry.of_ranges(source, ranges, stamps, what=what)
     if isinstance(source.reader, ParquetReader):
         reader = source.reader
-        groups = RowGroupReader(reader.groups, reader.rows, reader.columns)
+        groups = RowGroupReader(reader.groups, reader.rows, reader.columns, reader.spans)
         return Entry.of_row_groups(source, groups, stamps, what=what)
     return None

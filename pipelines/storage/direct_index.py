@@ -21,18 +21,22 @@ import numpy.typing as npt
 
 from pipelines.arrays import read_arrays
 from pipelines.files import cache_folder, cache_folders, parse_json, publish, writable_cache
-from pipelines.names import utf8
+from pipelines.names import Url, utf8
 from pipelines.runtime import describe_os_error
 from pipelines.storage.forms.base import FormSource, Labels, Ranges
 from pipelines.storage.forms.columns import Columns
 from pipelines.storage.forms.row_groups import MOST_BYTES, RowGroupReader
 from pipelines.storage.range_source import RangeSource, Stamp
+from pipelines.storage.remote_ranges import RemoteRanges
 from pipelines.storage.source import KeyTable, Source, check_columns
 
 _log = logging.getLogger("mvssl.data")
-_VERSION = zlib.crc32(repr(("direct", 2)).encode())
+_VERSION = zlib.crc32(repr(("direct", 3)).encode())
 _MTIME_RESOLUTION = 2_000_000_000  # nanoseconds; FAT and some NFS servers have 2 s
-_RANGE_COLUMNS, _GROUP_COLUMNS = ("file", "offset"), ("group_file", "group_number", "group_rows")
+_RANGE_COLUMNS, _GROUP_COLUMNS = (
+    ("file", "offset"),
+    ("group_file", "group_number", "group_rows", "group_start", "group_end"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +49,13 @@ class Stamps:
     @classmethod
     def of(cls, paths: Sequence[Path]) -> Stamps:
         """Look at `paths`; raises OSError."""
-        found = [os.stat(path) for path in paths]
+        found = [path.stat() for path in paths]
         stamps = tuple(Stamp(size=one.st_size, mtime=one.st_mtime_ns) for one in found)
         return cls(paths=tuple(paths), stamps=stamps)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """What identifies them in an index."""
-        names = KeyTable.of(os.path.abspath(path) for path in self.paths)
+        names = KeyTable.of(map(_absolute, self.paths))
         numbers = np.array([(one.size, one.mtime) for one in self.stamps], dtype=np.int64).reshape(-1, 2)
         return {"path_blob": names.blob, "path_ends": names.ends, "stamps": numbers}
 
@@ -112,6 +116,8 @@ class Entry:
                 "group_file": stamps.numbers([path for path, _ in reader.groups]),
                 "group_number": np.array([number for _, number in reader.groups], dtype=np.int64),
                 "group_rows": np.array(reader.rows, dtype=np.int64),
+                "group_start": np.array([start for start, _ in reader.spans], dtype=np.int64),
+                "group_end": np.array([end for _, end in reader.spans], dtype=np.int64),
             },
             columns=reader.columns,
             largest=source.largest,
@@ -128,14 +134,17 @@ class Entry:
                 size=self.nbytes,
                 checksums=self.checksums,
             )
-            found = RangeSource(
-                location,
-                keys=self.keys,
-                labels=self.labels,
-                classes=self.classes,
-                ranges=ranges,
-                stamps=stamps.stamps,
-            )
+            index: dict[str, Any] = {
+                "keys": self.keys,
+                "labels": self.labels,
+                "classes": self.classes,
+                "ranges": ranges,
+            }
+            found: RangeSource | RemoteRanges
+            if isinstance(location, Url):
+                found = RemoteRanges(location, **index)
+            else:
+                found = RangeSource(location, **index, stamps=stamps.stamps)
             found.facts.notes = (described(location, len(self.keys), self.what),)
             return found
         files = [stamps.paths[number] for number in self.place["group_file"].tolist()]
@@ -149,6 +158,7 @@ class Entry:
                 groups,
                 self.place["group_rows"].tolist(),
                 self.columns,
+                list(zip(self.place["group_start"].tolist(), self.place["group_end"].tolist(), strict=True)),
                 stamps=dict(zip(stamps.paths, stamps.stamps, strict=True)),
             ),
             largest=self.largest,
@@ -242,8 +252,12 @@ def described(location: Path, count: int, what: str) -> str:
 
 def cache_file(path: Path, split: str) -> Path:
     """The cache file for a split of the data at `path`."""
-    name = hashlib.sha256(os.fsencode(f"{os.path.abspath(path)}#{split}")).hexdigest()[:32]
+    name = hashlib.sha256(os.fsencode(f"{_absolute(path)}#{split}")).hexdigest()[:32]
     return cache_folder() / f"direct-{name}.npz"
+
+
+def _absolute(path: Path) -> str:
+    return str(path) if isinstance(path, Url) else os.path.abspath(path)
 
 
 def load_entries(cache: Path, stamps: Stamps) -> dict[str, Entry] | None:

@@ -18,8 +18,8 @@ from pipelines.names import Url
 from pipelines.runtime import InputError
 from pipelines.storage.batch_read import RandomAccessFile, raise_file_limit, read_ranges
 from pipelines.storage.block_cache import BlockCache
-from pipelines.storage.manifest import MANIFEST, Manifest
-from pipelines.storage.remote_files import Missing, Refused, Remote, RemoteOptions
+from pipelines.storage.manifest import MANIFEST, Manifest, Shard
+from pipelines.storage.remote_files import Missing, Remote, RemoteOptions
 from pipelines.storage.shards import ShardSource, damaged
 
 _GAP = 1 << 16  # bytes between two images that are read along rather than asking twice
@@ -28,46 +28,6 @@ _WHOLE_AT_ONCE = 2  # shards in memory
 _SMALL_SHARD = 1 << 26  # bytes that may be sent for a single image
 _AT_ONCE = 256  # images whose files are open together
 _CHANGED = "put the same data back, or start a new run with the new data"
-
-
-def open_remote(url: Url, options: RemoteOptions) -> RemoteShards:
-    """Open the converted data at a URL.
-
-    Raises:
-        InputError: there are none, they may not be read, or the server does not answer.
-    """
-    try:
-        return RemoteShards(url, options)
-    except Refused:
-        raise
-    except Missing as error:
-        raise InputError(
-            f"data is {str(url)!r}, which has no {MANIFEST}, but must be data converted with mvssl-convert: give the "
-            "folder that the converted data were copied to, or convert the images and copy the result there.",
-            field="data",
-        ) from error
-
-
-def remote_splits(url: Url, options: RemoteOptions) -> tuple[Url, Url | None]:
-    """URLs (train, val) of the converted data in the folders train and val of `url`; (url, None) if it has no train."""
-    remote = Remote(url, options)
-
-    def holds(folder: str) -> bool:
-        try:
-            remote.read(f"{folder}{MANIFEST}")
-        except Missing as error:
-            refused.append(error)
-            return False
-        return True
-
-    refused: list[Missing] = []
-    if holds(""):
-        return url, None
-    if holds("train/"):
-        return url / "train", url / "val" if holds("val/") else None
-    if isinstance(refused[0], Refused):
-        raise refused[0]
-    return url, None
 
 
 class RemoteShards(ShardSource):
@@ -82,9 +42,13 @@ class RemoteShards(ShardSource):
     location: Url
 
     def __init__(self, url: Url, options: RemoteOptions) -> None:
-        self._options = options
-        self._remote = Remote(url, options)
-        self._cache = BlockCache(options.folder, options.cache_bytes)
+        self._connect(Remote(url, options), BlockCache(options.folder, options.cache_bytes), options)
+        super().__init__(url)
+        self._shards: Sequence[Shard] = self.manifest.shards
+        self._set_blocks(options.block_bytes)
+
+    def _connect(self, remote: Remote, cache: BlockCache, options: RemoteOptions) -> None:
+        self._options, self._remote, self._cache = options, remote, cache
         self._lock = threading.Lock()
         self._pool: tuple[int, ThreadPoolExecutor] | None = None  # (process, threads)
         self._fetching: dict[int, Future[bytes | None]] = {}  # by block
@@ -93,8 +57,6 @@ class RemoteShards(ShardSource):
         self._first_facts: dict[int, dict[str, str]] = {}  # by shard
         self._whole: dict[int, Future[bytes]] = {}  # shards on the way, from a server that sends nothing else
         self._whole_at_once = threading.Semaphore(_WHOLE_AT_ONCE)
-        super().__init__(url)
-        self._set_blocks(options.block_bytes)
 
     def _load_manifest(self) -> Manifest:
         return Manifest.load(self.location, text=self._remote.read(MANIFEST))
@@ -181,7 +143,7 @@ class RemoteShards(ShardSource):
     def verify(self, *, progress: Callable[[int], None] | None = None) -> None:
         """Read every shard and compare checksums; see `ShardSource`."""
         done = 0
-        for number, shard in enumerate(self.manifest.shards):
+        for number, shard in enumerate(self._shards):
             self._check_unchanged(number)
             digest = hashlib.sha256()
             for start in range(0, shard.bytes, self._options.block_bytes):
@@ -330,7 +292,7 @@ class RemoteShards(ShardSource):
 
     def _block_name(self, block: int) -> str:
         """Name of a block in the cache: what it is a part of by content, not by address."""
-        shard = self.manifest.shards[int(self._block_shard[block])]
+        shard = self._shards[int(self._block_shard[block])]
         return f"{shard.sha256[:40]}/{self._block_start[block]}-{self._block_end[block]}"
 
     def _block_data(self, block: int) -> bytes:
@@ -345,12 +307,12 @@ class RemoteShards(ShardSource):
         """
         if number not in self._first_facts:
             self._check_unchanged(number)
-        name, data = self.manifest.shards[number].name, b""
+        name, data = self._shards[number].name, b""
         for _ in range(2):
             try:
                 data = self._part(number, start, end)
             except Missing as error:
-                raise damaged(self.location / name, f"is missing or no longer to be read ({error})") from error
+                raise self._damaged(name, f"is missing or no longer to be read ({error})") from error
             except InputError:
                 if not self._remote.closing.is_set():
                     with contextlib.suppress(Missing):
@@ -366,7 +328,7 @@ class RemoteShards(ShardSource):
     def _part(self, number: int, start: int, end: int) -> bytes:
         """Bytes [start, end) of a shard, cut out of the whole shard if the server sends nothing else."""
         if not self._remote.ignores_ranges:
-            data = self._remote.read(self.manifest.shards[number].name, start, end)
+            data = self._remote.read(self._shards[number].name, start, end)
             return data if len(data) == end - start else self._kept(number, data)[start:end]
         with self._lock:
             future = self._whole.get(number)
@@ -376,7 +338,7 @@ class RemoteShards(ShardSource):
         if mine:
             try:
                 with self._whole_at_once:
-                    future.set_result(self._kept(number, self._remote.read(self.manifest.shards[number].name)))
+                    future.set_result(self._kept(number, self._remote.read(self._shards[number].name)))
             except BaseException as error:
                 future.set_exception(error)
             finally:
@@ -386,10 +348,10 @@ class RemoteShards(ShardSource):
 
     def _kept(self, number: int, data: bytes) -> bytes:
         """A whole shard that was sent, whose blocks are put into the cache."""
-        shard = self.manifest.shards[number]
-        url = self.location / shard.name
+        shard = self._shards[number]
+        url = self._url(shard.name)
         if len(data) != shard.bytes:
-            raise damaged(url, f"was changed: it has {len(data)} bytes but must have {shard.bytes}")
+            raise self._damaged(shard.name, f"was changed: it has {len(data)} bytes but must have {shard.bytes}")
         blocks = np.flatnonzero(self._block_shard == number)
         if len(data) > _SMALL_SHARD and not (self._cache.works and self._cached[blocks].all()):
             raise InputError(
@@ -413,7 +375,7 @@ class RemoteShards(ShardSource):
         Raises:
             InputError: it is another object now.
         """
-        shard = self.manifest.shards[number]
+        shard = self._shards[number]
         url = self.location / shard.name
         try:
             facts = self._remote.facts(shard.name)
@@ -430,6 +392,14 @@ class RemoteShards(ShardSource):
                 f"{url} was changed while it was being read (its {name} was {first[name]} and is {facts[name]}): "
                 f"{_CHANGED}."
             )
+
+    def _url(self, name: str) -> Url:
+        found: Url = self._remote.root / name
+        return found
+
+    def _damaged(self, name: str, problem: str) -> InputError:
+        """The error of a shard that is not what it was."""
+        return damaged(self._url(name), problem)
 
     def _threads(self) -> ThreadPoolExecutor:
         """The threads that fetch, of this process."""

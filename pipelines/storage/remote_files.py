@@ -9,10 +9,11 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from pipelines.checks import between, check_fields, positive
 from pipelines.files import cache_folder
@@ -28,6 +29,7 @@ _CREDENTIALS = {
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b?", re.IGNORECASE)
 _MOST_BYTES = 1 << 60
+_DEEPEST = 6  # levels of folders that pages of links are followed
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before the first repetition; it doubles
 _TRANSIENT = (408, 425, 429)  # and 500 and above
 _BUGS = (TypeError, AttributeError, NameError, KeyError, NotImplementedError)
@@ -157,13 +159,46 @@ class Remote:
         def request() -> dict[str, str]:
             fs = self._filesystem()
             fs.invalidate_cache()
-            found = self._call(fs, "info", fs._strip_protocol(str(self.root / name)))
-            by_name = {key.lower().replace("-", "_"): value for key, value in found.items() if value is not None}
-            wanted = ("size", "etag", "last_modified", "lastmodified", "mtime", "blob_id", "generation")
-            return {key: str(by_name[key]) for key in wanted if key in by_name}
+            return _facts(self._call(fs, "info", fs._strip_protocol(str(self.root / name))))
 
         found: dict[str, str] = self._retried(self.root / name, request)
         return found
+
+    def listing(self, folder: str = "") -> dict[str, dict[str, str]]:
+        """Facts, as far as they are known, of the files below a folder, by name; {} if the server does not list them.
+
+        Raises:
+            InputError: as `read`.
+        """
+        top = self.root / folder
+
+        def request() -> dict[str, dict[str, str]]:
+            fs = self._filesystem()
+            fs.invalidate_cache()
+            start = fs._strip_protocol(str(top)).rstrip("/") + "/"
+            if self.root.scheme in ("http", "https"):
+                return dict(self._linked(fs, start, start, _DEEPEST))
+            found = self._call(fs, "find", start, detail=True)
+            return {name[len(start) :]: _facts(info) for name, info in found.items() if name.startswith(start)}
+
+        try:
+            found: dict[str, dict[str, str]] = self._retried(top, request)
+        except Refused:
+            raise
+        except Missing:
+            return {}
+        return {f"{folder}/{name}".lstrip("/"): facts for name, facts in found.items()}
+
+    def _linked(self, fs: Any, folder: str, start: str, depth: int) -> Iterator[tuple[str, dict[str, str]]]:
+        """The files that a page of links names, and those of folders below."""
+        for entry in self._call(fs, "ls", folder, detail=True):
+            name = entry["name"]
+            if not name.startswith(folder) or "?" in name or "#" in name or name[len(folder) :].startswith("."):
+                continue
+            if not name.endswith("/"):
+                yield unquote(name[len(start) :]), {}
+            elif depth and "/" not in name[len(folder) : -1]:
+                yield from self._linked(fs, name, start, depth - 1)
 
     def _call(self, fs: Any, method: str, path: str, **arguments: Any) -> Any:
         if not getattr(fs, "async_impl", False):
@@ -246,6 +281,13 @@ class Remote:
         if status is None and isinstance(error, ValueError):  # such as an address that is none
             return InputError(f"{url} cannot be read ({problem}): check the address.")
         return None
+
+
+def _facts(found: Mapping[str, Any]) -> dict[str, str]:
+    """Size, ETag and time in what a library says of an object."""
+    by_name = {key.lower().replace("-", "_"): value for key, value in found.items() if value is not None}
+    wanted = ("size", "etag", "last_modified", "lastmodified", "mtime", "blob_id", "generation")
+    return {key: str(by_name[key]) for key in wanted if key in by_name}
 
 
 def status_of(error: BaseException) -> int | None:

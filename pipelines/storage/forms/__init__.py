@@ -7,7 +7,8 @@ A form is one module here. It has
 
 Finding and indexing do not convert: `FormSource` is a `Source` like a folder of images. What a form gives for each
 image is a key, encoded bytes or raw pixels, a label, and for all the class names and the split. Modules whose
-``FALLBACK`` is True (any tar, any zip) are asked last. A new form is one more module; nothing else changes.
+``FALLBACK`` is True (any tar, any zip) are asked last; those whose ``LOCAL_ONLY`` is True read
+no URLs. A new form is one more module; nothing else changes.
 """
 
 from __future__ import annotations

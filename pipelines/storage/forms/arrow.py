@@ -28,6 +28,7 @@ from pipelines.storage.forms.parquet import first_bytes, may_be_deep_name, read_
 
 _FILE, _STREAM = b"ARROW1", b"\xff\xff\xff\xff"
 _STATE = "state.json"
+LOCAL_ONLY = True  # its library maps files of a disk
 
 
 def recognise(look: Look) -> bool:

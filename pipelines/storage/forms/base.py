@@ -22,7 +22,7 @@ from pipelines.names import utf8
 from pipelines.progress import counted as counted  # for the forms
 from pipelines.runtime import InputError
 from pipelines.storage.image_facts import ImageFacts
-from pipelines.storage.source import KeyTable, Source, fingerprint
+from pipelines.storage.source import KeyTable, ReadsAhead, Source, fingerprint
 
 _log = logging.getLogger("mvssl.data")
 NO_LABEL = "none"
@@ -179,6 +179,11 @@ class FormSource:
         if problem:
             raise OSError(errno.EFBIG, problem)
         return data
+
+    def will_need(self, indices: Sequence[int]) -> None:
+        """See `ReadsAhead`; of use to readers that can."""
+        if isinstance(self.reader, ReadsAhead):
+            self.reader.will_need(indices if self._rows is None else self._rows[np.asarray(indices)].tolist())
 
     def ranges(self) -> Ranges | None:
         """Where the images lie in plain files; None if they do not."""

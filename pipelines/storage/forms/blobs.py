@@ -15,6 +15,7 @@ from typing import IO, Any, Protocol, cast
 from pipelines.files import open_regular
 from pipelines.runtime import InputError
 from pipelines.storage.forms.look import HEAD, File
+from pipelines.storage.remote_objects import RemoteObject
 
 _CHUNK = 1 << 20  # bytes unpacked at a time
 _WINDOW = 1 << 26  # bytes kept behind what was read last; more if readers go back further
@@ -37,14 +38,17 @@ class Blob(Protocol):
 
 
 class FileBlob:
-    """A file as it is. Implements `Blob`."""
+    """A file as it is, on a disk or at a URL. Implements `Blob`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = open_regular(path)
+        self._file = None if isinstance(path, RemoteObject) else open_regular(path)
 
     def read(self, size: int, offset: int) -> bytes:
         """See `Blob`."""
+        if self._file is None:
+            assert isinstance(self.path, RemoteObject)
+            return self.path.read_at(offset, size)
         data = os.pread(self._file.fileno(), size, offset)
         while 0 < len(data) < size:  # more than 2 GiB, or a signal
             more = os.pread(self._file.fileno(), size - len(data), offset + len(data))
@@ -55,7 +59,10 @@ class FileBlob:
 
     def close(self) -> None:
         """See `Blob`."""
-        self._file.close()
+        if isinstance(self.path, RemoteObject):
+            self.path.release()
+        if self._file is not None:
+            self._file.close()
 
 
 class PackedBlob:
@@ -125,6 +132,8 @@ class PackedBlob:
                 self._file.close()
                 self._file = None
             self._chunks.clear()
+        if isinstance(self._path, RemoteObject):
+            self._path.release()
 
 
 def damaged(path: Path, why: str) -> InputError:
@@ -142,7 +151,7 @@ def open_packed(path: Path, kind: str) -> IO[bytes]:
     if kind == "zst":
         raise InputError(f"{path} is compressed with zstd, which cannot be read in place: unpack it with zstd -d.")
     opener: Any = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}[kind]
-    return cast(IO[bytes], opener(path, "rb"))
+    return cast(IO[bytes], opener(path.reader() if isinstance(path, RemoteObject) else path, "rb"))
 
 
 def open_blob(file: File) -> FileBlob | PackedBlob:

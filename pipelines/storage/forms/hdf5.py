@@ -36,6 +36,7 @@ _KEPT = 4  # blocks of an array
 _BLOCK = 1 << 24  # bytes of an array read at a time
 _SHOWN = 12
 _OPENED = 8  # images of a class that are looked at when a file is indexed
+LOCAL_ONLY = True  # its library maps files of a disk
 
 
 def recognise(look: Look) -> bool:

@@ -40,6 +40,7 @@ _PAGE_SIZE_AT, _LAST_PAGE_AT = 40, 136  # of a meta page, behind whose header th
 _ABOUT = (b"__", b"num-samples", b"num_samples", b"length", b"len", b"keys", b"meta", b"classes", b"label-", b"label_")
 _IMAGE, _LABEL = b"image-", b"label-"
 _REPORT_EVERY = 10_000
+LOCAL_ONLY = True  # its library maps files of a disk
 
 
 def recognise(look: Look) -> bool:

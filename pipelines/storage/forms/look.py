@@ -19,7 +19,7 @@ from pipelines.storage.splits import split_role
 HEAD = 1024  # bytes looked at: those of a tar's magic are at 257
 _DEEPEST = 6  # levels of folders, as in a cache of the hub (snapshots/<hash>/data/train)
 _MOST_FILES = 50_000  # a data set of more files is one of single images
-_NO_DATA = (".md", ".txt", ".json", ".jsonl", ".csv", ".html", ".yaml", ".yml", ".lock", ".crc", ".py", ".info")
+NO_DATA = (".md", ".txt", ".json", ".jsonl", ".csv", ".html", ".yaml", ".yml", ".lock", ".crc", ".py", ".info")
 _WILD = re.compile(r"[*?\[]")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _NUMBERED = re.compile(r"[-_.]?\d+[-_]of[-_]\d+|\.tfrecord|\.\w+$")
@@ -153,7 +153,7 @@ def _below(folder: Path, base: Path, depth: int = 0) -> Iterator[File]:
         found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
     names = {entry.name for entry in found}
     for entry in found:
-        if entry.is_file() and not entry.name.lower().endswith(_NO_DATA):
+        if entry.is_file() and not entry.name.lower().endswith(NO_DATA):
             path = Path(entry.path)
             if is_image_name(entry.name):  # nothing else of it is of use
                 yield File(path=path, name=path.relative_to(base).as_posix(), size=0, head=b"")
@@ -172,7 +172,7 @@ def _texts(folder: Path, prefix: str = "", depth: int = 0) -> dict[str, Path]:
     found: dict[str, Path] = {}
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.is_file() and entry.name.lower().endswith(_NO_DATA):
+            if entry.is_file() and entry.name.lower().endswith(NO_DATA):
                 found[prefix + entry.name] = Path(entry.path)
             elif depth < _DEEPEST and not entry.name.startswith(".") and entry.is_dir():
                 found.update(_texts(Path(entry.path), f"{prefix}{entry.name}/", depth + 1))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.names import Url
 from pipelines.runtime import InputError
 from pipelines.storage.forms.base import (
     ROWS_KEPT,
@@ -26,6 +27,7 @@ from pipelines.storage.forms.base import (
 )
 from pipelines.storage.forms.columns import LOOKED_AT, Columns, find_columns, image_columns, labels_of
 from pipelines.storage.forms.look import File, Look, by_split
+from pipelines.storage.remote_objects import RemoteObject
 
 _MAGIC = b"PAR1"
 _BATCH = 64  # rows decoded at a time
@@ -73,6 +75,7 @@ def open_files(location: Path, files: Sequence[File], request: Request) -> tuple
     pq = need("pyarrow.parquet", "Reading Parquet")
     groups: list[tuple[Path, int]] = []  # file and number in it
     rows: list[int] = []
+    spans: list[tuple[int, int]] = []
     sizes: list[np.ndarray] = []
     keys: list[str] = []
     values: list[Any] = []
@@ -80,7 +83,10 @@ def open_files(location: Path, files: Sequence[File], request: Request) -> tuple
     first: Any = None
     deep: list[int] | None = []
     for file in files:
-        with naming_parquet(file.path), pq.ParquetFile(file.path, pre_buffer=False, buffer_size=_BUFFER) as opened:
+        with (
+            naming_parquet(file.path),
+            pq.ParquetFile(readable(file.path), pre_buffer=False, buffer_size=_BUFFER) as opened,
+        ):
             schema = opened.schema_arrow
             if columns is None and not opened.metadata.num_rows and file is not files[-1]:
                 continue  # Spark writes such files; they do not tell which column holds the images
@@ -94,6 +100,7 @@ def open_files(location: Path, files: Sequence[File], request: Request) -> tuple
                 group = opened.metadata.row_group(number)
                 if group.num_rows:
                     groups.append((file.path, number))
+                    spans.append(_span(group, columns.image))
                     rows.append(group.num_rows)
                     mean = -(-group.column(leaf).total_uncompressed_size // group.num_rows)
                     sizes.append(np.full(group.num_rows, mean, dtype=np.int64))
@@ -119,7 +126,7 @@ def open_files(location: Path, files: Sequence[File], request: Request) -> tuple
         keys=keys,
         labels=_labels(columns, values, len(keys), files[0].path),
         nbytes=np.concatenate(sizes),
-        reader=ParquetReader(groups, rows, columns),
+        reader=ParquetReader(groups, rows, columns, spans),
         deep=deep,
         largest=max(int(size[0]) * len(size) for size in sizes),
     )
@@ -166,6 +173,22 @@ def first_bytes(values: Any) -> list[bytes]:
     return found
 
 
+def _span(group: Any, image: str) -> tuple[int, int]:
+    """First byte and end of the images of a row group in its file."""
+    chunks = [group.column(n) for n in range(group.num_columns)]
+    parts = [
+        (chunk.dictionary_page_offset or chunk.data_page_offset, chunk.total_compressed_size)
+        for chunk in chunks
+        if chunk.path_in_schema == image or chunk.path_in_schema.startswith(f"{image}.")
+    ]
+    return min((start for start, _ in parts), default=0), max((start + size for start, size in parts), default=0)
+
+
+def readable(path: Path) -> Any:
+    """What Arrow reads a file from: its path, or what reads it at its URL."""
+    return path.reader() if isinstance(path, RemoteObject) else path
+
+
 def _leaf_number(opened: Any, path: str) -> int:
     group = opened.metadata.row_group(0) if opened.num_row_groups else None
     names = [] if group is None else [group.column(n).path_in_schema for n in range(group.num_columns)]
@@ -202,8 +225,14 @@ def naming_parquet(path: Path) -> Iterator[None]:
 class ParquetReader:
     """Reads images by row. Batches of rows are decoded in order and the last ones kept: neighbours cost one read."""
 
-    def __init__(self, groups: Sequence[tuple[Path, int]], rows: Sequence[int], columns: Columns) -> None:
-        self.groups, self.rows, self.columns = groups, rows, columns
+    def __init__(
+        self,
+        groups: Sequence[tuple[Path, int]],
+        rows: Sequence[int],
+        columns: Columns,
+        spans: Sequence[tuple[int, int]],
+    ) -> None:
+        self.groups, self.rows, self.columns, self.spans = groups, rows, columns, spans
         self._ends = np.cumsum(rows).tolist()
         self._lock = threading.Lock()
         self._at: tuple[int, int] = (-1, 0)  # group, next row
@@ -255,20 +284,23 @@ class ParquetReader:
         with naming_parquet(path):
             if self._opened is None or self._opened[0] != path:
                 self.close()
-                self._opened = (path, pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER))
+                self._opened = (path, pq.ParquetFile(readable(path), pre_buffer=False, buffer_size=_BUFFER))
             self._batches = self._opened[1].iter_batches(batch_size=_BATCH, row_groups=[number], columns=names)
         self._at = (group, 0)
 
     def close(self) -> None:
         """See `Reader`."""
         if self._opened is not None:
-            self._opened[1].close()
+            path, opened = self._opened
+            opened.close()
+            if isinstance(path, RemoteObject):
+                path.release()
             self._opened = None
 
 
 def read_path(text: str, folder: Path) -> Any:
     """The file that a row names instead of holding bytes."""
     path = Path(text) if Path(text).is_absolute() else folder / text
-    if not path.is_file():
+    if isinstance(folder, Url) or not path.is_file():
         raise unreadable(f"its row has no bytes, and the file {text} that it names does not exist")
     return np.fromfile(path, np.uint8)

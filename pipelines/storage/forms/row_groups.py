@@ -15,8 +15,9 @@ import numpy as np
 from pipelines.runtime import InputError
 from pipelines.storage.forms.base import need, unreadable
 from pipelines.storage.forms.columns import Columns
-from pipelines.storage.forms.parquet import naming_parquet, read_path
+from pipelines.storage.forms.parquet import naming_parquet, read_path, readable
 from pipelines.storage.range_source import Stamp, open_stamped
+from pipelines.storage.remote_objects import RemoteObject
 
 MOST_BYTES = 1 << 29
 """Decoded row groups that are cached, in bytes; at least two groups are."""
@@ -34,11 +35,16 @@ class RowGroupReader:
         groups: Sequence[tuple[Path, int]],
         rows: Sequence[int],
         columns: Columns,
+        spans: Sequence[tuple[int, int]],
         *,
         stamps: Mapping[Path, Stamp] = MappingProxyType({}),
     ) -> None:
-        """Read groups (file, number in it) of so many `rows` each, of files that are as their `stamps` say."""
+        """Read groups (file, number in it) of so many `rows` each, of files that are as their `stamps` say.
+
+        Their images lie in the bytes `spans` (start, end) of their files.
+        """
         self._stamps = stamps
+        self.spans = tuple(spans)
         self.groups, self.rows, self.columns = tuple(groups), tuple(rows), columns
         self._ends = np.cumsum(rows).tolist()
         self._guard = threading.Lock()
@@ -58,6 +64,13 @@ class RowGroupReader:
         if not value.is_valid:
             raise unreadable("its row has no image")
         return np.frombuffer(value.as_buffer(), np.uint8).copy()
+
+    def will_need(self, rows: Sequence[int]) -> None:
+        """Start fetching the row groups of some rows, if they are at a URL and not cached; returns at once."""
+        for group in dict.fromkeys(bisect.bisect_right(self._ends, row) for row in rows):
+            path = self.groups[group][0]
+            if isinstance(path, RemoteObject) and group not in self._cached:
+                path.will_need(*self.spans[group])
 
     def _values(self, group: int) -> Any:
         """The images of a group."""
@@ -84,11 +97,13 @@ class RowGroupReader:
         names = [self.columns.leaf, *([f"{self.columns.image}.path"] if self.columns.has_path else [])]
         with self._guard:
             footer = self._footers.get(path)
-        if path in self._stamps:  # a footer that is cached would lead to other bytes
+        if isinstance(path, RemoteObject):
+            path.will_need(*self.spans[group])
+        elif path in self._stamps:  # a footer that is cached would lead to other bytes
             open_stamped(path, self._stamps[path])
         with (
             naming_parquet(path),
-            pq.ParquetFile(path, metadata=footer, pre_buffer=False, buffer_size=_BUFFER) as opened,
+            pq.ParquetFile(readable(path), metadata=footer, pre_buffer=False, buffer_size=_BUFFER) as opened,
         ):
             table = opened.read_row_group(number, columns=names, use_threads=False)
             footer = opened.metadata
@@ -109,6 +124,9 @@ class RowGroupReader:
         with self._guard:
             self._cached.clear()
             self._footers.clear()
+        for path, _ in self.groups[:1]:  # all are of one store
+            if isinstance(path, RemoteObject):
+                path.release()
 
 
 class _Chunks:

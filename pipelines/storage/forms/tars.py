@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from pipelines.storage.forms.names import (
 )
 from pipelines.storage.forms.parquet import may_be_deep_name
 from pipelines.storage.forms.tar_reader import BLOCK, DamagedTarError, Member, is_tar_header, tar_members
+from pipelines.storage.remote_objects import RemoteObject
 
 FALLBACK = True  # data sets of known names come as tars too
 _ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -45,6 +47,7 @@ _SIDECARS = ("cls", "json", "txt")  # that hold labels, the surest first
 _NAME_KEYS = ("class_name", "label_name", "classname", "synset", "wnid", "category_name")
 _LARGEST_LABEL = 1 << 20  # bytes
 _REPORT_EVERY = 10_000
+_CHUNK = 1 << 20  # bytes
 
 
 def recognise(look: Look) -> bool:
@@ -94,7 +97,7 @@ class _Index:
         self.keys: list[str] = []  # of samples
         self.components: list[str] = []
         self._numbers: dict[str, int] = {}
-        self.rows = {name: array("q") for name in ("sample", "component", "tar", "offset", "size")}
+        self.rows = {name: array("q") for name in ("sample", "component", "tar", "offset", "size", "sum")}
         self.labels: dict[str, _Labels] = {name: _Labels() for name in _SIDECARS}
         self._label = request.label
         for number, file in enumerate(files):
@@ -149,7 +152,8 @@ class _Index:
         kind = self._numbers.setdefault(component, len(self.components))
         if kind == len(self.components):
             self.components.append(component)
-        row = (sample, kind, number, member.offset, member.size)
+        sums = isinstance(path, RemoteObject) and is_image_name(base)  # what a network sends is compared with them
+        row = (sample, kind, number, member.offset, member.size, _sum(blob, member) if sums else -1)
         for column, value in zip(self.rows.values(), row, strict=True):
             column.append(value)
         lower = component.lower()
@@ -298,7 +302,7 @@ class _Index:
             keys=names,
             labels=labels,
             nbytes=images["size"],
-            reader=TarReader(self.blobs, images["tar"], images["offset"], images["size"]),
+            reader=TarReader(self.blobs, images),
             deep=[n for n, name in enumerate(names) if may_be_deep_name(name)],
         )
 
@@ -306,9 +310,10 @@ class _Index:
 class TarReader:
     """Reads images by their place in one of several archives."""
 
-    def __init__(self, blobs: Sequence[Blob], tar: np.ndarray, offset: np.ndarray, size: np.ndarray) -> None:
+    def __init__(self, blobs: Sequence[Blob], images: dict[str, np.ndarray]) -> None:
         self._blobs = blobs
-        self._tar, self._offset, self._size = tar, offset, size
+        self._tar, self._offset, self._size = images["tar"], images["offset"], images["size"]
+        self._sums = images["sum"].astype(np.uint32) if np.all(images["sum"] >= 0) else None
 
     def read(self, row: int) -> bytes:
         """See `Reader`."""
@@ -323,12 +328,20 @@ class TarReader:
         paths = [blob.path for blob in self._blobs if isinstance(blob, FileBlob)]
         if len(paths) < len(self._blobs):
             return None
-        return Ranges(paths=tuple(paths), file=self._tar, offset=self._offset, size=self._size)
+        return Ranges(paths=tuple(paths), file=self._tar, offset=self._offset, size=self._size, checksums=self._sums)
 
     def close(self) -> None:
         """See `Reader`."""
         for blob in self._blobs:
             blob.close()
+
+
+def _sum(blob: Blob, member: Member) -> int:
+    """CRC-32 of a file in an archive."""
+    total = 0
+    for at in range(0, member.size, _CHUNK):
+        total = zlib.crc32(blob.read(min(_CHUNK, member.size - at), member.offset + at), total)
+    return total
 
 
 def _is_image_component(component: str) -> bool:

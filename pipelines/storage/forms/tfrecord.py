@@ -35,6 +35,7 @@ _IMAGES = ("image", "image/encoded", "image_raw", "encoded", "jpg", "img")
 _LABELS = ("image/class/synset", "image/class/label", *LABEL_NAMES)
 _NAMES = ("file_name", "filename", "image/filename", "id", "name", "key")
 _REPORT_EVERY = 10_000
+LOCAL_ONLY = True  # its library maps files of a disk
 
 
 def recognise(look: Look) -> bool:

@@ -51,6 +51,20 @@ def test_a_run_over_http_that_loses_its_server_resumes_with_the_same_numbers(
     assert json.loads((out / "config.json").read_text())["options"]["data"] == server.url
 
 
+def test_tars_at_a_url_give_the_same_numbers(
+    forms: dict[str, Path], finished: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with RemoteFolder(forms["shards"]) as server:
+        splits = ([path.name for path in (forms["shards"] / split).glob("*.tar")] for split in ("train", "val"))
+        text = [f"{{{','.join(sorted(names))}}}" if len(names) > 1 else names[0] for names in splits]
+        data, val = located(f"{server.url}/train/{text[0]}"), located(f"{server.url}/val/{text[1]}")
+        with crash_at(6):
+            train(tiny_recipe, data, out, val=val, remote={"block": "64KiB"})
+        train(tiny_recipe, data, out, val=val, remote={"cache_size": "0"}, resume=True)
+    assert metrics(out) == metrics(finished)
+
+
 @pytest.fixture
 def bucket(forms: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The converted data in a bucket of a local S3 server."""
