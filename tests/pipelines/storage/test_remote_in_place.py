@@ -218,18 +218,18 @@ def test_folders_of_s3(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ):
             monkeypatch.setenv(name, value)
         client = boto3.client("s3")
-        client.create_bucket(Bucket="bucket")
+        client.create_bucket(Bucket="files")
         for path in files.rglob("*.*"):
-            client.upload_file(str(path), "bucket", f"my data/{path.parent.name}%20/{path.name}")
-        client.put_object(Bucket="bucket", Key="my data/wds%20/README.md", Body=b"text")
-        client.put_object(Bucket="bucket", Key="photos/cat/a.jpg", Body=images(1)[0].data)
+            client.upload_file(str(path), "files", f"my data/{path.parent.name}%20/{path.name}")
+        client.put_object(Bucket="files", Key="my data/wds%20/README.md", Body=b"text")
+        client.put_object(Bucket="files", Key="photos/cat/a.jpg", Body=images(1)[0].data)
         for url in ("wds%20", "data%20/train-*.parquet", "wds%20/part-{00..02}.tar"):
-            source = open_source(f"s3://bucket/my data/{url}", remote=options(tmp_path))
+            source = open_source(f"s3://files/my data/{url}", remote=options(tmp_path))
             check_same(source)
             source.close()
         with pytest.raises(InputError, match=r"holds image files .* but must be converted data"):
-            open_source("s3://bucket/photos", remote=options(tmp_path))
+            open_source("s3://files/photos", remote=options(tmp_path))
         with pytest.raises(InputError, match=r"no manifest\.json"):
-            open_source("s3://bucket/nothing", remote=options(tmp_path))
+            open_source("s3://files/nothing", remote=options(tmp_path))
     finally:
         server.stop()
