@@ -22,6 +22,7 @@ from pipelines.progress import Progress
 from pipelines.runtime import InputError, invalid, parse_arguments, run_cli
 from pipelines.storage import RemoteOptions, open_source
 from pipelines.storage.beton_format import BETON, is_beton_name
+from pipelines.storage.deep_sample import warn_if_black_or_white
 from pipelines.storage.forms import Request
 from pipelines.storage.image_facts import facts_of
 from pipelines.storage.shards import ShardSource
@@ -144,6 +145,9 @@ def convert(config: Convert) -> None:
             conversion.prepare(overwrite=config.overwrite)
         if options.value_range is None and not all(conversion.finished for conversion in conversions):
             _measure(conversions, workers, reduced=options.max_size is not None)
+        if options.value_range is not None:
+            for job in jobs:
+                warn_if_black_or_white(job.source, options.value_range)
         for conversion in conversions:
             print(visible(conversion.run(workers=workers)), flush=True)
     finally:

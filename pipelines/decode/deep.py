@@ -14,6 +14,7 @@ from pipelines.value_range import FULL, Measured, ValueRange
 
 _GRAY = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _SWAPPED = {"16L": "16B", "16B": "16L", "16N": "16B" if sys.byteorder == "little" else "16L"}
+_CODESTREAM = b"\xff\x4f\xff\x51"  # start of a JPEG 2000's codestream and of its sizes
 _COLOURS = ("RGB", "RGBA", "RGBX")
 
 Opener = Callable[[], Any]
@@ -24,7 +25,7 @@ Loader = Callable[[Image.Image], Image.Image]
 
 def is_deep(image: Image.Image) -> bool:
     """Whether an opened image, not yet loaded, has more than 8 bits a channel."""
-    return image.mode in _GRAY or ";16" in _raw_mode(image) or _wide_ppm(image)
+    return image.mode in _GRAY or ";16" in _raw_mode(image) or _wide_ppm(image) or _full_jpeg2000(image)
 
 
 def deep_rgb(image: Image.Image, reopen: Opener, load: Loader, stated: ValueRange | None) -> NDArray[np.uint8]:
@@ -44,7 +45,7 @@ def deep_rgb(image: Image.Image, reopen: Opener, load: Loader, stated: ValueRang
         values = _gray_values(image, load)
         value_range = value_range or _checked(Measured.of(values))
         return np.repeat(value_range.scaled(values)[:, :, None], 3, axis=2)
-    raw_mode, ppm = _raw_mode(image), _wide_ppm(image)
+    raw_mode, ppm = _raw_mode(image), _tile(image)[0] == "ppm"
     upright = load(image)
     upright.info.pop("transparency", None)  # dropped like an alpha channel
     high = np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
@@ -62,7 +63,7 @@ def measured(image: Image.Image, reopen: Opener, load: Loader) -> Measured | Non
         return None
     if image.mode in _GRAY:
         return Measured.of(_gray_values(image, load))
-    raw_mode, ppm = _raw_mode(image), _wide_ppm(image)
+    raw_mode, ppm = _raw_mode(image), _tile(image)[0] == "ppm"
     high = np.asarray(load(image).convert("RGB"))
     wide = _colour_values(high, raw_mode, ppm, reopen, load)
     return Measured(low=0, high=int(high.max()) << 8, kind="16-bit") if wide is None else Measured.of(wide)
@@ -80,8 +81,8 @@ def _own_range(image: Image.Image) -> ValueRange | None:
     codec, arguments = _tile(image)
     if codec in ("ppm", "ppm_plain"):  # Pillow scales the values
         return FULL if int(arguments[1]) < 0xFFFF else None
-    if image.format == "JPEG2000":
-        return FULL
+    if image.format == "JPEG2000":  # Pillow shifts values of other bits
+        return None if _full_jpeg2000(image) else FULL
     return ValueRange(low=0, high=0xFFF) if arguments[:1] == ("I;12",) else None
 
 
@@ -125,9 +126,21 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _wide_ppm(image: Image.Image) -> bool:
-    """Whether it is a PPM of 16-bit colours whose largest value says nothing."""
+    """Whether it is a PPM, binary or plain, of 16-bit colours whose largest value says nothing."""
     codec, arguments = _tile(image)
-    return codec == "ppm" and image.mode == "RGB" and int(arguments[1]) == 0xFFFF
+    return codec in ("ppm", "ppm_plain") and image.mode == "RGB" and int(arguments[1]) == 0xFFFF
+
+
+def _full_jpeg2000(image: Image.Image) -> bool:
+    """Whether it is a JPEG 2000 of 16 bits, which say as little as those of a PNG (ISO 15444-1, A.5.1)."""
+    if image.format != "JPEG2000" or image.fp is None:
+        return False
+    place = image.fp.tell()
+    image.fp.seek(0)
+    data = image.fp.read()
+    image.fp.seek(place)
+    start = data.find(_CODESTREAM)
+    return start >= 0 and data[start + 42 : start + 43] == b"\x0f"
 
 
 def _tile(image: Image.Image) -> tuple[str, tuple[Any, ...]]:

@@ -28,8 +28,8 @@ _FORMATS = tuple(
     for name in ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "TGA", "HEIF")
     if name in Image.OPEN
 )
-_DEEP_FORMATS = (b"\x89P", b"II", b"MM", b"P2", b"P3", b"P5", b"P6", b"Pf")  # PNG, TIFF, PGM and PPM
-DEEP_ENDINGS = (".png", ".tif", ".tiff", ".pgm", ".ppm", ".pnm")
+_DEEP_FORMATS = (b"\x89P", b"II", b"MM", b"P2", b"P3", b"P5", b"P6", b"Pf", b"\0\0", b"\xff\x4f")
+DEEP_ENDINGS = (".png", ".tif", ".tiff", ".pgm", ".ppm", ".pnm", ".jp2", ".j2k")
 """Endings of files that may have more than 8 bits a channel without stating what their values mean."""
 DEFAULT_LIMITS = ImageLimits()
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
-
 from pipelines.decode.limits import ImageLimits
-from pipelines.decode.pillow import DEEP_ENDINGS, measure
 from pipelines.runtime import InputError
+from pipelines.storage.deep_sample import measure_sample, warn_if_black_or_white
 from pipelines.storage.image_facts import facts_of
 from pipelines.storage.source import Source
-from pipelines.value_range import Measured, ValueRange
-
-_LOOKED_AT, _SAMPLE, _THREADS = 4096, 32, 8  # names, files
+from pipelines.value_range import ValueRange
 
 
 def state_value_range(
@@ -50,6 +42,8 @@ def state_value_range(
     facts.value_range = stated or default
     if facts.value_range is None:
         _check_sample(source)
+    elif stated is not None:
+        warn_if_black_or_white(source, stated)
 
 
 def pixels_of(source: Source) -> str:
@@ -62,7 +56,7 @@ def pixels_of(source: Source) -> str:
 
 def _check_sample(source: Source) -> None:
     """Check that an evenly spread sample of the images needs no range."""
-    found = [(key, measured) for key, measured in _measure_sample(source) if not measured.is_black]
+    found = [(key, measured) for key, measured in measure_sample(source) if not measured.is_black]
     if not found or any(measured.uses_16_bits for _, measured in found):
         return  # an image of fewer bits among those of 16 is refused when it is decoded
     key, largest = max(found, key=lambda item: item[1].high)
@@ -75,21 +69,3 @@ def _check_sample(source: Source) -> None:
         f"{largest.suggestion().option()}, or convert the images with mvssl-convert, which measures it.",
         field="value_range",
     )
-
-
-def _measure_sample(source: Source) -> Iterator[tuple[str, Measured]]:
-    limits = facts_of(source).limits
-    spread = np.linspace(0, len(source) - 1, min(_LOOKED_AT, len(source))).astype(np.int64).tolist()
-    likely = [index for index in spread if os.path.splitext(source.key(index))[1].lower() in DEEP_ENDINGS]
-    sample = [likely[n] for n in np.unique(np.linspace(0, len(likely) - 1, min(_SAMPLE, len(likely))).astype(int))]
-
-    def look(index: int) -> tuple[str, Measured | None]:
-        try:
-            return source.key(index), measure(source.read(index), limits=limits)
-        except OSError:  # the loader names it
-            return source.key(index), None
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for key, measured in pool.map(look, sample):
-            if measured is not None:
-                yield key, measured

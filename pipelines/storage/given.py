@@ -27,6 +27,7 @@ from pipelines.storage.items import (
 )
 from pipelines.storage.joined import GivenPath, files_source, joined, open_paths
 from pipelines.storage.source import Source, SubsetSource
+from pipelines.storage.splits import split_role
 
 _TRAIN, _VAL = ("train", "training"), ("validation", "val", "valid", "dev")
 _FORMS = (
@@ -105,8 +106,8 @@ def splits_of(data: object, *, field: str = "data", of: str = "train") -> tuple[
     """
     if not isinstance(data, Mapping):
         return data, None
-    val = next((data[name] for name in _VAL if name in data), None)
-    wanted = val if of == "val" else next((data[name] for name in _TRAIN if name in data), None)
+    val = _split(data, "val", _VAL)
+    wanted = val if of == "val" else _split(data, "train", _TRAIN)
     if wanted is None:
         raise InputError(
             f"{field} is a {type(data).__name__} of {', '.join(map(str, data))[:200] or 'nothing'} but must have the "
@@ -114,6 +115,13 @@ def splits_of(data: object, *, field: str = "data", of: str = "train") -> tuple[
             field=field,
         )
     return wanted, val
+
+
+def _split(data: Mapping[Any, Any], role: str, usual: Sequence[str]) -> object | None:
+    """The split of a usual name, else the only one whose name says this role in another way; None without one."""
+    names = [name for name in usual if name in data]
+    others = [name for name in data if isinstance(name, str) and split_role(name) == role]
+    return data[names[0]] if names else data[others[0]] if len(others) == 1 else None
 
 
 def check_form(data: object, field: str) -> None:

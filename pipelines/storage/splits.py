@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -29,7 +30,9 @@ _ROLES: dict[Role, re.Pattern[str]] = {
         "val|valid|validation|validate|(val|valid|validation)set|minival|dev|devel|devset|eval|evaluation"
     ),
     "test": re.compile("tests?|testing|testset|tst"),
-    "more": re.compile("extra|unlabell?ed|query|gallery|holdout"),  # splits only beside those above
+    "more": re.compile(  # splits only beside those above
+        "extra|(un)?labell?ed|query|gallery|holdout|unseen|ood|preds?|predict|predictions?"
+    ),
 }
 _FORM = re.compile(
     "sets?|splits?|subset|images?|imgs?|jpe?gs?|pngs?|data|dataset|photos?|pictures?|pics?|files?|folder|dir|raw|full|"
@@ -38,10 +41,12 @@ _FORM = re.compile(
 # What each class may have alike, so that sharing it says nothing.
 _INNER = re.compile(f"{_FORM.pattern}|annotations?|labels?|masks?|boxes|rgb|gray|depth|left|right|thumb(nail)?s")
 _PIECES = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|\d+|[^\W\d_]+")
+_TWO_WORDS = re.compile(r"(hold)[\W_]?(out)", re.IGNORECASE)
 _SERIES = re.compile(r"\d+|[\W_]+")
 _BUCKET = re.compile(r"[0-9a-f]{1,4}|\d+", re.IGNORECASE)
 _FEW = 10  # folders of a data set that has train and val; more may be classes
 _FEW_CLASSES = 3
+_DEEPEST = 2  # levels below the first folders at which splits are looked for, as in ILSVRC/Data/CLS-LOC
 _RUN = {"config.json", "metrics.jsonl"}  # files of a run folder, whose pictures are no data
 _LOOKED_AT = 32  # folders whose subfolders are compared
 _ENTRIES = 4096  # of a folder, until it counts as one without subfolders
@@ -104,7 +109,7 @@ class _Part:
 
 def _words(name: str) -> list[str]:
     """Words of a name in lower case, cut at other characters, digits and capitals, without numbers and letters."""
-    pieces = _PIECES.findall(name)
+    pieces = _PIECES.findall(_TWO_WORDS.sub(r"\1\2", name) if name.isascii() else name)
     return [piece.lower() for piece in pieces if not piece.isdigit() and (len(piece) > 1 or len(pieces) == 1)]
 
 
@@ -142,8 +147,7 @@ def _splits(root: Path, named: Sequence[_Part], others: Sequence[_Part]) -> tupl
             return None
         return _one_of_each(root, group, others=rest)
     if not others:
-        alone = len(named) == 1 or roles == {"more"}
-        return None if alone and "train" not in roles else _one_of_each(root, named, others=())
+        return None if len(named) == 1 and "train" not in roles else _one_of_each(root, named, others=())
     if roles >= {"train", "val"}:
         return _one_of_each(root, named, others=others)
     few = len(others) <= _FEW_CLASSES  # among many classes some may have these names
@@ -160,47 +164,87 @@ def _one_of_each(root: Path, parts: Sequence[_Part], *, others: Sequence[_Part])
     return root / of["train"][0], root / of["val"][0] if of["val"] else None
 
 
-def _ambiguous(root: Path, names: Sequence[str], why: str) -> InputError:
+def _ambiguous(root: Path, names: Sequence[str], why: str, remedy: str = "") -> InputError:
     named = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
     folders = "folders" if len(names) > 1 else "only folder"
     train = next((name for name in names if _role(name) == "train"), names[0])
     val = next((name for name in names if name != train and _role(name) in ("val", "test")), None)
     measure = "" if val is None else f", and what to measure on, such as {root / val}, with --val"
+    give = remedy or f"give the images to train on, such as {root / train}{measure}"
     return InputError(
         f"data is {str(root)!r}, whose {folders} {named} {why} of one data set and not like its classes, but must be "
-        f"one split, or have one train and one val: give the images to train on, such as {root / train}{measure}; if "
-        "the folders are classes, or several are to be used as one, give a text list of the images (with their "
-        "classes).",
+        f"one split, or have one train and one val: {give}; if the folders are classes, or several are to be used as "
+        "one, give a text list of the images (with their classes).",
         field="data",
     )
 
 
 def _check_subfolders(root: Path, names: Sequence[str]) -> None:
-    """Check that the folders are no splits of unusual names: folds, years or places with the same classes in each.
+    """Check that the folders neither hold splits nor look like parts of one data set; see `check_parts`."""
+    inner: dict[str, set[str]] = {}
+    for name in names[:_LOOKED_AT]:
+        inner[name] = set(_subfolders(root / name))
+        if not inner[name]:
+            break
+    check_parts(root, inner, only=len(names) == 1)
+    for folder in (folder for name in names[:_FEW] for folder in _with_splits(root / name, _DEEPEST)):
+        found = [str((folder / name).relative_to(root)) for name in _splits_in(folder)]
+        raise _ambiguous(root, found, "look like splits")
+
+
+def _with_splits(folder: Path, depth: int) -> Iterator[Path]:
+    """Folders that hold splits, at this one or below."""
+    names = list(_subfolders(folder))
+    if _splits_in(folder):
+        yield folder
+    elif depth and len(names) <= _FEW:
+        for name in names:
+            yield from _with_splits(folder / name, depth - 1)
+
+
+def _splits_in(folder: Path) -> list[str]:
+    """Subfolders with data that are a train and a val or test split by their names; [] without these two."""
+    parts = [_Part.of(name, name) for name in _subfolders(folder)]
+    for train in (part for part in parts if part.role == "train"):
+        group = [part for part in parts if part.stem == train.stem and part.role in ("train", "val", "test")]
+        with_data = [part for part in group if _holds_data(folder / part.name)] if len(group) > 1 else []
+        if {"train"} < {part.role for part in with_data}:
+            return [part.name for part in sorted(with_data, key=lambda part: list(_ROLES).index(part.role or "more"))]
+    return []
+
+
+def check_parts(root: Path, inner: Mapping[str, set[str]], *, only: bool = False, remedy: str = "") -> None:
+    """Check that first folders are no splits of unusual names: folds, years or places with the same classes in each.
+
+    Args:
+        root: the folder or archive.
+        inner: names of the subfolders, by folder.
+        only: whether it is one folder, which may be a split by its name.
+        remedy: what to do with an archive; of a folder the images of one part are given.
 
     Raises:
         InputError: they have two or more subfolders in common, and at least half of each.
     """
-    if not names:
+    names = list(inner)
+    below = [
+        {name.casefold() for name in folders if not _INNER.fullmatch(name.casefold())} for folders in inner.values()
+    ]
+    if not names or not all(below):
         return
-    inner: list[set[str]] = []
-    for name in islice(names, _LOOKED_AT):
-        below = {folder.casefold() for folder in _subfolders(root / name) if not _INNER.fullmatch(folder.casefold())}
-        if not below:
-            return
-        inner.append(below)
-    only = names[0] if len(names) == 1 else ""
-    if only and _role(only) is not None and not _stem(only) and len(inner[0]) > 1:
-        raise _ambiguous(root, names, "looks like a split")
-    shared = [below & set().union(*(other for other in inner if other is not below)) for below in inner]
-    if len(set().union(*shared)) < 2 or any(2 * len(both) < len(own) for both, own in zip(shared, inner, strict=True)):
+    if only and _role(names[0]) is not None and not _stem(names[0]) and len(below[0]) > 1:
+        raise _ambiguous(root, names, "looks like a split", remedy)
+    counts = Counter(name for own in below for name in own)
+    shared = [{name for name in own if counts[name] > 1} for own in below]
+    if len(set().union(*shared)) < 2 or any(2 * len(both) < len(own) for both, own in zip(shared, below, strict=True)):
         return
     series = len({_SERIES.sub("", name).casefold() for name in names}) == 1
-    buckets = all(_BUCKET.fullmatch(word) for word in set().union(*inner))
+    buckets = all(_BUCKET.fullmatch(word) for word in set().union(*below))
     if buckets and (all(map(_BUCKET.fullmatch, names)) or not (series or any(_role(name) for name in names))):
         return  # numbered folders that only keep folders small
-    common = sorted(set.intersection(*inner) or set().union(*shared))
-    raise _ambiguous(root, names, f"hold the same subfolders ({', '.join(common[:3])}, ...) and so look like parts")
+    common = sorted(set.intersection(*below) or set().union(*shared))
+    raise _ambiguous(
+        root, names, f"hold the same subfolders ({', '.join(common[:3])}, ...) and so look like parts", remedy
+    )
 
 
 def _subfolders(folder: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.runtime import InputError
 from pipelines.storage.file_index import is_image_name, is_system_folder
-from pipelines.storage.splits import is_form_word, split_role
+from pipelines.storage.splits import check_parts, is_form_word, split_role
 
 _LONGEST_CLASS = 100  # characters; longer texts are captions
 _WNID, _DIGITS = re.compile(r"n\d{8}"), re.compile(r"[\W\d_]+")
@@ -40,20 +40,26 @@ def check_name(path: Path, name: str) -> str:
     return "/".join(part for part in parts if part != ".")
 
 
-def arrange(names: Sequence[str]) -> dict[str, list[tuple[int, str]]]:
+def arrange(names: Sequence[str], where: Path) -> dict[str, list[tuple[int, str]]]:
     """(index, name below the split's folder) of the images of each split; the only split is "".
 
     One folder around everything is not counted. First folders are splits if one is a train split and all are splits.
+
+    Raises:
+        InputError: other first folders look like parts of one data set, as `check_parts` says; `where` names it.
     """
     rest = _without_common(list(names))
-    tops: dict[str, str | None] = {}
+    tops: dict[str, set[str]] = {}
     for name in rest:
-        top, slash, _ = name.partition("/")
-        tops.setdefault(top if slash else "", None)
+        top, slash, below = name.partition("/")
+        inner = tops.setdefault(top if slash else "", set())
+        if "/" in below:
+            inner.add(below.partition("/")[0])
         if len(tops) > _FEW:
             return {"": list(enumerate(rest))}
     roles = {top: split_role(top) for top in tops}
     if len(tops) < 2 or "train" not in roles.values() or None in roles.values():
+        check_parts(where, tops, remedy="write it again with those to train on, or unpack it and give their folder")
         return {"": list(enumerate(rest))}
     found: dict[str, list[tuple[int, str]]] = {}
     for index, name in enumerate(rest):

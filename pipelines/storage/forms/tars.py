@@ -279,7 +279,7 @@ class _Index:
         else:
             order = sorted(shown, key=names.__getitem__)
         splits = {}
-        for split, pairs in arrange([names[n] for n in order]).items():
+        for split, pairs in arrange([names[n] for n in order], location).items():
             pick = np.array([order[index] for index, _ in pairs], dtype=np.int64)
             below = [name for _, name in pairs]
             labels = unlabelled(len(pick))

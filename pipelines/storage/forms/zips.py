@@ -54,7 +54,7 @@ def open_form(look: Look, request: Request) -> Found:
     splits: dict[str, FormSource] = {}
     for name, of_split in by_split(look, files).items():
         index = ZipIndex([file.path for file in of_split], request)
-        arranged = arrange(index.names)
+        arranged = arrange(index.names, look.path)
         if name and len(arranged) > 1:
             raise InputError(f"{look.path} has splits in the names of its zips and in these: give one zip.")
         for inner, pairs in arranged.items():

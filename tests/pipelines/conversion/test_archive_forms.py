@@ -197,6 +197,8 @@ def bad(name: str, at: Path) -> tuple[Path, str]:
         return make_tar(at / "a.tar", [("a.jpg", encoded(1)), ("a.json", b"{")]), "a.json is no label"
     if name == "label out of range":
         return make_tar(at / "a.tar", [("a.jpg", encoded(1)), ("a.cls", b"-7")]), "has the label -7"
+    if name == "tar of folds":
+        return make_tar(at / "a.tar", nested(items(), "x/fold_1/") + nested(items(), "x/fold_2/")), "look like parts"
     path = make_zip(at / "a.zip", one)
     data = bytearray(path.read_bytes())
     if name == "truncated zip":
@@ -224,6 +226,9 @@ def bad(name: str, at: Path) -> tuple[Path, str]:
         return path, "twice"
     if name == "zip that leads out":
         return make_zip(at / "b.zip", [("../../a.jpg", b"1")]), "leads out of it"
+    if name == "zip with splits in each class":
+        files = [(f"{item.label}/{split}/{item.name}", item.data) for item in items() for split in ("train", "val")]
+        return make_zip(at / "b.zip", files), r"hold the same subfolders \(train, val, .*: write it again"
     if name == "zip without images":
         return make_zip(at / "b.zip", [("a.parquet", b"1")]), r"holds no images \(it holds 1 .parquet\)"
     assert name == "empty zip"
@@ -243,12 +248,14 @@ def bad(name: str, at: Path) -> tuple[Path, str]:
         "label that is no text",
         "json that is none",
         "label out of range",
+        "tar of folds",
         "truncated zip",
         "encrypted zip",
         "unknown method",
         "zip with files that share bytes",
         "zip with a name twice",
         "zip that leads out",
+        "zip with splits in each class",
         "zip without images",
         "empty zip",
     ],

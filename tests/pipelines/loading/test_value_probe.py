@@ -96,6 +96,17 @@ def test_one_of_fewer_bits_among_16_is_a_bad_image_by_name(tmp_path: Path, caplo
     assert "Image 05.png cannot be decoded (its values in 16 bits reach only 4095" in caplog.text
 
 
+@pytest.mark.parametrize(("stated", "said"), [("0..65535", "nearly black"), ("-9..0.1", "white"), ("0..4095", "")])
+def test_a_stated_range_that_leaves_nothing_is_warned_of(
+    stated: str, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.fromarray(values(12).clip(1)).save(tmp_path / "x.png")
+    state_value_range(open_source(tmp_path), parse_value_range(stated))
+    assert (f"become {said} by --value-range {stated}: a sample of them has values from 1 to 4095" in caplog.text) == (
+        said != ""
+    )
+
+
 def test_black_images_say_nothing(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path / "black.png")
     state_value_range(open_source(tmp_path), None)

@@ -24,7 +24,7 @@ from pipelines.decode.pillow import decode_one
 from pipelines.loader import Loader
 from pipelines.order import Order
 from pipelines.storage import open_source
-from pipelines.storage.given import source_of
+from pipelines.storage.given import source_of, splits_of
 from pipelines.storage.source import Source
 
 COUNT = 9
@@ -232,6 +232,11 @@ def test_labels(data: Callable[[Any], Any], labels: list[int], classes: tuple[st
     source = source_of(data(np.zeros((8, 8, 3), np.uint8)))
     assert source.labels.tolist() == labels
     assert source.classes == classes
+
+
+def test_splits_of_a_mapping_are_known_by_other_names_if_each_is_the_only_one() -> None:
+    assert splits_of({"Training": 1, "dev_set": 2, "Testing": 3}) == (1, 2)
+    assert splits_of({"train": 1, "train_extra": 2, "val2014": 3, "val2017": 4}) == (1, None)
 
 
 def test_a_datasets_own_targets_and_classes_are_taken_if_its_items_say_the_same() -> None:
