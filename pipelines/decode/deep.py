@@ -133,12 +133,13 @@ def _wide_ppm(image: Image.Image) -> bool:
 
 def _full_jpeg2000(image: Image.Image) -> bool:
     """Whether it is a JPEG 2000 of 16 bits, which say as little as those of a PNG (ISO 15444-1, A.5.1)."""
-    if image.format != "JPEG2000" or image.fp is None:
+    file: Any = getattr(image, "fp", None)
+    if image.format != "JPEG2000" or file is None:
         return False
-    place = image.fp.tell()
-    image.fp.seek(0)
-    data = image.fp.read()
-    image.fp.seek(place)
+    place = file.tell()
+    file.seek(0)
+    data: bytes = file.read()
+    file.seek(place)
     start = data.find(_CODESTREAM)
     return start >= 0 and data[start + 42 : start + 43] == b"\x0f"
 

@@ -20,6 +20,7 @@ from pipelines.storage.items import (
     LABEL_NAMES,
     ItemSource,
     as_labels,
+    given_label,
     label_of,
     labels_of,
     named_labels,
@@ -179,7 +180,14 @@ def _of_list(items: Sequence[Any], *, field: str, progress: Progress) -> Source:
         raise InputError(
             f"{field}[0] is {brief(items[0])} but {field} must be {_FORMS}: give one of these.", field=field
         )
-    labels, classes = named_labels([label_of(item) for item in items])
+    known = [label_of(item) for item in items]
+    for n, item in enumerate(items):
+        label = given_label(item) if known[n] is None else None
+        if isinstance(label, (bool, float, bytes, np.generic)) or (
+            label is not None and any(one is not None for one in known)
+        ):
+            raise _no_label(f"{field}[{n}]", label)
+    labels, classes = named_labels(known)
     name = f"{len(items):,} images in memory"
     return ItemSource(
         items.__getitem__, len(items), name=name, labels=labels, classes=classes, constant=True, field=field
@@ -214,17 +222,20 @@ def _may_hold_image(item: object) -> bool:
 
 
 def _given(item: Any, where: str) -> GivenPath:
-    path, label = (item[0], item[1]) if _is_pair(item) else (item, None)
+    path, label = (item[0], given_label(item)) if _is_pair(item) else (item, None)
     known = plain_label(label)
-    is_gap = label is None or label != label  # NaN, as pandas writes it
-    if known is None and not is_gap:
-        raise InputError(
-            f"{where} has the label {brief(label)} but must have a whole number or text: give (path, label).",
-            field=where.partition("[")[0],
-        )
+    if known is None and label is not None:
+        raise _no_label(where, label)
     place = given_path(path, where).expanduser()
     return GivenPath(
         path=os.path.abspath(place) if not isinstance(place, Url) else str(place), label=known, where=where
+    )
+
+
+def _no_label(where: str, label: object) -> InputError:
+    return InputError(
+        f"{where} has the label {brief(label)} but must have a whole number or text, None for none: give such labels.",
+        field=where.partition("[")[0],
     )
 
 

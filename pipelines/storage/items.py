@@ -216,12 +216,17 @@ def image_of(item: object) -> object:
 
 def label_of(item: object) -> int | str | None:
     """The label of an item, if it is a whole number or text."""
+    return plain_label(given_label(item))
+
+
+def given_label(item: object) -> object:
+    """The label of an item as it is; None without one, or for NaN, which pandas writes for a gap."""
     label: object = None
     if isinstance(item, Mapping):
         label = next((item[name] for name in LABEL_NAMES if name in item), None)
     elif isinstance(item, (tuple, list)) and len(item) > 1:
         label = item[1]
-    return plain_label(label)
+    return None if isinstance(label, float) and label != label else label
 
 
 def plain_label(label: Any) -> int | str | None:

@@ -216,6 +216,8 @@ def test_arrays_of_any_channels(arrays: list[NDArray[np.uint8]]) -> None:
     [
         (lambda image: [(image, 10), (image, 2), (image, None)], [1, 0, -1], ("2", "10")),
         (lambda image: [(image, "dog"), (image, "cat")], [1, 0], ("cat", "dog")),
+        (lambda image: [(image, 7), (image, float("nan"))], [0, -1], ("7",)),
+        (lambda image: [(image, np.eye(2)), (image, np.eye(2))], [-1, -1], ()),
         (lambda image: Items(lambda n: (image, torch.tensor(n % 2)), 3), [0, 1, 0], ("0", "1")),
         (lambda image: Items(lambda n: (image, np.float32(0.5)), 2), [-1, -1], ()),
         (
@@ -269,6 +271,13 @@ IMAGE = np.zeros((8, 8, 3), np.uint8)
         ([1, 2], r"data\[0\] is 1 but data must be a path, a list"),
         (["nowhere.jpg"], r"data\[0\] is '.*nowhere.jpg', which does not exist \(1 of 1 do not\)"),
         ([(".", 0.5)], r"data\[0\] has the label 0.5 but must have a whole number or text"),
+        ([(".", np.eye(3)[1])], r"data\[0\] has the label .* but must have a whole number or text"),
+        (
+            [(IMAGE, 2), (IMAGE, 1.5)],
+            r"data\[1\] has the label 1.5 but must have a whole number or text, None for none",
+        ),
+        ([(IMAGE, True), (IMAGE, False)], r"data\[0\] has the label True but must"),
+        ([(IMAGE, "dog"), (IMAGE, b"cat")], r"data\[1\] has the label b'cat' but must"),
         (Items, "data is <class .*Items'> but must be a path"),
         (Stream(), "data is a Stream, which gives images in its own order only, but must have a length"),
         (iter([IMAGE]), "data is a list_iterator, which gives images in its own order only"),
