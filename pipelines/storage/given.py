@@ -181,11 +181,10 @@ def _of_list(items: Sequence[Any], *, field: str, progress: Progress) -> Source:
             f"{field}[0] is {brief(items[0])} but {field} must be {_FORMS}: give one of these.", field=field
         )
     known = [label_of(item) for item in items]
+    labelled = any(label is not None for label in known)
     for n, item in enumerate(items):
         label = given_label(item) if known[n] is None else None
-        if isinstance(label, (bool, float, bytes, np.generic)) or (
-            label is not None and any(one is not None for one in known)
-        ):
+        if isinstance(label, (bool, float, bytes, np.generic)) or (label is not None and labelled):
             raise _no_label(f"{field}[{n}]", label)
     labels, classes = named_labels(known)
     name = f"{len(items):,} images in memory"

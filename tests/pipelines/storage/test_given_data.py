@@ -217,7 +217,6 @@ def test_arrays_of_any_channels(arrays: list[NDArray[np.uint8]]) -> None:
         (lambda image: [(image, 10), (image, 2), (image, None)], [1, 0, -1], ("2", "10")),
         (lambda image: [(image, "dog"), (image, "cat")], [1, 0], ("cat", "dog")),
         (lambda image: [(image, 7), (image, float("nan"))], [0, -1], ("7",)),
-        (lambda image: [(image, np.eye(2)), (image, np.eye(2))], [-1, -1], ()),
         (lambda image: Items(lambda n: (image, torch.tensor(n % 2)), 3), [0, 1, 0], ("0", "1")),
         (lambda image: Items(lambda n: (image, np.float32(0.5)), 2), [-1, -1], ()),
         (
