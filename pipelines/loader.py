@@ -167,6 +167,7 @@ class Loader:
         self._producer: Prefetcher[_Prepared] | None = None
         self._ahead: tuple[int, int] | None = None  # the epoch that the running producer prepares next, and its `until`
         self._next = (0, 0)
+        self._restored = False  # whether `_next` was loaded, and no batch has been given since
         self._closed = False
         self._process = os.getpid()
         self._at_exit = partial(_close, weakref.ref(self))
@@ -212,9 +213,12 @@ class Loader:
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[ViewBatch]:
-        """The rest of the epoch at which the loader stands (`state_dict`): one epoch, and the next time the next."""
+        """One epoch, and the next time the next one, as of PyTorch's DataLoader: a loop that was left is not continued.
+
+        After `load_state_dict` it is the rest of that epoch.
+        """
         epoch, step = self._next
-        return self.epoch(epoch, first_step=step)
+        return self.epoch(epoch + 1) if step and not self._restored else self.epoch(epoch, first_step=step)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -273,7 +277,7 @@ class Loader:
         return {"epoch": self._next[0], "step": self._next[1]}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Restore a position; continue with `epoch(state["epoch"], first_step=state["step"])`.
+        """Restore a position: iterating gives the rest of its epoch, as does `epoch(epoch, first_step=step)`.
 
         Raises:
             InputError: the position does not exist in this loader's order.
@@ -283,7 +287,7 @@ class Loader:
         epoch, step = whole("epoch", state["epoch"]), whole("step", state["step"])
         if epoch < 0 or not 0 <= step < self.steps_per_epoch:
             raise invalid("loader state", dict(state), f"a step below {self.steps_per_epoch}", "resume the same data")
-        self._next = (epoch, step)
+        self._next, self._restored = (epoch, step), True
 
     def close(self) -> None:
         """Stop all threads and free the decoder; may be called twice."""
@@ -317,6 +321,7 @@ class Loader:
                 receive(batch.views, event)
                 self.stats.batches += 1
                 self._next = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
+                self._restored = False
                 yield batch
                 del batch
             finished = True

@@ -65,7 +65,7 @@ def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 def test_an_iterator_is_one_epoch_and_then_the_next(photos: Path) -> None:
     source = source_of(photos / "photos")
     plain = Loader(source, VIEWS, Order(num_images=18, batch_size=4, seed=9))
-    expected = [copies(plain.epoch(epoch)) for epoch in range(3)]
+    expected = [copies(plain.epoch(epoch)) for epoch in range(4)]
     plain.close()
     with Loader.of(photos / "photos", VIEWS, batch_size=4, seed=9) as loader:
         assert len(loader) == 4
@@ -75,6 +75,7 @@ def test_an_iterator_is_one_epoch_and_then_the_next(photos: Path) -> None:
         first = copies([next(iterator)])
         state = loader.state_dict()
         del iterator
+        assert equal(copies(loader), expected[3])  # as of PyTorch's DataLoader: whole, and in an order of its own
     with Loader.of(photos / "photos", VIEWS, batch_size=4, seed=9) as loader:
         loader.load_state_dict(state)
         assert equal(first + copies(loader), expected[2])
