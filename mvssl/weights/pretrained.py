@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -147,7 +147,7 @@ def named_architecture(text: str) -> str | None:
             return architecture.partition(".")[0]
         return None
     name = text.partition(".")[0]
-    return name if "." in text or timm.is_model(name) else None
+    return name if ("." in text and "/" not in text) or timm.is_model(name) else None
 
 
 def find_pretrained(config: Backbone) -> Pretrained:
@@ -211,8 +211,12 @@ def _full_name(config: Backbone) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
     if own:
         closest = difflib.get_close_matches(text.rpartition(".")[2], own, n=1, cutoff=0.4)
+        others = [] if closest or "." in text else _weights_like(text, known)
         remedy = f"did you mean {closest[0]}? " if closest else "choose one of these: "
         allowed, remedy = f"one of {architecture}'s tags", remedy + ", ".join(own)
+        if others:
+            allowed += f" ({', '.join(own)}) or the name of other weights"
+            remedy = f"did you mean {', '.join(others)}?"
     elif "." in text and near:
         allowed, remedy = "the name of weights in timm", f"did you mean {', '.join(near)}?"
     else:
@@ -221,6 +225,14 @@ def _full_name(config: Backbone) -> str:
     raise InputError(
         f"Backbone.pretrained is {shown(text)} but must be {allowed}: {remedy}", field="Backbone.pretrained"
     )
+
+
+def _weights_like(text: str, known: Sequence[str]) -> list[str]:
+    """Up to three names of weights whose architecture is spelt nearly so, or has the text in it, or whose tag it is."""
+    models = {name.partition(".")[0]: name for name in reversed(known)}
+    near = difflib.get_close_matches(text, models, n=3, cutoff=0.8)
+    holding = sorted((name for name in known if text in name), key=lambda name: (len(name), name))
+    return [models[name] for name in near] or holding[:3]
 
 
 def _check_same_architecture(config: Backbone, architecture: str) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from pipelines.checks import check_types
 from pipelines.runtime import InputError, invalid
@@ -182,7 +182,8 @@ def _are_numbers(values: object, *, count: int = 1, low: float = 0.0, high: floa
     if not isinstance(values, tuple) or len(values) != count:
         return False
     return all(
-        isinstance(value, Real) and not isinstance(value, bool) and low <= float(value) <= high for value in values
+        isinstance(value, Real) and not isinstance(value, bool) and low <= cast(float, value) <= high
+        for value in values
     )
 
 

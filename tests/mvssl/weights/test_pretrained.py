@@ -216,6 +216,8 @@ def test_views_that_patches_do_not_divide_name_a_size_that_fits() -> None:
         ("vit_base_patch16_clip_224", "opnai", "did you mean openai?"),
         ("vit_smal_patch14_dinov2", "vit_smal_patch14_dinov2.lvd142m", "Backbone.name is 'vit_smal_patch14_dinov2'"),
         ("resnet50", "vit_small_patch14_dinov2.lvd142m", "set --backbone.name vit_small_patch14_dinov2"),
+        ("resnet18", "vit_smal_patch14_dinov2", "or the name of other weights: did you mean vit_small_patch14_dinov2."),
+        ("resnet18", "openai", "tv_in1k) or the name of other weights: did you mean resnet50_clip.openai"),
         ("resnet50_small", "true", "left out for resnet50_small, of which timm has no weights"),
         ("resnet50", "timm/resnet50.a1_in1k", "must be a tag, timm's full name, hf-hub:USER/NAME or local-dir:FOLDER"),
         ("resnet50", "local-dir:/no/such/folder", "there is no folder /no/such/folder"),

@@ -62,6 +62,7 @@ def test_paper_views_are_the_papers_table() -> None:
         ({"rotate": (-400, 0)}, r"rotate is \(-400, 0\) but must be"),
         ({"rotate": (1, 2, 3)}, r"rotate is \(1, 2, 3\) but must be"),
         ({"rotate": float("nan")}, "rotate is nan but must be"),
+        ({"rotate": 10**400}, "rotate is 1000"),
         ({"rotate": "45"}, "rotate is '45' but must be"),
         ({"rotate": True}, "rotate is True but must be"),
         ({"rotate_interpolation": "bicubic"}, "rotate_interpolation is 'bicubic' but must be nearest or bilinear"),
