@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import io
 import logging
 import os
-import re
 import shutil
 import sys
 import warnings
@@ -16,6 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar, cast
 
+from pipelines import usage
 from pipelines.names import VisibleFormatter, shortened, visible
 
 T = TypeVar("T")
@@ -148,27 +147,20 @@ def parse_arguments(kind: type[T], *, args: Sequence[str] | None = None, **setti
     try:
         return _visibly(lambda words: cast(T, tyro.cli(kind, args=words, registry=registry, **settings)), words, prog)
     except _EmptyPath:
-        raise empty_path(_empty_argument(words)) from None
+        raise empty_path(usage.empty_argument(words)) from None
 
 
 def _visibly(parse: Callable[[list[str]], T], words: list[str], prog: str) -> T:
-    """What `parse` returns of the words; the help or usage error that it prints and exits with is `visible`.
+    """What `parse` returns of the words; the help that it prints and exits with is `visible`.
 
-    Options that the command `prog` does not have, and values that a dataclass refuses, are reported in one sentence.
+    Words that the command `prog` cannot use, and values that a dataclass refuses, are reported in one sentence.
     """
     out, err = io.StringIO(), io.StringIO()
     try:
         with redirect_stdout(out), redirect_stderr(err):
             return parse(words)
     except SystemExit as stop:
-        if stop.code and "Unrecognized options: " in err.getvalue():
-            unknown = _unknown_options(parse, words)
-            listed = re.split(r"[─-]{5,}", err.getvalue().partition("options: ")[2])[0]
-            stray = " ".join(re.sub(r"[│|]", " ", listed).split())
-            what = f"has no option {', '.join(unknown)}" if unknown else f"has no use for {visible(stray, 100)}"
-            print(visible(f"error: {prog} {what}: see {prog} --help."), file=sys.stderr)
-            raise
-        sentence = _own_sentence(err.getvalue()) if stop.code else ""
+        sentence = usage.sentence(err.getvalue(), words, prog, lambda: _help_of(parse)) if stop.code else ""
         if sentence:
             print(visible(f"error: {sentence}"), file=sys.stderr)
             raise
@@ -181,43 +173,11 @@ def _visibly(parse: Callable[[list[str]], T], words: list[str], prog: str) -> T:
         raise
 
 
-def _own_sentence(text: str) -> str:
-    """The InputError that tyro shows in a box because a dataclass within the arguments raised it; "" without."""
-    found = re.search(r"Error parsing \S+: (.*?)[─-]{5,}", text, re.DOTALL)
-    sentence = " ".join(re.sub(r"[│|]", " ", found[1]).split()) if found else ""
-    return sentence if " but must be " in sentence else ""
-
-
-def _unknown_options(parse: Callable[[list[str]], object], words: Sequence[str]) -> list[str]:
-    """The options among the words that the help of `parse` does not list, each with the nearest one that it does."""
+def _help_of(parse: Callable[[list[str]], object]) -> str:
     text = io.StringIO()
     with suppress(SystemExit), redirect_stdout(text):
         parse(["--help"])
-    known = dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][\w.-]*[a-z0-9]", text.getvalue()))
-    unknown = []
-    for word in dict.fromkeys(word.partition("=")[0] for word in words if re.match(r"--?[^\W\d]", word)):
-        plain = word.replace("_", "-")
-        if plain in known or plain == "-h":
-            continue
-        plain = plain.lstrip("-")[:100]
-        near = [option for option in known if option.endswith(f".{plain}")]  # --base-lr
-        near = near or [f"--{name}" for name in difflib.get_close_matches(plain, [name[2:] for name in known], n=1)]
-        near = near or [option for option in known if option.endswith(f"-{plain}")]  # --lr
-        unknown.append(visible(word, 100) + (f" (did you mean {near[0]}?)" if near else ""))
-    return unknown
-
-
-def _empty_argument(words: Sequence[str]) -> str:
-    """The options, or the first position, with an empty value."""
-    named = []
-    for before, word in zip(("", *words), words, strict=False):
-        option, is_given, value = word.partition("=")
-        if option.startswith("--") and is_given and not value.strip():
-            named.append(option)
-        elif before.startswith("--") and not word.strip():
-            named.append(before)
-    first = next((number for number, word in enumerate(words, start=1) if not word.strip()), 0)
-    return " or ".join(named) or f"argument {first}"
+    return text.getvalue()
 
 
 class SteadyStream(io.TextIOBase):

@@ -29,6 +29,7 @@ ORDER = {
     ],
     "pipelines": [
         {"names"},
+        {"usage"},
         {"runtime", "progress"},
         {"files", "checks", "value_range"},
         {"c_library", "batch", "arrays"},

@@ -37,8 +37,8 @@ class FeatureArguments:
         overwrite: replace an existing OUT.
     """
 
-    images: tyro.conf.Positional[Path]
-    out: tyro.conf.Positional[Path]
+    images: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="IMAGES")]]
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     source: Annotated[BackboneSource, tyro.conf.arg(name="")]
     compute: Annotated[ComputeOptions, tyro.conf.arg(name="")] = field(default_factory=ComputeOptions)
     dtype: Literal["float16", "float32"] = "float32"

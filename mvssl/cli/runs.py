@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,6 +28,7 @@ _COLOURS = {
     "no checkpoint": "yellow",
 }
 _NAMES = ("run", "recipe", "data")  # cut in a narrow terminal, whole in a pipe
+_NAMED = 3  # folders in a note, and notes
 _NUMBERS = ("epochs", "loss", "kNN", "images/s")
 
 
@@ -62,9 +63,24 @@ def runs(arguments: Sequence[str], console: Console) -> int:
         say(console, *(f"{state.path}: {state.reason}" for _, state in states if state.reason))
     else:
         say(console, f"no runs below {', '.join(map(str, folders))}")
-    for path, reason in ((path, reason) for each in found.values() for path, reason in each.others.items()):
-        print(visible(f"note: {path} is no run: {reason}"), file=sys.stderr)
+    for note in notes_on({path: reason for each in found.values() for path, reason in each.others.items()}, "no run"):
+        print(visible(note), file=sys.stderr)
     return 0
+
+
+def notes_on(left_out: Mapping[Path, str], what: str) -> list[str]:
+    """Notes on folders that are `what`: one for each reason, with its first folders, and a few reasons at most."""
+    reasons: dict[str, list[Path]] = {}
+    for path, reason in left_out.items():
+        reasons.setdefault(reason, []).append(path)
+    notes = []
+    for reason, paths in list(reasons.items())[:_NAMED]:
+        first, more = ", ".join(map(str, paths[:_NAMED])), len(paths) - _NAMED
+        named = f"{first} and {more:,} more" if more > 0 else first
+        notes.append(f"note: {named} {'is' if len(paths) == 1 else 'are'} {what}: {reason}")
+    if more := sum(map(len, list(reasons.values())[_NAMED:])):
+        notes.append(f"note: {more:,} more {'is' if more == 1 else 'are'} {what} for other reasons")
+    return notes
 
 
 def _table(states: Sequence[tuple[Path, RunState]]) -> Table:

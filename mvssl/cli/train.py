@@ -317,6 +317,7 @@ class ReportArguments:
 def report(arguments: Sequence[str], console: Console) -> int:
     """Run the command; returns the exit code."""
     asked = parse_arguments(ReportArguments, prog="mvssl-train report", args=arguments)
+    from mvssl.cli.runs import notes_on
     from mvssl.monitor.comparison import write_comparison
     from mvssl.monitor.report import write_report
     from mvssl.runs.folder import RunFolder
@@ -325,7 +326,7 @@ def report(arguments: Sequence[str], console: Console) -> int:
     if asked.out is not None and asked.out.suffix != ".html":
         raise InputError(f"out is {str(asked.out)!r} but must end in .html: rename it.")
     paths, left_out = named_runs(asked.runs)
-    print_notes([f"note: {path} is left out: {reason}" for path, reason in left_out.items()])
+    print_notes(notes_on(left_out, "left out"))
     folders = [RunFolder(path) for path in paths]
     if len(folders) == 1:
         out = asked.out or folders[0].report

@@ -62,7 +62,7 @@ def load_recipe(path: str | Path, *, fit: Fit = _unfitted) -> Recipe:
 
     The fields are those of `Recipe`, as ``mvssl-train RECIPE --print-config`` writes them. With ``base``, the name of a
     recipe, the others override its fields: tables are merged, lists are replaced, and ``add_views`` adds to its views,
-    which ``view_preset`` adapts to other pictures (`pipelines.adapt_views`).
+    which ``view_preset`` adapts to other pictures (`pipelines.adapt_views`). A table [views.0] changes one view.
     Replacing ``views`` drops the base's weights of tasks that no longer exist. In TOML "none" stands for None.
 
     Args:
@@ -142,15 +142,18 @@ def override(
 ) -> Recipe:
     """The recipe with other values of some fields, in plain form.
 
-    Tables are merged and lists replaced. `view_preset`, which is no field, adapts the views (`adapt_views`). Replacing
-    `views` drops the weights of tasks that no longer exist; `added` are added to the views.
+    Tables are merged and lists replaced; a table as `views` changes fields of single ones, by number or name.
+    `view_preset`, which is no field, adapts the views (`adapt_views`) before. Replacing `views` drops the weights of
+    tasks that no longer exist; `added` are added to the views.
     """
     fields = dict(fields)
     if "view_preset" in fields:
         recipe = with_view_preset(recipe, fields.pop("view_preset"))
-        if "views" in fields:
+        if "views" in fields and not isinstance(fields["views"], Mapping):
             raise InputError("view_preset and views are both given, and exclude each other: leave one of them out.")
     base = to_dict(recipe)
+    if isinstance(fields.get("views"), Mapping):
+        fields["views"] = _changed_views(base["views"], fields["views"])
     if isinstance(fields.get("views"), list):
         kept = {view.get("task") for view in fields["views"] if isinstance(view, Mapping)}
         base["task_weights"] = {task: weight for task, weight in base["task_weights"].items() if task in kept}
@@ -158,6 +161,22 @@ def override(
     if added and isinstance(merged["views"], list):
         merged["views"] = [*merged["views"], *added]
     return from_dict(merged, null_word=null_word)
+
+
+def _changed_views(views: Sequence[Mapping[str, Any]], changes: Mapping[str, Any]) -> list[Any]:
+    """Views in plain form with the fields in `changes` of single ones, by number or name."""
+    numbers = {view["name"]: n for n, view in enumerate(views)} | {str(n): n for n in range(len(views))}
+    changed: list[Any] = list(views)
+    for view, fields in changes.items():
+        if str(view) not in numbers:
+            raise InputError(
+                f"views has the entry {str(view)!r} but as a table may only have 0 to {len(views) - 1} or "
+                f"{', '.join(each['name'] for each in views)}: name a view that is to change, or give all as a list of "
+                "tables, [[views]] in TOML."
+            )
+        n = numbers[str(view)]
+        changed[n] = _merge(changed[n], fields) if isinstance(fields, Mapping) else fields
+    return changed
 
 
 def with_view_preset(recipe: Recipe, preset: object) -> Recipe:

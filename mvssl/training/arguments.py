@@ -7,7 +7,7 @@ import difflib
 import os
 import reprlib
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +24,7 @@ from mvssl.recipes.files import Fit, override, resolve_recipe
 from mvssl.training.fit_recipe import fit_recipe
 from pipelines.files import given_path
 from pipelines.runtime import InputError
+from pipelines.views.spec import ViewSpec
 
 if TYPE_CHECKING:
     from pipelines.storage.source import Source
@@ -90,7 +91,7 @@ def recipe_and_options(
         recipe: a `Recipe`, the name of one, or a recipe file; None for the default one, which is fitted to the images.
         unnamed: further arguments without a name, which are refused.
         settings: fields of `RunOptions`, and of `Recipe` to override; tables as {"field": value} are merged, and
-            field__within is one of their fields.
+            field__within is one of their fields, and views__0__area one of the first view's.
         given: data that are given by no path.
 
     Raises:
@@ -145,33 +146,54 @@ def recipe_and_options(
 def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with names such as optimizer__base_lr or optimizer.base_lr as {"optimizer": {"base_lr": ...}}.
 
+    A view is named by its number or name: views__0__area is {"views": {"0": {"area": ...}}}.
+
     Raises:
         InputError: a field is given twice, or within a field that has none.
     """
     plain = {name: value for name, value in settings.items() if not _parts(name)[1:]}
+    if isinstance(plain.get("views"), Mapping):
+        plain["views"] = {str(view): value for view, value in plain["views"].items()}
+    given = {tuple(field.split(".")) for field, _ in flatten(plain)}
     for name, value in settings.items():
-        first, *within = _parts(name)
-        if not within:
+        *outer, last = path = _parts(name)
+        if not outer:
             continue
-        outer = plain.get(first, {})
-        if dataclasses.is_dataclass(outer) and not isinstance(outer, type):
-            outer = {own.name: getattr(outer, own.name) for own in dataclasses.fields(outer)}
-        elif first in plain and not isinstance(outer, Mapping):
-            raise InputError(f"mvssl.train was given both {first} and {name}: give one of them.", field=first)
-        if len(within) > 1 or _kind(first) is None:
-            outer_names = [own for own in _known() if _kind(own) is not None]
-            near = difflib.get_close_matches(first, outer_names, n=1)
-            remedy = _near(within[-1])
-            if near and len(within) == 1:
-                remedy = f"did you mean {near[0]}__{within[0]}"
-            raise InputError(
-                f"mvssl.train was given {name}, which is no field of a field ({', '.join(outer_names)} have some): "
-                f"{remedy}."
-            )
-        if first in settings and within[0] in outer and isinstance(settings[first], Mapping):
-            raise InputError(f"mvssl.train was given {within[0]} of {first} twice: give it once.", field=first)
-        plain[first] = {**outer, within[0]: value}
+        _check_within(name, path)
+        if tuple(path) in given:
+            raise InputError(f"mvssl.train was given {last} of {' '.join(outer)} twice: give it once.", field=path[0])
+        given.add(tuple(path))
+        table = plain
+        for field in outer:
+            inner = table.get(field, {})
+            if dataclasses.is_dataclass(inner) and not isinstance(inner, type):
+                inner = {own.name: getattr(inner, own.name) for own in dataclasses.fields(inner)}
+            elif not isinstance(inner, Mapping):
+                raise InputError(f"mvssl.train was given both {field} and {name}: give one of them.", field=path[0])
+            table[field] = dict(inner)
+            table = table[field]
+        table[last] = value
     return plain
+
+
+def _check_within(name: str, path: Sequence[str]) -> None:
+    """Raise InputError unless a path is of a field within another one, or within a view."""
+    first, *within = path
+    if (first == "views" and len(within) in (1, 2)) or (_kind(first) is not None and len(within) == 1):
+        return
+    outer_names = [own for own in _known() if own == "views" or _kind(own) is not None]
+    near = difflib.get_close_matches(first, outer_names, n=1)
+    kind = ViewSpec if first == "views" else _kind(first)
+    if dataclasses.is_dataclass(kind):
+        prefix = "views__0" if first == "views" else first
+        remedy = f"take one of {', '.join(f'{prefix}__{own.name}' for own in dataclasses.fields(kind))}"
+    elif near:
+        remedy = f"did you mean {'__'.join((near[0], *within))}"
+    else:
+        remedy = _near(within[-1])
+    raise InputError(
+        f"mvssl.train was given {name}, which is no field of a field ({', '.join(outer_names)} have some): {remedy}."
+    )
 
 
 def _parts(name: str) -> list[str]:
@@ -248,6 +270,10 @@ def _near(name: str) -> str:
     for part, kind in _PARTS.items():
         if name in {field.name for field in dataclasses.fields(kind)} - {"name"}:
             return f'write {part}={{"{name}": ...}} or {part}__{name}=...'
+    for part, kind in _PARTS.items():
+        longer = [field.name for field in dataclasses.fields(kind) if field.name.endswith(f"_{name}")]
+        if longer:
+            return f"did you mean {part}__{longer[0]}"
     known = [field.name for kind in (Recipe, RunOptions) for field in dataclasses.fields(kind)]
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}" if near else f"take one of {', '.join(known)}"

@@ -204,7 +204,8 @@ class Loop:
                     self.monitor.collapse.improved(self.step)
                 self._accuracies[kind][self.step] = value
         self._new_best = self._best_first()[:1] == [self.step]
-        said = "the best so far, kept as checkpoints/best" if self._new_best else ""
+        measure = {"knn": "kNN", "probe": "linear probe"}.get(self.experiment.options.keep_best, "")
+        said = f"the best {measure} so far, kept as checkpoints/best" if self._new_best else ""
         self.monitor.log_evaluation(accuracy, step=self.step, best=said)
 
     def _check_collapse(self) -> None:

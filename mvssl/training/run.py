@@ -82,6 +82,10 @@ class TrainResult:
 
     def curves(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
         """Steps [N] and values [N] of every logged metric, by name: loss, loss/global, lr, knn/top1, probe/top1, ..."""
+        if not RunFolder(self.out).metrics.exists():
+            raise InputError(
+                f"{self.out} has no metrics.jsonl any more: put the run folder back, or train again.", field="out"
+            )
         points: dict[str, list[tuple[int, float]]] = {}
         for row in read_metrics(RunFolder(self.out).metrics):
             for name, value in values_of(row).items():
@@ -135,7 +139,8 @@ def train(
             raises anything else saves, ends the run and raises `CallbackFailed`.
         settings: any other field of `Recipe` or `RunOptions`, such as epochs=50, batch_size=256, seed=1, device="cpu",
             resume=True. Fields within a field are given by a mapping or with two underscores:
-            backbone={"name": "resnet18"}, optimizer__base_lr=0.3. They override the recipe's.
+            backbone={"name": "resnet18"}, optimizer__base_lr=0.3; of a view, by its number or name,
+            views__0__area=(0.4, 1). They override the recipe's.
             view_preset="microscopy", "aerial" and others adapt the recipe's views to such pictures
             (`pipelines.adapt_views`).
 
@@ -156,6 +161,8 @@ def train(
     hooks = hooks_of(callbacks)
     given, places = given_data(data, val)
     chosen, options, notes = recipe_and_options(recipe, unnamed, {**places, "out": out, **settings}, given=given)
+    if options.out is not None:  # a callback, or who uses the result, may change the working directory
+        options = replace(options, out=options.out.absolute())
     return run(chosen, options, notes=notes, given=given, hooks=hooks)
 
 

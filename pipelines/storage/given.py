@@ -15,6 +15,7 @@ from pipelines.files import given_path
 from pipelines.names import Url
 from pipelines.runtime import InputError
 from pipelines.storage import open_source, split_paths
+from pipelines.storage.file_index import is_image_name
 from pipelines.storage.items import (
     IMAGE_NAMES,
     LABEL_NAMES,
@@ -174,6 +175,18 @@ def check_form(data: object, field: str) -> None:
 
 def _of_list(items: Sequence[Any], *, field: str, progress: Progress) -> Source:
     """A list of paths, of (path, label), or of other items."""
+    for n, item in enumerate(items):
+        if (
+            isinstance(item, (list, tuple))
+            and len(item) > 1
+            and all(map(_is_path, item))
+            and is_image_name(os.path.basename(item[1]))
+        ):
+            raise InputError(
+                f"{field}[{n}] is a list of {len(item)} paths but must be one path, or (path, label): give one flat "
+                "list.",
+                field=field,
+            )
     if all(_is_path(item) or (_is_pair(item) and _is_path(item[0])) for item in items):
         return open_paths([_given(item, f"{field}[{n}]") for n, item in enumerate(items)], progress=progress)
     if not any(_may_hold_image(item) for item in items[:8]):

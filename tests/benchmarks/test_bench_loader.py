@@ -7,6 +7,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -94,7 +95,7 @@ def test_a_trial_is_exact_and_ends_with_an_epoch() -> None:
         ({"repeats": 0}, "repeats is 0"),
     ],
 )
-def test_invalid_arguments_are_refused(folder: Path, changes: dict[str, object], message: str) -> None:
+def test_invalid_arguments_are_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         dataclasses.replace(Arguments(data=(folder,)), **changes)
 

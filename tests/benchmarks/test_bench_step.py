@@ -69,16 +69,17 @@ def test_operations_are_counted_as_by_hand() -> None:
     from mvssl.models.encoder import build_networks
 
     online, target = build_networks(TINY)
-    vit, tokens = online.backbone, {32: 0, 16: 0}
+    vit: Any = online.backbone
+    tokens = {32: 0, 16: 0}
     for size in tokens:
         patch = vit.patch_embed.patch_size[0]
         tokens[size] = (size // patch) ** 2
-    width, depth = vit.embed_dim, len(vit.blocks)
+    width, depth = int(vit.embed_dim), len(vit.blocks)
 
     def products(network: Any, size: int, *, skip: str = "") -> float:
         """Multiplications and additions of a forward of one view."""
         patches = tokens[size]
-        length = patches + vit.num_prefix_tokens
+        length = patches + int(vit.num_prefix_tokens)
         total = 0.0
         for name, parameter in network.named_parameters():
             if parameter.dim() < 2 or name.startswith("predictors") or "embed" in name.partition("patch_embed")[0]:

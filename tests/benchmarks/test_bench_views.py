@@ -79,7 +79,7 @@ def test_a_failure_costs_no_other_its_numbers(photos: Path, monkeypatch: pytest.
         return make
 
     broken = view_implementations.Implementation(what="broken", shares_decisions=False, build=fails)
-    monkeypatch.setitem(bench_views.IMPLEMENTATIONS, "kornia", broken)
+    monkeypatch.setitem(view_implementations.IMPLEMENTATIONS, "kornia", broken)
     tiny = Arguments(
         data=photos, contenders=("kornia", "reference"), num_images=4, size=32, local_size=16, blur_kernel=5, repeats=1
     )

@@ -9,6 +9,7 @@ import torch
 from benchmarks import evaluate_small
 from benchmarks.report import tables
 from mvssl.models.encoder import build_networks
+from mvssl.recipes import all_recipes
 from mvssl.weights.formats import find_network
 from mvssl.weights.read import read_weights
 
@@ -16,7 +17,7 @@ from mvssl.weights.read import read_weights
 def test_the_releases_layout_holds_all_networks(tmp_path: Path) -> None:
     evaluate_small.release_file(tmp_path / "release.pth")
     found = find_network(read_weights(tmp_path / "release.pth"), where="it")
-    online, _ = build_networks(evaluate_small.all_recipes()[evaluate_small.RECIPE]())
+    online, _ = build_networks(all_recipes()[evaluate_small.RECIPE]())
     assert found.format == "the reference implementation"
     assert all(torch.equal(found.backbone[name], value) for name, value in online.backbone.state_dict().items())
     assert {name.split(".")[0] for name in found.predictor} == {"global", "local", "cutout"}

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
@@ -103,7 +104,8 @@ def test_commands_parse(tmp_path: Path) -> None:
     kernels = bench_micro.parse(calls[11][2:])
     assert isinstance(kernels, bench_micro.Fused)
     assert bench_micro.parse(calls[10][2:]) == view_kernels.Arguments()
-    assert {run.device for run in (step, steps, loader, tiny, training, *views, start)} == {"cuda"}
+    runs: list[Any] = [step, steps, loader, tiny, training, *views, start]
+    assert {run.device for run in runs} == {"cuda"}
 
     assert (step.recipes, step.batch_sizes) == (("byol_resnet50_200ep",), (128,))
     assert step.contenders == ("captured", "plain step")
@@ -129,7 +131,7 @@ def test_commands_parse(tmp_path: Path) -> None:
     files = [Path(word) for word in pytest_call if word.endswith(".py")]
     assert all("mark.gpu" in (ROOT / file).read_text() for file in files)
     assert Path("tests/mvssl/training/test_capture.py") in files
-    outs = [run.out for run in (step, loader, training, *views, steps, tiny, kernels, start)]
+    outs = [run.out for run in (*runs, kernels)]
     names = {path.name for path in outs if path is not None}
     assert packed(tmp_path).keys() == names | {"gpu_tests.txt", "view_bytes.md", "suite.log"}
     shown = {name.removesuffix(".json") for name in names}

@@ -16,6 +16,7 @@ import timm
 import mvssl
 from mvssl.cli import eval as eval_cli
 from mvssl.cli import export as export_cli
+from mvssl.cli import features as features_cli
 from mvssl.cli import train as train_cli
 from mvssl.runs.folder import RunFolder
 from mvssl.runs.jsonl import read_jsonl
@@ -117,6 +118,51 @@ def test_unknown_field_offers_the_nearest(capsys: pytest.CaptureFixture[str]) ->
         fails(capsys, "demo", "stray")[1]
         == "error: mvssl-train demo has no use for stray: see mvssl-train demo --help.\n"
     )
+
+
+@pytest.mark.parametrize("width", ["40", "200"])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("demo", "--epochs", "1.5"), "--epochs is '1.5' but must be a whole number: see mvssl-train demo --help."),
+        (
+            ("demo", "--views.0.area=0.4"),
+            "--views.0.area is '0.4' but must be two numbers or None: see mvssl-train demo --help.",
+        ),
+        (
+            ("demo", "--evaluation.k", "5", "a"),
+            "--evaluation.k is '5 a' but must be whole numbers: see mvssl-train demo --help.",
+        ),
+        (
+            ("demo", "--precision", "fp61"),
+            "--precision is 'fp61' but must be one of auto, fp32, bf16, fp16: did you mean fp16?",
+        ),
+        (("demo", "--data"), "--data has no value but must have one: see mvssl-train demo --help."),
+        (("report",), "runs is missing: give a run folder, several, or a folder with runs in it."),
+        (
+            ("runs", "--sort", "x"),
+            "--sort is 'x' but must be one of newest, oldest, name, recipe, state, epochs, loss, knn, speed: choose "
+            "one of these.",
+        ),
+    ],
+)
+def test_wrong_values_are_one_sentence(
+    arguments: tuple[str, ...],
+    sentence: str,
+    width: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    assert fails(capsys, *arguments) == (2, f"error: {sentence}\n")
+
+
+def test_missing_words_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, missing in (((), "IMAGES and OUT are"), (("photos",), "OUT is")):
+        with pytest.raises(SystemExit) as stop:
+            features_cli.body(arguments)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == f"error: {missing} missing: see mvssl-features --help.\n"
 
 
 def test_a_recipe_behind_options_is_named_and_no_recipe_is_photos(

@@ -102,10 +102,13 @@ def test_views_are_added(tmp_path: Path) -> None:
         size = 16
         blur = 0
     """
+    text += "[views.0]\n    size = 40\n    [views.local_1]\n    area = [0.1, 0.2]\n"
     base = mvssl.recipes.demo()
+    first, second, local, *others = base.views
+    changed = (dataclasses.replace(first, size=40), second, dataclasses.replace(local, area=(0.1, 0.2)), *others)
     quarter = ViewSpec(name="quarter", task="quarter", size=16, blur=0.0)
     assert mvssl.load_recipe(write(tmp_path, text)) == dataclasses.replace(
-        base, views=(*base.views, quarter), task_weights={"quarter": 0.5}
+        base, views=(*changed, quarter), task_weights={"quarter": 0.5}
     )
 
 
@@ -114,6 +117,10 @@ def test_views_are_added(tmp_path: Path) -> None:
     [
         ("epochs = 3", "neither base nor views is given"),
         ("views = []", "recipe lacks name: add"),
+        (
+            'base = "demo"\n[views.7]\nsize = 8',
+            "views has the entry '7' but as a table may only have 0 to 4 or global_1, global_2",
+        ),
         ('base = "demoo"', "base is 'demoo' but there is no recipe of that name: did you mean 'demo'"),
         ("base = 3", "base is 3 but must be the name of a recipe"),
         ('base = "demo"\nepoch = 3', "recipe has the unknown field 'epoch' .*: did you mean 'epochs'"),
@@ -138,7 +145,10 @@ def test_views_are_added(tmp_path: Path) -> None:
         ('base = "demo"\ntask_weights.lokal = 2', "Recipe.task_weights is 'lokal' but must be a task"),
         ('base = "demo"\nbatch_size = 1', "Recipe.batch_size is 1 but must be at least 2"),
         ('base = "demo"\nviews = "a"', r"recipe.views is 'a' but must be a list: .*\[\[...\]\]"),
-        ('base = "demo"\n[views]\nname = "a"', "recipe.views is .* but must be a list"),
+        (
+            'base = "demo"\n[views]\nname = "a"',
+            "views has the entry 'name' but as a table may only have 0 to 4 or .*: .* list of tables",
+        ),
         ('base = "demo"\n[add_views]\nname = "a"', r"add_views is .* but must be a list of views: .*\[\[add_views\]\]"),
         ('base = "demo"\nadd_views = [3]', r"add_views\[0\] is 3 but must be a table of ViewSpec's fields"),
         ('base = "demo"\n[[add_views]]\nname = "a"', r"add_views\[0\] lacks task: add"),

@@ -71,6 +71,18 @@ def test_each_run_is_listed_with_its_state(folder: Path, images: Path, capsys: p
     assert "empty" not in out + err
 
 
+def test_folders_of_other_programs_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in (*((f"model-{number:03}", "{}") for number in range(120)), ("a", "{"), ("b", '{"a": 1,')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
+    out, err = listed(capsys, str(tmp_path))
+    assert out.startswith("no runs below")
+    first, second, foreign = err.splitlines()
+    assert f"{tmp_path}/a is no run: its config.json cannot be read (" in first
+    assert f"{tmp_path}/b is no run: its config.json cannot be read (" in second
+    assert f"{tmp_path}/model-002 and 117 more are no run: its config.json is no run's" in foreign
+
+
 def test_a_stopped_a_diverged_and_a_running_run(finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     shutil.copytree(finished, path, symlinks=True)

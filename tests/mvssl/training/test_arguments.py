@@ -94,6 +94,24 @@ def test_fields_within_fields_have_two_underscores_or_a_dot(caplog: pytest.LogCa
     assert options.limits.pixels == 10**6
 
 
+def test_fields_of_views_are_named_by_number_or_name() -> None:
+    views = demo().views
+    changed = (
+        dataclasses.replace(views[0], size=40, area=(0.5, 1.0)),
+        views[1],
+        dataclasses.replace(views[2], size=24),
+    )
+    for settings in (
+        {"views__0__size": 40, "views.0.area": (0.5, 1), "views__local_1__size": 24},
+        {"views": {0: {"size": 40, "area": (0.5, 1)}, "local_1": {"size": 24}}},
+        {"views": {"2": {"size": 24}}, "views__global_1": {"size": 40, "area": (0.5, 1)}},
+    ):
+        assert called(**settings)[0] == dataclasses.replace(demo(), views=(*changed, *views[3:]))
+    preset = adapt_views(views, "aerial")
+    both = called(view_preset="aerial", views__0__size=40)[0].views
+    assert both == (dataclasses.replace(preset[0], size=40), *preset[1:])
+
+
 @pytest.mark.parametrize(
     ("arguments", "settings", "words"),
     [
@@ -127,6 +145,21 @@ def test_fields_within_fields_have_two_underscores_or_a_dot(caplog: pytest.LogCa
         (("demo",), PLACES | {"view_preset": "micro"}, "view_preset is 'micro' but must be one of .* 'microscopy'"),
         (("demo",), PLACES | {"view_preset": 3}, "view_preset is 3 but must be one of microscopy, "),
         (("demo",), PLACES | {"view_preset": "aerial", "views": []}, "view_preset and views are both given"),
+        (
+            ("demo",),
+            PLACES | {"views__9__size": 24},
+            "views has the entry '9' but as a table may only have 0 to 4 or global_1",
+        ),
+        (("demo",), PLACES | {"views__0__are": 1}, "recipe.views.0. has the unknown field 'are'.*did you mean 'area'"),
+        (("demo",), PLACES | {"views__0__area__x": 1}, "no field of a field .*: take one of views__0__name"),
+        (("demo",), PLACES | {"views": {0: {"size": 8}}, "views__0__size": 16}, "given size of views 0 twice"),
+        (("demo",), PLACES | {"views": [], "views__0__size": 16}, "given both views and views__0__size"),
+        (
+            ("demo",),
+            PLACES | {"optimizer__base_lr": 1.0, "optimizer.base_lr": 2.0},
+            "given base_lr of optimizer twice",
+        ),
+        (("demo",), PLACES | {"lr": 1.0}, "given lr, which is no field .*: did you mean optimizer__base_lr"),
         (("demo",), PLACES | {"workers": 3}, "take one of name, method, "),
         (("demo",), PLACES | {"epochs": "3"}, "epochs is '3' but must be a whole number"),
         (("demo",), PLACES | {"epochs": 2.5}, "epochs is 2.5 but must be a whole number"),

@@ -73,7 +73,9 @@ def test_the_best_evaluation_is_kept(images: Path, tiny_recipe: Recipe, tmp_path
         assert (result.best_step, steps_of(tmp_path / "none")) == (None, [12])
         assert not (tmp_path / "none" / "checkpoints" / "best").is_symlink()
     log = (tmp_path / "knn" / "train.log").read_text()
-    assert log.count("the best so far, kept as checkpoints/best") == 1
+    assert log.count("the best kNN so far, kept as checkpoints/best") == 1
+    probed = (tmp_path / "probe" / "train.log").read_text()
+    assert probed.count("the best linear probe so far, kept as checkpoints/best") == 2
     assert "kNN after epoch 2: top-1 50.00 % (k=5), top-1 0.00 % (k=1); linear probe: top-1 30.00 %" in log
     page = render(RunFolder(tmp_path / "probe"))
     assert "best checkpoint<b>step 8, kNN 50.00 %, probe 30.00 %" in page

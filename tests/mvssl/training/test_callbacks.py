@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 import mvssl
 from mvssl.config.recipe import Recipe
 from mvssl.training.callbacks import hooks_of
+from pipelines.runtime import InputError
 from tests.samples.tiny_runs import metrics, train
 
 
@@ -35,6 +38,21 @@ class Recorder:
     def on_save(self, state: mvssl.TrainState) -> None:
         assert state.checkpoint is not None
         self.told.append(("save", state.step, json.loads((state.checkpoint / "checkpoint.json").read_text())["step"]))
+
+
+def test_a_change_of_the_working_directory_changes_nothing(
+    images: Path, tiny_recipe: Recipe, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = Path(os.path.relpath(images))
+    result = train(tiny_recipe, data, Path("run"), callbacks=lambda state: os.chdir("/"))
+    assert Path.cwd() == Path("/")
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert result.out == tmp_path / "run"
+    assert result.curves()["loss"][0][-1] == 12
+    shutil.rmtree(result.out)
+    with pytest.raises(InputError, match=r"run has no metrics\.jsonl any more: put the run folder back"):
+        result.curves()
 
 
 def test_what_callbacks_are_told(images: Path, tiny_recipe: Recipe, finished: Path, tmp_path: Path) -> None:

@@ -265,6 +265,11 @@ IMAGE = np.zeros((8, 8, 3), np.uint8)
     ("data", "words"),
     [
         (3, "data is 3 but must be a path, a list of paths"),
+        (
+            [["a.png", "b.jpg"], ["c.png", "d.jpg"]],
+            r"data\[0\] is a list of 2 paths but must be one path, or .*: give one",
+        ),
+        ([IMAGE, ("a.png", "b.jpg", "c.gif")], r"data\[1\] is a list of 3 paths but must be one path"),
         (None, "data is None but must be a path"),
         ([], "data is an empty list but must hold images"),
         ([1, 2], r"data\[0\] is 1 but data must be a path, a list"),
