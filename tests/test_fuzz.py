@@ -10,15 +10,21 @@ import gzip
 import hashlib
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 
+import h5py
+import lmdb
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -49,9 +55,12 @@ from pipelines.runtime import InputError
 from pipelines.storage import open_source
 from pipelines.storage.folder import cache_file, load_index, save_index
 from pipelines.storage.folder import open_path as open_folder
+from pipelines.storage.forms import Request, find_form, open_form
+from pipelines.storage.forms.look import look_at
 from pipelines.storage.manifest import INDEX_DTYPE
 from tests.samples import networks  # noqa: F401  (registers the network of the run)
 from tests.samples.file_mutations import mutated
+from tests.samples.form_samples import items
 
 BEFORE = Path(__file__).with_name("samples") / "before"
 NETWORK = "test_resnet"
@@ -163,6 +172,57 @@ def read_listed(path: Path) -> None:
     listed_images(open_source(path.with_name("images")), path)
 
 
+def read_form(path: Path) -> None:
+    """What mvssl-convert reads, from a file, or a folder of its own."""
+    look = look_at(path.parent)
+    form = None if look is None or not look.files else find_form(look)
+    if look is None or form is None:
+        return
+    for source in open_form(form, look, Request()).splits.values():
+        for index in range(min(len(source), 12)):
+            source.key(index)
+            with contextlib.suppress(OSError):
+                source.read(index)
+        source.close()
+
+
+def make_forms(root: Path) -> dict[str, tuple[Path, Read]]:
+    """A file of each form that is read without conversion before, alone in its folder."""
+    images = items()
+    found: dict[str, tuple[Path, Read]] = {}
+    for name in ("a.zip", "wds.tar", "a.parquet", "a.arrow", "state.json", "groups.h5", "array.h5", "data.mdb"):
+        (root / name).mkdir(parents=True)
+        found[name] = (root / name / name, read_form)
+    with zipfile.ZipFile(root / "a.zip/a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for item in images:
+            archive.writestr(f"{item.label}/{item.name}", item.data)
+    with tarfile.open(root / "wds.tar/wds.tar", "w") as tar:
+        for n, item in enumerate(images):
+            for member, data in ((item.name, item.data), (f"{item.name[:3]}.cls", str(n % 3).encode())):
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                tar.addfile(info, BytesIO(data))
+    table = pa.table({"image": [i.data for i in images], "label": [n % 3 for n in range(len(images))]})
+    pq.write_table(table, root / "a.parquet/a.parquet", row_group_size=4, compression="zstd")
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with (
+        pa.OSFile(str(root / "a.arrow/a.arrow"), "wb") as file,
+        pa.ipc.new_file(file, table.schema, options=options) as out,
+    ):
+        out.write_table(table)
+    with pa.OSFile(str(root / "state.json/b.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+    (root / "state.json/state.json").write_text('{"_data_files": [{"filename": "b.arrow"}], "_split": null}')
+    with h5py.File(root / "groups.h5/groups.h5", "w") as file, h5py.File(root / "array.h5/array.h5", "w") as other:
+        for item in images:
+            file[f"{item.label}/{item.name}"] = np.frombuffer(item.data, np.uint8)
+        other["images"], other["labels"] = np.zeros((5, 6, 7, 3), np.uint8), np.arange(5)
+    with lmdb.open(str(root / "data.mdb"), map_size=1 << 24) as environment, environment.begin(write=True) as held:
+        for n, item in enumerate(images):
+            held.put(f"{item.label}/{item.name}".encode(), item.data if n % 2 else pickle.dumps((item.data, n % 3)))
+    return found
+
+
 def make_files(root: Path) -> dict[str, tuple[Path, Read]]:
     """A file of each kind, and how it is read; files beside it belong to it."""
     run = Path(shutil.copytree(BEFORE / "whole", root / "run", symlinks=True))
@@ -234,6 +294,7 @@ def make_files(root: Path) -> dict[str, tuple[Path, Read]]:
     (root / "listed.txt").write_text("0.png\n1.png\n")
     saved = run / "checkpoints/step-00000009"
     return {
+        **make_forms(root / "forms"),
         "recipe.json": (root / "recipe.json", mvssl.load_recipe),
         "recipe.toml": (root / "recipe.toml", mvssl.load_recipe),
         "views of a recipe": (root / "recipe.json", view_sheet._read_views),
@@ -296,6 +357,7 @@ KINDS = (
     *("throughput.jsonl", "environment.json", "summary.json", "eval/knn-online.json", "csv", "data.npz", "index.npz"),
     *("part.npz", "plan.json", "manifest.json", "index.npy", "keys.npy", "checksums.npy", "shard", "old manifest"),
     *("beton", "store identity.json", "store features.npy", "store state.npy", "store checks.npy", "w.safetensors"),
+    *("a.zip", "wds.tar", "a.parquet", "a.arrow", "state.json", "groups.h5", "array.h5", "data.mdb"),
     *("w.pth", "w.pt", "train.tar", "val.tar", "labels", "list", "list.csv", "label list"),
 )
 

@@ -22,7 +22,7 @@ from mvssl.weights.backbone_file import backbone_bytes, head_count, loading_code
 from mvssl.weights.formats import to_detectron2, to_torchvision
 from mvssl.weights.load import LoadedBackbone, own_normalisation
 from mvssl.weights.timm_folder import CARD, CONFIG, WEIGHTS, CardFields, folder_files
-from pipelines.files import temporary_path, whole_file, write_whole
+from pipelines.files import locked, sync_folder, temporary_path, whole_file, write_whole
 from pipelines.names import python_text, shell_word
 from pipelines.runtime import InputError
 
@@ -74,7 +74,8 @@ def _check_replaceable(folder: Path) -> None:
     """Refuse a folder in which files of other names would be left among the new ones."""
     if not folder.is_dir():
         raise InputError(f"out is {str(folder)!r}, a file, but format timm-folder writes a folder: name another one.")
-    others = sorted(path.name for path in folder.iterdir() if path.name not in (CONFIG, WEIGHTS, CARD))
+    own = {name for file in (CONFIG, WEIGHTS, CARD) for name in (file, temporary_path(Path(file)).name)}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in own)
     if others:
         raise InputError(
             f"out is {str(folder)!r}, a folder with other files ({', '.join(others[:3])}), which would lie among the "
@@ -83,20 +84,23 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _write_folder(folder: Path, content: Mapping[str, bytes]) -> None:
-    """Write a folder's files, all or none."""
+    """Write a folder's files, all or none; what a killed export has left is written again."""
     if folder.is_dir():
         with ExitStack() as stack:  # all are written before the first one is published
             for name, data in content.items():
                 stack.enter_context(whole_file(folder / name)).write_bytes(data)
         return
     temporary = temporary_path(folder)
-    try:
-        temporary.mkdir()
-        for name, data in content.items():
-            write_whole(temporary / name, data)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(exist_ok=True)
+    with locked(temporary, f"Another process is writing {folder}: wait for it, or choose another place."):
+        try:
+            for name, data in content.items():
+                write_whole(temporary / name, data)
+            temporary.rename(folder)
+        except BaseException:  # and not after the rename: the name may be another process's by then
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    sync_folder(folder.parent)
 
 
 def _timm_folder(loaded: LoadedBackbone, card: CardFields) -> tuple[dict[str, bytes], str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import bisect
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.files import read_json
+from pipelines.files import open_regular, read_json
 from pipelines.runtime import InputError
 from pipelines.storage.forms.base import (
     FormSource,
@@ -22,11 +23,13 @@ from pipelines.storage.forms.base import (
     unlabelled,
     unreadable,
 )
+from pipelines.storage.forms.blobs import largest_unpacked
 from pipelines.storage.forms.columns import Columns, find_columns, image_columns, labels_of
 from pipelines.storage.forms.look import File, Look, by_split, split_of
 from pipelines.storage.forms.parquet import first_bytes, may_be_deep_name, read_path
 
 _FILE, _STREAM = b"ARROW1", b"\xff\xff\xff\xff"
+_FIRST = 8  # byte of the stream in a file
 _STATE = "state.json"
 LOCAL_ONLY = True  # its library maps files of a disk
 
@@ -71,8 +74,8 @@ def _of_state(path: Path, files: Sequence[File]) -> tuple[list[File], np.ndarray
     """The files of a saved data set in its order, and the rows that it selects."""
     try:
         state = read_json(path)
-        names = [entry["filename"] for entry in state["_data_files"]]
-        selected = [entry["filename"] for entry in state.get("_indices_data_files") or ()]
+        names = [_name(entry["filename"]) for entry in state["_data_files"]]
+        selected = [_name(entry["filename"]) for entry in state.get("_indices_data_files") or ()]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no state of a saved data set ({error!r}): save it again.") from None
     known = {file.path: file for file in files}
@@ -81,27 +84,74 @@ def _of_state(path: Path, files: Sequence[File]) -> tuple[list[File], np.ndarray
         raise InputError(f"{path} names {missing[0]}, which is missing or no Arrow file: copy the whole folder again.")
     if not selected:
         return [known[path.parent / name] for name in names], None
-    rows = [np.asarray(b.column(0)) for name in selected for b in _batches(path.parent / name)[1]]
+    rows = [np.asarray(b.column(0)) for name in selected for b in _batches(path.parent / name)[1] if b.num_columns]
+    if not rows or any(one.dtype.kind not in "iu" for one in rows):
+        raise InputError(f"{path} names {selected[0]}, which holds no numbers of rows: copy the whole folder again.")
     return [known[path.parent / name] for name in names], np.concatenate(rows).astype(np.int64)
+
+
+def _name(text: Any) -> str:
+    """A file name in a state; ValueError if it leads elsewhere."""
+    if not isinstance(text, str) or Path(text).name != text:
+        raise ValueError(f"it names the file {text!r:.200}")
+    return text
 
 
 def _batches(path: Path) -> tuple[Any, list[Any], Any]:
     """Schema and record batches of a file, which stay on disk, and the whole mapped file."""
     pa = need("pyarrow", "Reading Arrow files")
     try:
+        open_regular(path).close()
         memory = pa.memory_map(str(path))
         is_file = memory.read(len(_FILE)) == _FILE
         memory.seek(0)
-        reader = pa.ipc.open_file(memory) if is_file else pa.ipc.open_stream(memory)
+        count = pa.ipc.open_file(memory).num_record_batches if is_file else None
+        memory.seek(_FIRST if is_file else 0)  # a file holds a stream
+        check_unpacked(memory, memory.size())
+        memory.seek(_FIRST if is_file else 0)
+        reader = pa.ipc.open_stream(memory)
         _ = [field.name for field in reader.schema]  # those that are no UTF-8 raise here
-        batches = [reader.get_batch(n) for n in range(reader.num_record_batches)] if is_file else list(reader)
+        batches = list(reader)
+        if count not in (None, len(batches)):
+            raise ValueError(f"it says {count} batches and holds {len(batches)}")
         for batch in batches:
             batch.validate(full=True)  # offsets that lie would end the process; values are not read
         memory.seek(0)
         return reader.schema, batches, memory.read_buffer()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError, struct.error) as error:
         text = str(error).split("\n")[0].rstrip(". ")[:200]
         raise InputError(f"{path} is truncated or damaged ({text}): copy or download it again.") from None
+
+
+def check_unpacked(memory: Any, size: int) -> None:
+    """Check that the compressed values of a stream's messages would not unpack to far more than it is; ValueError."""
+    pa, total = need("pyarrow", "Reading Arrow files"), 0
+    while True:
+        try:
+            message = pa.ipc.read_message(memory)
+        except EOFError:
+            return
+        data, at = message.metadata.to_pybytes(), 0
+        header = _field(data, struct.unpack_from("<I", data)[0], 2)
+        if message.type == "dictionary" and header is not None:
+            header = _field(data, header, 1)
+        if message.type in ("record batch", "dictionary") and header is not None and _field(data, header, 3):
+            buffers = _field(data, header, 2) or 0
+            for at in range(buffers + 4, buffers + 4 + 16 * struct.unpack_from("<I", data, buffers)[0], 16):
+                offset, length = struct.unpack_from("<2q", data, at)
+                total += max(0, struct.unpack_from("<q", message.body, offset)[0]) if length >= 8 else 0
+        if total > largest_unpacked(size):
+            raise ValueError(f"it would unpack from {size:,} to {total:,} bytes")
+
+
+def _field(data: bytes, table: int, number: int) -> int | None:
+    """Where a field of a FlatBuffers table leads that is a table or vector; None if it is missing."""
+    entries = table - struct.unpack_from("<i", data, table)[0]
+    entry = 4 + 2 * number
+    (offset,) = (
+        struct.unpack_from("<H", data, entries + entry) if entry < struct.unpack_from("<H", data, entries)[0] else (0,)
+    )
+    return table + offset + struct.unpack_from("<I", data, table + offset)[0] if offset else None
 
 
 def _open(
@@ -119,7 +169,7 @@ def _open(
         schema, batches, whole = _batches(file.path)
         if columns is None:
             heads = {
-                name: [head for batch in batches[:4] for head in first_bytes(batch.column(name))]
+                name: [head for batch in batches[:4] for head in first_bytes(batch.column(name), file.path.parent)]
                 for name in image_columns(schema)
             }
             columns, first = find_columns(schema, where=file.path, request=request, heads=heads), schema

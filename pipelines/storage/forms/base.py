@@ -171,6 +171,9 @@ class FormSource:
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
         """Encoded image: uint8 [bytes]."""
+        problem = beyond_bytes(int(self.nbytes[index]), self.facts.limits) if self.facts.exact_sizes else ""
+        if problem:  # before memory is used for it
+            raise OSError(errno.EFBIG, problem)
         item = self.reader.read(index if self._rows is None else int(self._rows[index]))
         if isinstance(item, np.ndarray) and (item.ndim != 1 or item.dtype != np.uint8):
             item = as_png(item)

@@ -12,12 +12,14 @@ from collections import deque
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
-from pipelines.files import open_regular
+from pipelines.files import decode_text, open_regular
 from pipelines.runtime import InputError
 from pipelines.storage.forms.look import HEAD, File
 from pipelines.storage.remote_objects import RemoteObject
 
 _CHUNK = 1 << 20  # bytes unpacked at a time
+_SMALL, _LARGEST_RATIO = 1 << 28, 100
+"""Bytes that a file may always unpack to, and times its packed bytes: images hardly get smaller."""
 _WINDOW = 1 << 26  # bytes kept behind what was read last; more if readers go back further
 _PACKED = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zst"}
 
@@ -78,7 +80,7 @@ class PackedBlob:
         self._window = _WINDOW
         self._file: IO[bytes] | None = None
         self._chunks: deque[bytes] = deque()
-        self._start = self._end = 0  # of the chunks
+        self._start = self._end = self._most = 0  # of the chunks; bytes that the file may unpack to
 
     def read(self, size: int, offset: int) -> bytes:
         """See `Blob`."""
@@ -113,9 +115,12 @@ class PackedBlob:
         self._file = open_packed(self._path, self._kind)
         self._chunks.clear()
         self._start = self._end = 0
+        self._most = largest_unpacked(self._path.stat().st_size)
 
     def _next(self) -> bytes:
         assert self._file is not None
+        if self._end > self._most:
+            raise damaged(self._path, f"it unpacks to more than {self._most:,} bytes")
         try:
             return self._file.read(_CHUNK)
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, ValueError) as error:
@@ -139,6 +144,31 @@ class PackedBlob:
 def damaged(path: Path, why: str) -> InputError:
     """The error for a file that cannot be unpacked."""
     return InputError(f"{path} is truncated or damaged ({why.rstrip('. ')}): download it again.")
+
+
+def text_of(path: Path, data: bytes) -> str:
+    """Text of a small file, as `decode_text`; InputError if it is damaged."""
+    try:
+        return decode_text(data)
+    except UnicodeDecodeError as error:
+        raise damaged(path, f"it has a text that is no {error.encoding.upper()}") from None
+
+
+def largest_unpacked(size: int) -> int:
+    """Bytes that packed data of so many bytes may unpack to; what is beyond is a bomb."""
+    return max(_SMALL, _LARGEST_RATIO * size)
+
+
+def gunzip(data: bytes) -> bytes:
+    """The content of a .gz file in memory; ValueError if it is damaged, or unpacks to far more than it is."""
+    unpacker, most = zlib.decompressobj(31), largest_unpacked(len(data))
+    try:
+        content = unpacker.decompress(data, most)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    if not unpacker.eof:
+        raise ValueError(f"it is cut short, or unpacks to more than {most:,} bytes")
+    return content
 
 
 def packing(file: File) -> str:

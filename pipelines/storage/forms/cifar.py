@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.files import decode_text
 from pipelines.runtime import InputError
 from pipelines.storage.forms.base import (
     NO_LABEL,
@@ -19,6 +18,7 @@ from pipelines.storage.forms.base import (
     number_labels,
     unlabelled,
 )
+from pipelines.storage.forms.blobs import text_of
 from pipelines.storage.forms.look import File, Look
 from pipelines.storage.forms.places import Place, RecordReader, check_published, find_places, first_member
 from pipelines.storage.forms.safe_pickle import RefusedPickleError, load_plain
@@ -92,7 +92,7 @@ def open_form(look: Look, request: Request) -> Found:
     for place in sorted(places, key=lambda place: place.base):
         base = place.base
         if base.endswith(".txt"):
-            text = decode_text(place.read())
+            text = text_of(place.path, place.read())
             kind = base.partition("_")[0] if "_" in base else "fine"
             names[kind] = tuple(line.strip() for line in text.split("\n") if line.strip())
         elif base.endswith(".bin"):
@@ -105,8 +105,8 @@ def open_form(look: Look, request: Request) -> Found:
                     ("fine", "fine_label_names"),
                     ("coarse", "coarse_label_names"),
                 ):
-                    if isinstance(content.get(key), list):
-                        names[kind] = tuple(map(str, content[key]))
+                    if _all(content.get(key), str):
+                        names[kind] = tuple(content[key])
             else:
                 batches.setdefault(_split(base), []).append(_python(place, content))
         count = sum(map(len, (batch for group in batches.values() for batch in group)))
@@ -168,11 +168,17 @@ def _pickled(place: Place) -> dict[str, Any]:
             f"{place.path}: {place.base} is no batch of CIFAR but a {type(content).__name__}: download it."
         )
     return {
-        key.decode("latin1") if isinstance(key, bytes) else str(key): [_text(one) for one in value]
+        key.decode("latin1") if isinstance(key, bytes) else key: [_text(one) for one in value]
         if isinstance(value, list)
         else value
         for key, value in content.items()
+        if isinstance(key, (bytes, str))
     }
+
+
+def _all(values: Any, *kinds: type) -> bool:
+    """Whether it is a list of such values; lists in lists could stand for more than memory holds."""
+    return isinstance(values, list) and all(isinstance(one, kinds) for one in values)
 
 
 def _text(value: Any) -> Any:
@@ -191,6 +197,8 @@ def _python(place: Place, content: dict[str, Any]) -> _Batch:
     for kind, key in (("fine", "labels"), ("fine", "fine_labels"), ("coarse", "coarse_labels")):
         if key in content:
             try:
+                if not isinstance(content[key], np.ndarray) and not _all(content[key], int, np.integer):
+                    raise TypeError
                 labels[kind] = np.array(content[key], dtype=np.int64)
             except (ValueError, TypeError, OverflowError):
                 raise InputError(f"{place.path}: the {key} of {place.base} are no integers: download it.") from None
@@ -202,10 +210,10 @@ def _python(place: Place, content: dict[str, Any]) -> _Batch:
     published = _PUBLISHED.get(place.base)
     if published is not None and published[0] == len(data):
         check_published(place, published[1])
-    names = content.get("filenames")
-    if not isinstance(names, list) or len(names) != len(data):
+    names: Any = content.get("filenames")
+    if not _all(names, str) or len(names) != len(data):
         names = [f"{place.base}/{row:05d}" for row in range(len(data))]
-    return _Batch(place=place, labels=labels, names=list(map(str, names)), pixels=data.reshape(-1, 3, SIDE, SIDE))
+    return _Batch(place=place, labels=labels, names=names, pixels=data.reshape(-1, 3, SIDE, SIDE))
 
 
 def _binary(place: Place) -> _Batch:

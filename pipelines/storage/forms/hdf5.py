@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ _LABELS = (*LABEL_NAMES, "ans", "targets", "train_y", "test_y")
 _KEPT = 4  # blocks of an array
 _BLOCK = 1 << 24  # bytes of an array read at a time
 _SHOWN = 12
+_LARGEST_PIECE = 1 << 31  # bytes of an image, or of a chunk, which is read as a whole
+_MOST_UNSAID, _LARGEST_RATIO = 1 << 28, 1100  # bytes of an array whose values are not written, or compressed
 _OPENED = 8  # images of a class that are looked at when a file is indexed
 LOCAL_ONLY = True  # its library maps files of a disk
 
@@ -86,7 +89,7 @@ def _open(location: Path, file: File, request: Request) -> dict[str, FormSource]
         groups = {name: one for name, one in members.items() if isinstance(one, h5py.Group)}
         arrays = {name: one for name, one in members.items() if isinstance(one, h5py.Dataset)}
         if arrays and not (groups and _are_images(h5py, groups)):
-            return {"": _array(location, file.path, arrays, request)}
+            return {"": _array(location, file, arrays, request)}
         roles = {name: split_role(name) for name in groups}
         if "train" in roles.values() and all(roles.values()):
             splits = {}
@@ -98,7 +101,7 @@ def _open(location: Path, file: File, request: Request) -> dict[str, FormSource]
                 splits[split] = (
                     _classes(location, h5py, file.path, nested, request)
                     if nested
-                    else _array(location, file.path, inner, request)
+                    else _array(location, file, inner, request)
                 )
             return splits
         if not groups:
@@ -115,9 +118,26 @@ def _are_images(h5py: Any, groups: dict[str, Any]) -> bool:
     return False
 
 
+def _check_own(dataset: Any) -> None:
+    """Check that a data set lies in its file, in pieces that memory holds; ValueError."""
+    if dataset.external or dataset.is_virtual:
+        raise ValueError(f"{dataset.name} lies in other files, which are not read: h5repack writes it into one")
+    piece = dataset.dtype.itemsize * math.prod(dataset.chunks or (1,))
+    if piece > _LARGEST_PIECE:
+        raise ValueError(f"{dataset.name} has pieces of {piece:,} bytes")
+
+
+def _whole(dataset: Any) -> Any:
+    """What is in a data set; ValueError if it is larger than any image, or lies in another file."""
+    _check_own(dataset)
+    if dataset.nbytes > _LARGEST_PIECE:
+        raise ValueError(f"{dataset.name} has {dataset.nbytes:,} bytes")
+    return dataset[()]
+
+
 def _bytes(dataset: Any) -> bytes:
     """The encoded image in a data set: uint8 [bytes], or one value of opaque, vlen or text type."""
-    value = dataset[()]
+    value = _whole(dataset)
     if isinstance(value, bytes):
         return value
     if isinstance(value, np.void):
@@ -170,8 +190,13 @@ def _classes(location: Path, h5py: Any, path: Path, groups: dict[str, Any], requ
     )
 
 
-def _array(location: Path, path: Path, arrays: dict[str, Any], request: Request) -> FormSource:
+def _array(location: Path, file: File, arrays: dict[str, Any], request: Request) -> FormSource:
     """An array of pixels [N, H, W(, C)] or [N, C, H, W], or of encoded images [N], beside labels [N]."""
+    path = file.path
+    for one in arrays.values():
+        _check_own(one)
+        if one.nbytes > max(_MOST_UNSAID, _LARGEST_RATIO * file.size):
+            raise ValueError(f"{one.name} says {one.nbytes:,} bytes and the file has {file.size:,}")
     images = {name: one for name, one in arrays.items() if _holds_images(one)}
     if request.image is not None:
         if request.image not in images:
@@ -296,9 +321,11 @@ class GroupReader(_Opened):
     def read(self, row: int) -> Any:
         """See `Reader`."""
         with self._lock:
-            dataset = self._open()[f"{self._top}/{self._keys[row]}"]
             try:
-                return dataset[()] if dataset.ndim > 1 else _bytes(dataset)
+                dataset = self._open()[f"{self._top}/{self._keys[row]}"]
+                if dataset.file.filename != self._open().filename:
+                    raise ValueError("it lies in another file")
+                return _whole(dataset) if dataset.ndim > 1 else _bytes(dataset)
             except (OSError, RuntimeError, ValueError, KeyError) as error:
                 raise unreadable(f"it cannot be unpacked ({str(error)[:100]})") from None
 

@@ -8,10 +8,9 @@ import struct
 
 import numpy as np
 
-from pipelines.files import decode_text
 from pipelines.runtime import InputError
 from pipelines.storage.forms.base import NO_LABEL, FormSource, Found, Request, number_labels, unlabelled
-from pipelines.storage.forms.blobs import FileBlob, packing, unpacked_head
+from pipelines.storage.forms.blobs import FileBlob, packing, text_of, unpacked_head
 from pipelines.storage.forms.look import File, Look, split_of
 from pipelines.storage.forms.places import Place, RecordReader, find_places
 from pipelines.storage.forms.zip_reader import zip_entries
@@ -166,7 +165,12 @@ def _names(images: Place, places: dict[str, Place]) -> list[str] | None:
     table = next((place for name, place in places.items() if name == f"{stem}-mapping.txt"), None)
     if table is None:
         return None
-    rows = [line.split() for line in decode_text(table.read()).split("\n")]
-    codes = {int(row[0]): int(row[1]) for row in rows if len(row) > 1}
-    names = [chr(codes[label]) if label in codes else str(label) for label in range(max(codes) + 1)]
+    rows = [line.split() for line in text_of(table.path, table.read()).split("\n")]
+    try:
+        codes = {int(row[0]): chr(int(row[1])) for row in rows if len(row) > 1}
+    except (ValueError, OverflowError):
+        return None
+    if not codes or min(codes) < 0 or max(codes) > 255:  # labels are bytes
+        return None
+    names = [codes.get(label, str(label)) for label in range(max(codes) + 1)]
     return names if len(set(names)) == len(names) else None

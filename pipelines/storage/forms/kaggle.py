@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.files import decode_text, read_regular
+from pipelines.files import open_regular, read_regular
 from pipelines.runtime import InputError
 from pipelines.storage.file_index import scan_folder
 from pipelines.storage.forms.base import NO_LABEL, FormSource, Found, Labels, Request, number_labels, unlabelled
-from pipelines.storage.forms.blobs import FileBlob
+from pipelines.storage.forms.blobs import FileBlob, text_of
 from pipelines.storage.forms.look import Look
 from pipelines.storage.forms.parquet import may_be_deep_name
 from pipelines.storage.forms.zip_reader import zip_entries
@@ -82,7 +81,7 @@ def _of_zip(look: Look, request: Request) -> dict[str, FormSource]:
             at.setdefault(split, []).append(number)
     tables = {name.rpartition("/")[2]: name for name in index.texts}
     solution = _solution(index.text(tables[_SOLUTION]), path) if _SOLUTION in tables else None
-    known = _mapping(index.text(tables[_MAPPING])) if _MAPPING in tables else None
+    known = _mapping(index.text(tables[_MAPPING]), path) if _MAPPING in tables else None
     splits: dict[str, FormSource] = {}
     for split in (name for name in ("train", "val", "test") if name in at):
         names = [index.names[number].partition(f"{_DATA}/{split}/")[2] for number in at[split]]
@@ -97,8 +96,8 @@ def _of_folder(src: Path, root: Path, request: Request) -> dict[str, FormSource]
     folders = [src, root, *list(root.parents)[:3]]
     solution_at = next((folder / _SOLUTION for folder in folders if (folder / _SOLUTION).is_file()), None)
     mapping_at = next((folder / _MAPPING for folder in folders if (folder / _MAPPING).is_file()), None)
-    solution = None if solution_at is None else _solution(read_regular(solution_at, most=_LARGEST), solution_at)
-    known = None if mapping_at is None else _mapping(read_regular(mapping_at, most=_LARGEST))
+    solution = None if solution_at is None else _solution(_table(solution_at), solution_at)
+    known = None if mapping_at is None else _mapping(_table(mapping_at), mapping_at)
     splits: dict[str, FormSource] = {}
     for split in ("train", "val", "test"):
         if not (root / split).is_dir():
@@ -119,6 +118,13 @@ def _of_folder(src: Path, root: Path, request: Request) -> dict[str, FormSource]
     if not splits:
         raise InputError(f"{root} holds no images: unpack the zip again, or give the zip itself.")
     return splits
+
+
+def _table(path: Path) -> bytes:
+    try:
+        return read_regular(path, most=_LARGEST)
+    except ValueError as error:
+        raise InputError(f"{path} is no table of Kaggle's ({error}): download it again.") from None
 
 
 def _labelled(
@@ -158,7 +164,7 @@ def _labelled(
 def _solution(data: bytes, path: Path) -> dict[str, str]:
     """WordNet id of each val image: lines of ``ILSVRC2012_val_00048981,n03995372 85 1 499 272``."""
     found = {}
-    for line in decode_text(data).split("\n")[1:]:
+    for line in text_of(path, data).split("\n")[1:]:
         image, _, prediction = line.strip().partition(",")
         words = prediction.split()
         if not image:
@@ -169,9 +175,9 @@ def _solution(data: bytes, path: Path) -> dict[str, str]:
     return found
 
 
-def _mapping(data: bytes) -> set[str]:
+def _mapping(data: bytes, path: Path) -> set[str]:
     """The WordNet ids of all classes: lines of ``n01440764 tench, Tinca tinca``."""
-    return {words[0].rstrip(",") for line in decode_text(data).split("\n") if (words := line.split())}
+    return {words[0].rstrip(",") for line in text_of(path, data).split("\n") if (words := line.split())}
 
 
 class FilesReader:
@@ -183,7 +189,7 @@ class FilesReader:
 
     def read(self, row: int) -> Any:
         """See `Reader`."""
-        with open(os.path.join(self._folder, file_name(self._names[row])), "rb") as file:
+        with open_regular(Path(self._folder, file_name(self._names[row]))) as file:
             return np.frombuffer(file.read(), np.uint8)
 
     def close(self) -> None:

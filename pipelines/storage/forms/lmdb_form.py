@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,15 +27,15 @@ from pipelines.storage.forms.base import (
     unlabelled,
     unreadable,
 )
+from pipelines.storage.forms.lmdb_pages import check_pages
 from pipelines.storage.forms.look import File, Look, by_split
 from pipelines.storage.forms.names import are_captions
-from pipelines.storage.forms.safe_pickle import RefusedPickleError, load_plain
+from pipelines.storage.forms.safe_pickle import RefusedPickleError, load_plain, plain_dtype
 from pipelines.storage.forms.wire import DamagedRecordError, fields, unpack_msgpack
 from pipelines.storage.source import KeyTable
 from pipelines.storage.splits import split_role
 
-_MAGIC, _MAGIC_AT = b"\xde\xc0\xef\xbe", 16
-_PAGE_SIZE_AT, _LAST_PAGE_AT = 40, 136  # of a meta page, behind whose header the magic is
+_MAGIC, _MAGIC_AT = b"\xde\xc0\xef\xbe", 16  # behind the header of the first page
 _ABOUT = (b"__", b"num-samples", b"num_samples", b"length", b"len", b"keys", b"meta", b"classes", b"label-", b"label_")
 _IMAGE, _LABEL = b"image-", b"label-"
 _REPORT_EVERY = 10_000
@@ -123,7 +122,9 @@ def _pair(content: Any, kind: str, request: Request) -> Value | None:
     """Image and label of a tuple, a dictionary or a single image."""
     if isinstance(content, dict) and not _is_array(content):
         named = {
-            key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key): v for key, v in content.items()
+            key.decode("utf-8", "replace") if isinstance(key, bytes) else key: value
+            for key, value in content.items()
+            if isinstance(key, (bytes, str))
         }
         wanted = (request.image,) if request.image is not None else (*IMAGE_NAMES, *named)
         image = next((found for name in wanted if (found := _image(named.get(name or ""))) is not None), None)
@@ -147,10 +148,10 @@ def _image(part: Any) -> Any:
     if isinstance(part, (bytes, bytearray)):
         return part if begins_as_image(bytes(part[:64])) else None
     if isinstance(part, dict) and _is_array(part):  # msgpack-numpy's arrays
-        named = {key.decode() if isinstance(key, bytes) else key: value for key, value in part.items()}
         try:
-            part = np.frombuffer(named["data"], np.dtype(named["type"])).reshape(named["shape"])
-        except (TypeError, ValueError):
+            named = {key.decode() if isinstance(key, bytes) else key: value for key, value in part.items()}
+            part = np.frombuffer(named["data"], plain_dtype(named["type"])).reshape(named["shape"])
+        except (TypeError, ValueError, OverflowError):
             return None
     if isinstance(part, np.ndarray):
         if part.ndim == 1 and part.dtype == np.uint8:
@@ -275,28 +276,11 @@ def _category(name: str) -> str:
 
 def _open(file: File) -> Any:
     lmdb = need("lmdb", "Reading LMDB")
-    _check_size(file)
+    check_pages(file)
     is_folder = file.path.name == "data.mdb"
     with _naming(file.path):
         path = file.path.parent if is_folder else file.path
         return lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False, subdir=is_folder)
-
-
-def _check_size(file: File) -> None:
-    """Check that the pages in use are there: a missing one would kill the process when it is read."""
-    (page,) = struct.unpack_from("<I", file.head, _PAGE_SIZE_AT)
-    if not 256 <= page <= 1 << 16:
-        raise InputError(f"{file.path} is a damaged LMDB database: copy or download it again.")
-    with file.path.open("rb") as opened:
-        metas = [opened.read(page), opened.read(page)]
-    if any(len(meta) < _LAST_PAGE_AT + 16 for meta in metas):
-        raise InputError(f"{file.path} is truncated: it has {file.size:,} bytes; copy or download it again.")
-    found = [struct.unpack_from("<2Q", meta, _LAST_PAGE_AT) for meta in metas]
-    last = max(found, key=lambda one: one[1])[0]
-    if (last + 1) * page > file.size:
-        raise InputError(
-            f"{file.path} is truncated: it has {file.size:,} bytes of {(last + 1) * page:,}; copy or download it again."
-        )
 
 
 @contextmanager

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.files import open_regular, read_regular
 from pipelines.names import Url
 from pipelines.runtime import InputError
+from pipelines.storage.file_index import begins_as_image
 from pipelines.storage.forms.base import (
     ROWS_KEPT,
     FormSource,
@@ -25,6 +27,7 @@ from pipelines.storage.forms.base import (
     unlabelled,
     unreadable,
 )
+from pipelines.storage.forms.blobs import largest_unpacked
 from pipelines.storage.forms.columns import LOOKED_AT, Columns, find_columns, image_columns, labels_of
 from pipelines.storage.forms.look import File, Look, by_split
 from pipelines.storage.remote_objects import RemoteObject
@@ -32,6 +35,7 @@ from pipelines.storage.remote_objects import RemoteObject
 _MAGIC = b"PAR1"
 _BATCH = 64  # rows decoded at a time
 _BUFFER = 1 << 20  # bytes
+_LARGEST_FILE = 1 << 32  # bytes of an image that a row names
 
 
 def recognise(look: Look) -> bool:
@@ -87,11 +91,14 @@ def open_files(location: Path, files: Sequence[File], request: Request) -> tuple
             naming_parquet(file.path),
             pq.ParquetFile(readable(file.path), pre_buffer=False, buffer_size=_BUFFER) as opened,
         ):
+            _check_numbers(opened.metadata, file)
             schema = opened.schema_arrow
             if columns is None and not opened.metadata.num_rows and file is not files[-1]:
                 continue  # Spark writes such files; they do not tell which column holds the images
             if columns is None:
-                columns = find_columns(schema, where=file.path, request=request, heads=_heads(opened, schema))
+                columns = find_columns(
+                    schema, where=file.path, request=request, heads=_heads(opened, schema, file.path.parent)
+                )
                 first = schema
             _check_same(columns, first, schema, files[0].path, file.path)
             start = len(keys)
@@ -114,6 +121,8 @@ def open_files(location: Path, files: Sequence[File], request: Request) -> tuple
                     deep = None
             if columns.label is not None and count:
                 values.append(opened.read([columns.label]).column(0))
+                if len(values[-1]) != count:
+                    raise _lying(file.path, f"it says {count:,} rows and has {len(values[-1]):,} labels")
             if start != len(keys):
                 request.report(len(keys))
     assert columns is not None
@@ -131,6 +140,23 @@ def open_files(location: Path, files: Sequence[File], request: Request) -> tuple
         largest=max(int(size[0]) * len(size) for size in sizes),
     )
     return source, columns
+
+
+def _check_numbers(metadata: Any, file: File) -> None:
+    """Check rows and sizes that the end of a file says, before memory is used for them."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    rows = [group.num_rows for group in groups]
+    if min(rows, default=0) < 0 or not sum(rows) == metadata.num_rows <= file.size:
+        raise _lying(file.path, f"it says {metadata.num_rows:,} rows in {file.size:,} bytes")
+    for column in (group.column(number) for group in groups for number in range(group.num_columns)):
+        packed, size = column.total_compressed_size, column.total_uncompressed_size
+        if not 0 <= size <= largest_unpacked(min(packed, file.size)):
+            name = column.path_in_schema
+            raise _lying(file.path, f"{name} would unpack from {packed:,} to {size:,} bytes in a row group")
+
+
+def _lying(path: Path, why: str) -> InputError:
+    return InputError(f"{path} is truncated or damaged ({why}): download it again.")
 
 
 def may_be_deep_name(name: str) -> bool:
@@ -151,24 +177,25 @@ def _labels(columns: Columns, values: Sequence[Any], count: int, where: Path) ->
     return labels_of(columns, pa.chunked_array([c for one in values for c in one.chunks]), where=where)
 
 
-def _heads(opened: Any, schema: Any) -> dict[str, list[bytes]]:
+def _heads(opened: Any, schema: Any, folder: Path) -> dict[str, list[bytes]]:
     """First bytes of some values of each column that may hold images."""
     names = image_columns(schema)
     if not names or not opened.metadata.num_rows:
         return {}
     batch = next(opened.iter_batches(batch_size=LOOKED_AT, columns=names), None)
-    return {} if batch is None else {name: first_bytes(batch.column(name)) for name in names}
+    return {} if batch is None else {name: first_bytes(batch.column(name), folder) for name in names}
 
 
-def first_bytes(values: Any) -> list[bytes]:
-    """First bytes of some values of an array of bytes, or of structs with `bytes`, or of the files they name."""
+def first_bytes(values: Any, folder: Path) -> list[bytes]:
+    """First bytes of some values of an array of bytes, or of structs with `bytes`, or of the files below `folder`."""
     struct = str(values.type).startswith("struct")
     data = values.field("bytes") if struct else values
     found = [one.as_buffer()[:64].to_pybytes() for one in data[:LOOKED_AT] if one.is_valid and one.as_buffer().size]
     if not found and struct and values.type.get_field_index("path") >= 0:
-        for one in values.field("path").to_pylist()[:LOOKED_AT]:
-            if one and Path(one).is_file():
-                with Path(one).open("rb") as file:
+        for one in values.field("path").slice(0, LOOKED_AT).to_pylist():
+            path = None if not one else _named(one, folder)
+            if path is not None and path.is_file():
+                with open_regular(path) as file:
                     found.append(file.read(64))
     return found
 
@@ -300,7 +327,20 @@ class ParquetReader:
 
 def read_path(text: str, folder: Path) -> Any:
     """The file that a row names instead of holding bytes."""
-    path = Path(text) if Path(text).is_absolute() else folder / text
-    if isinstance(folder, Url) or not path.is_file():
+    path = _named(text, folder)
+    if path is None or not path.is_file():
         raise unreadable(f"its row has no bytes, and the file {text} that it names does not exist")
-    return np.fromfile(path, np.uint8)
+    try:
+        data = np.frombuffer(read_regular(path, most=_LARGEST_FILE), np.uint8)
+    except ValueError as error:
+        raise unreadable(f"its row has no bytes, and of the file {text} that it names {error}") from None
+    if not begins_as_image(data[:64].tobytes()):  # rows of others may name any file
+        raise unreadable(f"its row has no bytes, and the file {text} that it names is no image")
+    return data
+
+
+def _named(text: str, folder: Path) -> Path | None:
+    """The file that a row names: an absolute path, as `datasets` writes it, or one below the folder; else None."""
+    if isinstance(folder, Url) or "\0" in text or (not Path(text).is_absolute() and ".." in Path(text).parts):
+        return None
+    return folder / text

@@ -11,10 +11,19 @@ from typing import Any
 
 from pipelines.runtime import InputError
 from pipelines.storage.forms.base import unreadable
-from pipelines.storage.forms.blobs import Blob, FileBlob, PackedBlob, damaged, open_blob, packing, unpacked_head
+from pipelines.storage.forms.blobs import (
+    Blob,
+    FileBlob,
+    PackedBlob,
+    damaged,
+    gunzip,
+    open_blob,
+    packing,
+    unpacked_head,
+)
 from pipelines.storage.forms.look import File, Look
 from pipelines.storage.forms.tar_reader import BLOCK, DamagedTarError, is_tar_header, tar_members
-from pipelines.storage.forms.zip_reader import check_entry, read_entry, zip_entries
+from pipelines.storage.forms.zip_reader import check_entry, read_whole, zip_entries
 
 _ZIP = b"PK\3\4"
 _CHUNK = 1 << 20
@@ -130,9 +139,6 @@ def _in_tar(file: File, pattern: re.Pattern[str]) -> list[Place]:
 
 
 def _in_zip(file: File, pattern: re.Pattern[str]) -> list[Place]:
-    import gzip
-    import zlib
-
     blob, found = FileBlob(file.path), []
     for entry in zip_entries(file.path, blob):
         name = entry.name.removesuffix(".gz")
@@ -140,17 +146,11 @@ def _in_zip(file: File, pattern: re.Pattern[str]) -> list[Place]:
             continue
         check_entry(file.path, entry)
         try:
-            data = read_entry(
-                blob,
-                offset=entry.offset,
-                stored=entry.stored,
-                size=entry.size,
-                crc=entry.crc,
-                method=entry.method,
-            )
-            data = gzip.decompress(data) if name != entry.name else data
-        except (OSError, EOFError, zlib.error) as error:
-            raise damaged(file.path, f"{entry.name}: {error}") from None
+            data = read_whole(file.path, blob, entry)
+            if name != entry.name:
+                data = gunzip(data)
+        except (OSError, ValueError) as error:
+            raise damaged(file.path, f"{entry.name[:200]}: {error}") from None
         found.append(Place(name=name, path=file.path, blob=BytesBlob(data), offset=0, size=len(data)))
     return found
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipelines.runtime import InputError
 from pipelines.storage.forms.base import need, unreadable
+from pipelines.storage.forms.blobs import largest_unpacked
 from pipelines.storage.forms.columns import Columns
 from pipelines.storage.forms.parquet import naming_parquet, read_path, readable
 from pipelines.storage.range_source import Stamp, open_stamped
@@ -22,6 +23,7 @@ from pipelines.storage.remote_objects import RemoteObject
 MOST_BYTES = 1 << 29
 """Decoded row groups that are cached, in bytes; at least two groups are."""
 _BUFFER = 1 << 20  # bytes
+_BATCH = 1024  # rows that are decoded before their bytes are counted
 
 
 class RowGroupReader:
@@ -105,18 +107,25 @@ class RowGroupReader:
             naming_parquet(path),
             pq.ParquetFile(readable(path), metadata=footer, pre_buffer=False, buffer_size=_BUFFER) as opened,
         ):
-            table = opened.read_row_group(number, columns=names, use_threads=False)
-            footer = opened.metadata
+            footer, chunks = opened.metadata, []
+            most = largest_unpacked(path.stat().st_size)
+            for batch in opened.iter_batches(_BATCH, row_groups=[number], columns=names, use_threads=False):
+                chunks.append(batch.column(0))
+                most -= batch.nbytes
+                if most < 0:
+                    raise InputError(
+                        f"{path} is damaged (row group {number} unpacks to far more than the file): download it again."
+                    )
         with self._guard:
             self._footers[path] = footer
             while len(self._footers) > 64:
                 self._footers.popitem(last=False)
-        if len(table) != self.rows[group]:
+        found, expected = sum(map(len, chunks)), self.rows[group]
+        if found != expected:
             raise InputError(
-                f"{path} has {len(table)} rows in group {number} but had {self.rows[group]} when it was indexed: start "
-                "again, so that it is indexed again."
+                f"{path} has {found} rows in group {number} but had {expected} when it was indexed: start again, so "
+                "that it is indexed again."
             )
-        chunks = table.column(0).chunks
         return chunks[0] if len(chunks) == 1 else _Chunks(chunks)
 
     def close(self) -> None:

@@ -6,9 +6,9 @@ import re
 
 import numpy as np
 
-from pipelines.files import decode_text
 from pipelines.runtime import InputError
 from pipelines.storage.forms.base import NO_LABEL, FormSource, Found, Labels, Request, number_labels, unlabelled
+from pipelines.storage.forms.blobs import text_of
 from pipelines.storage.forms.look import Look
 from pipelines.storage.forms.places import Place, RecordReader, check_published, find_places, first_member
 
@@ -39,7 +39,7 @@ def open_form(look: Look, request: Request) -> Found:
     places = {place.base: place for place in find_places(look, _NAME)}
     names = None
     if "class_names.txt" in places:
-        lines = decode_text(places["class_names.txt"].read()).split("\n")
+        lines = text_of(look.path, places["class_names.txt"].read()).split("\n")
         names = tuple(line.strip() for line in lines if line.strip())
     splits = {}
     for split, base in (("train", "train"), ("test", "test"), ("unlabeled", "unlabeled")):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.files import decode_text
+from pipelines.files import LARGEST_JSON, read_regular
 from pipelines.runtime import InputError
 from pipelines.storage.file_index import begins_as_image
 from pipelines.storage.forms.base import (
@@ -26,6 +26,7 @@ from pipelines.storage.forms.base import (
     unlabelled,
     unreadable,
 )
+from pipelines.storage.forms.blobs import text_of
 from pipelines.storage.forms.look import File, Look, by_split
 from pipelines.storage.forms.parquet import may_be_deep_name
 from pipelines.storage.forms.wire import DamagedRecordError, example, first_bytes, first_int, masked_crc
@@ -193,7 +194,11 @@ def class_names(look: Look, label: str) -> list[str] | None:
         found = [beside] if beside.is_file() else []
     if not found:
         return None
-    names = [line for line in decode_text(found[0].read_bytes()).split("\n") if line]
+    try:
+        text = text_of(found[0], read_regular(found[0], most=LARGEST_JSON))
+    except ValueError as error:
+        raise InputError(f"{found[0]} is no list of class names ({error}): write it again.") from None
+    names = [line for line in text.split("\n") if line]
     return names if len(set(names)) == len(names) else None
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from pipelines.runtime import InputError
 from pipelines.storage.forms.base import unreadable
-from pipelines.storage.forms.blobs import FileBlob
+from pipelines.storage.forms.blobs import FileBlob, largest_unpacked
 
 _END, _ENTRY, _LOCAL = struct.Struct("<4s4H2LH"), struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")
 _LOCATOR, _END64 = struct.Struct("<4sLQL"), struct.Struct("<4sQ2H2L4Q")
@@ -162,6 +162,20 @@ def read_entry(blob: FileBlob, *, offset: int, stored: int, size: int, crc: int,
     if zlib.crc32(data) != crc:
         raise unreadable("its checksum in the zip is wrong")
     return data
+
+
+def read_whole(path: Path, blob: FileBlob, entry: Entry) -> bytes:
+    """The content of a list, a table or a file of many images.
+
+    Raises:
+        InputError: it unpacks to far more than it is.
+        OSError: as `read_entry`.
+    """
+    if entry.size > largest_unpacked(entry.stored):
+        raise _damaged(path, f"{entry.name[:200]!r} would unpack from {entry.stored:,} to {entry.size:,} bytes")
+    return read_entry(
+        blob, offset=entry.offset, stored=entry.stored, size=entry.size, crc=entry.crc, method=entry.method
+    )
 
 
 def data_start(blob: FileBlob, offset: int) -> int:

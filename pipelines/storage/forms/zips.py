@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.files import decode_text
 from pipelines.runtime import InputError
 from pipelines.storage.forms.base import (
     NO_LABEL,
@@ -21,11 +20,19 @@ from pipelines.storage.forms.base import (
     number_labels,
     unlabelled,
 )
-from pipelines.storage.forms.blobs import FileBlob
+from pipelines.storage.forms.blobs import FileBlob, damaged, text_of
 from pipelines.storage.forms.look import File, Look, by_split
 from pipelines.storage.forms.names import are_classes, arrange, check_name, class_names, is_image_of_archive
 from pipelines.storage.forms.parquet import may_be_deep_name
-from pipelines.storage.forms.zip_reader import check_entry, data_start, overlapping, read_entry, zip_entries
+from pipelines.storage.forms.zip_reader import (
+    Entry,
+    check_entry,
+    data_start,
+    overlapping,
+    read_entry,
+    read_whole,
+    zip_entries,
+)
 
 FALLBACK = True  # data sets of known names come as zips too
 MAGICS = (b"PK\3\4", b"PK\5\6", b"PK\7\x08")
@@ -75,7 +82,7 @@ class ZipIndex:
     def __init__(self, paths: Sequence[Path], request: Request) -> None:
         """List the zips; raises InputError if one is damaged, encrypted, holds no images, or has names twice."""
         self.names: list[str] = []
-        self.texts: dict[str, tuple[int, ...]] = {}  # places of small files: lists and tables
+        self.texts: dict[str, tuple[int, Entry]] = {}  # number of the zip, and place, of small files: lists and tables
         self._blobs = [FileBlob(path) for path in paths]
         rows = {name: array("q") for name in _COLUMNS}
         others: dict[str, int] = {}
@@ -90,7 +97,7 @@ class ZipIndex:
                     ending = name.rpartition(".")[2].lower()
                     others[ending] = others.get(ending, 0) + 1
                     if ending in ("txt", "csv"):
-                        self.texts[name] = place
+                        self.texts[name] = (number, entry)
                     continue
                 check_entry(path, entry)
                 if name in names:
@@ -117,16 +124,20 @@ class ZipIndex:
         self._rows = {name: np.frombuffer(column, np.int64)[order] for name, column in rows.items()}
 
     def text(self, name: str) -> bytes:
-        """The content of a small file."""
-        number, offset, stored, size, crc, method = self.texts[name]
-        return read_entry(self._blobs[number], offset=offset, stored=stored, size=size, crc=crc, method=method)
+        """The content of a small file; InputError if it is damaged."""
+        number, entry = self.texts[name]
+        path = self._blobs[number].path
+        try:
+            return read_whole(path, self._blobs[number], entry)
+        except OSError as error:
+            raise damaged(path, f"{name[:200]}: {error.strerror or error}") from None
 
     def annotations(self, split: str, names: Sequence[str]) -> list[str | None]:
         """Classes in ``val_annotations.txt``, which Tiny ImageNet has in place of folders: lines of file and class."""
         table = next((name for name in self.texts if name.endswith(f"{split}_annotations.txt")), None)
         if not split or table is None:
             return [None] * len(names)
-        rows = [line.split() for line in decode_text(self.text(table)).split("\n")]
+        rows = [line.split() for line in text_of(self._blobs[self.texts[table][0]].path, self.text(table)).split("\n")]
         found = {row[0]: row[1] for row in rows if len(row) > 1}
         return [found.get(name.rpartition("/")[2]) for name in names]
 

@@ -32,6 +32,7 @@ from mvssl.weights.export import export
 from mvssl.weights.init_from import init_from
 from mvssl.weights.load import BackboneSource, LoadedBackbone, load_backbone
 from mvssl.weights.timm_folder import CardFields, folder_files
+from pipelines.files import locked
 from pipelines.runtime import InputError
 from pipelines.views.spec import IMAGENET_MEAN, IMAGENET_STD
 from tests.samples.checkpoint_samples import moco_v3, random_backbone, write
@@ -145,7 +146,9 @@ def test_the_folder_appears_whole_and_replaces_only_its_own(tmp_path: Path) -> N
     export(original, "timm-folder", out)
     with pytest.raises(InputError, match="exists: add --overwrite"):
         export(original, "timm-folder", out)
+    (out / ".model.tmp.safetensors").write_bytes(b"half")  # of an export that was killed
     export(original, "timm-folder", out, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     (out / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match=r"other files \(thesis.txt\)"):
         export(original, "timm-folder", out, overwrite=True)
@@ -153,6 +156,14 @@ def test_the_folder_appears_whole_and_replaces_only_its_own(tmp_path: Path) -> N
     with pytest.raises(InputError, match="a file, but format timm-folder writes a folder"):
         export(original, "timm-folder", tmp_path / "file", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "file"]
+    (tmp_path / ".c.tmp").mkdir()  # of an export that was killed
+    (tmp_path / ".c.tmp/model.safetensors").write_bytes(b"half")
+    with locked(tmp_path / ".c.tmp", ""), pytest.raises(InputError, match="Another process is writing"):
+        export(original, "timm-folder", tmp_path / "c")
+    assert (tmp_path / ".c.tmp/model.safetensors").read_bytes() == b"half"
+    export(original, "timm-folder", tmp_path / "c")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == folder_files(original, CardFields())
+    assert not (tmp_path / ".c.tmp").exists()
 
 
 def test_damaged_folders_are_named(tmp_path: Path) -> None:
