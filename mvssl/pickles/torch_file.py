@@ -189,8 +189,13 @@ def _read_storage(file: IO[bytes], dtype: torch.dtype, count: int, *, big: bool)
 # The functions by which tensors are pickled. Each takes what torch's function of that name takes.
 
 
-def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Any:
-    return storage.as_strided(size, stride, offset) if isinstance(storage, Tensor) else storage  # checks its bounds
+def _tensor(storage: Any, offset: int, size: Any, stride: Any, *more: Any) -> Any:
+    if not isinstance(storage, Tensor):
+        return storage
+    tensor = storage.as_strided(size, stride, offset)  # checks its bounds
+    lazy = more[2] if len(more) > 2 and isinstance(more[2], dict) else {}  # what torch has not applied to the numbers
+    tensor = tensor.conj().resolve_conj() if lazy.get("conj") is True else tensor
+    return -tensor if lazy.get("neg") is True else tensor
 
 
 def _tensor_of_dtype(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def metadata_normalisation(metadata: Mapping[str, str]) -> tuple[tuple[float, ..
         mean, std = (tuple(map(float, json.loads(metadata[name]))) for name in ("mean", "std"))
     except (KeyError, TypeError, ValueError):
         return None
-    return (mean, std) if len(mean) == len(std) == 3 and all(value > 0 for value in std) else None
+    usable = len(mean) == len(std) == 3 and all(map(math.isfinite, (*mean, *std))) and min(std) > 0
+    return (mean, std) if usable else None
 
 
 def float_tensors(backbone: nn.Module) -> dict[str, Tensor]:

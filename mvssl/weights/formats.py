@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mvssl.config.evaluation import Network
 from mvssl.models import wide_resnets
+from mvssl.weights.search import Tensors, backbones, is_averaged, tensors_of, unread, unwrapped
 from pipelines.runtime import InputError
 
-Tensors = dict[str, Tensor]
 _MOST_NAMES, _LONGEST_NAME = 200, 100  # that are compared with those of known formats
 
 
@@ -118,32 +118,56 @@ class FoundNetwork:
     predictor: Tensors
     architecture: str | None = None
 
+    def heads(self, name: str) -> int | None:
+        """Attention heads that tensors do not tell; None for those of timm's architecture `name`.
 
-def find_network(content: Mapping[str, Any], *, network: Network | None = None, where: str) -> FoundNetwork:
-    """Find a network in a checkpoint.
+        MoCo v3's small vision transformer has 12 (arXiv 2104.02057, table 3), timm's 6. Files of its linear probe hold
+        it without prefix, with the name and the fixed positions (none for the class token) of MoCo v3.
+        """
+        positions = self.backbone.get("pos_embed", self.backbone.get("encoder.pos_embedding"))
+        probe = (
+            self.architecture == "vit_small"
+            and positions is not None
+            and positions.ndim == 3
+            and not positions[:, :1].any()
+        )
+        return 12 if name.startswith("vit_small") and (self.format == "MoCo v3" or probe) else None
+
+
+def find_network(
+    content: Mapping[str, Any],
+    *,
+    network: Network | None = None,
+    where: str,
+    names: Callable[[], Collection[str]] | None = None,
+) -> FoundNetwork:
+    """Find a network in a checkpoint: by the layout of a known project, else by the names of a backbone's tensors.
 
     Args:
         content: tensors, or mappings of tensors, by name.
-        network: online or target; None takes the one that the project evaluates (DINO: teacher, others: online).
+        network: online or target; None takes the one that the project evaluates (DINO: teacher, others: online), or the
+            only one.
         where: the file, for messages.
+        names: the names of the architecture's tensors, if it is known.
 
     Raises:
-        InputError: the format is unknown (the message names the nearest one), or the file lacks the network.
+        InputError: there is no backbone (the message names the nearest format), or several, or the file lacks the
+            network.
     """
     for known in CHECKPOINT_FORMATS:
-        choice: Network = next(iter(known.networks)) if network is None else network
-        tensors = _tensors(content, known.networks.get(choice))
-        candidates = [tensors, *(_tensors(content, key) for key in known.networks.values())]
-        if not any(name.startswith(known.needs) for candidate in candidates for name in candidate):
+        sections = {side: _tensors(content, key) for side, key in known.networks.items()}
+        if not any(name.startswith(known.needs) for tensors in sections.values() for name in tensors):
             continue
-        prefix = known.backbone.get(choice)
-        inner = {} if prefix is None else _below(tensors, prefix)
+        parts = {side: _below(tensors, known.backbone[side]) for side, tensors in sections.items()}
+        first = next((side for side in parts if parts[side]), next(iter(known.networks)))
+        choice: Network = first if network is None else network
+        inner, tensors = parts.get(choice, {}), sections.get(choice, {})
+        if choice not in parts:
+            break  # an EMA network may lie beside it
         if not inner:
-            others = [name for name in known.networks if name != choice]
+            other = next(side for side in known.networks if side != choice)
             raise InputError(
-                f"network is {choice!r} but {where} ({known.name}) has no such network: use --network {others[0]}."
-                if others
-                else f"network is {choice!r} but {where} ({known.name}) holds one network only: leave --network out."
+                f"network is {choice!r} but {where} ({known.name}) has no such network: use --network {other}."
             )
         projector = _head(inner, known.projector) or _head(tensors, known.projector)
         return FoundNetwork(
@@ -155,31 +179,60 @@ def find_network(content: Mapping[str, Any], *, network: Network | None = None, 
             predictor=_head(tensors, known.predictor),
             architecture=_stated_architecture(content),
         )
-    raise InputError(_unknown_format(content, where))
+    return _searched(content, network, where, names)
 
 
-def _tensors(content: Mapping[str, Any], key: str | None) -> Tensors:
-    """The tensors under a key ("" is the file itself), without the prefix of DataParallel or torch.compile."""
-    section = None if key is None else content if key == "" else content.get(key)
-    if not isinstance(section, Mapping):
-        return {}
-    return {_unwrapped(str(name)): value for name, value in section.items() if isinstance(value, Tensor)}
+def _searched(
+    content: Mapping[str, Any], network: Network | None, where: str, names: Callable[[], Collection[str]] | None
+) -> FoundNetwork:
+    """The backbone of a checkpoint of an unknown layout."""
+    found = backbones(content, names) or (backbones(content, None) if names else {})
+    if not found:
+        odd = unread(content)
+        raise InputError(
+            _unknown_format(content, where)
+            if odd is None
+            else f"{where} holds {odd}, which is not read: save the network's state_dict() with dense tensors of "
+            "floating-point numbers."
+        )
+    sides: dict[Network, list[str]] = {
+        "online": [place for place in found if not is_averaged(place)],
+        "target": [place for place in found if is_averaged(place)],
+    }
+    choice: Network = network or ("online" if sides["online"] else "target")
+    if not sides[choice]:
+        raise InputError(
+            f"network is {choice!r} but {where} (a backbone in {next(iter(found)) or 'the file itself'}) holds one "
+            "network only: leave --network out."
+        )
+    if len(sides[choice]) > 1:
+        raise InputError(
+            f"{where} holds several backbones ({', '.join(sides[choice][:5])}) but must hold one, and maybe its EMA: "
+            "save the state_dict() of the one that is meant."
+        )
+    place = sides[choice][0]
+    return FoundNetwork(
+        format=f"a backbone in {place}" if place else "a backbone",
+        network=choice,
+        choice=all(sides.values()),
+        backbone=found[place],
+        projector={},
+        predictor={},
+        architecture=_stated_architecture(content),
+    )
 
 
-def _unwrapped(name: str) -> str:
-    """A tensor's name without what DistributedDataParallel (in front) and torch.compile (anywhere) add to it."""
-    name = name.replace("_orig_mod.", "")
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-    return name
+def _tensors(content: Mapping[str, Any], key: str) -> Tensors:
+    """The tensors under a key ("" is the file itself)."""
+    return tensors_of(content if key == "" else content.get(key))
 
 
 def _below(tensors: Tensors, prefix: str) -> Tensors:
-    return {_unwrapped(name.removeprefix(prefix)): value for name, value in tensors.items() if name.startswith(prefix)}
+    return {unwrapped(name.removeprefix(prefix)): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _head(tensors: Tensors, prefixes: tuple[str, ...]) -> Tensors:
-    return {_unwrapped(name.split(".", 1)[1]): value for name, value in tensors.items() if name.startswith(prefixes)}
+    return {unwrapped(name.split(".", 1)[1]): value for name, value in tensors.items() if name.startswith(prefixes)}
 
 
 def _stated_architecture(content: Mapping[str, Any]) -> str | None:
@@ -316,6 +369,7 @@ _RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (False, (3, 4, 6, 3)): "resnet34",
     **{(True, blocks): f"resnet{depth}" for depth, blocks in wide_resnets.DEPTHS.items()},
 }
+_RESNEXTS = ("resnext50_32x4d", "resnext101_32x4d", "resnext101_32x8d", "resnext101_64x4d")
 # Width and depth of the vision transformers (Dosovitskiy et al., arXiv 2010.11929, table 1; DeiT's for tiny and small).
 _VITS = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
 
@@ -353,6 +407,10 @@ def _guess_resnet(tensors: Mapping[str, Tensor]) -> str | None:
     stem, inner = tensors["conv1.weight"].shape[0], tensors["layer1.0.conv1.weight"].shape[0]
     if (stem, inner) == (64, 64):
         return name
+    each = tensors["layer1.0.conv2.weight"].shape[1]  # channels of a group, which are all but in a ResNeXt
+    if stem == 64 and each != inner and inner % each == 0:
+        grouped = f"{name.replace('resnet', 'resnext')}_{inner // each}x{each}d"
+        return grouped if grouped in _RESNEXTS else None
     if (stem, inner) == (64, 128) and name in ("resnet50", "resnet101"):
         return f"wide_{name}_2"  # the only ones in timm
     multiplied = f"{name}x{stem // 64}"

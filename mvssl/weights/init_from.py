@@ -124,7 +124,8 @@ def _from_file(online: OnlineNetwork, recipe: Recipe, path: Path) -> _Outcome:
             "weights do not fit: use weights of timm's own architecture."
         )
     if architecture is None:
-        return _from_found(online, recipe, find_network(weights, where=str(path)), str(path))
+        found = find_network(weights, where=str(path), names=lambda: tuple(online.backbone.state_dict()))
+        return _from_found(online, recipe, found, str(path))
     if architecture != name:
         raise InputError(
             f"{path} holds a {architecture} but the recipe's backbone is {name}: set --backbone.name {architecture}."
@@ -137,7 +138,7 @@ def _from_file(online: OnlineNetwork, recipe: Recipe, path: Path) -> _Outcome:
 def _from_found(online: OnlineNetwork, recipe: Recipe, found: FoundNetwork, where: str) -> _Outcome:
     """Load another project's backbone, and its heads where they fit."""
     name = recipe.backbone.name
-    if found.format == "MoCo v3" and name.startswith("vit_small"):
+    if found.heads(name) is not None:
         raise InputError(
             f"init_from is {where!r}, MoCo v3's small vision transformer, which has 12 attention heads where {name} "
             "has 6, so its weights do not fit: use MoCo v3's ResNet-50 or base vision transformer."

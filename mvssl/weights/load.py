@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -149,15 +151,23 @@ _FOREIGN_NAMES = {
     "vit_small": "vit_small_patch16_224",
     "vit_base": "vit_base_patch16_224",
 }
-_MOCO_V3_SMALL_HEADS = 12  # attention heads of its small vision transformer (arXiv 2104.02057, table 3); timm's has 6
 
 
 def _from_file(source: BackboneSource, path: Path, recipe: Recipe | None) -> LoadedBackbone:
     if path.is_dir():
         return _from_folder(source, path)
-    found = find_network(read_weights(path), network=source.network, where=str(path))
-    tensors, metadata = from_torchvision(found.backbone), read_metadata(path)
-    name = source.arch or metadata.get("architecture") or (recipe and recipe.backbone.name)
+    metadata = read_metadata(path)
+    own = metadata.get("architecture", "")  # in a file of another project it may be anything
+    name = source.arch or (own if timm.is_model(own.split(".")[0]) else None)
+    if not name and recipe is not None:
+        name = recipe.backbone.name
+    found = find_network(
+        read_weights(path),
+        network=source.network,
+        where=str(path),
+        names=partial(tensor_names, name) if name else None,
+    )
+    tensors = from_torchvision(found.backbone)
     if not name:  # the tensors come before the file's own name, which differs between projects
         stated = _FOREIGN_NAMES.get(found.architecture or "", found.architecture)
         name = guess_architecture(tensors) or (stated if stated and timm.is_model(stated) else None)
@@ -166,19 +176,18 @@ def _from_file(source: BackboneSource, path: Path, recipe: Recipe | None) -> Loa
             f"{path} ({found.format}) does not tell its architecture: name it as timm does, for example "
             "--arch resnet50."
         )
-    heads = _MOCO_V3_SMALL_HEADS if found.format == "MoCo v3" and name.startswith("vit_small") else None
-    if metadata.get("num_heads", "").isdecimal():
+    heads = found.heads(name)
+    is_transformer = "cls_token" in tensors
+    if is_transformer and re.fullmatch("[1-9][0-9]{0,2}", metadata.get("num_heads", "")):
         heads = int(metadata["num_heads"])
-    as_release = found.format == "the reference implementation" and "cls_token" in tensors
-    pos_embed: Literal["timm", "release"] = (
-        "release" if as_release or metadata.get("pos_embed") == "release" else "timm"
-    )
+    as_release = found.format == "the reference implementation" or metadata.get("pos_embed") == "release"
+    pos_embed: Literal["timm", "release"] = "release" if as_release and is_transformer else "timm"
     backbone = _random_backbone(name, heads=heads, pos_embed=pos_embed)
     load_tensors(backbone, tensors, name, str(path))
     evaluation = Evaluation()
     config = timm.models.get_pretrained_cfg(name) if "." in name else None
-    if own := metadata_normalisation(metadata):
-        backbone = _renormalised(backbone, own)
+    if theirs := metadata_normalisation(metadata):
+        backbone = _renormalised(backbone, theirs)
     elif config is not None:
         crop = config.input_size[-1]
         evaluation = Evaluation(resize=max(crop, int(crop / config.crop_pct)), crop=crop)
@@ -209,7 +218,10 @@ def _from_folder(source: BackboneSource, path: Path) -> LoadedBackbone:
         raise InputError(
             f"weights is {str(path)!r}, whose config.json {problem}: load it with timm and export it there."
         )
-    tensors = from_torchvision(find_network(read_weights(weights), network=source.network, where=str(weights)).backbone)
+    found = find_network(
+        read_weights(weights), network=source.network, where=str(weights), names=lambda: tensor_names(name)
+    )
+    tensors = from_torchvision(found.backbone)
     backbone = _random_backbone(name, heads=arguments.get("num_heads"))
     load_tensors(backbone, tensors, name, str(weights))
     try:
@@ -242,6 +254,12 @@ def own_normalisation(backbone: nn.Module) -> tuple[nn.Module, tuple[float, ...]
     if isinstance(backbone, _Renormalised):
         return backbone.backbone, backbone.mean, backbone.std
     return backbone, IMAGENET_MEAN, IMAGENET_STD
+
+
+def tensor_names(name: str) -> tuple[str, ...]:
+    """The names of an architecture's parameters and buffers."""
+    with torch.device("meta"):
+        return tuple(build_backbone(Backbone(name=name), drop_path=False).state_dict())
 
 
 def _random_backbone(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mvssl.pickles.safe_pickle import Global, Inert
 from mvssl.pickles.torch_file import read_torch_file
-from pipelines.files import read_json
+from pipelines.files import open_regular, read_json
 from pipelines.names import shortened
 from pipelines.runtime import InputError, describe_os_error
 
@@ -36,7 +36,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             "written by torch.save."
         )
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         content = read_torch_file(path)
@@ -61,11 +61,19 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     return content
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as the format does, with the length of its header and the header, whatever its name is."""
+    with open_regular(path) as file:
+        head = file.read(9)
+    torchs = head.startswith(b"PK") or head[:1] == b"\x80"
+    return head[8:] == b"{" or (path.suffix.lower() == ".safetensors" and not torchs)
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a .safetensors file; empty for any other file, or if it has none."""
-    if path.suffix != ".safetensors":
-        return {}
     try:
+        if not _is_safetensors(path):
+            return {}
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (*_UNREADABLE, SafetensorError):
@@ -108,6 +116,11 @@ def read_folder(path: Path, *, field: str = "weights") -> tuple[Path, dict[str, 
     )
 
 
+def _is_number(tensor: Tensor) -> bool:
+    """Whether all values are finite real numbers."""
+    return not tensor.is_complex() and (not tensor.is_floating_point() or bool(tensor.float().isfinite().all()))
+
+
 def load_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], name: str, where: str) -> None:
     """Load tensors under timm's names, without the classifier; BatchNorm's batch counters may be missing.
 
@@ -140,6 +153,12 @@ def load_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], name: str, 
                 f"{where} does not fit {name}: it {problem} {', '.join(keys[:3])}{more}. Name the architecture that "
                 "the weights belong to (--arch), or export them again."
             )
+    wrong = next((key for key, value in given.items() if not _is_number(value)), None)
+    if wrong is not None:
+        raise InputError(
+            f"{where} has complex, infinite or undefined numbers in {wrong} but must have finite real ones: use "
+            "weights from before its training diverged, or export them again."
+        )
     try:
         backbone.load_state_dict(given)
     except (RuntimeError, TypeError) as error:

@@ -46,7 +46,7 @@ _MAGIC = re.compile(
     re.DOTALL,
 )
 _ENDING = re.compile(r"\.(?!\d+$)\w{1,12}")  # what is another one, such as .1 or .jpg?size=large, is none
-_HIDDEN, _SPECIAL = "hidden", "special"
+_HIDDEN, _SPECIAL, _BROKEN = "hidden", "special", "broken link"
 _SYSTEM_FOLDERS = (  # unreadable for users; thumbnails made by NAS devices; macOS's and Windows' own
     *("lost+found", "@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information"),
 )
@@ -121,7 +121,12 @@ def remedy_for(ending: str) -> str:
 
 def describe_ignored(ignored: Mapping[str, int]) -> str:
     """The numbers of files that were ignored, in words."""
-    words = {_HIDDEN: "hidden", _SPECIAL: "that are pipes, sockets or devices", "": "without extension"}
+    words = {
+        _HIDDEN: "hidden",
+        _SPECIAL: "that are pipes, sockets or devices",
+        _BROKEN: "links to nothing",
+        "": "without extension",
+    }
     return ", ".join(f"{count:,} {words.get(ending, ending)}" for ending, count in ignored.items())
 
 
@@ -134,7 +139,10 @@ def no_images(index: FileIndex, path: Path) -> InputError:
                 f"rename them to .jpg, .png or what they are ({os.path.basename(example)} begins as an image)"
             )
     there = f"; there are {describe_ignored(index.ignored)}" if index.ignored else ""
-    remedies = [f"{remedy} ({ending or 'no extension'})" for ending, remedy in known.items() if remedy]
+    endings: dict[str, list[str]] = {}
+    for ending, remedy in known.items():
+        endings.setdefault(remedy, []).append(ending or "no extension")
+    remedies = [f"{remedy} ({', '.join(of)})" for remedy, of in endings.items() if remedy]
     give = (
         f"give a folder with files ending in {', '.join(IMAGE_EXTENSIONS)} (at any depth), a text list of such files, "
         "or data converted with mvssl-convert"
@@ -236,6 +244,8 @@ def _list_folder(folder: _Folder) -> _Listing:
                     listing.ignored.append((_SPECIAL, ""))
                 else:
                     listing.images.append((folder.prefix + entry.name, size))
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                listing.ignored.append((_BROKEN, ""))
             else:
                 listing.ignored.append((os.path.splitext(entry.name)[1].lower(), entry.path))
     return listing

@@ -64,6 +64,11 @@ def open_path(path: Path, *, progress: Callable[[int], None] | None = None, use_
     if index.ignored:
         _log.warning("%s: ignoring files without an image extension: %s", path, describe_ignored(index.ignored))
     empty = np.flatnonzero(index.nbytes == 0)
+    if len(empty) == len(index.keys):
+        raise InputError(
+            f"{path} holds no image that can be read: all {len(empty):,} files are empty, links to nothing or out of "
+            f"reach, such as {index.keys[0]}: copy them again, or mount what the links lead to."
+        )
     if len(empty):
         what = "%s: %d of %d files are empty or broken links, such as %s"
         _log.warning(what, path, len(empty), len(index.keys), index.keys[int(empty[0])])

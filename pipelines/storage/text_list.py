@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import re
+import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from pipelines.files import decode_text
 from pipelines.names import shortened, utf8
 from pipelines.runtime import InputError
-from pipelines.storage.file_index import FileIndex, is_image_name, remedy_for
+from pipelines.storage.file_index import FileIndex, begins_as_image, is_image_name, remedy_for
 from pipelines.storage.source import KeyTable, file_name
 
 _PATH = ("path", "filepath", "file_path", "image_path", "img_path", "filename", "file_name", "file", "image", "img")
@@ -31,6 +32,7 @@ _DELIMITERS = (",", ";", "\t", "|")
 _NONE = "-1"  # the label of an image without one
 _NUMBER = re.compile("0|[1-9][0-9]{0,99}")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
+_IMAGE_AND_MORE = re.compile(r"\S\.\w+[\"']?\s+(.*\S)")
 _HEAD = 4096  # bytes that show whether a file is text, which may be a large archive
 _THREADS = 8  # concurrent stat calls: hides the latency of network file systems
 _LIMIT = 1000  # characters of a path in a message
@@ -51,7 +53,8 @@ def read_list(path: Path, *, progress: Callable[[int], None] | None = None) -> F
     A line is ``PATH``, ``PATH<tab>LABEL`` or ``PATH LABEL``; or the file is a CSV table whose header names a column
     ``path``, ``file``, ``filename`` or ``image`` and maybe one ``label``, ``class`` or ``target``. Relative paths start
     at the list's own folder. Labels are names, -1 for none; see `number_labels`. Either all lines have one or none.
-    Empty lines are skipped. Text is UTF-8, UTF-16 or, where files of such names exist, Latin-1.
+    Empty lines are skipped, as are those that begin with ``#`` where no such file exists. Text is UTF-8, UTF-16 or,
+    where files of such names exist, Latin-1.
 
     Args:
         path: the list.
@@ -66,6 +69,7 @@ def read_list(path: Path, *, progress: Callable[[int], None] | None = None) -> F
     root = Path(os.path.abspath(path.parent))
     names = [file_name(line.name) for line in lines]
     absolute = [os.path.join(root, name) for name in names]
+    _warn_of_repeats(path, absolute, labels)
     mtimes = {folder: _mtime(folder) for folder in {os.path.dirname(name) for name in absolute}}
     sizes: list[int] = []  # taken after the folders' times: a change in between makes the index stale
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -106,9 +110,9 @@ def _lines(path: Path) -> list[_Line]:
     with path.open("rb") as file:
         head = file.read(_HEAD)
         with suppress(UnicodeDecodeError):
-            if _CONTROL.search(decode_text(head)):
-                raise _no_list(path)
-        content = head + file.read()
+            if _CONTROL.search(decode_text(head).removesuffix("\x1a")):  # the end of a file of DOS
+                raise _no_list(path, head)
+        content = (head + file.read()).removesuffix(b"\x1a")
     try:
         text = decode_text(content)
     except UnicodeDecodeError as error:
@@ -127,14 +131,28 @@ def _lines(path: Path) -> list[_Line]:
             f"{path}, line {rows.index(first) + 1} is '{first}' but must be a header: write path,label there "
             f"(or one of {', '.join(_PATH[1:])} and, if there are labels, one of {', '.join(_LABEL[1:])})."
         )
-    return [_plain(path, row.strip(), number) for number, row in enumerate(rows, start=1) if row.strip()]
+    stripped = ((number, row.strip()) for number, row in enumerate(rows, start=1))
+    wanted = ((number, row) for number, row in stripped if row and not (row[0] == "#" and _is_comment(path, row)))
+    return [_plain(path, row, number) for number, row in wanted]
 
 
-def _no_list(path: Path) -> InputError:
+def _is_comment(path: Path, row: str) -> bool:
+    """Whether a line that begins with # names no image."""
+    name = _plain(path, row, 0).name
+    return not is_image_name(name) and not os.path.lexists(path.parent / file_name(name))
+
+
+def _no_list(path: Path, head: bytes) -> InputError:
     """The error for a file that is no text."""
+    remedy = remedy_for(path.suffix.lower()) or "check the path"
+    first = head.partition(b"\0")[0].decode("utf-8", "replace")
+    if begins_as_image(head):
+        remedy = "it is one image: give the folder that it is in, or a list of its path"
+    elif is_image_name(first) and not _CONTROL.search(first):
+        remedy = "write each path on a line of its own, as find -print does in place of -print0"
     return InputError(
         f"{path} is neither a folder of images, nor converted data, nor a text list of image files (one path per "
-        f"line): {remedy_for(path.suffix.lower()) or 'check the path'}."
+        f"line): {remedy}."
     )
 
 
@@ -221,14 +239,39 @@ def _other_readings(name: str) -> Iterator[tuple[str, str]]:
 def _missing(path: Path, root: Path, line: _Line, name: str, count: int, of: int) -> InputError:
     tried = " (read as UTF-8 and as Latin-1)" if utf8(name) != name else ""
     remedy = f"write paths relative to {root} or absolute ones"
-    if utf8(name) != name:
+    is_folder = os.path.isdir(os.path.join(root, name))
+    if is_folder:
+        remedy = "write the paths of its images, or give a list of folders as data in Python"
+    elif utf8(name) != name:
         remedy += ", and save the list as UTF-8"
+    elif name[:1] in "[{":
+        remedy += "; JSON is no list"
+    elif _words_after(name):
+        remedy += f"; a class of several words, such as '{_words_after(name)}', goes behind a tab"
     elif any(mark in name for mark in _DELIMITERS) or name.casefold() in _PATH + _LABEL:
         remedy += "; a CSV table needs the header path,label"
     return InputError(
-        f"{path}, line {line.number}: the file '{shortened(line.name, _LIMIT)}'{tried} does not exist ({count} of {of} "
-        f"are missing): {remedy}."
+        f"{path}, line {line.number}: the file '{shortened(line.name, _LIMIT)}'{tried} "
+        f"{'is a folder' if is_folder else 'does not exist'} ({count} of {of} are missing): {remedy}."
     )
+
+
+def _words_after(line: str) -> str:
+    """The words after the name of an image; "" if there are none."""
+    found = _IMAGE_AND_MORE.search(line)
+    is_name = found is not None and is_image_name(line[: found.start(1)].rstrip().rstrip("\"'"))
+    return shortened(found[1], 100) if found is not None and is_name and not is_image_name(found[1]) else ""
+
+
+def _warn_of_repeats(path: Path, absolute: Sequence[str], labels: npt.NDArray[np.int64]) -> None:
+    """Say how many lines name an image again, and with another label."""
+    first: dict[str, int] = {}
+    again = [(n, first.setdefault(os.path.normpath(name), n)) for n, name in enumerate(absolute)]
+    again = [(n, before) for n, before in again if n != before]
+    other = [n for n, before in again if labels[n] != labels[before]]
+    if again:
+        differ = f", {len(other):,} with another label, such as {absolute[other[0]]}" if other else ""
+        _log.warning("%s: %d of %d lines name an image again%s", path, len(again), len(absolute), differ)
 
 
 def _labels(path: Path, lines: Sequence[_Line]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
@@ -238,9 +281,11 @@ def _labels(path: Path, lines: Sequence[_Line]) -> tuple[npt.NDArray[np.int64], 
         return np.full(len(lines), -1, dtype=np.int64), ()
     if len(given) < len(lines):
         without = next(line for line in lines if line.label is None)
+        words = _words_after(without.name)
+        tab = f"; a class of several words, such as '{words}', goes behind a tab" if words else ""
         raise InputError(
             f"{path}, line {without.number} has no label while other lines have one: give every line a label "
-            f"({_NONE} for none) or none at all."
+            f"({_NONE} for none) or none at all{tab}."
         )
     return number_labels([_latin(label) if utf8(label) != label else label for label in given])
 
@@ -267,8 +312,10 @@ def _latin(text: str) -> str:
 
 
 def _file_size(path: str) -> int:
+    """Size in bytes; -1 if there is no file of that name, which a folder, pipe or device is not."""
     try:
-        return os.stat(path).st_size
+        status = os.stat(path)
+        return status.st_size if stat.S_ISREG(status.st_mode) else -1
     except (FileNotFoundError, NotADirectoryError, ValueError):  # a zero byte in the name
         return -1
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from collections.abc import Callable
@@ -81,8 +82,19 @@ def test_either_network_of_a_checkpoint(project: str, online: nn.Module, target:
         lambda tensors: put("backbone.", tensors),
         lambda tensors: put("_orig_mod.", tensors) | put("_orig_mod.", {"fc.weight": torch.ones(10, 512)}),
         lambda tensors: {name: value for name, value in tensors.items() if "num_batches" not in name},
+        lambda tensors: {"state_dict": put("net.encoder.", tensors), "hyper_parameters": argparse.Namespace(lr=1)},
+        lambda tensors: {"module": put("module.", tensors), "optimizer": None},
+        lambda tensors: {"checkpoint": {"model": {"state_dict": tensors}}, "optimizer": {"state": {0: tensors}}},
+        lambda tensors: {
+            name.replace("layer1.", "layer1._checkpoint_wrapped_module."): value for name, value in tensors.items()
+        },
+        lambda tensors: put("module.", tensors) | {"n_averaged": torch.tensor(3)},
+        lambda tensors: {name: torch._neg_view(-value) for name, value in tensors.items()},
     ],
-    ids=["simsiam", "bare", "wrapped", "model", "prefixed", "with a classifier", "old, without batch counters"],
+    ids=[
+        *("simsiam", "bare", "wrapped", "model", "prefixed", "with a classifier", "old, without batch counters"),
+        *("lightning", "deepspeed", "nested", "wrapped layers", "averaged model", "negated views"),
+    ],
 )
 def test_one_network(content: Callable[[Any], Any], online: nn.Module, tmp_path: Path) -> None:
     path = write(tmp_path / "weights.pth", content(dict(online.state_dict())))
@@ -102,6 +114,47 @@ def test_timms_own_file_with_its_classifier(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model.forward_head(model.forward_features(torch.ones(1, 3, 64, 64)), pre_logits=True)
         assert torch.equal(loaded.backbone(torch.ones(1, 3, 64, 64)), expected)
+
+
+@pytest.mark.parametrize("ema", ["state_dict_ema", "model_ema", "ema_model", "teacher"])
+def test_an_ema_network_beside_another_or_alone(ema: str, online: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+    both = {"state_dict": dict(online.state_dict()), ema: {"module": put("module.", target.state_dict())}}
+    path, alone = write(tmp_path / "both.pth", both), write(tmp_path / "alone.pth", {ema: both[ema], "epoch": 3})
+    for file, network, model in ((path, "online", online), (path, "target", target), (alone, None, target)):
+        loaded = load_backbone(BackboneSource(weights=file, network=network))  # type: ignore[arg-type]
+        tensors = model.state_dict()
+        assert all(torch.equal(value, tensors[name]) for name, value in loaded.backbone.state_dict().items())
+
+
+def test_several_backbones_and_tensors_that_are_not_read(online: nn.Module, tmp_path: Path) -> None:
+    tensors = dict(online.state_dict())
+    two = write(tmp_path / "two.pth", {"state_dict": put("left.", tensors) | put("right.", tensors)})
+    with pytest.raises(InputError, match=r"several backbones \(state_dict/left\., state_dict/right\.\)"):
+        load_backbone(BackboneSource(weights=two))
+    sparse = write(tmp_path / "sparse.pth", tensors | {"conv1.weight": tensors["conv1.weight"].to_sparse()})
+    with pytest.raises(InputError, match=r"holds conv1\.weight as a tensor that is not dense \(_rebuild_sparse"):
+        load_backbone(BackboneSource(weights=sparse))
+    undefined = write(tmp_path / "nan.pth", tensors | {"bn1.bias": torch.full((64,), torch.nan)})
+    with pytest.raises(InputError, match=r"undefined numbers in bn1\.bias but must have finite"):
+        load_backbone(BackboneSource(weights=undefined))
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "densenet121", "mobilenetv3_small_100"])
+def test_any_architecture_of_timm_that_is_named(name: str, tmp_path: Path) -> None:
+    model: Any = timm.create_model(name, num_classes=3)
+    path = write(tmp_path / "model.pth", {"model_ema": model.state_dict()})
+    tensors = load_backbone(BackboneSource(weights=path, arch=name)).backbone.state_dict()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in tensors.items())
+
+
+def test_safetensors_of_any_name_and_odd_metadata(online: nn.Module, tmp_path: Path) -> None:
+    odd = {"num_heads": "0", "pos_embed": "release", "mean": "[1e999,0,0]", "std": "[1,1,1]", "architecture": "x"}
+    for name in ("model.SAFETENSORS", "model.pth"):
+        save_file(dict(online.state_dict()), tmp_path / name, metadata=odd)
+    torch.save(online.state_dict(), tmp_path / "torch.safetensors")
+    for name in ("model.SAFETENSORS", "model.pth", "torch.safetensors"):
+        loaded = load_backbone(BackboneSource(weights=tmp_path / name)).backbone.state_dict()
+        assert all(torch.equal(value, online.state_dict()[key]) for key, value in loaded.items())
 
 
 def torchvision_vit(heads: int, width: int) -> nn.Module:
@@ -132,6 +185,12 @@ def test_moco_v3s_small_transformer_has_twelve_heads(tmp_path: Path) -> None:
     loaded = load_backbone(BackboneSource(weights=path))
     assert loaded.architecture == "vit_small_patch16_224"
     torch.testing.assert_close(features(loaded.backbone), features(model), atol=1e-4, rtol=1e-4)
+    # Its linear probe: no prefix, a classifier, and no position of the class token.
+    tensors["pos_embed"][:, 0] = 0  # also the model's
+    probe = put("module.", tensors | {"head.weight": torch.ones(5, 384), "head.bias": torch.ones(5)})
+    path = write(tmp_path / "linear-vit-s.pth.tar", {"arch": "vit_small", "state_dict": probe})
+    loaded = load_backbone(BackboneSource(weights=path))
+    torch.testing.assert_close(features(loaded.backbone), features(model), atol=1e-4, rtol=1e-4)
 
 
 def test_images_are_normalised_as_the_weights_expect(tmp_path: Path) -> None:
@@ -151,6 +210,7 @@ def test_images_are_normalised_as_the_weights_expect(tmp_path: Path) -> None:
     "name",
     [
         *("resnet18", "resnet50", "resnet101", "wide_resnet50_2", "resnet50x2", "resnet101x3", "resnet200x2"),
+        *("resnext50_32x4d", "resnext101_64x4d"),
         "vit_tiny_patch16_224",
     ],
 )

@@ -248,6 +248,11 @@ def test_list_of_names_with_spaces(tmp_path: Path) -> None:
         ("dog/b.jpg\tdog.jpg\n", "line 1 names two images, 'dog/b.jpg' and 'dog.jpg'"),
         ("dog/b.jpg,dog\n", r"line 1: the file 'dog/b.jpg,dog' does not exist .* needs the header path,label"),
         ("\n", "holds no images"),
+        ("dog\n", r"line 1: the file 'dog' is a folder \(1 of 1 are missing\): write the paths of its images"),
+        ("dog/b.jpg big dog\ncat/a.jpg cat\n", "line 1 has no label .*: give .*, such as 'big dog', goes behind a tab"),
+        ("dog/b.jpg 1 2\n", "does not exist .* a class of several words, such as '1 2', goes behind a tab"),
+        ('{"image": "dog/b.jpg"}\n', "does not exist .*; JSON is no list"),
+        ("dog/b.jpg\0cat/a.jpg\0", "write each path on a line of its own"),
     ],
 )
 def test_wrong_lists(tree: Path, lines: str, message: str) -> None:
@@ -415,7 +420,7 @@ def spoil(folder: Path, *names: str, content: bytes = b"x") -> Path:
         (["a.7z", "b.7z"], "2 .7z", "unpack them"),
         (["a.npy"], "1 .npy", "write their images to files"),
         (["a.dcm"], "1 .dcm", "export them as PNG"),
-        (["a.CR2", "b.nef"], "1 .cr2, 1 .nef", "develop them"),
+        (["a.CR2", "b.nef"], "1 .cr2, 1 .nef", r"develop them to JPEG or TIFF \(\.cr2, \.nef\)"),
         (["clip.mp4"], "1 .mp4", "extract their frames"),
         (["._a.jpg", ".b.png"], "2 hidden", "give a folder"),
         (["notes", "more"], "2 without extension", "give a folder"),
@@ -427,6 +432,18 @@ def test_what_is_there_instead_of_images_and_what_to_do(
     monkeypatch.setattr(file_index, "IMAGE_EXTENSIONS", (".jpg", ".png"))  # as without pillow_heif
     with pytest.raises(InputError, match=rf"holds no images; there are {found}: .*{remedy}"):
         open_source(spoil(tmp_path / "d", *names))
+
+
+def test_a_folder_of_links_to_nothing_and_empty_files_and_a_single_image(tmp_path: Path) -> None:
+    (spoil(tmp_path / "d") / "folder").symlink_to("/nowhere")
+    with pytest.raises(InputError, match="holds no images; there are 1 links to nothing"):
+        open_source(tmp_path / "d")
+    (spoil(tmp_path / "d", "a.jpg", content=b"") / "b.jpg").symlink_to("/nowhere/b.jpg")
+    with pytest.raises(InputError, match=r"no image that can be read: all 2 files are empty, .*, such as a\.jpg: copy"):
+        open_source(tmp_path / "d")
+    image(tmp_path / "d" / "c.jpg")
+    with pytest.raises(InputError, match="it is one image: give the folder that it is in"):
+        open_source(tmp_path / "d" / "c.jpg")
 
 
 def test_images_of_unknown_endings_are_noticed(tmp_path: Path) -> None:

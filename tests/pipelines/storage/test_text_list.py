@@ -122,6 +122,14 @@ def test_tables_with_a_header(data: Path, file: str, table: str, labels: list[st
     assert opened(data, table.encode("utf-16"), file) == (names, labels)
 
 
+def test_comments_and_images_named_again(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(data / "#1.jpg")
+    lines = b"# mine\na.jpg dog\n#1.jpg dog\n./a.jpg cat\nb c.jpg cat\na.jpg dog\n\x1a"
+    keys = ["a.jpg", "#1.jpg", "./a.jpg", "b c.jpg", "a.jpg"]
+    assert opened(data, lines) == (keys, ["dog", "dog", "cat", "cat", "dog"])
+    assert f"2 of 5 lines name an image again, 1 with another label, such as {data}" in caplog.text
+
+
 def test_a_table_without_labels_says_so(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert opened(data, b"path,species\na.jpg,dog\n", "list.csv") == (["a.jpg"], [None])
     assert "no column is named label, class, target" in caplog.text
