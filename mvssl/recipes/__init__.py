@@ -45,6 +45,7 @@ class Situation:
         device: where the run trains.
         cores: CPU cores of the run.
         ranks: number of processes.
+        bf16: whether the CPU has instructions for bf16, which are about twice as fast as float32.
         given: values that the user has chosen, by dotted field such as optimizer.kind; they are kept.
         fits: whether a recipe's steps fit into the device's memory.
     """
@@ -54,6 +55,7 @@ class Situation:
     device: Literal["cpu", "cuda"]
     cores: int = 1
     ranks: int = 1
+    bf16: bool = False
     given: Mapping[str, Any] = field(default_factory=dict)
     fits: Callable[[Recipe], bool] = lambda _: True
 

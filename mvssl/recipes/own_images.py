@@ -16,8 +16,16 @@ FEW = 1_000
 """Below this number of images, the log advises to start from pretrained weights."""
 
 _SIZES = (224, 192, 160, 128, 96, 64, 32)
-_CPU_PASSES = 250_000  # image passes of a run on two cores: some hours with ResNet-18 and views of 64 and 32 pixels
+_SMALL = "resnet10_half"  # on few cores: 2.3 times as fast as resnet18 in bf16, and it learns (fit_photos)
+_SMALL_PASSES = 1_000_000  # image passes of a run of it on two cores
+_CPU_PASSES = 250_000  # of another backbone: some hours with ResNet-18 and views of 64 and 32 pixels
 _GPU_PASSES = 40_000_000  # of a run on GPUs: 800 epochs of 50,000 images, as usual for CIFAR
+_FEW_RATES = {  # learning rates for a batch of 64 of short runs of narrow ResNets (fit_photos)
+    ("mocov3", "lars"): 5.0,
+    ("byol", "lars"): 1.5,
+    ("mocov3", "adamw"): 3e-3,
+    ("byol", "adamw"): 1e-3,
+}
 _SMALLEST_BATCH = 32  # BatchNorm's statistics get noisy below
 
 
@@ -36,16 +44,19 @@ def fit_photos(situation: Situation) -> Fitted:
     - Learning rate in proportion to the batch for LARS and the ViT recipe (Goyal et al., arXiv 1706.02677; the paper),
       to its square root for AdamW otherwise (Malladi et al., arXiv 2205.10287). LARS is for long runs with batches of
       256 and more (You et al., arXiv 1708.03888); AdamW needs fewer steps.
+    - On a CPU, for a ResNet from random weights, MoCo v3 with LARS: of the 207 tuned runs of
+      benchmarks/results/paper_small_cpu.jsonl (benchmarks/PAPER_RESULTS.md) its kNN is the highest, 31.4 % against 28.5
+      of BYOL with LARS and 26.5 with AdamW. The learning rates are those that were tuned there for batches of 64.
     - EMA momentum lower in shorter runs, so that the target follows within the run: the average should span a fraction
       of the training, not a fixed number of steps (Busbridge et al., How to scale your EMA, arXiv 2307.13813).
     """
-    on_gpu, pretrained = situation.device == "cuda", bool(situation.text("backbone.pretrained"))
+    pretrained = bool(situation.text("backbone.pretrained"))
     size, why_size = _view_size(situation)
-    default = "resnet18" if not on_gpu else "resnet50_small" if size <= 64 and not pretrained else "resnet50"
+    default = _default_backbone(situation, size)
     name = situation.text("backbone.name") or default
     size, local = fitting_sizes(name, size)
     batch = situation.number("batch_size") or _batch(situation)
-    epochs = situation.number("epochs") or _epochs(situation, pretrained=pretrained)
+    epochs = situation.number("epochs") or _epochs(situation, name, pretrained=pretrained)
     recipe = _recipe(situation, name, size=size, local=local, batch=max(2, batch), epochs=max(1, epochs))
     why_batch = f"{situation.images // recipe.batch_size:,} steps an epoch"
     while not situation.number("batch_size") and recipe.batch_size // situation.ranks > _SMALLEST_BATCH:
@@ -59,11 +70,11 @@ def fit_photos(situation: Situation) -> Fitted:
 
 @fitted_by(fit_photos)
 def photos() -> Recipe:
-    """Multi-task BYOL for a folder of own photographs, fitted to the images and the machine when a run starts.
+    """Multi-task BYOL, on a CPU MoCo v3, for own photographs, fitted to the images and the machine when a run starts.
 
     Source: ours, with no published accuracy; `fit_photos` has the sources of each choice. What is shown without --data
-    is for 50,000 large images and one GPU. On a CPU: ResNet-18 and views of 64 pixels.
-    Cost: hours on two cores, about a night on one GPU; not measured on a GPU.
+    is for 50,000 large images and one GPU. On a CPU: a narrow ResNet-10 and views of 64 pixels.
+    Cost: an hour or two on two cores, about a night on one GPU; not measured on a GPU.
     Command: mvssl-train --data PHOTOS --out RUN
     """
     return fit_photos(Situation(images=50_000, short_side=224, device="cuda")).recipe
@@ -73,16 +84,24 @@ def _recipe(situation: Situation, name: str, *, size: int, local: int, batch: in
     """The recipe with what follows from these choices."""
     on_gpu, pretrained = situation.device == "cuda", bool(situation.text("backbone.pretrained"))
     vit, steps = _patch(name) is not None, epochs * max(1, situation.images // batch)
-    kind = situation.text("optimizer.kind") or (
-        "lars" if not (vit or pretrained) and batch >= 256 and steps >= 50_000 else "adamw"
-    )
+    on_few = not on_gpu and not pretrained and "resnet" in name  # a ResNet from nothing on a CPU, where passes are few
+    method = situation.text("method") or ("mocov3" if on_few else "byol")
+    long_run = not (vit or pretrained) and batch >= 256 and steps >= 50_000
+    short = on_few and (method, "lars") in _FEW_RATES
+    kind = situation.text("optimizer.kind") or ("lars" if long_run or short else "adamw")
     warmup = float(f"{min(10.0, max(0.05 * epochs, 1.0 if pretrained else 0.0)):.3g}")
-    span = min(250, max(100 if pretrained else 30, round(1.5 * math.sqrt(steps))))  # steps that the target averages
-    heads = Head(hidden=(4096,), out=256) if on_gpu else Head(hidden=(1024,), out=256)
+    span = min(250, max(100 if pretrained else 30, round(math.sqrt(steps))))  # steps that the target averages
+    heads = Head(hidden=(4096 if on_gpu else 1024,), out=256, output_norm=method == "mocov3")
+    optimizer = _optimizer(kind, batch=batch, vit=vit, pretrained=pretrained, warmup=min(warmup, epochs))
+    if on_few and (method, kind) in _FEW_RATES:
+        peak = _FEW_RATES[method, kind] * (batch / 64) ** (1.0 if kind == "lars" else 0.5)
+        optimizer = replace(optimizer, base_lr=float(f"{peak * 256 / batch:.3g}"))
+    in_bf16 = situation.bf16 and name == _SMALL and not on_gpu and not situation.is_given("views")
     every = max(1, epochs // 20)
     return replace(
         byol_resnet50_200ep(),
         name="photos",
+        method=method,
         views=paper_views(size=size, local_size=local, blur_kernel=max(5, 2 * (round(size / 10) // 2) + 1)),
         backbone=Backbone(
             name=name,
@@ -91,10 +110,12 @@ def _recipe(situation: Situation, name: str, *, size: int, local: int, batch: in
         ),
         projector=replace(heads, hidden=heads.hidden * 2) if vit else heads,
         predictor=heads,
-        optimizer=_optimizer(kind, batch=batch, vit=vit, pretrained=pretrained, warmup=min(warmup, epochs)),
+        optimizer=optimizer,
         epochs=epochs,
         batch_size=batch,
         target_decay=round(1 - 1 / span, 3),
+        temperature=1.0 if method == "mocov3" else None,
+        precision="bf16" if in_bf16 else "auto",
         evaluation=Evaluation(
             every_epochs=every, resize=round(size * 8 / 7 / 8) * 8, crop=size, max_train=128_000 if on_gpu else 20_000
         ),
@@ -118,6 +139,14 @@ def _optimizer(kind: str, *, batch: int, vit: bool, pretrained: bool, warmup: fl
         clip_grad_norm=0.5 if vit else None,
         warmup_epochs=warmup,
     )
+
+
+def _default_backbone(situation: Situation, size: int) -> str:
+    """Name of the backbone for views of this size, if none is given."""
+    pretrained = bool(situation.text("backbone.pretrained"))
+    if situation.device == "cuda":
+        return "resnet50_small" if size <= 64 and not pretrained else "resnet50"
+    return _SMALL if size <= 64 and not pretrained else "resnet18"
 
 
 def _view_size(situation: Situation) -> tuple[int, str]:
@@ -155,10 +184,11 @@ def _batch(situation: Situation) -> int:
     return (1 << max(1, (wanted // ranks).bit_length() - 1)) * ranks
 
 
-def _epochs(situation: Situation, *, pretrained: bool) -> int:
+def _epochs(situation: Situation, name: str, *, pretrained: bool) -> int:
     """Passes over the images: more for fewer images."""
     on_gpu = situation.device == "cuda"
-    passes = _GPU_PASSES if on_gpu else _CPU_PASSES * max(1, situation.cores // 2)
+    per_pair = _SMALL_PASSES if name == _SMALL else _CPU_PASSES
+    passes = _GPU_PASSES if on_gpu else per_pair * max(1, situation.cores // 2)
     least, most = (100, 800) if on_gpu else (10, 400)
     if pretrained:
         passes, least, most = passes // 4, least // 4, most // 4
@@ -173,6 +203,7 @@ def _notes(situation: Situation, recipe: Recipe, default: str, *, why_size: str,
     """Lines on what was chosen and why; choices that were given are called so."""
     name, optimizer, on_gpu = recipe.backbone.name, recipe.optimizer, situation.device == "cuda"
     reasons = {
+        _SMALL: "narrow and shallow: what few cores train in hours; ResNet-50 needs a GPU",
         "resnet18": "small enough for a CPU; ResNet-50 needs a GPU",
         "resnet50": "the paper's",
         "resnet50_small": "with a 3x3 stem for small images",
@@ -182,6 +213,7 @@ def _notes(situation: Situation, recipe: Recipe, default: str, *, why_size: str,
         changed = "with the changes of the options" if field in ("views", "optimizer") else "given"
         return changed if situation.is_given(field) else why
 
+    why_method = "the best of short runs on a CPU" if recipe.method == "mocov3" else "the paper's"
     where = "GPU" if on_gpu else _cores(situation.cores)
     passes, images = recipe.epochs * situation.images, counted(situation.images, "image")
     pretrained = situation.text("backbone.pretrained")
@@ -195,6 +227,7 @@ def _notes(situation: Situation, recipe: Recipe, default: str, *, why_size: str,
         f"  {counted(recipe.epochs, 'epoch')}, {passes:,} image passes "
         f"({because('epochs', 'the fewer images, the more epochs')})",
         f"  batch {recipe.batch_size} ({because('batch_size', why_batch)})",
+        f"  {recipe.method} ({because('method', why_method)})",
         f"  {optimizer.kind}, learning rate {recipe.learning_rate:.3g} for this batch, warm-up of "
         f"{optimizer.warmup_epochs:g} epochs, EMA momentum {recipe.target_decay:g} "
         f"({because('optimizer', 'by steps, batch and kind of backbone')})",

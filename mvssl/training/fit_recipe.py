@@ -76,6 +76,7 @@ def fit_recipe(
             device="cuda" if where.type == "cuda" else "cpu",
             cores=_cores(),
             ranks=rank_count(),
+            bf16=_has_bf16(),
             given=given,
             fits=_fits(where),
         )
@@ -135,6 +136,14 @@ def short_side(source: Source) -> int:
 def _cores() -> int:
     """CPU cores of this run: those that the process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _has_bf16() -> bool:
+    """Whether the CPU has instructions for bf16; False where torch does not say."""
+    import torch
+
+    found = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(found is not None and found())
 
 
 def _fits(device: Any) -> Callable[[Recipe], bool]:

@@ -45,13 +45,16 @@ def test_features_match_torchvision_with_another_stem(name: str) -> None:
     assert is_convolutional(ours)
 
 
-def test_resnet10_tiny_is_narrow_and_shallow() -> None:
-    model = build_backbone(Backbone(name="resnet10_tiny")).eval()
+@pytest.mark.parametrize(("name", "width", "stride"), [("resnet10_tiny", 16, 8), ("resnet10_half", 32, 16)])
+def test_resnet10_is_narrow_and_shallow(name: str, width: int, stride: int) -> None:
+    model = build_backbone(Backbone(name=name)).eval()
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert len(convolutions) == 1 + 4 * 2 + 3  # stem, two per block, projections: depth 10 with the classifier
-    assert convolutions[0].out_channels == 16
+    assert convolutions[0].out_channels == width
+    images = torch.zeros(2, 3, 64, 64)
     with torch.no_grad():
-        assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 128)
+        assert model.forward_features(images).shape == (2, 8 * width, 64 // stride, 64 // stride)  # type: ignore[operator]
+        assert model(images).shape == (2, 8 * width)
 
 
 @pytest.mark.parametrize("name", NAMES)

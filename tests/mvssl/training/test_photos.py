@@ -13,7 +13,9 @@ from PIL import Image
 
 import mvssl
 from mvssl.cli import train as train_cli
+from mvssl.config.device import check_bf16_on_cpu
 from mvssl.config.recipe import Backbone, Recipe
+from mvssl.methods import get_method
 from mvssl.models.backbones import build_backbone, feature_width
 from mvssl.recipes import FITTED, Situation, all_recipes
 from mvssl.recipes.own_images import fitting_sizes
@@ -48,7 +50,8 @@ def test_fewer_images_have_more_epochs_and_smaller_batches() -> None:
             assert values == sorted(values, reverse=name == "epochs"), name
         for images, recipe in zip((50, 400, 3_000), recipes, strict=False):
             assert images // recipe.batch_size >= 2
-    assert fit(1_300_000).backbone.name == "resnet18"
+    assert fit(1_300_000).backbone.name == "resnet10_half"
+    assert fit(1_300_000, cores=16).backbone.name == "resnet18"
     assert fit(1_300_000, device="cuda").backbone.name == "resnet50"
 
 
@@ -58,6 +61,33 @@ def test_what_is_given_is_kept_and_the_rest_fits_it() -> None:
     assert (recipe.epochs, recipe.batch_size, recipe.backbone.name) == (7, 48, "vit_small_patch16_224")
     assert (recipe.optimizer.kind, recipe.backbone.drop_path) == ("sgd", 0.1)
     assert recipe.optimizer.warmup_epochs <= 7
+
+
+def test_on_a_cpu_a_resnet_from_nothing_takes_what_learned_the_most_and_what_is_given_stays() -> None:
+    recipe = fit(5_000)
+    assert (recipe.method, recipe.temperature, recipe.optimizer.kind) == ("mocov3", 1.0, "lars")
+    assert recipe.projector.output_norm
+    assert recipe.predictor.output_norm
+    assert fit(5_000, given={"batch_size": "32"}).learning_rate == pytest.approx(recipe.learning_rate / 2)
+    for method in ("byol", "simsiam", "mocov3"):
+        for kind in ("lars", "adamw", "sgd"):
+            given = fit(5_000, given={"method": method, "optimizer.kind": kind})
+            assert (given.method, given.optimizer.kind) == (method, kind)
+            get_method(method).make_loss(given)  # refuses a temperature that the method lacks or has not
+    others: tuple[dict[str, str], ...] = ({"backbone.name": "vit_tiny_patch16_224"}, {"backbone.pretrained": "true"})
+    for choice in others:
+        assert (fit(5_000, given=choice).method, fit(5_000, given=choice).optimizer.kind) == ("byol", "adamw")
+    assert fit(5_000, device="cuda").method == "byol"
+
+
+def test_bf16_only_on_a_cpu_that_has_it_with_views_that_are_known_to_work() -> None:
+    assert [fit(5_000, side, bf16=True).precision for side in (28, 64, 500)] == ["bf16"] * 3
+    for recipe in (fit(5_000, side, bf16=True) for side in (28, 64, 500)):
+        check_bf16_on_cpu(build_backbone(recipe.backbone), {view.size for view in recipe.views})
+    assert fit(5_000).precision == "auto"
+    given = ({"views.0.size": "32"}, {"backbone.name": "resnet18"}, {"backbone.pretrained": "true"})
+    assert {fit(5_000, bf16=True, given=choice).precision for choice in given} == {"auto"}
+    assert fit(5_000, device="cuda", bf16=True).precision == "auto"
 
 
 def test_from_pretrained_weights_training_is_shorter_and_slower_to_change() -> None:
@@ -150,4 +180,4 @@ def test_a_recipe_file_with_this_base_is_fitted_and_keeps_its_fields(
     )
     shown = json.loads(capsys.readouterr().out)
     assert (shown["epochs"], shown["optimizer"]["kind"], shown["views"][0]["size"]) == (5, "lars", 32)
-    assert shown["backbone"]["name"] == "resnet18"
+    assert shown["backbone"]["name"] == "resnet10_half"
