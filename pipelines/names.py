@@ -30,7 +30,7 @@ _UNSEEN = re.compile(
 _FORMULA = re.compile("\\s*[-=+@'\uff1d\uff0b\uff0d\uff20]")  # of spreadsheets, also in full width
 _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
-_URL = re.compile(r"([a-z][a-z0-9+]+):/+(?!/)(.*)", re.DOTALL)  # one letter is a drive of Windows
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+]+):/+(?!/)(.*)", re.DOTALL)  # one letter is a drive of Windows
 
 
 class Url(type(Path())):  # type: ignore[misc]  # the system's own kind of path, whatever that is
@@ -64,7 +64,8 @@ def located(value: str | os.PathLike[str]) -> Path:
     found = _URL.fullmatch(os.fspath(value))
     if found is None:
         return Path(value)
-    return Path(f"/{found[2]}") if found[1] == "file" else Url(f"{found[1]}:/{found[2]}")
+    scheme = found[1].lower()
+    return Path(f"/{found[2]}") if scheme == "file" else Url(f"{scheme}:/{found[2]}")
 
 
 def utf8(text: str) -> str:

@@ -120,6 +120,8 @@ class Remote:
                 f"data is {str(root)!r} but must be a path or begin with one of {known}: copy the data there, or mount "
                 "it."
             )
+        if "://" not in str(root):
+            raise InputError(f"data is '{root}//' but must name a bucket or server too: write {root}//NAME/FOLDER.")
         for name in ("fsspec", _LIBRARY[root.scheme]):
             try:
                 importlib.import_module(name)
@@ -250,7 +252,7 @@ class Remote:
                 if isinstance(error, _BUGS):
                     raise
                 last, status = error, status_of(error)
-            problem = f"status {status}" if status is not None else visible(f"{type(last).__name__}: {last}"[:200])
+            problem = f"status {status}" if status is not None else visible(_in_words(last))
             refusal = self._refusal(url, last, status, problem)
             if refusal is not None:
                 raise refusal from last
@@ -281,6 +283,13 @@ class Remote:
         if status is None and isinstance(error, ValueError):  # such as an address that is none
             return InputError(f"{url} cannot be read ({problem}): check the address.")
         return None
+
+
+def _in_words(error: BaseException) -> str:
+    """Kind and text of an exception, or of the one behind it where fsspec only says that there is no such file."""
+    behind = error.__cause__ or error.__context__
+    seen = behind if isinstance(error, FileNotFoundError) and behind is not None else error
+    return f"{type(seen).__name__}: {seen}"[:200].rstrip(": ")
 
 
 def _facts(found: Mapping[str, Any]) -> dict[str, str]:

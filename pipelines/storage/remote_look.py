@@ -36,7 +36,7 @@ def look_at_url(url: Url, options: RemoteOptions) -> Look | None:
     root = located(_common(folders))
     if not isinstance(root, Url) or not str(root).partition("://")[2]:
         raise InputError(
-            f"data is {str(url)!r}, which names several servers but must be on one: give a pattern of one."
+            f"data is {str(url)!r} but must be files of one server: give its name, and a pattern of files."
         )
     store = RemoteObjects(root, options)
     listed = {}
