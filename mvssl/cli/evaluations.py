@@ -78,7 +78,7 @@ def run_knn(arguments: Sequence[str]) -> None:
         k = asked.k or session.loaded.evaluation.k
         name = session.loaded.name
         if asked.sheet:
-            path = session.out / f"neighbours-{name}.png"
+            path = session.check_picture(session.out / f"neighbours-{name}.png")
             neighbour_sheet(session, path, images=asked.sheet)
             session.say(f"Neighbours: {path}")
             if bool((session.train.labels < 0).any()):

@@ -136,7 +136,7 @@ def run_attention(arguments: Sequence[str]) -> None:
     with _open(asked, "attention") as (session, page):
         from mvssl.evaluate.pages.write import write_attention
 
-        picture = page.with_suffix(".png")
+        picture = session.check_picture(page.with_suffix(".png"))
         write_attention(session, page, picture, images=asked.images, kind=asked.kind)
         session.say(f"Picture: {picture}")
 

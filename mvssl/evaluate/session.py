@@ -29,7 +29,7 @@ from pipelines.loading.deep_images import pixels_of, state_value_range
 from pipelines.names import say
 from pipelines.progress import Progress
 from pipelines.runtime import InputError
-from pipelines.storage import RemoteOptions, align_labels, open_source, split_paths
+from pipelines.storage import RemoteOptions, align_labels, check_outside, open_source, split_paths
 from pipelines.storage.source import Source
 from pipelines.value_range import ValueRange, parse_value_range
 
@@ -114,6 +114,12 @@ class EvalSession(BackboneSession):
     val: Source | None
     out: Path
     overwrite: bool
+
+    def check_picture(self, path: Path) -> Path:
+        """The place of a picture; raises InputError if it would become one of the images."""
+        for source in filter(None, (self.train, self.val)):
+            check_outside(path.parent, Path(source.location), field="out")
+        return path
 
     def identity(self, protocol: str, **settings: Any) -> dict[str, Any]:
         """What a result depends on; two results with the same identity are equal."""

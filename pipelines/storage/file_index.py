@@ -50,6 +50,8 @@ _HIDDEN, _SPECIAL, _BROKEN = "hidden", "special", "broken link"
 _SYSTEM_FOLDERS = (  # unreadable for users; thumbnails made by NAS devices; macOS's and Windows' own
     *("lost+found", "@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information"),
 )
+RUN_FILES = frozenset(("config.json", "metrics.jsonl"))
+"""Files of the folder of a run, whose pictures are no data."""
 _THREADS = 8  # concurrent stat or scandir calls: hides the latency of network file systems
 
 
@@ -163,8 +165,8 @@ def is_data_folder(entry: os.DirEntry[str]) -> bool:
 def scan_folder(root: Path, *, progress: Callable[[int], None] | None = None) -> FileIndex:
     """Index every image below `root`, sorted by relative path.
 
-    Links are followed; hidden names and folders of the file system are ignored. Labels are the first folder level: the
-    sorted names of the folders that hold images. Images directly in `root` have no label (-1).
+    Links are followed; hidden names, folders of the file system and of runs are ignored. Labels are the first folder
+    level: the sorted names of the folders that hold images. Images directly in `root` have no label (-1).
 
     Args:
         root: the folder.
@@ -228,9 +230,10 @@ def _list_folder(folder: _Folder) -> _Listing:
     listing = _Listing(folder, status.st_mtime_ns)
     if identity in folder.ancestors:
         return listing
-    ancestors = folder.ancestors | {identity}
+    ancestors, of_run = folder.ancestors | {identity}, 0
     with os.scandir(folder.path) as entries:
         for entry in entries:
+            of_run += entry.name in RUN_FILES
             if entry.name in _SYSTEM_FOLDERS:
                 listing.ignored.append((f"folder {entry.name}", ""))
             elif entry.name.startswith("."):
@@ -248,6 +251,8 @@ def _list_folder(folder: _Folder) -> _Listing:
                 listing.ignored.append((_BROKEN, ""))
             else:
                 listing.ignored.append((os.path.splitext(entry.name)[1].lower(), entry.path))
+    if of_run == len(RUN_FILES) and folder.prefix:
+        return _Listing(folder, listing.mtime, ignored=[("folder of a run", "")])
     return listing
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pipelines.files import given_path
 from pipelines.runtime import InputError
 from pipelines.storage.beton_format import is_beton_name
-from pipelines.storage.file_index import is_data_folder, is_image_file
+from pipelines.storage.file_index import RUN_FILES, is_data_folder, is_image_file
 from pipelines.storage.manifest import MANIFEST, format_of
 from pipelines.storage.source import Source
 
@@ -47,7 +47,6 @@ _BUCKET = re.compile(r"[0-9a-f]{1,4}|\d+", re.IGNORECASE)
 _FEW = 10  # folders of a data set that has train and val; more may be classes
 _FEW_CLASSES = 3
 _DEEPEST = 2  # levels below the first folders at which splits are looked for, as in ILSVRC/Data/CLS-LOC
-_RUN = {"config.json", "metrics.jsonl"}  # files of a run folder, whose pictures are no data
 _LOOKED_AT = 32  # folders whose subfolders are compared
 _ENTRIES = 4096  # of a folder, until it counts as one without subfolders
 _NAMED = 6  # folders named in an error
@@ -265,7 +264,7 @@ def _holds_data(folder: Path) -> bool:
         seen.add(real)
         with suppress(PermissionError), os.scandir(at) as entries:  # reading such a folder as data names it
             here = {entry.name: entry for entry in entries}
-            if here.keys() >= _RUN:
+            if here.keys() >= RUN_FILES:
                 continue
             for entry in here.values():
                 if is_data_folder(entry):

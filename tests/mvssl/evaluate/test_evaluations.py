@@ -283,6 +283,9 @@ def test_neighbours_need_no_labels(finished: Path, images: Path, tmp_path: Path)
         assert sheet.height > 4 * 96
         assert sheet.width > 9 * 96
     assert not (tmp_path / "eval/knn-online.json").exists()
+    with pytest.raises(InputError, match=r"out is '.*flat/eval' but must be outside the images"):
+        evaluate("knn", "--run", finished, "--data", flat, "--out", flat / "eval", "--sheet", "4")
+    assert not (flat / "eval/neighbours-online.png").exists()
 
 
 def interval_of(top1: float) -> str:

@@ -477,6 +477,10 @@ def test_what_systems_leave_is_ignored_and_counted_also_from_the_cache(
         (pair / "cat" / name).write_bytes(b"x")
     image(pair / "__MACOSX" / "cat" / "._a.jpg")
     image(pair / "__MACOSX" / "cat" / "b.jpg")
+    image(pair / "runs" / "first" / "views.png")
+    for name in ("config.json", "metrics.jsonl"):
+        (pair / "runs" / "first" / name).touch()
+        (pair / name).touch()  # the data themselves are never skipped
     (pair / "dog" / "empty.jpg").touch()
     settle(pair)
     for _ in range(2):
@@ -484,7 +488,7 @@ def test_what_systems_leave_is_ignored_and_counted_also_from_the_cache(
         source = open_source(pair)
         assert [source.key(index) for index in range(len(source))] == ["cat/a.jpg", "dog/b.jpg", "dog/empty.jpg"]
         assert source.classes == ("cat", "dog")
-        assert "image extension: 1 .db, 1 .ini, 1 folder __MACOSX, 1 hidden" in caplog.text
+        assert "1 .db, 1 .ini, 1 .json, 1 .jsonl, 1 folder __MACOSX, 1 folder of a run, 1 hidden" in caplog.text
         assert "1 of 3 files are empty or broken links, such as dog/empty.jpg" in caplog.text
     assert cache_file(pair).is_file()
 
