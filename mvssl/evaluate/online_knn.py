@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,9 +28,11 @@ def scorable(train: Source, val: Source | None) -> tuple[bool, Source | None, st
     Returns:
         Whether there is an accuracy, the validation images, and a note for the user; "" if nothing is left out.
     """
-    sources = [source for source in (train, val) if source is not None]
-    if any(bool((source.labels < 0).any()) for source in sources):
-        return False, val, "no kNN: the images have no labels"
+    for source in (train, val):
+        without = 0 if source is None else int((source.labels < 0).sum())
+        if source is not None and without:
+            some = "the" if without == len(source) else f"{without:,} of {len(source):,}"
+            return False, val, f"no kNN: {some} {'validation ' * (source is val)}images have no labels"
     present = np.unique(train.labels)
     if len(present) < 2:
         return False, val, f"no kNN: all training images are of the one class {train.classes[present[0]]!r}"
@@ -42,6 +45,9 @@ def scorable(train: Source, val: Source | None) -> tuple[bool, Source | None, st
     others = sorted({val.classes[label] for label in np.unique(val.labels[~known])})
     classes = f"{len(others)} {'classes' if len(others) > 1 else 'class'}"
     example = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+    similar = {_folded(name): name for name in names}
+    twin = next((name for name in others if _folded(name) in similar), None)
+    example += "" if twin is None else f"; train has {similar[_folded(twin)]!r}, not {twin!r}"
     if not known.any():
         return False, val, f"no kNN: the validation images are of {classes} that no training image has ({example})"
     note = (
@@ -49,6 +55,11 @@ def scorable(train: Source, val: Source | None) -> tuple[bool, Source | None, st
         f"image has ({example})"
     )
     return True, SubsetSource(val, np.flatnonzero(known)), note
+
+
+def _folded(name: str) -> str:
+    """A class name without what differs by mistake: case, spaces at its ends, form of Unicode."""
+    return unicodedata.normalize("NFKC", name).casefold().strip()
 
 
 def check_knn_data(train: Source, val: Source | None, evaluation: Evaluation) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def resolve_with_options(argument: str, *, fit: Fit = _unfitted) -> tuple[Recipe
 
 def _named(argument: str) -> Recipe:
     """The recipe of this name."""
-    if Path(argument).exists() and Path(argument).suffix:
+    if os.path.exists(argument) and Path(argument).suffix:  # False for what cannot be a path
         raise invalid("recipe", argument, "a recipe's name or a file that ends in .toml or .json", "rename the file")
     return get_recipe(argument)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ class DataRecord:
         labels: int64 [len], -1 for none.
         classes: class names by label.
         digests: dataset index -> hash of the content of some images that have neither names nor sizes.
+        sized: whether a size of 0 is that of an empty file; False of a record that was read.
     """
 
     keys: KeyTable
@@ -37,6 +39,7 @@ class DataRecord:
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     digests: dict[int, str] = field(default_factory=dict)
+    sized: bool = False
 
     @classmethod
     def of(cls, source: Source) -> DataRecord:
@@ -45,7 +48,14 @@ class DataRecord:
         facts = facts_of(source)
         digests = dict(facts.digests)
         nbytes = source.nbytes if facts.exact_sizes else np.zeros_like(source.nbytes)
-        return cls(keys=keys, nbytes=nbytes, labels=source.labels, classes=source.classes, digests=digests)
+        return cls(
+            keys=keys,
+            nbytes=nbytes,
+            labels=source.labels,
+            classes=source.classes,
+            digests=digests,
+            sized=facts.exact_sizes,
+        )
 
     @classmethod
     def load(cls, path: Path) -> DataRecord | None:
@@ -86,8 +96,14 @@ class DataRecord:
 
     def differences(self, now: DataRecord) -> list[str]:
         """How the images `now` differ from these, e.g. "1 image more (a/zz)"; [] if views and labels are the same."""
-        before = {key: index for index, key in enumerate(self.keys)}
-        after = {key: index for index, key in enumerate(now.keys)}
+        names, names_now = list(self.keys), list(now.keys)
+        if (
+            names != names_now and self.nbytes.all() and np.array_equal(self.nbytes, now.nbytes)
+        ):  # a list may start at another folder
+            bare, bare_now = _without_folder(names), _without_folder(names_now)
+            names, names_now = (bare, bare_now) if bare == bare_now else (names, names_now)
+        before = {key: index for index, key in enumerate(names)}
+        after = {key: index for index, key in enumerate(names_now)}
         common = [key for key in before if key in after]
         here = np.array([before[key] for key in common], dtype=np.int64)
         there = np.array([after[key] for key in common], dtype=np.int64)
@@ -96,7 +112,7 @@ class DataRecord:
             _named("fewer", [key for key in before if key not in after]),
         ]
         size_before, size = self.nbytes[here], now.nbytes[there]
-        changed = (size_before != size) & (size_before > 0) & (size > 0)
+        changed = (size_before != size) & (size_before > 0) & ((size > 0) | now.sized)
         found.append(
             _named(
                 "of another size",
@@ -122,6 +138,12 @@ class DataRecord:
     def class_names(self, indices: NDArray[np.int64]) -> NDArray[np.object_]:
         """Class name of each of these images, object [len(indices)]; "no label" for none."""
         return np.array([*self.classes, "no label"], dtype=object)[self.labels[indices]]
+
+
+def _without_folder(names: Sequence[str]) -> list[str]:
+    """Names without the folders that all of them are in."""
+    folder = os.path.commonpath([os.path.dirname(name) for name in names])
+    return [name.removeprefix(folder).lstrip("/") for name in names]
 
 
 def _named(what: str, examples: Sequence[str]) -> str:

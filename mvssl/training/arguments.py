@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import os
 import reprlib
 import typing
@@ -23,7 +24,7 @@ from mvssl.recipes import DEFAULT, all_recipes
 from mvssl.recipes.files import Fit, override, resolve_recipe
 from mvssl.training.fit_recipe import fit_recipe
 from pipelines.files import given_path
-from pipelines.runtime import InputError
+from pipelines.runtime import InputError, invalid
 from pipelines.views.spec import ViewSpec
 
 if TYPE_CHECKING:
@@ -260,9 +261,21 @@ def _check_path(name: str, value: object) -> None:
         raise InputError(f"{name} is missing: give {what}, e.g. {_EXAMPLE}.", field=name)
     if isinstance(value, (str, os.PathLike)):
         given_path(value, name)  # refuses an empty one
+        if name == "out":
+            _check_place(value)
     else:
         remedy = f"give {what}"
         raise InputError(f"{name} is {reprlib.repr(value)} but must be a path: {remedy}.", field=name)
+
+
+def _check_place(out: str | os.PathLike[str]) -> None:
+    """Raise InputError if no disk can hold a folder of this name: too long, or with a zero byte."""
+    try:
+        os.lstat(out)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise invalid("out", out, f"a path that a disk can hold ({reason})", "choose another name") from error
 
 
 def _near(name: str) -> str:
@@ -284,7 +297,7 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _plain(dataclasses.asdict(value))
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
+        return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, np.generic):

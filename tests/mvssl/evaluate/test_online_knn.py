@@ -66,3 +66,9 @@ def test_images_of_classes_that_train_lacks_are_not_scored(images: Path, tmp_pat
     assert note == ("kNN leaves out 4 of 12 validation images, of 1 class that no training image has (class_9)")
     assert evaluate_online(SESSION, Brightness(), train, scored, EVALUATION).knn == {3: 1.0}
     assert scorable(train, open_source(images / "val"))[2] == ""
+    (tmp_path / "val" / "class_9").rename(tmp_path / "val" / "Class_0 ")
+    note = scorable(train, open_source(tmp_path / "val"))[2]
+    assert note.endswith("that no training image has (Class_0 ; train has 'class_0', not 'Class_0 ')")
+    shutil.copy(next((tmp_path / "val").rglob("*.jpg")), tmp_path / "val" / "without.jpg")
+    possible, _, note = scorable(train, open_source(tmp_path / "val"))
+    assert (possible, note) == (False, "no kNN: 1 of 13 validation images have no labels")

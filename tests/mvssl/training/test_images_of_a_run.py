@@ -12,6 +12,7 @@ import pytest
 
 import mvssl
 from mvssl.config.recipe import Recipe
+from mvssl.runs.data_record import DataRecord
 from mvssl.runs.folder import RunFolder
 from mvssl.training.loop import Loop
 from mvssl.training.run import describe_images
@@ -124,6 +125,19 @@ def test_relabelled_and_reordered_lists_are_named(own: Path, tiny_recipe: Recipe
     data.write_text("\n".join([*lines[1:], lines[0]]))
     with pytest.raises(InputError, match=r"the same images in another order \(from image 0, train/class_0/000, on\)"):
         train(tiny_recipe, data, tmp_path / "run", resume=True)
+
+
+def test_emptied_images_differ_and_lists_of_another_folder_do_not(own: Path) -> None:
+    before = DataRecord.of(open_source(own / "train"))
+    names = sorted((own / "train").glob("*/*.jpg"))
+    for root in (own, own / "train", own.parent):
+        listed = root / "listed.txt"
+        listed.write_text("".join(f"{name.relative_to(root)}\t{name.parent.name}\n" for name in names))
+        assert before.differences(DataRecord.of(open_source(listed))) == []
+    names[0].write_bytes(b"")
+    size = before.nbytes[0]
+    found = before.differences(DataRecord.of(open_source(own / "train")))
+    assert found == [f"1 image of another size (class_0/000: 0 bytes, not {size})"]
 
 
 @pytest.mark.parametrize("form", ["shards", "beton"])
