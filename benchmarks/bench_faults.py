@@ -133,7 +133,7 @@ class Arguments:
     Attributes:
         commands: names of the commands; all by default.
         faults: what happens at the operations.
-        sample: operations per command and fault, evenly spread; None tries all.
+        sample: operations per command and fault, evenly spread, others for each fault; None tries all.
         out: JSON file.
     """
 
@@ -309,8 +309,10 @@ def disturb(name: str, faults: Iterable[Fault], *, sample: int | None) -> dict[s
         raise RuntimeError(f"{name} fails without a fault: {undisturbed.text[-2000:]}")
     expected, total = contents(place), len(undisturbed.operations)
     row: dict[str, Any] = {"command": name, "operations": total, "faults": {}, "failures": []}
-    for fault in faults:
-        numbers = range(total) if sample is None else sorted({round(x) for x in np.linspace(0, total - 1, sample)})
+    faults = tuple(faults)
+    for position, fault in enumerate(faults, start=1):
+        share = position / (len(faults) + 1)  # each fault comes at operations of its own
+        numbers = range(total) if sample is None else sorted({int((n + share) * total / sample) for n in range(sample)})
         failures = []
         for at in numbers:
             fresh()

@@ -221,7 +221,8 @@ fi
 if begin views 30 70; then views bfloat16; fi
 if begin tests 60 180; then
     marked=$(grep -rl --include='*.py' 'mark\.gpu' tests)
-    case $found in *xdist:yes*) at_once=(-n 5) ;; *) at_once=() ;; esac
+    # A rehearsal without a GPU skips them all, which one process does soonest.
+    case $found${rehearse:+$device} in *cpu) at_once=() ;; *xdist:yes*) at_once=(-n 5) ;; *) at_once=() ;; esac
     case $found in
         *tests:no*) say "The tests are left out: pytest or hypothesis is missing." ;;
         *) # without the options of pyproject.toml, which need plugins that may be missing

@@ -30,7 +30,7 @@ section() {
 }
 
 # One process per core with one thread each: small tensors gain nothing from more threads. All tests of a file run in one
-# process, so its module fixtures are created once.
+# process, so its module fixtures are created once; files start in the order of tests/conftest.py, the longest first.
 run_tests() {
     local markers="not timing" arguments=()
     while [ $# -gt 0 ]; do
@@ -46,7 +46,8 @@ run_tests() {
         fi
     done
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MPLBACKEND=Agg \
-        "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist loadfile -m "$markers" ${arguments[@]+"${arguments[@]}"}
+        "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+        -m "$markers" ${arguments[@]+"${arguments[@]}"}
 }
 
 section "lint" "$PYTHON" -m ruff check .

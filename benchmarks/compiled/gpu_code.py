@@ -176,7 +176,7 @@ def _compile(
 
 @contextlib.contextmanager
 def _cached_analyses() -> Iterator[None]:
-    """Analyse the accesses of our Triton kernels once for each set of types instead of each launch."""
+    """Analyse the accesses of our Triton kernels once for each set of types and constants instead of each launch."""
     name = next(name for name in ("identify_accessed_tensors", "identify_mutated_tensors") if hasattr(wrap, name))
     analyse: Callable[..., Any] = getattr(wrap, name)
     found: dict[Any, Any] = {}
@@ -184,9 +184,14 @@ def _cached_analyses() -> Iterator[None]:
     def cached(kernel: Any, kwargs: dict[str, Any], *rest: Any) -> Any:
         if any(rest) or not all(isinstance(value, (torch.Tensor, bool, int, float)) for value in kwargs.values()):
             return analyse(kernel, kwargs, *rest)
+        # Triton writes constants, and sizes of 1, into the kernel's code; other sizes change no access.
+        constants = {param.name for param in kernel.params if param.is_constexpr}
         key = (
             id(kernel),
-            *((name, type(value), getattr(value, "dtype", value)) for name, value in kwargs.items()),
+            *(
+                (name, type(value), getattr(value, "dtype", value if name in constants else value == 1))
+                for name, value in kwargs.items()
+            ),
         )
         if key not in found:
             found[key] = analyse(kernel, kwargs, *rest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,7 +16,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from benchmarks.bench_compile import Arguments, measure, summary
+from benchmarks.bench_compile import Arguments, chosen, summary
 from benchmarks.compiled.fake_gpu import resources
 from benchmarks.compiled.step_code import StepCode, compile_step
 from benchmarks.harness.results import RESULTS, read_results
@@ -65,21 +66,17 @@ def small(backbone: str, *, views: Sequence[ViewSpec] = FIVE, **changes: object)
     return dataclasses.replace(SMALL, **own | changes)  # type: ignore[arg-type]
 
 
-CASES = {
-    "byol, five views, resnet": small("resnet10_tiny"),
+CASES = {  # joint byol in bf16 is the main recipe below
     "byol, five views, accumulate, fp16, resnet": small("test_resnet", accumulate=2, precision="fp16"),
     "byol, five views, per-view, fp16, efficientnet": small("test_efficientnet", precision="fp16", optimizer=SGD),
-    "mocov3, five views, fp16, vit": small("test_vit", method="mocov3", precision="fp16", optimizer=ADAMW),
-    "mocov3, two views, accumulate, bf16, vit": small(
-        "test_vit", views=TWO, method="mocov3", accumulate=2, optimizer=ADAMW
-    ),
+    "mocov3, five views, accumulate, bf16, vit": small("test_vit", method="mocov3", accumulate=2, optimizer=ADAMW),
     "simsiam, two views, bf16, efficientnet": small("test_efficientnet", views=TWO, method="simsiam"),
     "simsiam, five views, per-view, bf16, resnet": small("resnet10_tiny", method="simsiam"),
 }
 
 
 def check(code: StepCode, recipe: Recipe, step_mode: str) -> None:
-    """Everything is compiled, each part runs as often as in the step, and Triton compiles every kernel."""
+    """Everything is compiled, and each part runs as often as in the step."""
     calls = {
         kind: sum(graph.calls for graph in code.graphs if graph.kind == kind) for kind in ("inference", "backward")
     }
@@ -93,19 +90,29 @@ def check(code: StepCode, recipe: Recipe, step_mode: str) -> None:
         assert graph.library_calls == sum(kernel.library for kernel in graph.kernels)
         for kernel in graph.kernels:
             assert kernel.library or kernel.source in graph.sources
-        for source in graph.sources.values():
-            assert resources(source, target="sm_90").registers > 0
+    # BatchNorms are our kernels: a backbone's, and those of a ViT's projector.
+    assert {"sums_kernel", "forward_kernel"} <= {kernel.name for graph in code.graphs for kernel in graph.kernels}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> set[str]:
+    """Kernels that Triton has compiled, their numbers blanked out but those of dtypes."""
+    return set()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_step_compiles_for_a_gpu(case: str) -> None:
+def test_step_compiles_for_a_gpu(case: str, compiled: set[str]) -> None:
+    """Triton compiles every kernel, too; of those that differ in nothing but sizes, one."""
     recipe = CASES[case]
     step_mode: Literal["joint", "per-view"] = "per-view" if "per-view" in case else "joint"
     code = compile_step(recipe, target="sm_90", step_mode=step_mode)
     check(code, recipe, step_mode)
-    # BatchNorms are our kernels: a backbone's, and those of a ViT's projector.
-    assert {"sums_kernel", "forward_kernel"} <= {kernel.name for graph in code.graphs for kernel in graph.kernels}
+    for source in (source for graph in code.graphs for source in graph.sources.values()):
+        kind = re.sub(r"(?<!fp)(?<!float)(?<!int)\d+", "N", source)
+        if kind not in compiled:
+            assert resources(source, target="sm_90").registers > 0
+            compiled.add(kind)
     result = summary(code, recipe, Arguments(recipe=case, step_mode=step_mode, resources="none"))
     assert result["launches"] == sum(part["launches"] for part in result["parts"].values()) > 0
     assert result["parts"]["optimiser"]["eager_launches"] > 0
@@ -121,7 +128,10 @@ def test_main_recipe_moves_and_launches_no_more_than_before() -> None:
         --out benchmarks/results/compile.jsonl
     """
     arguments = Arguments(recipe=BEFORE["recipe"], batch_size=BEFORE["batch_size"], resources="none")
-    now = measure(arguments, command="")
+    recipe = chosen(arguments)
+    code = compile_step(recipe, target=arguments.target)
+    check(code, recipe, arguments.step_mode)
+    now = summary(code, recipe, arguments)
     for name in ("megabytes_per_image", "launches"):
         assert now[name] <= GROWTH * BEFORE[name], f"{name} was {BEFORE[name]} and is {now[name]}"
         assert now["compiled"][name] <= GROWTH * BEFORE["compiled"][name]

@@ -227,7 +227,7 @@ def test_it_trains_resumes_and_scores(
     assert trained["bbox"]["AP50"] > 20
     assert trained["segm"]["AP50"] > 10
 
-    whole = train(asked("whole", steps=8), quiet)["results"]
+    whole = train(asked("whole", steps=5), quiet)["results"]
     seen = [0]
     step = torch.optim.SGD.step
 
@@ -240,9 +240,9 @@ def test_it_trains_resumes_and_scores(
     with monkeypatch.context() as patched:
         patched.setattr(torch.optim.SGD, "step", stops)
         with pytest.raises(KeyboardInterrupt):
-            train(asked("stopped", steps=8), quiet)
+            train(asked("stopped", steps=5), quiet)
     assert torch.load(tmp_path / "stopped/checkpoint.pt", weights_only=True)["step"] == 3
-    assert train(asked("stopped", steps=8, resume=True), quiet)["results"] == whole
+    assert train(asked("stopped", steps=5, resume=True), quiet)["results"] == whole
 
 
 def test_bad_data_and_weights_are_named(

@@ -191,7 +191,7 @@ def test_suite_passes_arguments_and_ends_with_a_summary(tree: Tree, arguments: t
     result = tree.run("tools/test.sh", *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     (call,) = tree.calls("-m pytest")  # without the kernels
-    assert call.endswith(f"--dist loadfile {passed}")
+    assert call.endswith(f"--dist loadfile --no-loadscope-reorder {passed}")
     assert "== 3 passed in 0.01s ==" in result.stdout.splitlines()[-3:]
     assert result.stdout.splitlines()[-1].startswith("All passed in ")
 

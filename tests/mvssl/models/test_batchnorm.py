@@ -193,7 +193,6 @@ def test_batched_views_equal_sequential_views(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "step_mode"),
     [
-        ("resnet10_tiny", "joint"),
         ("test_resnet", "joint"),
         ("test_efficientnet", "joint"),
         ("resnet10_tiny", "per-view"),

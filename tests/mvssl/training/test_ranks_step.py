@@ -68,7 +68,9 @@ SAME = {  # recipes with the same numbers on any number of ranks
     "simsiam sequential": case(LAYER, method="simsiam", step_mode="per-view"),
     "mocov3": case(LAYER, method="mocov3", temperature=0.5),
     "mocov3 sequential": case(LAYER, method="mocov3", temperature=1.0, step_mode="per-view"),
-    "mocov3 compiled": case(LAYER, method="mocov3", temperature=1.0, compile="on"),
+    "mocov3 compiled": case(
+        LAYER, method="mocov3", temperature=1.0, compile="on", views=asymmetric(byol_views(size=32, blur_kernel=5))
+    ),
     "batchnorm over ranks": case(BATCHNORM, sync_batchnorm="both"),
     "batchnorm over ranks, mocov3": case(BATCHNORM, sync_batchnorm="both", method="mocov3", temperature=1.0),
     "batchnorm over ranks, simsiam": case(BATCHNORM, sync_batchnorm="both", method="simsiam", step_mode="per-view"),
