@@ -45,7 +45,8 @@ run_tests() {
             shift
         fi
     done
-    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MPLBACKEND=Agg \
+    # For the same reason torch.compile starts no processes of its own.
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCHINDUCTOR_COMPILE_THREADS=1 MPLBACKEND=Agg \
         "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
         -m "$markers" ${arguments[@]+"${arguments[@]}"}
 }
