@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import sys
@@ -77,7 +78,7 @@ def build(kind: type[T], plain: Any, where: str, *, null_word: str | None = None
     """Build the dataclass `kind` from a mapping of its fields, nested ones included; `where` names it in errors."""
     if not isinstance(plain, Mapping):
         raise invalid(where, plain, f"a table of {kind.__name__}'s fields", "write it as a table (an object in JSON)")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     unknown = sorted(set(plain) - set(hints))
     if unknown:
         near = difflib.get_close_matches(unknown[0], hints, n=1)
@@ -88,6 +89,12 @@ def build(kind: type[T], plain: Any, where: str, *, null_word: str | None = None
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}: add what is missing.")
     return kind(**{name: _value(hints[name], value, f"{where}.{name}", null_word) for name, value in plain.items()})
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, which take long to find."""
+    return typing.get_type_hints(kind)
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

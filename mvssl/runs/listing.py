@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fcntl
-import json
+import math
 import os
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ import numpy as np
 
 from mvssl.config.recipe import Recipe
 from mvssl.runs.folder import RunFolder
+from mvssl.runs.jsonl import read_metrics
 from mvssl.runs.summary import Summary, read_summary
-from pipelines.files import open_regular, read_json
-from pipelines.runtime import InputError, describe_os_error
+from pipelines.files import check_nesting, open_regular, parse_json, read_json
+from pipelines.runtime import InputError, describe_os_error, shown
 
 State = Literal["running", "finished", "stopped", "diverged", "resumable", "no checkpoint", "broken"]
 DEPTH = 5  # folders below the one that is searched
@@ -76,9 +78,10 @@ class RunState:
     changed: float = 0.0
 
     def plain(self) -> dict[str, Any]:
-        """As JSON values; `changed` in ISO 8601, UTC."""
+        """As JSON values, None for what is no finite number; `changed` in ISO 8601, UTC."""
         when = datetime.fromtimestamp(self.changed, UTC).isoformat(timespec="seconds")
-        return {**vars(self), "path": str(self.path), "changed": when, "resumable": self.resumable}
+        own = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(self).items()}
+        return {**own, "path": str(self.path), "changed": when, "resumable": self.resumable}
 
     @property
     def resumable(self) -> bool:
@@ -147,14 +150,25 @@ def named_runs(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
         if found.runs == [folder] or (not found.runs and folder in exact):
             runs.setdefault(folder.resolve(), folder)  # what is wrong with it is reported by who reads it
             continue
-        states = {path: run_state(path) for path in found.runs}
-        left_out |= found.others | {path: state.reason for path, state in states.items() if state.reason}
-        for path, state in states.items():
-            if not state.reason:
+        reasons = {path: run_state(path).reason or _damage(path) for path in found.runs}
+        left_out |= found.others | {path: reason for path, reason in reasons.items() if reason}
+        for path, reason in reasons.items():
+            if not reason:
                 runs.setdefault(path.resolve(), path)
     if not runs:
         raise InputError(f"runs is {', '.join(map(str, paths))!r}, where no run is: give the --out of mvssl-train.")
     return list(runs.values()), left_out
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a run's metrics, of which `run_state` reads the end only; "" if nothing is."""
+    try:
+        deque(read_metrics(RunFolder(path).metrics), maxlen=0)
+    except FileNotFoundError:
+        return ""
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def find_runs(folder: Path) -> Found:
@@ -245,8 +259,8 @@ def _progress(folder: RunFolder, recipe: Recipe, options: dict[str, Any]) -> dic
         "step": step,
         "steps": steps,
         "epochs_done": None if done is None else round(done, 3),
-        "loss": None if train is None else train.get("loss"),
-        "knn": None if knn is None else knn.get("top1"),
+        "loss": _number(folder.metrics, train, "loss"),
+        "knn": _number(folder.metrics, knn, "top1"),
         "k": None if knn is None or not recipe.evaluation.k else recipe.evaluation.k[0],
         "images_per_second": ended.images_per_second if ended is not None else _speed(folder.throughput),
     }
@@ -350,11 +364,20 @@ def last_row(path: Path, kind: str) -> dict[str, Any] | None:
     return None
 
 
+def _number(path: Path, row: dict[str, Any] | None, name: str) -> float | None:
+    """A number of a row; None without one."""
+    value = None if row is None else row.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise InputError(f"{path} is damaged ({name} is {shown(value)}, no number): restore it, or delete the line.")
+    return value
+
+
 def _row(path: Path, line: bytes) -> dict[str, Any]:
     """A line as a row."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = parse_json(line)
+        check_nesting(row, numbers=True)
+    except ValueError as error:
         raise InputError(f"{path} is damaged ({error}): restore it, or delete the broken line.") from error
     if not isinstance(row, dict):
         raise InputError(f"{path} is damaged (a line is no table): restore it, or delete the broken line.")
