@@ -81,8 +81,10 @@ def run_knn(arguments: Sequence[str]) -> None:
             path = session.check_picture(session.out / f"neighbours-{name}.png")
             neighbour_sheet(session, path, images=asked.sheet)
             session.say(f"Neighbours: {path}")
-            if bool((session.train.labels < 0).any()):
-                session.say("These images have no labels, so there is no accuracy.")
+            without = int((session.train.labels < 0).sum())
+            if without:
+                which = "These" if without == len(session.train) else f"{without:,} of {len(session.train):,}"
+                session.say(f"{which} images have no labels, so there is no accuracy.")
                 return
         identity = session.identity("knn", k=k, temperature=asked.temperature)
         results, path = session.measure_once(

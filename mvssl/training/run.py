@@ -456,7 +456,8 @@ def _conclude(loop: Loop) -> TrainResult:
         )
         bad = summary.bad_images
         if bad:
-            logger.warning("%d images could not be decoded and were replaced, e.g. %s", len(bad), next(iter(bad)))
+            replaced = f"{counted(len(bad), 'image')} could not be decoded and {'were' if len(bad) > 1 else 'was'}"
+            logger.warning("%s replaced, e.g. %s", replaced, next(iter(bad)))
         logger.info("backbone: %s; report: %s", folder.backbone, folder.report)
     if experiment.world.is_rank0:
         if summary.images_per_second:

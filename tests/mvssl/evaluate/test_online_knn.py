@@ -55,6 +55,17 @@ def test_unsuitable_data_is_an_input_error(images: Path) -> None:
         check_knn_data(train, open_source(images / "val" / "class_0"), EVALUATION)
 
 
+def test_images_without_labels_are_counted_if_only_some_have_none(images: Path, tmp_path: Path) -> None:
+    train, bare = open_source(images / "train"), open_source(images / "val" / "class_0")
+    assert scorable(bare, None) == (False, None, "no kNN: the images have no labels")
+    shutil.copytree(images / "train", tmp_path / "some")
+    first = next((tmp_path / "some" / "class_0").iterdir())
+    first.rename(tmp_path / "some" / first.name)
+    some = open_source(tmp_path / "some")
+    assert scorable(some, None)[2] == "no kNN: 1 of 36 images have no labels"
+    assert scorable(train, some)[2] == "no kNN: 1 of 36 validation images have no labels"
+
+
 def test_images_of_classes_that_train_lacks_are_not_scored(images: Path, tmp_path: Path) -> None:
     shutil.copytree(images / "val", tmp_path / "val")
     (tmp_path / "val" / "class_0").rename(tmp_path / "val" / "class_9")

@@ -108,7 +108,7 @@ def test_an_image_on_a_bad_sector_is_named_and_replaced(
         train(tiny_recipe, forms[form], out, prefetch=1)
     assert last_step(out) == STEPS
     assert f"Image {victim.key} cannot be decoded (it cannot be read: Input/output error): the next image" in log(out)
-    assert f"1 images could not be decoded and were replaced, e.g. {victim.key}" in log(out)
+    assert f"1 image could not be decoded and was replaced, e.g. {victim.key}" in log(out)
     assert [len(batch) for batch in prepared] == [tiny_recipe.batch_size] * STEPS
     assert victim.index not in {index for batch in prepared[DAMAGED:] for index in batch}
 
