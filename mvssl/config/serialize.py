@@ -78,7 +78,7 @@ def build(kind: type[T], plain: Any, where: str, *, null_word: str | None = None
     """Build the dataclass `kind` from a mapping of its fields, nested ones included; `where` names it in errors."""
     if not isinstance(plain, Mapping):
         raise invalid(where, plain, f"a table of {kind.__name__}'s fields", "write it as a table (an object in JSON)")
-    hints = _hints(kind)
+    hints = _hints(typing.cast("Any", kind))
     unknown = sorted(set(plain) - set(hints))
     if unknown:
         near = difflib.get_close_matches(unknown[0], hints, n=1)

@@ -56,6 +56,8 @@ class MlflowLogger:
         self._folder = folder
         self._uri = os.environ.get("MLFLOW_TRACKING_URI") or local_store(folder)
         self._client = tracking.MlflowClient(tracking_uri=self._uri)
+        if self._uri == local_store(folder):  # MLflow makes it once in a process, and --overwrite may delete it
+            (folder.path / "mlruns" / ".trash").mkdir(parents=True, exist_ok=True)
         self._logged: dict[str, int] | None = None  # last step of each metric, of a run that is continued
         found = self._earlier() if first_step else None
         if found is None:

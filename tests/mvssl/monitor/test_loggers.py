@@ -125,6 +125,7 @@ def test_mlflow_without_a_server_is_in_the_run_folder_and_one_that_fails_ends_no
 ) -> None:
     recipe = replace(tiny_recipe, epochs=1)
     train(recipe, images, tmp_path / "run", log=("mlflow",))
+    train(recipe, images, tmp_path / "run", log=("mlflow",), overwrite=True)  # MLflow remembers a folder that is gone
     client = mlflow_client((tmp_path / "run" / "mlruns").as_uri(), monkeypatch)
     (run,) = client.search_runs([client.get_experiment_by_name("mvssl").experiment_id])
     assert run.data.metrics["train/loss"] > 0
