@@ -52,6 +52,11 @@ _SYSTEM_FOLDERS = (  # unreadable for users; thumbnails made by NAS devices; mac
 )
 RUN_FILES = frozenset(("config.json", "metrics.jsonl"))
 """Files of the folder of a run, whose pictures are no data."""
+FORM_WORDS = re.compile(
+    "sets?|splits?|subset|images?|imgs?|jpe?gs?|pngs?|data|dataset|photos?|pictures?|pics?|files?|folder|dir|raw|full|"
+    "all|final|clean|new|old|small|large|resized|cropped"
+)
+"""Words in the name of a folder that say only that there are images, in lower case."""
 _THREADS = 8  # concurrent stat or scandir calls: hides the latency of network file systems
 
 
@@ -167,6 +172,7 @@ def scan_folder(root: Path, *, progress: Callable[[int], None] | None = None) ->
 
     Links are followed; hidden names, folders of the file system and of runs are ignored. Labels are the first folder
     level: the sorted names of the folders that hold images. Images directly in `root` have no label (-1).
+    One folder around all is no class if its name says only that there are images, as in Food-101 (``images/``).
 
     Args:
         root: the folder.
@@ -192,7 +198,7 @@ def scan_folder(root: Path, *, progress: Callable[[int], None] | None = None) ->
                     progress(len(found))
             level = below
     found.sort()
-    firsts = [key.partition("/")[0] if "/" in key else None for key, _ in found]
+    firsts = _class_names(root, [key for key, _ in found], watched)
     classes = tuple(sorted({first for first in firsts if first is not None}))
     label_of: dict[str | None, int] = {None: -1, **{name: label for label, name in enumerate(classes)}}
     return FileIndex(
@@ -206,6 +212,21 @@ def scan_folder(root: Path, *, progress: Callable[[int], None] | None = None) ->
         ignored=dict(sorted(ignored.items(), key=lambda item: (item[0] not in examples, -item[1], item[0]))),
         examples=examples,
     )
+
+
+def _class_names(root: Path, keys: list[str], watched: list[tuple[str, int]]) -> list[str | None]:
+    """The class of each image; see `scan_folder`. Of Tiny ImageNet's val it is that in its list of annotations."""
+    around = keys[0].partition("/")[0] + "/" if keys else ""
+    if not FORM_WORDS.fullmatch(around[:-1].lower()) or not keys[-1].startswith(around):  # they are sorted
+        around = ""
+    table = Path(os.path.abspath(root)) / f"{root.name}_annotations.txt"
+    if around and table.is_file():
+        watched.append((str(table), table.stat().st_mtime_ns))
+        rows = [line.split() for line in table.read_text(encoding="utf-8", errors="replace").split("\n")]
+        class_of = {row[0]: row[1] for row in rows if len(row) > 1}
+        return [class_of.get(key.rpartition("/")[2]) for key in keys]
+    below = (key[len(around) :] for key in keys)
+    return [key.partition("/")[0] if "/" in key else None for key in below]
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class FolderSource:
 # and its size is then out of date: `forget_changed_index` looks, at the start of a training.
 
 _VERSION = zlib.crc32(
-    repr((3, IMAGE_EXTENSIONS)).encode()
+    repr((4, IMAGE_EXTENSIONS)).encode()
 )  # other extensions find other files, other rules other labels
 _THREADS, _CHUNK = 8, 1024  # concurrent stat calls, files of a chunk: hides the latency of network file systems
 _MTIME_RESOLUTION = 2_000_000_000  # nanoseconds; FAT and some NFS servers have 2 s

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pipelines.files import given_path
 from pipelines.runtime import InputError
 from pipelines.storage.beton_format import is_beton_name
-from pipelines.storage.file_index import RUN_FILES, is_data_folder, is_image_file
+from pipelines.storage.file_index import FORM_WORDS, RUN_FILES, is_data_folder, is_image_file
 from pipelines.storage.manifest import MANIFEST, format_of
 from pipelines.storage.source import Source
 
@@ -34,10 +34,7 @@ _ROLES: dict[Role, re.Pattern[str]] = {
         "extra|(un)?labell?ed|query|gallery|holdout|unseen|ood|preds?|predict|predictions?"
     ),
 }
-_FORM = re.compile(
-    "sets?|splits?|subset|images?|imgs?|jpe?gs?|pngs?|data|dataset|photos?|pictures?|pics?|files?|folder|dir|raw|full|"
-    "all|final|clean|new|old|small|large|resized|cropped"
-)
+_FORM = FORM_WORDS
 # What each class may have alike, so that sharing it says nothing.
 _INNER = re.compile(f"{_FORM.pattern}|annotations?|labels?|masks?|boxes|rgb|gray|depth|left|right|thumb(nail)?s")
 _PIECES = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|\d+|[^\W\d_]+")

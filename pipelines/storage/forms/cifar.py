@@ -89,8 +89,11 @@ def open_form(look: Look, request: Request) -> Found:
     batches: dict[str, list[_Batch]] = {}
     names: dict[str, tuple[str, ...]] = {}
     count = 0
+    seen: dict[str, Place] = {}
     for place in sorted(places, key=lambda place: place.base):
         base = place.base
+        if seen.setdefault(base, place).size == place.size and seen[base] is not place:
+            continue  # torchvision keeps the archive beside the folder that it unpacks
         if base.endswith(".txt"):
             text = text_of(place.path, place.read())
             kind = base.partition("_")[0] if "_" in base else "fine"
@@ -113,6 +116,12 @@ def open_form(look: Look, request: Request) -> Found:
         request.report(count)
     if not batches:
         raise InputError(f"{look.path} has no batches of CIFAR: give the file as downloaded, or the folder of batches.")
+    versions = {("coarse" in batch.labels, batch.pixels is None) for group in batches.values() for batch in group}
+    if len(versions) > 1:
+        raise InputError(
+            f"{look.path} holds CIFAR-10 and CIFAR-100, or both versions of one, but must hold one data set: give the "
+            "archive or the folder of one."
+        )
     _check_whole(look, batches.get("train", []))
     hundred = any("coarse" in batch.labels for group in batches.values() for batch in group)
     splits: dict[str, FormSource] = {

@@ -30,7 +30,7 @@ from pipelines.storage.forms.base import (
 from pipelines.storage.forms.lmdb_pages import check_pages
 from pipelines.storage.forms.look import File, Look, by_split
 from pipelines.storage.forms.names import are_captions
-from pipelines.storage.forms.safe_pickle import RefusedPickleError, load_plain, plain_dtype
+from pipelines.storage.forms.safe_pickle import Picture, RefusedPickleError, load_plain, plain_dtype
 from pipelines.storage.forms.wire import DamagedRecordError, fields, unpack_msgpack
 from pipelines.storage.source import KeyTable
 from pipelines.storage.splits import split_role
@@ -152,6 +152,11 @@ def _image(part: Any) -> Any:
             named = {key.decode() if isinstance(key, bytes) else key: value for key, value in part.items()}
             part = np.frombuffer(named["data"], plain_dtype(named["type"])).reshape(named["shape"])
         except (TypeError, ValueError, OverflowError):
+            return None
+    if isinstance(part, Picture):
+        try:
+            part = part.pixels()
+        except RefusedPickleError:
             return None
     if isinstance(part, np.ndarray):
         if part.ndim == 1 and part.dtype == np.uint8:

@@ -108,6 +108,28 @@ def _from_buffer(buffer: Any, dtype: _DType, shape: Any, order: str = "C", *_: o
     return np.frombuffer(buffer, dtype=dtype.kind).reshape(shape, order="F" if order == "F" else "C")
 
 
+class Picture:
+    """What a pickle says of an image of Pillow, whatever file that came from; its values are read by `pixels`."""
+
+    _state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self._state = state
+
+    def pixels(self) -> np.ndarray[Any, Any]:
+        """uint8 [H, W] or [H, W, 3 or 4]; RefusedPickleError if there are not as many values as it says."""
+        try:
+            _, mode, (width, height), palette, content = self._state[:5]
+            bands = {"L": 1, "P": 1, "RGB": 3, "RGBA": 4}[mode]
+            values = np.frombuffer(content.encode("latin1") if isinstance(content, str) else content, np.uint8)
+            pixels = values.reshape((height, width) if bands == 1 else (height, width, bands))
+            if mode == "P":
+                return np.array(palette, dtype=np.uint8).reshape(-1, 3)[pixels]
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            raise RefusedPickleError(f"it has an image of Pillow that cannot be read ({error!r})") from None
+        return pixels
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): _encode,
@@ -135,6 +157,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("PIL.") and (name == "Image" or name.endswith("ImageFile")):
+            return Picture
         try:
             return _ALLOWED[module, name]
         except KeyError:

@@ -71,9 +71,20 @@ def check_ten(run: Run, source: Path, dst: Path) -> None:
 def test_cifar_10_python(run: Run, tmp_path: Path, protocol: int, text: bool) -> None:
     folder = python_ten(tmp_path / "root" / "cifar-10-batches-py", protocol=protocol, text=text)
     check_ten(run, folder, tmp_path / "a")
-    check_ten(run, folder.parent, tmp_path / "b")  # torchvision's root
+    pack(folder, folder.parent / "cifar-10-python.tar.gz")
+    check_ten(run, folder.parent, tmp_path / "b")  # torchvision's root, with the archive
     check_ten(run, pack(folder, tmp_path / "download.tar.gz"), tmp_path / "c")
     assert digests(tmp_path / "a")["train/index.npy"] == digests(tmp_path / "c")["train/index.npy"]
+
+
+def test_two_data_sets_in_a_folder(run: Run, tmp_path: Path) -> None:
+    python_ten(tmp_path / "root/cifar-10-batches-py")
+    folder = python_ten(tmp_path / "root/cifar-100-python")
+    labels = {"fine_labels": [0] * 4, "coarse_labels": [0] * 4, "data": planes(TEST)}
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "train").write_bytes(pickle.dumps(labels))
+    assert "must hold one data set" in run(tmp_path / "root", tmp_path / "d").err
 
 
 def test_jpegs_of_a_quality(run: Run, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import h5py
 import lmdb
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipelines.storage import open_source
 from pipelines.storage.forms.wire import DamagedRecordError, crc32c, masked_crc, unpack_msgpack
@@ -142,6 +143,8 @@ def lmdb_values(how: str) -> dict[bytes, bytes]:
         }
     if how == "arrays":
         return {str(n).encode(): pickle.dumps([image, n % 3], 4) for n, image in enumerate(RAW)}
+    if how == "Pillow":
+        return {str(n).encode(): pickle.dumps((Image.fromarray(image), n % 3)) for n, image in enumerate(RAW)}
     if how == "msgpack":
         return {str(n).encode(): msgpack(item) for n, item in enumerate(images)}
     data = {n: (RAW[n].transpose(2, 0, 1)[::-1].tobytes(), items()[n].data) for n in range(9)}
@@ -155,7 +158,7 @@ def lmdb_values(how: str) -> dict[bytes, bytes]:
 
 
 @pytest.mark.parametrize(
-    "how", ["numbered", "names", "pickle", "dictionary", "arrays", "msgpack", "datum", "encoded datum"]
+    "how", ["numbered", "names", "pickle", "dictionary", "arrays", "Pillow", "msgpack", "datum", "encoded datum"]
 )
 @pytest.mark.parametrize("subdir", [True, False])
 def test_lmdb(run: Run, tmp_path: Path, how: str, subdir: bool) -> None:
@@ -164,7 +167,7 @@ def test_lmdb(run: Run, tmp_path: Path, how: str, subdir: bool) -> None:
     assert outcome.code == 0, outcome.err
     assert "is 1 LMDB database of" in outcome.out
     assert ": 9 images, 3 classes." in outcome.out
-    if how in ("arrays", "datum"):
+    if how in ("arrays", "Pillow", "datum"):
         assert pixels(tmp_path / "d") == RAW_EXPECTED
     else:
         assert contents(tmp_path / "d") == (EXPECTED if how in ("numbered", "names") else NUMBERED)

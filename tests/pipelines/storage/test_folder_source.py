@@ -81,6 +81,23 @@ def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
     assert source.labels.tolist() == [-1, -1]
 
 
+def test_one_folder_that_only_says_images_is_no_class(tree: Path, tmp_path: Path) -> None:
+    expected = open_source(tree)
+    (tmp_path / "food").mkdir()
+    tree.rename(tmp_path / "food/images")
+    found = open_source(tmp_path / "food")
+    assert found.classes == expected.classes
+    assert found.labels.tolist() == expected.labels.tolist()
+    for name in ("a.jpg", "b.jpg"):  # as Tiny ImageNet's val
+        image(tmp_path / "val/images" / name)
+    assert open_source(tmp_path / "val").classes == ()
+    (tmp_path / "val/val_annotations.txt").write_text("b.jpg\tn01\t0\t0\na.jpg\tn02\t1\t1\n")
+    assert [open_source(tmp_path / "val").classes[label] for label in open_source(tmp_path / "val").labels] == [
+        "n02",
+        "n01",
+    ]
+
+
 def test_images_above_the_class_folders_have_no_label(tree: Path) -> None:
     image(tree / "aaa.jpg")
     assert open_source(tree).labels.tolist() == [-1, 0, 1, 1, 2, 2]
