@@ -47,6 +47,9 @@ def fit_photos(situation: Situation) -> Fitted:
     - On a CPU, for a ResNet from random weights, MoCo v3 with LARS: of the 207 tuned runs of
       benchmarks/results/paper_small_cpu.jsonl (benchmarks/PAPER_RESULTS.md) its kNN is the highest, 31.4 % against 28.5
       of BYOL with LARS and 26.5 with AdamW. The learning rates are those that were tuned there for batches of 64.
+    - On few cores a ResNet-10 of half the width with a 3x3 stem of stride 2: at equal CPU time it learns more than
+      ResNet-18, whose maps end at 2x2 and 1x1 (mvssl/recipes/README.md, with commands). bf16 makes its
+      step 1.8 times as fast where the CPU has instructions for it.
     - EMA momentum lower in shorter runs, so that the target follows within the run: the average should span a fraction
       of the training, not a fixed number of steps (Busbridge et al., How to scale your EMA, arXiv 2307.13813).
     """
@@ -94,7 +97,8 @@ def _recipe(situation: Situation, name: str, *, size: int, local: int, batch: in
     heads = Head(hidden=(4096 if on_gpu else 1024,), out=256, output_norm=method == "mocov3")
     optimizer = _optimizer(kind, batch=batch, vit=vit, pretrained=pretrained, warmup=min(warmup, epochs))
     if on_few and (method, kind) in _FEW_RATES:
-        peak = _FEW_RATES[method, kind] * (batch / 64) ** (1.0 if kind == "lars" else 0.5)
+        times = batch / 64
+        peak = _FEW_RATES[method, kind] * (times if kind == "lars" and times < 1 else math.sqrt(times))
         optimizer = replace(optimizer, base_lr=float(f"{peak * 256 / batch:.3g}"))
     in_bf16 = situation.bf16 and name == _SMALL and not on_gpu and not situation.is_given("views")
     every = max(1, epochs // 20)
@@ -219,10 +223,11 @@ def _notes(situation: Situation, recipe: Recipe, default: str, *, why_size: str,
     pretrained = situation.text("backbone.pretrained")
     weights = f"from the weights {pretrained}" if pretrained else "from random weights"
     sizes = f"{recipe.views[0].size} and {recipe.views[2].size} pixels"
+    in_bf16 = ", in bf16 (the CPU has instructions for it)" if recipe.precision == "bf16" else ""
     notes = [
         f"photos is fitted to {images} (short side {situation.short_side} pixels in the median) and "
         f"{'a ' * on_gpu}{where}; options override each choice:",
-        f"  backbone {name} ({because('backbone.name', reasons.get(default, ''))}), {weights}",
+        f"  backbone {name} ({because('backbone.name', reasons.get(default, ''))}), {weights}{in_bf16}",
         f"  views of {sizes} ({because('views', why_size)})",
         f"  {counted(recipe.epochs, 'epoch')}, {passes:,} image passes "
         f"({because('epochs', 'the fewer images, the more epochs')})",

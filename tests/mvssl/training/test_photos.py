@@ -69,6 +69,7 @@ def test_on_a_cpu_a_resnet_from_nothing_takes_what_learned_the_most_and_what_is_
     assert recipe.projector.output_norm
     assert recipe.predictor.output_norm
     assert fit(5_000, given={"batch_size": "32"}).learning_rate == pytest.approx(recipe.learning_rate / 2)
+    assert fit(5_000, given={"batch_size": "1024"}).learning_rate == pytest.approx(recipe.learning_rate * 4)
     for method in ("byol", "simsiam", "mocov3"):
         for kind in ("lars", "adamw", "sgd"):
             given = fit(5_000, given={"method": method, "optimizer.kind": kind})
