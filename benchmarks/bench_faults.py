@@ -122,7 +122,23 @@ COMMANDS: dict[str, Command] = {
     ),
     "features": Command(main=features.main, words=("base/train", "work/f.npy", "--run", "run", *COMPUTE), place="work"),
     "export": Command(main=export.main, words=("--run", "run", "--out", "work/backbone.safetensors"), place="work"),
+    "export a folder": Command(
+        main=export.main, words=("--run", "run", "--out", "work/backbone", "--format", "timm-folder"), place="work"
+    ),
+    "neighbours": Command(
+        main=eval.main,
+        words=("neighbours", "--run", "run", "--data", "base", "--out", "work/pages", *COMPUTE),
+        place="work",
+    ),
+    "attention": Command(
+        main=eval.main,
+        words=("attention", "--run", "run", "--data", "base", "--out", "work/pages", *COMPUTE),
+        place="work",
+    ),
     "report": Command(main=train.main, words=("report", "run", "--out", "work/report.html"), place="work"),
+    "report of two": Command(
+        main=train.main, words=("report", "run", "other", "--out", "work/report.html"), place="work"
+    ),
 }
 
 
@@ -357,6 +373,7 @@ def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
             if trained.code:
                 raise RuntimeError(trained.text)
             shutil.move("work/run", "run")
+            shutil.copytree("run", "other", symlinks=True)
             for name in arguments.commands:
                 rows.append(disturb(name, arguments.faults, sample=arguments.sample))
         finally:

@@ -20,13 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mvssl.ranks import OtherRankFailed, process_rank, rank_count
+from mvssl.ranks import PR_SET_PDEATHSIG, OtherRankFailed, process_rank, rank_count
 from pipelines.order import Ranks
 from pipelines.runtime import InputError
 
 T = TypeVar("T")
 
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
 _HOST_TIMEOUT = timedelta(hours=2)
 """Timeout of the gloo group: rank 0 may spend long indexing a folder or writing a checkpoint."""
 
@@ -229,4 +228,4 @@ def join_world(*, cuda: bool) -> Iterator[World]:
 def _end_with_torchrun() -> None:
     """Get SIGTERM when torchrun dies: killed, it cannot end its ranks, which would train on and hold the run's lock."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

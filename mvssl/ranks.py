@@ -16,6 +16,10 @@ LAUNCHED = "MVSSL_LAUNCHED"
 """Environment variable of the processes that --devices starts: JSON with their arguments and a folder for answers."""
 
 
+PR_SET_PDEATHSIG = 1
+"""Option of Linux's prctl(2): the signal that a process gets when its parent ends."""
+
+
 class OtherRankFailed(Exception):
     """Another rank failed, and reports the reason itself, or it is gone."""
 

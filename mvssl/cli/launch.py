@@ -16,13 +16,17 @@ from types import FrameType
 from typing import Any
 
 from mvssl.config.options import RunOptions
-from mvssl.ranks import LAUNCHED, Devices, asked_devices, started_by_torchrun
+from mvssl.ranks import LAUNCHED, PR_SET_PDEATHSIG, Devices, asked_devices, started_by_torchrun
 from pipelines.names import visible
 from pipelines.runtime import EXIT_ERROR, EXIT_INTERRUPTED, InputError, invalid
 
 _CODE = f"""
-import json, os, sys
+import ctypes, json, os, sys
 given = json.loads(os.environ["{LAUNCHED}"])
+if sys.platform == "linux":  # end with the starting process, also if it is killed, and before torch is loaded
+    ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {int(signal.SIGTERM)})
+if os.getppid() != given["parent"]:
+    sys.exit("error: the process that --devices belongs to has ended.")
 sys.path[:], sys.argv = given["path"], given["argv"]
 from mvssl.cli.train import main
 main()
@@ -60,7 +64,9 @@ def launch(options: RunOptions, arguments: Sequence[str]) -> int:
     devices, settings = _resolve(options)
     settings.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // devices)))
     with tempfile.TemporaryDirectory(prefix="mvssl-") as folder:
-        settings[LAUNCHED] = json.dumps({"folder": folder, "path": sys.path, "argv": [sys.argv[0], *arguments]})
+        settings[LAUNCHED] = json.dumps(
+            {"folder": folder, "parent": os.getpid(), "path": sys.path, "argv": [sys.argv[0], *arguments]}
+        )
         os.environ.update(settings)
         try:
             return _Processes(devices, Path(folder)).run()

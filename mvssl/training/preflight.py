@@ -29,6 +29,7 @@ from mvssl.training.step import StepOutput
 from mvssl.weights.init_from import init_from
 from mvssl.weights.pretrained import resolve_pretrained
 from pipelines.batch import ViewBatch
+from pipelines.files import write_whole
 from pipelines.names import say, visible
 from pipelines.progress import duration, rate
 from pipelines.runtime import InputError
@@ -141,14 +142,14 @@ def _summary(profile: StepProfile, experiment: Experiment, *, fed: float | None)
 def _write_profile(folder: Path, lines: list[str], profile: StepProfile, recipe: Recipe, *, fed: float | None) -> None:
     """Write profile.txt and profile.json."""
     rows = format_table(profile.entries, milliseconds=profile.milliseconds, rows=WRITTEN)
-    (folder / "profile.txt").write_text("\n".join(map(visible, [*lines, "", *rows])) + "\n", encoding="utf-8")
+    write_whole(folder / "profile.txt", "\n".join(map(visible, [*lines, "", *rows])) + "\n")
     numbers = asdict(profile) | {
         "busy_share": profile.busy_share,
         "fed_milliseconds": fed,
         "recipe": to_dict(recipe),
         "environment": environment(),
     }
-    (folder / "profile.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "profile.json", json.dumps(numbers, indent=2) + "\n")
 
 
 @dataclass

@@ -136,15 +136,15 @@ def _card(loaded: LoadedBackbone, config: Mapping[str, Any], card: CardFields) -
 def _training(loaded: LoadedBackbone) -> Iterator[str]:
     recipe, folder = loaded.recipe, loaded.folder
     if recipe is None or folder is None:
-        yield f"Weights of another program, exported by mvssl {installed_version()}: {visible(loaded.about, NAME)}."
+        yield f"Weights of another program, exported by mvssl {installed_version()}: {_text(loaded.about)}."
         return
-    views = ", ".join(f"{visible(task or 'target', NAME)} {size}" for task, size in sizes_by_task(recipe.views).items())
+    views = ", ".join(f"{_text(task or 'target')} {size}" for task, size in sizes_by_task(recipe.views).items())
     rows = {
         "method": f"{recipe.method}, {len(recipe.views)} views an image ({views} pixels), "
         f"{'one predictor per view type' if recipe.predictors == 'per-view' else 'one predictor for all views'}",
-        "recipe": visible(recipe.name, NAME),
+        "recipe": _text(recipe.name),
         "data": _images(loaded),
-        "length": f"{recipe.epochs} epochs of batch {recipe.batch_size}; {visible(loaded.about, NAME)}",
+        "length": f"{recipe.epochs} epochs of batch {recipe.batch_size}; {_text(loaded.about)}",
         "optimiser": f"{recipe.optimizer.kind}, learning rate {recipe.learning_rate:g}",
         "program": f"mvssl {installed_version()}, torch {torch.__version__}, timm {timm.__version__}",
     }
@@ -153,12 +153,17 @@ def _training(loaded: LoadedBackbone) -> Iterator[str]:
     yield f"```json\n{json.dumps(to_dict(recipe), indent=2)}\n```"
 
 
+def _text(name: str) -> str:
+    """A name of others as text of a model card: neither markup, nor a link, nor a cell of a table."""
+    return re.sub(r"[<>&|`\[\]*\\]", lambda found: f"&#{ord(found[0])};", visible(name, NAME))
+
+
 def _images(loaded: LoadedBackbone) -> str:
     """Number of images and the name of their folder, without its path."""
     assert loaded.folder is not None
     record = DataRecord.load(loaded.folder.data)
     data = loaded.folder.option("data")
-    name = f" in {visible(data.name, NAME)}" if data is not None and data.name else ""
+    name = f" in {_text(data.name)}" if data is not None and data.name else ""
     count = f"{len(record.keys):,} images" if record is not None else "images"
     return f"{count}{name}"
 
@@ -177,8 +182,8 @@ def _accuracies(loaded: LoadedBackbone) -> Iterator[str]:
             continue
         best = result["results"].get("best", result["results"])
         low, high = best["top1_interval_95"]
-        rows.append(f"| {visible(result['evaluation'], NAME)} | {best['top1']:.1%} ({low:.1%} to {high:.1%}) |")
-        ways.append(f"{visible(result['evaluation'], NAME)}: {describe(conditions_of(result))}")
+        rows.append(f"| {_text(result['evaluation'])} | {best['top1']:.1%} ({low:.1%} to {high:.1%}) |")
+        ways.append(f"{_text(result['evaluation'])}: {describe(conditions_of(result))}")
     online = _online_knn(loaded) if loaded.network == "online" else None
     if online is not None:
         step, k, accuracy = online

@@ -26,6 +26,8 @@ class BlockCache:
         self._folder = folder
         self._most = most
         self._scanned = False
+        self.durable = False
+        """Whether files are synced before they get their names: for those whose content nothing else can check."""
         self.works = most > 0
         """False once the folder cannot be written."""
 
@@ -105,6 +107,8 @@ class BlockCache:
                 view = memoryview(data)
                 while view:
                     view = view[os.write(descriptor, view) :]
+                if self.durable:
+                    os.fsync(descriptor)
                 part.replace(path)
         except OSError as error:
             with contextlib.suppress(OSError):

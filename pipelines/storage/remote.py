@@ -44,6 +44,7 @@ class RemoteShards(ShardSource):
     def __init__(self, url: Url, options: RemoteOptions) -> None:
         self._connect(Remote(url, options), BlockCache(options.folder, options.cache_bytes), options)
         super().__init__(url)
+        self._cache.durable = self.facts.checksums is None
         self._shards: Sequence[Shard] = self.manifest.shards
         self._set_blocks(options.block_bytes)
 

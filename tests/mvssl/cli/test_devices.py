@@ -85,7 +85,9 @@ def test_a_signal_saves_and_stops_all_with_the_exit_code_of_one(
 
 @two_cores
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_reported_once(images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", ["rank", "starting process"])
+def test_a_process_that_is_killed(killed: str, images: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """Of a rank one sentence says so; after the starting one its ranks save and end, and the folder is free."""
     line = command(replace(tiny_recipe, epochs=500), images, tmp_path)
     run = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     folder, deadline = RunFolder(tmp_path / "run"), time.monotonic() + 120
@@ -93,12 +95,29 @@ def test_a_process_that_is_killed_is_reported_once(images: Path, tiny_recipe: Re
         assert time.monotonic() < deadline
         time.sleep(0.05)
     below = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
+    if killed == "starting process":
+        run.kill()
+        while any(Path(f"/proc/{one}/cmdline").exists() for one in below):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert folder.has_checkpoint()
+        with folder.claim():
+            return
     os.kill(int(below[-1]), signal.SIGKILL)
     _, err = run.communicate(timeout=90)
     assert run.returncode == 1
     assert err.startswith("error: rank ")
     assert "was killed by SIGKILL" in err
     assert err.count("\n") == 1
+
+
+def test_a_rank_that_has_lost_its_parent_ends_before_torch_is_loaded(tmp_path: Path) -> None:
+    given = {"folder": str(tmp_path), "parent": 1, "path": [], "argv": []}
+    orphan = [sys.executable, "-S", "-c", launch._CODE]
+    environment = {**os.environ, "MVSSL_LAUNCHED": json.dumps(given)}
+    ended = subprocess.run(orphan, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == "error: the process that --devices belongs to has ended.\n"
 
 
 def test_what_may_be_asked_for() -> None:
