@@ -14,11 +14,12 @@ from mvssl.models.encoder import OnlineNetwork, TargetNetwork, predictor_tasks
 from mvssl.models.heads import PredictorBank
 from mvssl.runs import checkpoint
 from mvssl.runs.folder import RunFolder
-from mvssl.weights.formats import FoundNetwork, find_network, from_torchvision
+from mvssl.weights.formats import FoundNetwork, find_network, from_torchvision, guess_architecture
 from mvssl.weights.pretrained import load_pretrained, resolve_pretrained
 from mvssl.weights.read import is_timm_folder, load_tensors, read_folder, read_metadata, read_weights
 from pipelines.runtime import InputError
 
+_OPTION = "--backbone.name"  # names another architecture
 _SHARED = "shared"  # the only slot of a bank with one predictor
 
 
@@ -130,7 +131,7 @@ def _from_file(online: OnlineNetwork, recipe: Recipe, path: Path) -> _Outcome:
         raise InputError(
             f"{path} holds a {architecture} but the recipe's backbone is {name}: set --backbone.name {architecture}."
         )
-    load_tensors(online.backbone, weights, name, str(path))
+    load_tensors(online.backbone, weights, name, str(path), option=_OPTION)
     reason = "the file holds a backbone only"
     return _Outcome(taken=[_backbone(weights)], fresh={"projector": reason, "predictors": reason})
 
@@ -144,7 +145,9 @@ def _from_found(online: OnlineNetwork, recipe: Recipe, found: FoundNetwork, wher
             "has 6, so its weights do not fit: use MoCo v3's ResNet-50 or base vision transformer."
         )
     tensors, wanted = from_torchvision(found.backbone), online.backbone.state_dict()
-    load_tensors(online.backbone, tensors, name, where)
+    other = guess_architecture(tensors)
+    option = _OPTION if other in (None, name) else f"{_OPTION} {other}"
+    load_tensors(online.backbone, tensors, name, where, option=option)
     outcome = _Outcome(origin=f"{found.format}, {found.network} network")
     outcome.taken.append(_backbone({name: tensor for name, tensor in tensors.items() if name in wanted}))
     outcome.left += sorted({f"classifier {name.split('.')[0]}" for name in tensors if name not in wanted})

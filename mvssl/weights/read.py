@@ -121,7 +121,9 @@ def _is_number(tensor: Tensor) -> bool:
     return not tensor.is_complex() and (not tensor.is_floating_point() or bool(tensor.float().isfinite().all()))
 
 
-def load_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], name: str, where: str) -> None:
+def load_tensors(
+    backbone: nn.Module, tensors: Mapping[str, Tensor], name: str, where: str, *, option: str = "--arch"
+) -> None:
     """Load tensors under timm's names, without the classifier; BatchNorm's batch counters may be missing.
 
     Args:
@@ -129,6 +131,7 @@ def load_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], name: str, 
         tensors: its parameters and buffers.
         name: timm's name of the architecture.
         where: origin of the tensors, for messages.
+        option: what names another architecture, for messages.
 
     Raises:
         InputError: names or shapes do not fit; the message gives some.
@@ -151,7 +154,7 @@ def load_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], name: str, 
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise InputError(
                 f"{where} does not fit {name}: it {problem} {', '.join(keys[:3])}{more}. Name the architecture that "
-                "the weights belong to (--arch), or export them again."
+                f"the weights belong to ({option}), or export them again."
             )
     wrong = next((key for key, value in given.items() if not _is_number(value)), None)
     if wrong is not None:

@@ -357,6 +357,13 @@ def test_heads_that_do_not_fit_are_freshly_initialised(tiny_recipe: Recipe, tmp_
     assert all(torch.equal(value, before[name]) for name, value in step.online.predictors.state_dict().items())
 
 
+def test_another_architecture_is_named_with_its_option(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    step = step_of(tiny_recipe)
+    path = write(tmp_path / "other.pth", random_backbone("resnet18", seed=1).state_dict())
+    with pytest.raises(InputError, match=r"does not fit test_resnet: .* belong to \(--backbone\.name resnet18\)"):
+        init_from(step.online, step.target, tiny_recipe, path)
+
+
 def predictions(step: TrainStep, tasks: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Predictions from the same embeddings, by task."""
     bank, z = step.online.predictors.eval(), torch.randn(4, 16, generator=torch.Generator().manual_seed(3))
