@@ -23,6 +23,8 @@ _TIMEOUT = 120  # seconds
 _ERROR = re.compile(
     r"\b(error|fatal)\s*:|undefined (reference|symbol)|cannot (find|open)|^\w*(Error|Exception)\b", re.IGNORECASE
 )
+_WARNING = re.compile(r":\d+: (warning|note): ")
+COLOUR = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
 _CONSEQUENCE = re.compile(r"ld returned|linker command failed|compilation terminated|exit (code|status)", re.IGNORECASE)
 
 
@@ -42,8 +44,8 @@ def load_library(source: Path) -> ctypes.CDLL | str:
 
 def error_line(output: str) -> str:
     """The line of a compiler's output that names its error, else the last one."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()] or [""]
-    errors = [line for line in lines if _ERROR.search(line)]
+    lines = [line.strip() for line in COLOUR.sub("", output).splitlines() if line.strip()] or [""]
+    errors = [line for line in lines if _ERROR.search(line) and not _WARNING.search(line)]
     causes = [line for line in errors if not _CONSEQUENCE.search(line)]
     return (causes or errors or lines[-1:])[0]
 

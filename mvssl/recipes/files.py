@@ -8,6 +8,7 @@ import logging
 import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,27 @@ from mvssl.config.serialize import EXECUTION, build, from_dict, to_dict
 from mvssl.recipes import get_recipe
 from pipelines.checks import typed
 from pipelines.files import check_nesting, read_regular, strict_text
-from pipelines.runtime import InputError, invalid
+from pipelines.runtime import InputError, invalid, shown
 from pipelines.views.presets import VIEW_PRESETS, adapt_views
 from pipelines.views.spec import ViewSpec
 
 logger = logging.getLogger("mvssl")
-_READERS = {".toml": tomllib.loads, ".json": json.loads}
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError if it has a name twice, of which the first would be lost."""
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"{shown(name)} is given twice")
+        table[name] = value
+    return table
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    ".toml": tomllib.loads,
+    ".json": partial(json.loads, object_pairs_hook=_no_twins),
+}
 _LARGEST = 1 << 22  # bytes of a recipe file
 _TOML_NULL = "none"  # TOML has no null
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from pipelines.c_library import error_line
+from pipelines.c_library import COLOUR, error_line
+from pipelines.names import shortened
 
 _COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "triton")
 _NAMED_LAYERS = 3  # named in a message; a fused kernel may hold many
@@ -26,6 +27,8 @@ _TOOLS = (  # what the type or text of an exception contains if a tool is missin
     ("GPUTooOldForTriton", "Triton needs a GPU of compute capability 7.0 or more"),
 )
 _COMPILER_ERROR = re.compile(r"\b(error|fatal)\s*:", re.IGNORECASE)
+_PLACE = re.compile(r"\S+:\d+:(\d+:)? ")  # before what a compiler says, in any language
+_OUTPUT = "Output:"  # Inductor's heading of what a compiler wrote
 _RAISED = re.compile(r"[\w.]*(Error|Exception|Failure|Failed|Unsupported\w*)\b")  # begins the last line of a traceback
 _TRACEBACK = "Traceback (most recent call last)"
 _TRITON_PLACE = re.compile(r"\bat \d+:\d+:$")  # ends Triton's headline, which the kernel's source and the reason follow
@@ -58,12 +61,12 @@ def describe(error: Exception, modules: Iterable[nn.Module]) -> tuple[str, str]:
     text = " ".join(f"{type(link).__name__}: {link}" for link in _chain(error))
     tool = next((remedy for sign, remedy in _TOOLS if sign in text), None)
     where = "" if tool else _place(error, modules)
-    return f"{where} ({type(error).__name__}: {_reason(error)})".strip(), tool or _OTHERWISE
+    return f"{where} ({type(error).__name__}: {shortened(_reason(error), 1000)})".strip(), tool or _OTHERWISE
 
 
 def _reason(error: Exception) -> str:
     """One line: the headline of an exception, and the line of a compiler's output or traceback that names the error."""
-    headline, *rest = _lines(str(error).partition(_HINT)[0]) or [""]
+    headline, *rest = _lines(COLOUR.sub("", str(error)).partition(_HINT)[0]) or [""]
     rest += [line for link in _chain(error) for line in _lines(_output(link))]  # of a compiler that was run
     raised = [line for line in rest if _RAISED.match(line)]
     if any(_COMPILER_ERROR.search(line) for line in rest):
@@ -72,6 +75,9 @@ def _reason(error: Exception) -> str:
         detail = rest[-1]  # what precedes it is the kernel's source
     elif raised and _TRACEBACK in "\n".join(rest):
         detail = raised[-1]
+    elif _OUTPUT in rest[:-1]:
+        written = rest[rest.index(_OUTPUT) + 1 :]
+        detail = next((line for line in written if _PLACE.match(line)), written[-1])
     else:
         return " ".join([headline, *rest[:1]])
     return headline if detail in headline else f"{headline.rstrip(':')}: {detail}"

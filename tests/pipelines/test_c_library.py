@@ -249,6 +249,7 @@ def test_where_nothing_can_be_written_both_reasons_are_given(
     [
         ("In file included from a.c:1:\na.c:3:10: fatal error: b.h: No such file or directory\n", "b.h: No such file"),
         ("a.c:2:1: warning: odd\na.c:3:1: error: 'x' undeclared\na.c:4: error: more", "'x' undeclared"),
+        ("a.c:2:1: warning: an error: so called\na.c:3:1: \x1b[1m\x1b[Kerror:\x1b[m x\n", "a.c:3:1: error: x"),
         ("/usr/bin/ld: cannot find -lm: No such file\ncollect2: error: ld returned 1 exit status", "cannot find -lm"),
         (
             "ld: a.o: in function `f':\na.c:(.text+0x5): undefined reference to `g'\ncollect2: error: ld returned 1",

@@ -191,6 +191,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         mvssl.load_recipe(write(tmp_path, "", "own.yaml"))
 
 
+def test_a_field_given_twice_in_json(tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text('{"base": "demo", "optimizer": {"eta": 1, "eta": 2}}')
+    with pytest.raises(InputError, match=r"not valid JSON \('eta' is given twice\): correct it there"):
+        mvssl.load_recipe(tmp_path / "own.json")
+
+
 def test_a_recipe_is_given_by_name_or_file(tmp_path: Path) -> None:
     assert resolve_recipe("demo") == mvssl.recipes.demo()
     assert resolve_recipe(str(write(tmp_path, 'base = "demo"'))) == mvssl.recipes.demo()

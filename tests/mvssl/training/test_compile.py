@@ -325,6 +325,10 @@ IN_A_WORKER = (
     ("error", "reason"),
     [
         (CppCompileError(["g++", "a.cpp"], GCC), "C++ compile error: a.cpp:12:3: error: 'omp' was not declared)"),
+        (
+            CppCompileError(["g++"], "a.cpp: In Funktion »f«:\na.cpp:3:4: Fehler: »x«\n    3 | x"),
+            "a.cpp:3:4: Fehler: »x«)",
+        ),
         (RuntimeError(PTXAS), "Internal Triton PTX codegen error: ptxas /tmp/a.ptx, line 5; fatal   : Unknown)"),
         (RuntimeError(f"{IN_A_WORKER}ValueError: no such layout"), "in a subprocess: ValueError: no such layout)"),
         (RuntimeError(f"{IN_A_WORKER}triton.PTXASError: {PTXAS}"), "ptxas /tmp/a.ptx, line 5; fatal   : Unknown)"),
@@ -335,7 +339,7 @@ IN_A_WORKER = (
         (RuntimeError("first\n  Explanation: second\n  third"), "RuntimeError: first Explanation: second)"),
         (RuntimeError(""), "(InductorError: RuntimeError:)"),
     ],
-    ids=["g++", "ptxas", "worker", "ptxas in a worker", "Triton's gcc", "Dynamo", "silent"],
+    ids=["g++", "g++ in German", "ptxas", "worker", "ptxas in a worker", "Triton's gcc", "Dynamo", "silent"],
 )
 def test_the_reason_is_the_line_with_the_error(error: Exception, reason: str) -> None:
     told, _ = describe(InductorError(error, None), [])
