@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -39,6 +40,11 @@ PROG = "python -m benchmarks.bench_faults"
 Fault = Literal["kill", "full", "readonly"]
 FAULTS: dict[Fault, int | None] = {"kill": None, "full": errno.ENOSPC, "readonly": errno.EROFS}
 """What happens at an operation: a kill -9, or an error of it and of every later one that writes."""
+PRELOADED = (
+    *("mvssl.training.preflight", "mvssl.cli.evaluations", "mvssl.evaluate.knn"),
+    *("mvssl.training.run", "mvssl.weights.export", "mvssl.monitor.report", "matplotlib.pyplot"),
+)
+"""What commands import when they need it; each fork would spend seconds on it."""
 REMOVALS = ("os.remove", "os.rmdir", "shutil.rmtree")  # work on a full disk, not on a read-only one
 OPERATIONS = ("os.rename", "os.link", "os.symlink", "os.mkdir", "os.truncate", *REMOVALS)
 IGNORED = (
@@ -363,6 +369,8 @@ def _problem(fault: Fault, ended: Ended, again: Ended, expected: dict[str, str],
 
 def measure(arguments: Arguments, *, command: str) -> dict[str, Any]:
     """Run the benchmark; the result as plain JSON values."""
+    for name in PRELOADED:
+        importlib.import_module(name)
     rows: list[dict[str, Any]] = []
     before = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
