@@ -21,7 +21,7 @@ from mvssl.weights.load import LoadedBackbone
 from mvssl.weights.load import load_backbone as load_source
 from mvssl.weights.timm_folder import WEIGHTS
 from pipelines.batch import DecodedBatch
-from pipelines.checks import typed
+from pipelines.checks import brief, typed
 from pipelines.decode.pillow import decode_one
 from pipelines.files import given_path
 from pipelines.loading.deep_images import state_value_range
@@ -112,7 +112,19 @@ class FrozenBackbone(nn.Module):
         return self.transform.std
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S], normalised, to [B, D]."""
+        """[B, 3, S, S], normalised, to [B, D].
+
+        Raises:
+            InputError: images are no such tensor.
+        """
+        is_tensor: bool = isinstance(images, Tensor)
+        if not is_tensor or images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            what = f"a tensor of {str(images.dtype)[6:]} {list(images.shape)}" if is_tensor else brief(images)
+            raise InputError(
+                f"images is {what} but must be a float tensor [B, 3, S, S], normalised: make them with transform, and "
+                "give one image as backbone(backbone.transform(image)[None]).",
+                field="images",
+            )
         features: Tensor = self.backbone(images)
         return features
 

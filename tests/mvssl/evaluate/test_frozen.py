@@ -119,6 +119,17 @@ def test_what_is_wrong_is_said_in_a_sentence(backbone: mvssl.FrozenBackbone, fin
     (broken / "checkpoints/last/state.pt").write_bytes(b"PK")
     with pytest.raises(mvssl.InputError, match=r"state\.pt"):
         mvssl.load_backbone(broken)
+    for images, words in (
+        (
+            torch.zeros(3, 32, 32),
+            r"images is a tensor of float32 \[3, 32, 32\] but must be a float tensor \[B, 3, S, S\]",
+        ),
+        (torch.zeros(1, 1, 32, 32), r"images is a tensor of float32 \[1, 1, 32, 32\] but"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"images is a tensor of uint8 .*transform\(image\)\[None\]"),
+        ([torch.zeros(3)], "images is .* but must be a float tensor"),
+    ):
+        with pytest.raises(mvssl.InputError, match=words):
+            backbone(images)
     for image, words in (
         (torch.zeros(3, 8, 8), r"image is a tensor of float32 \[3, 8, 8\] but must be of uint8"),
         (b"no image", "image cannot be decoded .not an image file"),
