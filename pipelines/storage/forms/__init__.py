@@ -19,14 +19,25 @@ from functools import cache
 from types import ModuleType
 from typing import cast
 
+from pipelines.runtime import InputError
 from pipelines.storage.forms.base import Found, Request
 from pipelines.storage.forms.look import Look
 
 __all__ = ["Found", "Look", "Request", "find_form", "open_form"]
 
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
 def find_form(look: Look) -> ModuleType | None:
-    """The module that reads what is there; None for a folder of images, a list, or what no form recognises."""
+    """The module that reads what is there; None for a folder of images, a list, or what no form recognises.
+
+    Raises:
+        InputError: a file is not there itself, but what Git keeps in its place.
+    """
+    pointer = next((file for file in look.files if file.head.startswith(_POINTER)), None)
+    if pointer is not None:
+        raise InputError(f"{pointer.path} is a pointer of Git LFS and not the file itself: run git lfs pull beside it.")
     return next((form for form in _forms() if form.recognise(look)), None)
 
 

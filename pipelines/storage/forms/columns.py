@@ -167,7 +167,8 @@ def _label(schema: Any, features: dict[str, Any], request: Request, where: objec
             field="--label",
         )
     marked = [name for name in usable if _kind(features, name) == "ClassLabel"]
-    usual = [name for name in _MORE_LABELS if name in usable]
+    order = {name: n for n, name in enumerate(_MORE_LABELS)}
+    usual = sorted((name for name in usable if name.lower() in order), key=lambda name: order[name.lower()])
     first = [name for name in usual if name in marked] or marked or usual
     return (first[0], [name for name in marked if name != first[0]]) if first else (None, [])
 

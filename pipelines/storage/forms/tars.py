@@ -122,7 +122,10 @@ class _Index:
                     continue
                 if member.is_link:
                     if is_image_name(base):
-                        raise InputError(f"{path}: {name[:200]!r} is a link and no file: write it again with tar -h.")
+                        where = f"{path}: {name[:200]!r}"
+                        raise InputError(
+                            f"{where} is a link and no file: write it again with tar -h --hard-dereference."
+                        )
                     continue
                 self._member(number, samples, name, member, blob, path)
                 count += 1

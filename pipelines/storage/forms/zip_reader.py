@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bz2
 import itertools
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -195,4 +196,7 @@ def overlapping(offsets: list[int], stored: list[int]) -> bool:
 
 
 def _damaged(path: Path, why: str) -> InputError:
+    parts = re.sub(r"\.(0\d\d|part\d+|[a-z]\d\d)$", "", path.name)
+    if parts != path.name:
+        return InputError(f"{path} is a part of a zip in several files: join them first (cat {parts}.* > all.zip).")
     return InputError(f"{path} is truncated or damaged ({why}): download it again.")

@@ -199,11 +199,18 @@ def bad(name: str, at: Path) -> tuple[Path, str]:
         return make_tar(at / "a.tar", [("a.jpg", encoded(1)), ("a.cls", b"-7")]), "has the label -7"
     if name == "tar of folds":
         return make_tar(at / "a.tar", nested(items(), "x/fold_1/") + nested(items(), "x/fold_2/")), "look like parts"
+    if name == "pointer":
+        (at / "a.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+        return at / "a.tar", "a.tar is a pointer of Git LFS .*: run git lfs pull"
     path = make_zip(at / "a.zip", one)
     data = bytearray(path.read_bytes())
     if name == "truncated zip":
         path.write_bytes(data[: len(data) // 2])
         return path, "a.zip is truncated or damaged"
+    if name == "first part of a zip":
+        path = at / "a.zip.001"
+        path.write_bytes(data[: len(data) // 2])
+        return path, r"is a part of a zip in several files: join them first \(cat a.zip.\* > all.zip\)"
     if name == "encrypted zip":
         central = data.index(b"PK\1\2")
         data[central + 8] |= 1
@@ -249,7 +256,9 @@ def bad(name: str, at: Path) -> tuple[Path, str]:
         "json that is none",
         "label out of range",
         "tar of folds",
+        "pointer",
         "truncated zip",
+        "first part of a zip",
         "encrypted zip",
         "unknown method",
         "zip with files that share bytes",

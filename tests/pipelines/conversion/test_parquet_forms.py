@@ -66,7 +66,7 @@ def test_a_binary_column_and_names_as_texts(run: Run, tmp_path: Path, compressio
             "jpg": pa.array([item.data for item in items()], pa.large_binary()),
             "sha": pa.array([bytes(32) for _ in items()]),
             "caption": pa.array([item.name for item in items()]),
-            "class": pa.array([item.label for item in items()]).dictionary_encode(),
+            "Class": pa.array([item.label for item in items()]).dictionary_encode(),
         }
     )
     pq.write_table(made, tmp_path / "photos", compression=compression)  # no ending
