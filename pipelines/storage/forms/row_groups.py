@@ -23,6 +23,7 @@ from pipelines.storage.remote_objects import RemoteObject
 MOST_BYTES = 1 << 29
 """Decoded row groups that are cached, in bytes; at least two groups are."""
 _BUFFER = 1 << 20  # bytes
+_MOST_AHEAD = 1 << 27  # bytes of row groups fetched ahead
 _BATCH = 1024  # rows that are decoded before their bytes are counted
 
 
@@ -69,10 +70,14 @@ class RowGroupReader:
 
     def will_need(self, rows: Sequence[int]) -> None:
         """Start fetching the row groups of some rows, if they are at a URL and not cached; returns at once."""
+        ahead = 0
         for group in dict.fromkeys(bisect.bisect_right(self._ends, row) for row in rows):
-            path = self.groups[group][0]
+            path, (start, end) = self.groups[group][0], self.spans[group]
             if isinstance(path, RemoteObject) and group not in self._cached:
-                path.will_need(*self.spans[group])
+                ahead += end - start
+                if ahead > _MOST_AHEAD:  # more would push out of memory what is needed first
+                    return
+                path.will_need(start, end)
 
     def _values(self, group: int) -> Any:
         """The images of a group."""
