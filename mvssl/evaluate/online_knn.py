@@ -23,7 +23,7 @@ from pipelines.storage.source import Source, SubsetSource
 def scorable(train: Source, val: Source | None) -> tuple[bool, Source | None, str]:
     """Whether kNN accuracy of these images says anything, the validation images that it is of, and what is left out.
 
-    The images need labels of two classes or more. Validation images of classes that train lacks are left out.
+    The images of both need labels of two classes or more. Validation images of classes that train lacks are left out.
 
     Returns:
         Whether there is an accuracy, the validation images, and a note for the user; "" if nothing is left out.
@@ -40,6 +40,10 @@ def scorable(train: Source, val: Source | None) -> tuple[bool, Source | None, st
         return True, None, ""
     names = {train.classes[label] for label in present}
     known = np.array([name in names for name in val.classes])[val.labels]  # bool [len(val)]
+    shared = [val.classes[label] for label in np.unique(val.labels[known])]
+    if len(shared) == 1:
+        some = "all" if known.all() else "those of classes that train has"
+        return False, val, f"no kNN: of the validation images {some} are of the one class {shared[0]!r}"
     if known.all():
         return True, val, ""
     others = sorted({val.classes[label] for label in np.unique(val.labels[~known])})

@@ -66,6 +66,16 @@ def test_images_without_labels_are_counted_if_only_some_have_none(images: Path, 
     assert scorable(train, some)[2] == "no kNN: 1 of 36 validation images have no labels"
 
 
+def test_validation_images_of_one_class_have_no_accuracy(images: Path, tmp_path: Path) -> None:
+    train = open_source(images / "train")
+    shutil.copytree(images / "val" / "class_1", tmp_path / "class_1")
+    words = "are of the one class 'class_1'"
+    assert scorable(train, open_source(tmp_path))[::2] == (False, f"no kNN: of the validation images all {words}")
+    shutil.copytree(images / "val" / "class_1", tmp_path / "other")
+    possible, _, note = scorable(train, open_source(tmp_path))
+    assert (possible, note) == (False, f"no kNN: of the validation images those of classes that train has {words}")
+
+
 def test_images_of_classes_that_train_lacks_are_not_scored(images: Path, tmp_path: Path) -> None:
     shutil.copytree(images / "val", tmp_path / "val")
     (tmp_path / "val" / "class_0").rename(tmp_path / "val" / "class_9")
