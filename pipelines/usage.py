@@ -36,8 +36,10 @@ def sentence(box: str, words: Sequence[str], prog: str, read_help: Callable[[], 
         near = difflib.get_close_matches(found[1].strip("'").lower(), choices, n=1)
         remedy = f"did you mean {near[0]}?" if near else "choose one of these."
         return f"{found[2]} is {shortened(found[1], _LONGEST)} but must be one of {', '.join(choices)}: {remedy}"
-    if found := re.search(r"Missing value for argument '(\S+)'", text):
-        return f"{found[1]} has no value but must have one: {remedy}."
+    if found := re.search(r"Missing value for argument '(\S+)'\. Expected (\d+)", text):
+        values, count = _values(words, found[1]), int(found[2])
+        allowed = "have one" if count == 1 else f"be {_COUNTS.get(count, count)} values"
+        return f"{found[1]} {_given(values)} but must {allowed}: {remedy}."
     if "Missing from " in text:
         missing = " and ".join(_missing(box))
         return f"{missing} {'are' if ' and ' in missing else 'is'} missing: {remedy}." if missing else ""
@@ -51,9 +53,14 @@ def sentence(box: str, words: Sequence[str], prog: str, read_help: Callable[[], 
     form = re.search(r"no type matching (.*?) could be instantiated", reason)
     helped = re.search(rf"^[ │|]*{re.escape(option)}[ ,](.*)$", box.partition("Argument helptext:")[2], re.MULTILINE)
     allowed = _form(form[1] if form else helped[1].strip(" │|") if helped else "")
-    if not values:
-        return f"{option} has no value but must be {allowed}: {remedy}."
-    return f"{option} is {shortened(repr(' '.join(values)), _LONGEST)} but must be {allowed}: {remedy}."
+    for kind, words_of_python in (("whole number", "invalid literal for int()"), ("number", "string to float")):
+        if words_of_python in reason and form is None:
+            allowed = f"a {kind}"  # whatever the option calls its value
+    return f"{option} {_given(values)} but must be {allowed}: {remedy}."
+
+
+def _given(values: Sequence[str]) -> str:
+    return f"is {shortened(repr(' '.join(values)), _LONGEST)}" if values else "has no value"
 
 
 def empty_argument(words: Sequence[str]) -> str:
@@ -78,8 +85,9 @@ def _form(metavar: str) -> str:
             continue
         if not names or any(name not in _KINDS for name in names):
             return f"{metavar or 'another value'}"
-        if "..." in part:
-            kinds.append(f"{_KINDS[names[0]]}s")
+        if part.strip().startswith("["):  # the "..." may be in a line of its own
+            each = list(dict.fromkeys(_KINDS[name] for name in names))
+            kinds.append(f"{each[0]}s" if len(each) == 1 else f"a {' and a '.join(each)}, once or more")
         else:
             kinds.append(f"{_COUNTS.get(len(names), len(names))} {_KINDS[names[0]]}{'s' * (len(names) > 1)}")
     return " or ".join([*kinds, *(["None"] if "{None}" in metavar else [])])

@@ -14,6 +14,7 @@ import pytest
 import timm
 
 import mvssl
+from mvssl.cli import convert as convert_cli
 from mvssl.cli import eval as eval_cli
 from mvssl.cli import export as export_cli
 from mvssl.cli import features as features_cli
@@ -138,6 +139,14 @@ def test_unknown_field_offers_the_nearest(capsys: pytest.CaptureFixture[str]) ->
             "--precision is 'fp61' but must be one of auto, fp32, bf16, fp16: did you mean fp16?",
         ),
         (("demo", "--data"), "--data has no value but must have one: see mvssl-train demo --help."),
+        (
+            ("demo", "--views.0.jitter", "1"),
+            "--views.0.jitter is '1' but must be four values: see mvssl-train demo --help.",
+        ),
+        (
+            ("demo", "--task-weights", "local", "x"),
+            "--task-weights is 'local x' but must be a text and a number, once or more: see mvssl-train demo --help.",
+        ),
         (("report",), "runs is missing: give a run folder, several, or a folder with runs in it."),
         (
             ("runs", "--sort", "x"),
@@ -155,6 +164,12 @@ def test_wrong_values_are_one_sentence(
 ) -> None:
     monkeypatch.setenv("COLUMNS", width)
     assert fails(capsys, *arguments) == (2, f"error: {sentence}\n")
+
+
+def test_a_number_under_another_name_is_called_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        convert_cli.main(["a", "b", "--shard-size", "big"])
+    assert capsys.readouterr().err == "error: --shard-size is 'big' but must be a number: see mvssl-convert --help.\n"
 
 
 def test_missing_words_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
