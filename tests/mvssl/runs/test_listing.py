@@ -71,6 +71,29 @@ def test_each_run_is_listed_with_its_state(folder: Path, images: Path, capsys: p
     assert "empty" not in out + err
 
 
+@pytest.mark.parametrize("value", ['"low"', "NaN", "true"])
+def test_a_loss_that_is_no_number_breaks_its_run_only(
+    value: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("good", "second", "bad", "early"):
+        shutil.copytree(finished, tmp_path / name, symlinks=True)
+    lines = (tmp_path / "bad" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    damaged = f'{{"kind": "train", "step": 12, "loss": {value}}}\n'
+    (tmp_path / "bad" / "metrics.jsonl").write_text("".join([*lines, damaged]))
+    (tmp_path / "early" / "metrics.jsonl").write_text("".join([damaged, *lines]))
+    out, _ = listed(capsys, str(tmp_path))
+    assert "bad/metrics.jsonl is damaged (" in out
+    assert [line.split()[-1] for line in out.splitlines() if line.startswith("bad ")] == ["broken"]
+    rows = {Path(row["path"]).name: row for row in json.loads(listed(capsys, str(tmp_path), "--json")[0])}
+    assert (rows["bad"]["loss"], rows["early"]["state"]) == (None, "finished")
+    page = tmp_path / "page.html"
+    assert body(["report", str(tmp_path), "--out", str(page)]) == 0
+    err = capsys.readouterr().err
+    for words in ("bad", "early", "left out: ", "metrics.jsonl is damaged"):
+        assert words in err
+    assert "good" in page.read_text()
+
+
 def test_folders_of_other_programs_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, content in (*((f"model-{number:03}", "{}") for number in range(120)), ("a", "{"), ("b", '{"a": 1,')):
         (tmp_path / name).mkdir()
