@@ -28,6 +28,7 @@ _FOLDER, _HUB = "local-dir:", "hf-hub:"
 _HUB_PREFIXES = (_HUB, "hf_hub:")
 _WEIGHTS = "model.safetensors"
 _REACH_SECONDS = 5.0
+_MOST_CLASSES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,8 +256,8 @@ def _stated(config: Backbone, source: str, content: Mapping[str, Any], *, where:
         mean, std = (_channels(stated.get(name) or default) for name, default in _NORMAL.items())
         classes = int(content.get("num_classes", stated.get("num_classes", 1000)))
         side = int((stated.get("input_size") or (3, 224, 224))[-1])
-        if not (all(value > 0 for value in std) and 0 < side <= LARGEST_SIDE):
-            raise ValueError(f"std is {std} and input_size is {stated.get('input_size')}")
+        if not (all(value > 0 for value in std) and 0 < side <= LARGEST_SIDE and 0 <= classes <= _MOST_CLASSES):
+            raise ValueError(f"std is {std}, input_size is {stated.get('input_size')}, num_classes is {classes}")
     except (TypeError, ValueError) as error:
         raise InputError(
             f"Backbone.pretrained is {shown(config.pretrained)}, whose config.json does not say how images are "

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -86,6 +87,7 @@ def is_timm_folder(path: Path) -> bool:
 
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
+_MOST_BLOCKS, _LARGEST_SIZE = 1000, 1 << 16  # of a network that a config.json asks for
 
 
 def read_folder(path: Path, *, field: str = "weights") -> tuple[Path, dict[str, Any]]:
@@ -100,6 +102,10 @@ def read_folder(path: Path, *, field: str = "weights") -> tuple[Path, dict[str, 
             raise ValueError("architecture is no name")
         if not all(isinstance(config.get(key, {}), dict) for key in ("pretrained_cfg", "model_args")):
             raise ValueError("pretrained_cfg or model_args is no table")
+        for name, value in config.get("model_args", {}).items():
+            most = _MOST_BLOCKS if name in ("depth", "depths", "layers") else _LARGEST_SIZE
+            if any(isinstance(one, int | float) and abs(one) > most for one in np.ravel(np.array(value, object))):
+                raise ValueError(f"model_args.{name} is {value} but must be at most {most:,}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = describe_os_error(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise InputError(

@@ -176,7 +176,8 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
     def load() -> None:
         load_backbone(BackboneSource(weights=tmp_path / "b"))
 
-    for text in ("{", "[]", "{}", '{"architecture": 3}', json.dumps(config | {"pretrained_cfg": 3})):
+    bombs = [json.dumps(config | {"model_args": {name: 10**6}}) for name in ("layers", "embed_dim")]
+    for text in ("{", "[]", "{}", '{"architecture": 3}', json.dumps(config | {"pretrained_cfg": 3}), *bombs):
         with_config(text)
         with pytest.raises(InputError, match=r"whose config.json cannot be read"):
             load()
