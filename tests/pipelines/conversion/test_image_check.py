@@ -141,7 +141,7 @@ def test_broken_link_is_listed(converted: Callable[..., ShardSource], tmp_path: 
 
 def test_only_bad_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "src").mkdir()
-    (tmp_path / "src" / "a.jpg").touch()
+    (tmp_path / "src" / "a.jpg").write_bytes(b"no image")  # empty files are refused before
     for _ in range(2):  # also on the second attempt
         with pytest.raises(SystemExit) as leaving:
             main([str(tmp_path / "src"), str(tmp_path / "dst")])
