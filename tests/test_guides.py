@@ -18,7 +18,7 @@ import tyro
 import mvssl
 import mvssl.methods
 from mvssl.cli import train as train_cli
-from mvssl.cli.evaluations import CompareArguments, LinearArguments
+from mvssl.cli.evaluations import CompareArguments, KnnArguments, LinearArguments
 from mvssl.config.recipe import Recipe
 from mvssl.recipes import all_recipes
 from pipelines.conversion.command import Convert
@@ -91,6 +91,8 @@ def test_the_papers_commands_parse(tmp_path: Path) -> None:
             continue  # parsed by the tests of README
         elif words[:2] == ["mvssl-eval", "linear"]:
             assert tyro.cli(LinearArguments, args=words[2:]).protocol == "release"
+        elif words[:2] == ["mvssl-eval", "knn"]:
+            assert tyro.cli(KnnArguments, args=words[2:]).source.untrained
         elif words[:2] == ["mvssl-eval", "compare"]:
             assert len(tyro.cli(CompareArguments, args=words[2:]).runs) == 2
         else:
