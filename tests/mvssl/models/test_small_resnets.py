@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -47,13 +48,13 @@ def test_features_match_torchvision_with_another_stem(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "width", "stride"), [("resnet10_tiny", 16, 8), ("resnet10_half", 32, 16)])
 def test_resnet10_is_narrow_and_shallow(name: str, width: int, stride: int) -> None:
-    model = build_backbone(Backbone(name=name)).eval()
+    model: Any = build_backbone(Backbone(name=name)).eval()
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert len(convolutions) == 1 + 4 * 2 + 3  # stem, two per block, projections: depth 10 with the classifier
     assert convolutions[0].out_channels == width
     images = torch.zeros(2, 3, 64, 64)
     with torch.no_grad():
-        assert model.forward_features(images).shape == (2, 8 * width, 64 // stride, 64 // stride)  # type: ignore[operator]
+        assert model.forward_features(images).shape == (2, 8 * width, 64 // stride, 64 // stride)
         assert model(images).shape == (2, 8 * width)
 
 
